@@ -1,0 +1,25 @@
+"""Errors for people: one line that says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can mend. The command line prints its message without a traceback."""
+
+
+def suggest(name: str, choices: Iterable[str], limit: int = 3) -> str:
+    """Return the choices nearest to ``name``, worded to end an error message.
+
+    >>> suggest("softmsk_pretrain", ["softmask_pretrain", "albef_vqa"])
+    "did you mean 'softmask_pretrain'?"
+    >>> suggest("xyz", ["tiny", "base"])
+    "choose from 'base', 'tiny'"
+    """
+    names = sorted({str(choice) for choice in choices})
+    close = difflib.get_close_matches(str(name), names, n=limit, cutoff=0.5)
+    if close:
+        return "did you mean " + " or ".join(f"'{c}'" for c in close) + "?"
+    return "choose from " + ", ".join(f"'{n}'" for n in names) if names else "none is available"

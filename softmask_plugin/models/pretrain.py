@@ -1,0 +1,184 @@
+"""``softmask_pretrain``: the pre-training of SoftMask++ (arXiv 2304.00719, Figure 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from softmask_plugin.models.contrastive import ContrastiveBase
+from softmask_plugin.nn.bert import ImageMemory
+from softmask_plugin.nn.image_memory import View
+from softmask_plugin.nn.pairs import Pairs
+from softmask_plugin.nn.sampling import Draws, mask_tokens
+from softmask_plugin.paths import shipped
+from softmask_plugin.registry import register
+from softmask_plugin.soft_mask import grad_cam, keep_factors, normalize, pick_words, word_map
+
+
+@dataclass
+class PretrainOutput(ModelOutput):
+    """Losses of a step (scalars; None where an innovation is off) and what the mask did.
+
+    ``keep`` is the factor of each image token, (B, 1 + patches); ``word`` the index of the picked
+    word in each caption, (B,), -1 where there was none to pick.
+    """
+
+    loss: Tensor | None = None
+    loss_itc: Tensor | None = None
+    loss_itm: Tensor | None = None
+    loss_mlm: Tensor | None = None
+    loss_soft: Tensor | None = None
+    loss_mlm_soft: Tensor | None = None
+    keep: Tensor | None = None
+    word: Tensor | None = None
+
+
+class Text(NamedTuple):
+    """The captions of a step on the device. N = B where one masked caption serves all losses;
+    otherwise N = 2B, the clean captions first, the masked ones for MLM after them."""
+
+    ids: Tensor  # (N, T)
+    mask: Tensor  # True for tokens, (B, T)
+    words: Tensor  # word index per token, -1 where the soft mask may not pick, (B, T)
+    positions: Tensor  # where MLM predicts, in the flattened (B T)
+    targets: Tensor  # and the token that was there
+
+
+@register("model", "softmask_pretrain")
+class SoftMaskPretrain(ContrastiveBase):
+    """ALBEF pre-training with a text-driven soft mask, focal ITC and shared masked captions.
+
+    With ``soft_mask.enabled: false``, ``itc.gamma: 0`` and ``text.shared: false`` it computes
+    the losses of LAVIS's ``albef_pretrain``; state-dict keys are the same.
+    """
+
+    PRETRAINED_MODEL_CONFIG_DICT = {
+        "base": shipped("models/softmask_pretrain_base.yaml"),
+        "tiny": shipped("models/softmask_pretrain_tiny.yaml"),
+    }
+
+    def forward(self, samples: dict[str, Any]) -> PretrainOutput:
+        """Losses of one step; in training mode also moves the momentum encoders and the queues.
+
+        Args:
+            samples: ``image`` (B, 3, H, W), ``text_input`` list of B captions, and, as LAVIS's
+                tasks give them, ``epoch``, ``iters``, ``num_iters_per_epoch``.
+        """
+        images, option = samples["image"], self.options.soft_mask
+        step, alpha = self.progress(samples)
+        draws = Draws(torch.initial_seed(), step)
+        text = self.read(samples["text_input"], draws)
+        size, mask = text.mask.shape[0], text.mask.repeat(len(text.ids) // len(text.mask), 1)
+
+        # Encode: each image once, each caption once
+        online = self.encode(images, text.ids, mask)
+        slow = self.encode_slowly(images, text.ids, mask)
+        memory = self.bert.remember(online.image)
+        caption, masked_caption = online.text[:size], online.text[-size:]
+
+        # Contrast
+        loss_itc, sim_i2t, sim_t2i = self.contrast(online, slow, alpha)
+
+        # Soft-mask: positives go first, since the mask is drawn from their score
+        pairs, fused, keep, word = Pairs(text.mask), {}, None, None
+        if option.enabled and step >= option.start_iter:
+            fused["positive"], keep, word = self.hide_a_word(caption, text, memory, draws)
+            pairs.add("soft", caption, View(keep=keep))
+        else:
+            pairs.add("positive", caption)
+        if size > 1:  # a batch of one has no negatives
+            image, other = self.negatives(sim_i2t, sim_t2i, draws)
+            pairs.add("negative image", caption, View(images=image))
+            pairs.add("negative text", caption[other], mask=text.mask[other])
+        if not self.options.text.shared:
+            pairs.add("words", masked_caption)
+        if not self.options.text.shared and keep is not None and option.in_mlm:
+            pairs.add("soft words", masked_caption, View(keep=keep))
+        fused |= pairs.fuse(self.bert, memory)
+
+        # Match
+        negatives = [fused[name] for name in fused if name.startswith("negative")]
+        loss_itm = self.matching_loss(fused["positive"], *negatives)
+        loss_soft = self.matching_loss(fused["soft"]) * option.weight if keep is not None else None
+
+        # Predict words
+        soft_words = self.distilled_words(slow, text, alpha)
+        words = fused.get("words", fused["positive"])
+        loss_mlm, loss_mlm_soft = self.word_loss(words, text, soft_words, alpha), None
+        if keep is not None and option.in_mlm:
+            words = fused.get("soft words", fused["soft"])
+            loss_mlm_soft = self.word_loss(words, text, soft_words, alpha) * option.weight
+
+        terms = [loss_itc, loss_itm, loss_mlm, loss_soft, loss_mlm_soft]
+        loss = torch.stack([term for term in terms if term is not None]).sum()
+        return PretrainOutput(loss, *terms, keep=keep, word=word)
+
+    def read(self, captions: list[str], draws: Draws) -> Text:
+        """Tokenize and mask captions on the host, where finding the masked positions is free."""
+        option = self.options
+        clean = self.reader.read(captions)
+        masked_ids, chosen = mask_tokens(
+            clean.ids,
+            self.reader.maskable(clean),
+            self.tokenizer.mask_token_id,
+            self.text_encoder.shape.vocab_size,
+            option.text.mask_prob,
+            draws.stream("mlm"),
+        )
+        positions = chosen.flatten().nonzero().squeeze(1)
+        seen = masked_ids if option.text.shared else clean.ids
+        text = Text(
+            ids=seen if option.text.shared else torch.cat([seen, masked_ids]),
+            mask=clean.mask,
+            words=self.reader.pickable(clean, seen, option.soft_mask.words == "content"),
+            positions=positions,
+            targets=clean.ids.flatten()[positions],
+        )
+        return Text(*(tensor.to(self.device, non_blocking=True) for tensor in text))
+
+    def hide_a_word(
+        self, caption: Tensor, text: Text, memory: ImageMemory, draws: Draws
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Fuse the positive pairs, pick a word of each caption, and hide what it refers to.
+
+        Returns:
+            Multi-modal states of the positive pairs (B, T, width), the factors of the image tokens
+            (B, S), and the picked words (B,).
+        """
+        option, device = self.options.soft_mask, caption.device
+        with torch.enable_grad():  # the map is a gradient, under no_grad as well
+            states, attention = self.bert.fuse_with_attention(
+                caption, text.mask, memory, option.layer
+            )
+            cam = grad_cam(self.match(states)[:, 1], attention)
+        word = pick_words(cam, text.words, option.words, draws.stream("word", device))
+        hidden = normalize(word_map(cam, text.words, word))
+        patches = draws.stream("patches", device)
+        return states, keep_factors(hidden, option.kind, option.strength, patches), word
+
+    @torch.no_grad()
+    def distilled_words(self, slow: Any, text: Text, alpha: float) -> Tensor | None:
+        """The momentum model's word distributions at the masked positions, (M, vocabulary)."""
+        if alpha == 0:
+            return None
+        bert = self.text_encoder_m.bert
+        caption = slow.text[-len(text.mask) :]
+        states = bert.fuse(caption, text.mask, bert.remember(slow.image))
+        return self.text_encoder_m(states.flatten(0, 1)[text.positions]).float().softmax(dim=-1)
+
+    def word_loss(
+        self, states: Tensor, text: Text, soft_words: Tensor | None, alpha: float
+    ) -> Tensor:
+        """MLM at the masked positions, mixed with distillation; 0 where nothing was masked."""
+        logits = self.text_encoder(states.flatten(0, 1)[text.positions]).float()
+        if len(logits) == 0:
+            return logits.sum()
+        loss = F.cross_entropy(logits, text.targets)
+        if soft_words is None:
+            return loss
+        return (1 - alpha) * loss + alpha * F.cross_entropy(logits, soft_words)

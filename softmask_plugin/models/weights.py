@@ -1,0 +1,120 @@
+"""Weights in: checkpoints of this plugin and of ALBEF, and the encoders' own pre-training."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from lavis.common.dist_utils import download_cached_file
+from lavis.common.utils import is_url
+from lavis.models.vit import interpolate_pos_embed
+from torch import Tensor, nn
+from transformers import BertForMaskedLM
+
+from softmask_plugin.errors import UserError
+
+if TYPE_CHECKING:
+    from softmask_plugin.models.base import SoftMaskBase
+
+DEIT_URL = "https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth"
+StateDict = dict[str, Tensor]
+
+
+def load(model: SoftMaskBase, url_or_filename: str) -> None:
+    """Load a checkpoint of this plugin, of LAVIS's ALBEF or of the original ALBEF.
+
+    Position embeddings are interpolated to the model's image size. Momentum encoders that the
+    checkpoint lacks start from its online encoders. What did not match is logged in one line.
+
+    Raises:
+        UserError: no such file, not a checkpoint, or nothing in it fits the model.
+    """
+    state = read_state_dict(url_or_filename)
+    own = model.state_dict()
+    for key in [k for k in state if k.endswith("pos_embed") and k in own]:
+        state[key] = interpolate_pos_embed(state[key], model.get_submodule(key.rpartition(".")[0]))
+    if not any(key.startswith("visual_encoder_m.") for key in state):
+        state |= {
+            momentum: state[online]
+            for momentum in own
+            if (online := momentum.replace("_m.", ".", 1)) != momentum and online in state
+        }
+    fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    if not fitting:
+        raise UserError(f"{url_or_filename} has no tensor that fits this model: is it a checkpoint?")
+    model.load_state_dict(fitting, strict=False)
+    logging.info(
+        "loaded %d of %d tensors from %s%s%s%s",
+        len(fitting),
+        len(own),
+        url_or_filename,
+        _listed("; left as they were: ", own.keys() - fitting.keys()),
+        _listed("; other shape: ", (state.keys() & own.keys()) - fitting.keys()),
+        _listed("; unknown: ", state.keys() - own.keys()),
+    )
+
+
+def read_state_dict(url_or_filename: str) -> StateDict:
+    """Read the tensors of a checkpoint, without ever running code that it holds.
+
+    Raises:
+        UserError: no such file, or the file is no checkpoint of tensors.
+    """
+    path = Path(
+        download_cached_file(url_or_filename, check_hash=False, progress=True)
+        if is_url(url_or_filename)
+        else url_or_filename
+    )
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {url_or_filename}: give a file or a URL")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"{path} is no readable checkpoint of plain tensors: {error}") from error
+    state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else {}
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def initialise(model: SoftMaskBase, vit: str | None, bert: str | None) -> None:
+    """Start the encoders from their own pre-training, as ALBEF does.
+
+    Args:
+        model: the model.
+        vit: ``deit`` (downloaded) or a checkpoint of a ViT, path or URL; None leaves it random.
+        bert: name or folder of a BERT; None leaves it random.
+
+    Raises:
+        UserError: the weights cannot be had.
+    """
+    if vit is not None:
+        state = read_state_dict(DEIT_URL if vit == "deit" else vit)
+        state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], model.visual_encoder)
+        _load_matching(model.visual_encoder, state, vit)
+    if bert is not None:
+        try:
+            pretrained = BertForMaskedLM.from_pretrained(bert)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"no BERT '{bert}' (model.bert_weights) in a local folder, on the Hugging Face hub "
+                "or in its cache: null starts from random weights"
+            ) from error
+        _load_matching(model.text_encoder, pretrained.state_dict(), bert)
+
+
+def _load_matching(module: nn.Module, state: StateDict, name: str) -> None:
+    own = module.state_dict()
+    fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    if not fitting:
+        raise UserError(f"{name} has no tensor that fits the encoder it is for")
+    module.load_state_dict(fitting, strict=False)
+    logging.info("%s: %d of %d tensors of the encoder", name, len(fitting), len(own))
+
+
+def _listed(label: str, keys: set[str]) -> str:
+    if not keys:
+        return ""
+    names = sorted(keys)
+    return label + ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

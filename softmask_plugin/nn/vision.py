@@ -1,0 +1,138 @@
+"""Vision transformer with the state-dict keys of LAVIS's ``VisionTransformerEncoder``."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class VisionTransformer(nn.Module):
+    """ViT that returns all tokens, [CLS] first (Dosovitskiy et al., arXiv 2010.11929).
+
+    Args:
+        image_size: side of the square input, pixels; a multiple of ``patch_size``.
+        patch_size: side of a patch, pixels.
+        width: channels of a token.
+        depth: number of blocks.
+        heads: attention heads; divides ``width``.
+        mlp_ratio: width of the MLP's hidden layer over ``width``.
+        drop_path: largest stochastic-depth rate; it grows linearly from 0 at the first block.
+        norm_eps: epsilon of the layer norms.
+        checkpointing: recompute blocks in the backward pass to save memory.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 256,
+        patch_size: int = 16,
+        width: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        norm_eps: float = 1e-6,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if image_size % patch_size:
+            raise ValueError(f"image size {image_size} is not a multiple of the patch {patch_size}")
+        self.image_size, self.vision_width, self.checkpointing = image_size, width, checkpointing
+        self.grid = image_size // patch_size
+        self.patch_embed = PatchEmbed(patch_size, width, self.grid**2)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, width))
+        rates = torch.linspace(0, drop_path, depth).tolist()
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, r, norm_eps) for r in rates)
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
+        for parameter in (self.cls_token, self.pos_embed):
+            nn.init.trunc_normal_(parameter, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode images (B, 3, H, W) into tokens (B, 1 + patches, width).
+
+        Raises:
+            ValueError: H or W is not the size that the position embeddings are for.
+        """
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"images are {images.shape[-2]}x{images.shape[-1]} but the model is for "
+                f"{self.image_size}x{self.image_size}: set image_size of model and processors alike"
+            )
+        patches = self.patch_embed(images)
+        x = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1) + self.pos_embed
+        for block in self.blocks:
+            if self.checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return self.norm(x)
+
+
+class PatchEmbed(nn.Module):
+    """Cut images into patches and project each: (B, 3, H, W) -> (B, patches, width)."""
+
+    def __init__(self, patch_size: int, width: int, num_patches: int) -> None:
+        super().__init__()
+        self.num_patches = num_patches  # read by LAVIS's interpolate_pos_embed
+        self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with stochastic depth."""
+
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: float, drop_path: float, eps: float
+    ) -> None:
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.skip(self.attn(self.norm1(x)))
+        return x + self.skip(self.mlp(self.norm2(x)))
+
+    def skip(self, branch: Tensor) -> Tensor:
+        """Drop the branch of some samples, and scale the others to keep the mean."""
+        if not self.training or self.drop_path == 0:
+            return branch
+        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
+        return branch * kept / (1 - self.drop_path)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over (B, N, width)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two-layer perceptron with GELU."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))

@@ -1,0 +1,162 @@
+"""Every option of the models with its default: the schema that YAML files are checked against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from softmask_plugin.errors import UserError, suggest
+
+
+@dataclass
+class VitOptions:
+    """Image encoder; the defaults are ViT-B/16's."""
+
+    patch_size: int = 16  # pixels
+    width: int = 768  # channels of a token
+    depth: int = 12  # blocks
+    heads: int = 12
+    mlp_ratio: float = 4.0
+
+
+@dataclass
+class BertOptions:
+    """Text and multi-modal encoder; the defaults are BERT-base's."""
+
+    vocab_size: int | None = 30522  # null: as many as the tokenizer has
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    intermediate: int = 3072  # width of the feed-forward layer
+    fusion_layer: int = 6  # the first layer with cross-attention
+    max_positions: int = 512
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+
+
+@dataclass
+class SoftMaskOptions:
+    """Innovation 1: text-driven soft mask for ITM."""
+
+    enabled: bool = True
+    layer: int | None = None  # BERT layer that gives the map; null: the 3rd with cross-attention
+    words: str = "uniform"  # which word is picked: uniform | content | energy
+    kind: str = "soft"  # soft, or for ablations hard | random | uniform
+    strength: float = 1.0  # share of a patch that the map's maximum hides, 0 to 1
+    start_iter: int = 0  # no mask before this iteration: early maps are noise
+    in_mlm: bool = False  # predict words from the masked features too (the paper advises against)
+    weight: float = 1.0  # of its loss terms
+
+
+@dataclass
+class ItcOptions:
+    """Innovation 2: the contrastive loss."""
+
+    loss: str = "focal_itc"  # a name given to register_loss
+    gamma: float = 2.0  # 0 is ALBEF's ITC
+
+
+@dataclass
+class TextOptions:
+    """Innovation 3, text side: masked captions."""
+
+    shared: bool = True  # one masked caption for ITC, ITM and MLM; false: ITC and ITM read clean text
+    mask_prob: float = 0.15  # chance of a token to be masked
+
+
+@dataclass
+class PretrainOptions:
+    """Options of ``softmask_pretrain`` (the ``model:`` section of a YAML)."""
+
+    arch: str = "softmask_pretrain"
+    model_type: str = "base"
+
+    # Weights to start from. A checkpoint makes vit_weights and bert_weights moot.
+    load_pretrained: bool = True  # whether to load `pretrained`, where it is given
+    pretrained: str | None = None  # checkpoint of ALBEF or of this model: path or URL
+    load_finetuned: bool = False  # whether to load `finetuned`, LAVIS's key for evaluation
+    finetuned: str | None = None
+    vit_weights: str | None = None  # "deit" (downloaded), a path or URL; null: random
+    bert_weights: str | None = None  # a BERT of the hub or a local folder; null: random
+
+    # Encoders
+    image_size: int = 256  # pixels; the processors' image_size must be the same
+    vit: VitOptions = field(default_factory=VitOptions)
+    vit_drop_path_rate: float = 0.0
+    vit_layer_norm_epsilon: float = 1e-6
+    vit_grad_ckpt: bool = False  # recompute image blocks in the backward pass: less memory
+    bert: BertOptions = field(default_factory=BertOptions)
+    tokenizer: str = "bert-base-uncased"  # or "scenes", a vocab.txt, a caption file, a folder
+    max_txt_len: int = 30  # tokens, [CLS] and [SEP] included
+
+    # Contrast and momentum distillation
+    embed_dim: int = 256
+    queue_size: int = 65536
+    momentum: float = 0.995
+    temp: float = 0.07
+    alpha: float = 0.4  # weight of the momentum model's soft targets
+    alpha_epochs: float = 2.0  # epochs over which alpha rises from 0; LAVIS: 2, original ALBEF: 1
+
+    # The three innovations
+    soft_mask: SoftMaskOptions = field(default_factory=SoftMaskOptions)
+    itc: ItcOptions = field(default_factory=ItcOptions)
+    text: TextOptions = field(default_factory=TextOptions)
+
+    def __post_init__(self) -> None:
+        mask = self.soft_mask
+        _one_of("soft_mask.words", mask.words, ("uniform", "content", "energy"))
+        _one_of("soft_mask.kind", mask.kind, ("soft", "hard", "random", "uniform"))
+        _within("soft_mask.strength", mask.strength, 0, 1)
+        _within("text.mask_prob", self.text.mask_prob, 0, 1)
+        _within("momentum", self.momentum, 0, 1)
+        _within("alpha", self.alpha, 0, 1)
+        _within("itc.gamma", self.itc.gamma, 0, float("inf"))
+        if self.image_size % self.vit.patch_size:
+            raise UserError(
+                f"model.image_size is {self.image_size}, not a multiple of model.vit.patch_size "
+                f"{self.vit.patch_size}: choose one that is"
+            )
+        if self.soft_mask.layer is None:
+            mask.layer = min(self.bert.fusion_layer + 2, self.bert.layers - 1)
+        if not self.bert.fusion_layer <= mask.layer < self.bert.layers:  # type: ignore[operator]
+            raise UserError(
+                f"model.soft_mask.layer is {mask.layer}, which has no cross-attention: "
+                f"choose from {self.bert.fusion_layer} to {self.bert.layers - 1}"
+            )
+
+
+def read_options(schema: type, section: DictConfig | dict[str, Any]) -> Any:
+    """Check a ``model:`` section against its schema and return it as an instance of the schema.
+
+    Raises:
+        UserError: an unknown key (with the nearest known ones), a wrong type or a bad value.
+    """
+    section = OmegaConf.create(section)
+    _check_keys(OmegaConf.structured(schema), section, "model")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), section)
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model.{error.full_key}: {reason}") from error
+
+
+def _check_keys(known: DictConfig, given: DictConfig, place: str) -> None:
+    for key in given:
+        if key not in known:
+            raise UserError(f"unknown key {place}.{key}: {suggest(str(key), map(str, known))}")
+        if isinstance(known[key], DictConfig) and isinstance(given[key], DictConfig):
+            _check_keys(known[key], given[key], f"{place}.{key}")
+
+
+def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"model.{key} is '{value}': {suggest(value, choices)}")
+
+
+def _within(key: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise UserError(f"model.{key} is {value}: it must lie in [{low}, {high}]")

@@ -1,0 +1,133 @@
+"""Captions to tokens: where vocabularies come from, and what training needs to know of a token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from tokenizers import BertWordPieceTokenizer
+from torch import Tensor
+from transformers import BertTokenizerFast
+
+from softmask_plugin.datasets.caption_files import SUFFIXES, read_captions
+from softmask_plugin.errors import UserError
+from softmask_plugin.paths import PACKAGE
+
+SCENES_VOCABULARY = PACKAGE / "assets" / "scenes_vocab.txt"
+
+# Words that name nothing in an image; `soft_mask.words: content` never picks them.
+FUNCTION_WORDS = frozenset(
+    """a about above across after against along am among an and another any are around as at away
+    be because been before behind being below beneath beside besides between beyond both but by can
+    could did do does doing down during each either every few for from further had has have having
+    he her here hers him his how i if in inside into is it its itself just many may me might mine
+    more most much must my near neither next no nor not of off on onto or other our ours out outside
+    over own past same she should so some such than that the their theirs them then there these they
+    this those through to together too toward towards under until up upon us very was we were what
+    when where which while who whom whose why will with within without would you your yours""".split()
+)
+
+
+def build_tokenizer(source: str, vocab_size: int = 8192) -> BertTokenizerFast:
+    """Build a lower-casing WordPiece tokenizer.
+
+    Args:
+        source: ``scenes`` (the vocabulary of the rendered scenes, shipped); a ``vocab.txt``; a
+            caption file, from whose captions a vocabulary is made, the same at every call; or the
+            name of a BERT on the Hugging Face hub, or its local folder.
+        vocab_size: largest size of a vocabulary made from captions.
+
+    Raises:
+        UserError: no such file, and no such name in the hub's cache or on the hub.
+    """
+    path = SCENES_VOCABULARY if source == "scenes" else Path(source)
+    if path.suffix == ".txt" and path.is_file():
+        return BertTokenizerFast(vocab_file=str(path), do_lower_case=True)
+    if path.suffix in SUFFIXES and path.is_file():
+        return _vocabulary_of(path, vocab_size)
+    try:
+        return BertTokenizerFast.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no tokenizer '{source}' (model.tokenizer): it is no vocab.txt, caption file or local "
+            "folder, and the Hugging Face hub or its cache does not have it"
+        ) from error
+
+
+def _vocabulary_of(captions_file: Path, vocab_size: int) -> BertTokenizerFast:
+    captions = (c for item in read_captions(captions_file) for c in item.captions)
+    tokenizer = BertWordPieceTokenizer(lowercase=True)
+    tokenizer.train_from_iterator(
+        captions, vocab_size=vocab_size, min_frequency=2, show_progress=False
+    )
+    with TemporaryDirectory() as folder:
+        (vocabulary,) = tokenizer.save_model(folder)
+        return BertTokenizerFast(vocab_file=vocabulary, do_lower_case=True)
+
+
+@dataclass(frozen=True)
+class Captions:
+    """A batch of captions, padded to the longest.
+
+    Attributes:
+        ids: token ids, (B, T), int64.
+        mask: True where a token is no padding, (B, T).
+        words: index of the word that a token belongs to, (B, T), counted over the caption; -1 for
+            padding and special tokens.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    words: Tensor
+
+
+class CaptionReader:
+    """Tokenizes captions and tells words from pieces of words, by table look-up."""
+
+    def __init__(self, tokenizer: BertTokenizerFast, max_length: int) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+        tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        self.is_special = torch.zeros(len(tokens), dtype=torch.bool)
+        self.is_special[torch.tensor(tokenizer.all_special_ids)] = True
+        self.is_special[tokenizer.unk_token_id] = False  # an unknown word is a word
+        self.is_piece = torch.tensor([token.startswith("##") for token in tokens])
+        self.is_function_word = torch.tensor([token in FUNCTION_WORDS for token in tokens])
+
+    def read(self, captions: list[str]) -> Captions:
+        """Tokenize on the CPU, truncating to ``max_length`` tokens, [CLS] and [SEP] included."""
+        batch = self.tokenizer(
+            captions,
+            padding="longest",
+            truncation=True,
+            max_length=self.max_length,
+            return_token_type_ids=False,
+            return_tensors="pt",
+        )
+        ids = batch["input_ids"]
+        return Captions(ids, batch["attention_mask"].bool(), self.word_ids(ids))
+
+    def word_ids(self, ids: Tensor) -> Tensor:
+        """Index of the word that each token of (B, T) belongs to; -1 for special tokens."""
+        special = self.is_special[ids]
+        starts = ~special & ~self.is_piece[ids]
+        return (starts.cumsum(dim=1) - 1).masked_fill(special, -1)
+
+    def maskable(self, captions: Captions) -> Tensor:
+        """Where MLM may mask: everything but padding and [CLS], as in ALBEF."""
+        return captions.mask & (captions.ids != self.tokenizer.cls_token_id)
+
+    def pickable(self, captions: Captions, ids: Tensor, content_only: bool) -> Tensor:
+        """Word index per token, -1 where the soft mask may not pick, (B, T).
+
+        Args:
+            captions: what was read.
+            ids: the ids that the model saw, with [MASK] where MLM put it: such a token names
+                nothing, so it is never picked.
+            content_only: leave function words out.
+        """
+        barred = self.is_special[ids]
+        if content_only:
+            barred = barred | self.is_function_word[ids]
+        return captions.words.masked_fill(barred, -1)

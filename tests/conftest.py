@@ -1,0 +1,131 @@
+"""Fixtures shared by the tests: small models with LAVIS's ALBEF beside them."""
+
+from __future__ import annotations
+
+import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work, and registers)
+
+# isort: split
+import pytest
+import torch
+from lavis.models.albef_models import AlbefBase
+from lavis.models.albef_models.albef_pretrain import AlbefPretrain
+from lavis.models.med import BertForMaskedLM
+from lavis.models.vit import VisionTransformerEncoder
+from transformers import BertConfig
+
+from softmask_plugin.models.pretrain import SoftMaskPretrain
+from softmask_plugin.options import PretrainOptions, read_options
+
+SMALL = {
+    "tokenizer": "scenes",
+    "image_size": 32,
+    "vit": {"patch_size": 8, "width": 48, "depth": 2, "heads": 3},
+    "bert": {
+        "vocab_size": None,
+        "width": 32,
+        "layers": 5,
+        "heads": 4,
+        "intermediate": 64,
+        "fusion_layer": 2,
+        "max_positions": 40,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+    },
+    "embed_dim": 16,
+    "queue_size": 24,
+}
+CAPTIONS = [
+    "a small red circle above a large blue star",
+    "a green square",
+    "a picture of a yellow triangle to the left of a small purple ring and a cross",
+    "there is a large blue star below a red circle",
+    "a black heart",
+    "a small green square to the right of a yellow triangle",
+]
+
+
+@pytest.fixture
+def albef() -> dict:
+    """Options that switch every innovation off."""
+    return {"soft_mask": {"enabled": False}, "itc": {"gamma": 0.0}, "text": {"shared": False}}
+
+
+@pytest.fixture
+def make_model():
+    """Build a small softmask_pretrain: ``make_model(soft_mask={...}, itc={...}, ...)``."""
+
+    def make(seed: int = 0, **changes) -> SoftMaskPretrain:
+        torch.manual_seed(seed)
+        model = SoftMaskPretrain(read_options(PretrainOptions, {**SMALL, **changes}))
+        with torch.no_grad():  # fresh biases are zero and norms are one: hide no mistake behind that
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        model.momentum.copy()
+        return model
+
+    return make
+
+
+@pytest.fixture
+def make_batch():
+    """A batch as LAVIS's tasks give it: ``make_batch(size, image_size)``."""
+
+    def make(size: int = 4, image_size: int = 32, **progress) -> dict:
+        generator = torch.Generator().manual_seed(size)
+        return {
+            "image": torch.randn(size, 3, image_size, image_size, generator=generator),
+            "text_input": CAPTIONS[:size],
+            **{"epoch": 1, "iters": 3, "num_iters_per_epoch": 5, **progress},
+        }
+
+    return make
+
+
+@pytest.fixture
+def albef_twin(monkeypatch):
+    """LAVIS's AlbefPretrain of the same shape with the same weights: ``albef_twin(model)``."""
+
+    def make(model: SoftMaskPretrain) -> AlbefPretrain:
+        option, shape = model.options, model.text_encoder.shape
+        monkeypatch.setattr(AlbefBase, "init_tokenizer", classmethod(lambda cls: model.tokenizer))
+        vision = VisionTransformerEncoder(
+            img_size=option.image_size,
+            patch_size=option.vit.patch_size,
+            embed_dim=option.vit.width,
+            depth=option.vit.depth,
+            num_heads=option.vit.heads,
+        )
+        vision.vision_width = option.vit.width
+        text = BertForMaskedLM(
+            BertConfig(
+                vocab_size=shape.vocab_size,
+                hidden_size=shape.width,
+                num_hidden_layers=shape.layers,
+                num_attention_heads=shape.heads,
+                intermediate_size=shape.intermediate,
+                max_position_embeddings=shape.max_positions,
+                hidden_dropout_prob=shape.dropout,
+                attention_probs_dropout_prob=shape.attention_dropout,
+                layer_norm_eps=shape.norm_eps,
+                encoder_width=shape.image_width,
+                fusion_layer=shape.fusion_layer,
+                add_cross_attention=True,
+                add_type_embeddings=False,
+            )
+        )
+        twin = AlbefPretrain(
+            vision,
+            text,
+            queue_size=option.queue_size,
+            embed_dim=option.embed_dim,
+            mlm_mask_prob=option.text.mask_prob,
+            temp=option.temp,
+            momentum=option.momentum,
+            alpha=option.alpha,
+            max_txt_len=option.max_txt_len,
+        )
+        twin.load_state_dict(model.state_dict())
+        return twin
+
+    return make
