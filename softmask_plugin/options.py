@@ -42,7 +42,8 @@ class SoftMaskOptions:
     """Innovation 1: text-driven soft mask for ITM."""
 
     enabled: bool = True
-    layer: int | None = None  # BERT layer that gives the map; null: the 3rd with cross-attention
+    layer: int | None = None  # BERT layer that gives the map; null: the 3rd with cross-attention,
+    # or the last but one. Not the last: ITM reads its [CLS] alone, so words have no gradient there.
     words: str = "uniform"  # which word is picked: uniform | content | energy
     kind: str = "soft"  # soft, or for ablations hard | random | uniform
     strength: float = 1.0  # share of a patch that the map's maximum hides, 0 to 1
@@ -120,11 +121,12 @@ class PretrainOptions:
                 f"{self.vit.patch_size}: choose one that is"
             )
         if self.soft_mask.layer is None:
-            mask.layer = min(self.bert.fusion_layer + 2, self.bert.layers - 1)
-        if not self.bert.fusion_layer <= mask.layer < self.bert.layers:  # type: ignore[operator]
+            mask.layer = min(self.bert.fusion_layer + 2, self.bert.layers - 2)
+        if not self.bert.fusion_layer <= mask.layer <= self.bert.layers - 2:  # type: ignore[operator]
             raise UserError(
-                f"model.soft_mask.layer is {mask.layer}, which has no cross-attention: "
-                f"choose from {self.bert.fusion_layer} to {self.bert.layers - 1}"
+                f"model.soft_mask.layer is {mask.layer}: choose from {self.bert.fusion_layer} to "
+                f"{self.bert.layers - 2}, the layers with cross-attention before the last, in which "
+                "only [CLS] counts"
             )
 
 

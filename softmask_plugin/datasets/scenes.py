@@ -1,0 +1,257 @@
+"""Scenes: a few coloured shapes on a plain ground, and captions that are true of them.
+
+Everything about a scene follows from a seed, so exact ground truth exists for whatever is asked of
+it: which captions are true, and where in the image the thing that a word names lies.
+"""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from softmask_plugin.errors import UserError, suggest
+
+Box = tuple[float, float, float, float]
+Composition = tuple[str, str]
+
+COLOURS = {
+    "red": (214, 40, 40),
+    "orange": (243, 140, 22),
+    "yellow": (238, 212, 40),
+    "green": (44, 150, 62),
+    "cyan": (60, 200, 216),
+    "blue": (44, 74, 204),
+    "pink": (240, 128, 186),
+    "black": (34, 34, 38),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "diamond", "crescent")
+SIZES = {"small": 0.26, "large": 0.42}  # diameter in shares of the image's side
+LEFT, RIGHT, ABOVE, BELOW = "to the left of", "to the right of", "above", "below"
+COMPOSITIONS: tuple[Composition, ...] = tuple((c, s) for c in COLOURS for s in SHAPES)
+
+SPLITS = ("train", "val", "test")
+MAX_OBJECTS = 4  # more do not fit with every relation unambiguous
+_MARGIN = 0.02  # least distance of a thing from the image's edge
+_GAP = 0.03  # least distance between two things along the axis of their relation
+_DOMINANCE = 1.5  # centres are this much farther apart along that axis than across it
+
+
+@dataclass(frozen=True, slots=True)
+class Thing:
+    """One object. ``x``, ``y`` (its centre) and ``diameter`` are shares of the image's side."""
+
+    colour: str
+    shape: str
+    size: str
+    x: float
+    y: float
+    diameter: float
+
+    @property
+    def composition(self) -> Composition:
+        """Its (colour, shape)."""
+        return self.colour, self.shape
+
+    @property
+    def box(self) -> Box:
+        """Tight box (x0, y0, x1, y1) in [0, 1]: every shape is drawn to fill its square."""
+        r = self.diameter / 2
+        return self.x - r, self.y - r, self.x + r, self.y + r
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """Things, all of different (colour, shape), with a clear relation between any two.
+
+    ``novel``: one of them has a held-out composition. ``texture``: seeds grain and shades.
+    """
+
+    things: tuple[Thing, ...]
+    novel: bool
+    texture: int
+
+    @property
+    def compositions(self) -> frozenset[Composition]:
+        """What the scene shows, without places and sizes; unique within an evaluation split."""
+        return frozenset(thing.composition for thing in self.things)
+
+
+@dataclass(frozen=True, slots=True)
+class Caption:
+    """A sentence, and for each word that names a thing (index in ``text.split()``, box, role).
+
+    The role is ``"size"``, ``"colour"`` or ``"shape"``.
+    """
+
+    text: str
+    boxes: tuple[tuple[int, Box, str], ...]
+
+
+def heldout_compositions(fraction: float) -> frozenset[Composition]:
+    """The (colour, shape) pairs that training never sees; the same for every seed.
+
+    They are taken along the diagonals of the colour × shape table, so that every colour and every
+    shape loses about the same share of its partners.
+
+    Args:
+        fraction: share of all pairs, in [0, 0.5].
+    """
+
+    def diagonal(pair: Composition) -> int:
+        return (SHAPES.index(pair[1]) - list(COLOURS).index(pair[0])) % len(SHAPES)
+
+    ordered = sorted(COMPOSITIONS, key=diagonal)
+    return frozenset(ordered[: round(fraction * len(ordered))])
+
+
+def relation(a: Thing, b: Thing) -> str:
+    """The relation for which "a <relation> b" is true, along the axis that separates them more."""
+    dx, dy = a.x - b.x, a.y - b.y
+    if abs(dx) > abs(dy):
+        return LEFT if dx < 0 else RIGHT
+    return ABOVE if dy < 0 else BELOW
+
+
+def captions(scene: Scene) -> list[Caption]:
+    """Captions of a scene, each true and naming every thing by colour and shape.
+
+    In order: the first thing's relation to the others, with sizes; the same seen from the last
+    thing; a plainer form of the first; two lists without a relation. Five, less where a scene of
+    one thing makes some the same.
+    """
+    there, back = scene.things, scene.things[::-1]
+    drafts = [
+        _write(*_related(there, sized=True)),
+        _write(*_related(back, sized=True)),
+        _write("a picture of", *_related(there, sized=False)),
+        _write("there is", *_listed(there, sized=True)),
+        _write(*_listed(back, sized=False)),
+    ]
+    return list({draft.text: draft for draft in drafts}.values())
+
+
+def make_scenes(
+    split: str, num: int, seed: int = 0, objects: int = 2, heldout: float = 0.125
+) -> list[Scene]:
+    """Draw the first ``num`` scenes of a split.
+
+    Scene i depends on (seed, split, i) alone, and in val and test on the scenes before it as well:
+    there no two scenes show the same set of compositions, so that a caption fits one scene only.
+
+    Args:
+        split: ``train`` (never shows a held-out composition), ``val`` or ``test``.
+        num: how many scenes.
+        seed: any whole number >= 0.
+        objects: things per scene, 1 to MAX_OBJECTS.
+        heldout: share of the (colour, shape) pairs kept from training, in [0, 0.5].
+
+    Raises:
+        UserError: the split is unknown, or there are fewer than ``num`` different scenes.
+    """
+    if split not in SPLITS:
+        raise UserError(f"scenes have no split '{split}': {suggest(split, SPLITS)}")
+    most = math.comb(len(COMPOSITIONS), objects)
+    if split != "train" and num > most:
+        raise UserError(
+            f"{num} {split} scenes of {objects} object(s) cannot all differ: ask for at most {most}"
+        )
+    kept_back = heldout_compositions(heldout)
+    allowed = [c for c in COMPOSITIONS if split != "train" or c not in kept_back]
+    scenes: list[Scene] = []
+    seen: set[frozenset[Composition]] = set()
+    for index in range(num):
+        rng = np.random.default_rng((seed, SPLITS.index(split), index))
+        shown = _choose(rng, allowed, objects)
+        while split != "train" and frozenset(shown) in seen:
+            shown = _choose(rng, allowed, objects)
+        seen.add(frozenset(shown))
+        novel = not kept_back.isdisjoint(shown)
+        scenes.append(Scene(_place(rng, shown), novel, int(rng.integers(2**63))))
+    return scenes
+
+
+def vocabulary() -> list[str]:
+    """WordPiece vocabulary, one token per word of the grammar.
+
+    Letters and digits, at a word's start and within it, let any other ASCII text tokenize as well.
+    """
+    phrases = (*COLOURS, *SHAPES, *SIZES, LEFT, RIGHT, ABOVE, BELOW, "there is a an and picture of")
+    characters = string.ascii_lowercase + string.digits
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokens += sorted(set(" ".join(phrases).split()))
+    tokens += [c for c in characters if c not in tokens]
+    return tokens + [f"##{c}" for c in characters]
+
+
+def _choose(
+    rng: np.random.Generator, allowed: Sequence[Composition], count: int
+) -> list[Composition]:
+    return [allowed[i] for i in rng.choice(len(allowed), count, replace=False)]
+
+
+def _place(rng: np.random.Generator, shown: Sequence[Composition]) -> tuple[Thing, ...]:
+    """Sizes and places for what is shown: the first of random layouts with clear relations."""
+    count = len(shown)
+    sizes = [list(SIZES)[i] for i in rng.integers(len(SIZES), size=count)]
+    crowding = min(1, 2 / count)
+    diameter = np.array([SIZES[s] for s in sizes]) * crowding * rng.uniform(0.93, 1.07, count)
+    low = diameter[:, None] / 2 + _MARGIN
+    while True:
+        layouts = low + (1 - 2 * low) * rng.random((64, count, 2))
+        clear = np.ones(len(layouts), dtype=bool)
+        for i, j in combinations(range(count), 2):
+            apart = np.abs(layouts[:, i] - layouts[:, j])
+            along, across = apart.max(axis=1), apart.min(axis=1)
+            clear &= along >= _DOMINANCE * across
+            clear &= along >= (diameter[i] + diameter[j]) / 2 + _GAP
+        if clear.any():
+            break
+    centres = layouts[clear.argmax()].tolist()
+    return tuple(
+        Thing(colour, shape, size, x, y, d)
+        for (colour, shape), size, (x, y), d in zip(
+            shown, sizes, centres, diameter.tolist(), strict=True
+        )
+    )
+
+
+_Part = str | tuple[Thing, bool]  # words as they are, or a thing and whether to say its size
+
+
+def _related(things: Sequence[Thing], sized: bool) -> list[_Part]:
+    subject, *others = things
+    parts: list[_Part] = [(subject, sized)]
+    for i, other in enumerate(others):
+        parts += ["and"] if i else []
+        parts += [relation(subject, other), (other, sized)]
+    return parts
+
+
+def _listed(things: Sequence[Thing], sized: bool) -> list[_Part]:
+    parts: list[_Part] = []
+    for thing in things:
+        parts += ["and"] if parts else []
+        parts.append((thing, sized))
+    return parts
+
+
+def _write(*parts: _Part) -> Caption:
+    words: list[str] = []
+    boxes: list[tuple[int, Box, str]] = []
+    for part in parts:
+        if isinstance(part, str):
+            words += part.split()
+            continue
+        thing, sized = part
+        named = [("size", thing.size)] if sized else []
+        named += [("colour", thing.colour), ("shape", thing.shape)]
+        words.append("an" if named[0][1][0] in "aeiou" else "a")
+        for role, word in named:
+            boxes.append((len(words), thing.box, role))
+            words.append(word)
+    return Caption(" ".join(words), tuple(boxes))

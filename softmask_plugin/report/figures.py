@@ -1,0 +1,200 @@
+"""Figures a paper could print: training curves, and what each word of a caption looks at.
+
+Plain matplotlib ``Figure`` objects, drawn without pyplot's global state.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from softmask_plugin.report.pointing import Box
+
+if TYPE_CHECKING:
+    from softmask_plugin.explain import Explanation
+
+INK = "#1f2328"  # the page swaps it for its own text colour, so figures follow a dark theme
+MUTED = "#848b94"  # legible on white and on black
+ACCENT = "#3d7fd0"
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "text.color": INK,
+    "text.parse_math": False,  # a caption may hold any number of dollar signs
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+}
+
+CURVES = {
+    "loss": "Total loss",
+    "loss_itc": "Contrast (ITC)",
+    "loss_itm": "Matching (ITM)",
+    "loss_mlm": "Masked words (MLM)",
+    "loss_soft": "Soft-masked matching",
+    "temp": "Temperature",
+    "lr": "Learning rate",
+    "pairs_per_s": "Pairs per second",
+}
+
+# Measures of a word panel, in inches: a picture's width, and what lies between and around pictures.
+CELL, GAP, LABEL, TITLE, GAUGE = 1.4, 0.09, 0.26, 0.22, 0.4
+PIXELS = 192  # pictures are enlarged to this width, so that a 64-pixel scene prints well
+COLOUR_MAP = "inferno"
+HIDDEN = np.array([0.13, 0.14, 0.17])  # what a wholly hidden patch turns to
+
+
+def loss_curves(records: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw every loss term, the temperature, the learning rate and the speed against the step.
+
+    Args:
+        records: the lines of ``metrics.jsonl``; those of other splits than ``train`` are ignored.
+
+    Returns:
+        One small plot for each quantity that was logged, the last value written at its end.
+    """
+    train = [record for record in records if record.get("split") == "train"]
+    logged = {key for record in train for key, value in record.items() if value is not None}
+    extra = sorted(key for key in logged - CURVES.keys() if key.startswith("loss"))
+    keys = [key for key in CURVES if key in logged] + extra
+    columns = 4
+    rows = max(1, -(-len(keys) // columns))
+    with mpl.rc_context(STYLE):
+        layout = ConstrainedLayoutEngine(wspace=0.06, hspace=0.1)
+        figure = Figure(figsize=(11, 2.15 * rows), layout=layout)
+        figure.set_label("Training curves")
+        for position, key in enumerate(keys, start=1):
+            points = [(r["step"], r[key]) for r in train if r.get(key) is not None]
+            _curve(figure.add_subplot(rows, columns, position), CURVES.get(key, key), points)
+    return figure
+
+
+def _curve(axes: Axes, title: str, points: list[tuple[float, float]]) -> None:
+    steps, values = zip(*points, strict=True)
+    axes.plot(steps, values, color=ACCENT, linewidth=1.4, solid_capstyle="round")
+    axes.plot(steps[-1:], values[-1:], "o", color=ACCENT, markersize=3.5, clip_on=False)
+    axes.set_title(title)
+    axes.set_title(f"{values[-1]:.3g}", loc="right", color=ACCENT)
+    if min(values) >= 0:
+        axes.set_ylim(bottom=0)
+    axes.margins(x=0)
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.grid(axis="y", color=MUTED, alpha=0.25, linewidth=0.6)
+    axes.tick_params(length=0)
+
+
+def word_panel(
+    image: np.ndarray,
+    explanation: Explanation,
+    words: Sequence[int],
+    boxes: Collection[tuple[int, Box, str]] = (),
+) -> Figure:
+    """Draw an image, and for some words their heat map, their soft mask and what it does.
+
+    Args:
+        image: (H, W, 3) uint8.
+        explanation: what the model makes of the image and its caption.
+        words: which of ``explanation.words`` to show, one column each.
+        boxes: the ground truth, ``(word index, (x0, y0, x1, y1) in [0, 1], role)``; a shown word's
+            box is outlined.
+
+    Returns:
+        The image and its caption on the left; in each column the heat map (brightest at its own
+        peak), the image with each patch darkened as far as the mask hides it, and the match score
+        with the mask as a bar beside the score without it as a tick.
+    """
+    picture = _enlarge(image)
+    side = CELL * picture.shape[0] / picture.shape[1]  # height of a picture
+    box_of = {index: box for index, box, _ in boxes}
+    width = CELL + LABEL + len(words) * (CELL + GAP) - GAP
+    height = TITLE + 2 * side + GAP + GAUGE
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width, height))
+        figure.set_label(explanation.caption)
+
+        def place(x: float, y: float, h: float = side) -> Axes:
+            """Add axes one picture wide, their top left corner x, y inches from the figure's."""
+            return figure.add_axes((x / width, 1 - (y + h) / height, CELL / width, h / height))
+
+        top, below = TITLE, TITLE + side + GAP
+        _picture(place(0, top), picture)
+        _caption(place(0, below), explanation)
+        for y, label in ((top, "heat map"), (below, "soft mask")):
+            at = ((CELL + 0.6 * LABEL) / width, 1 - (y + side / 2) / height)
+            figure.text(*at, label, color=MUTED, rotation=90, ha="center", va="center")
+        for column, word in enumerate(words):
+            x, box = CELL + LABEL + column * (CELL + GAP), box_of.get(word)
+            heat = place(x, top)
+            heat.set_title(explanation.words[word], loc="center", pad=4)
+            _picture(heat, heat_overlay(picture, explanation.cams[word].numpy()), box)
+            _picture(place(x, below), soft_masked(picture, explanation.masks[word].numpy()), box)
+            masked_score = float(explanation.masked_scores[word])
+            _gauge(place(x, below + side, GAUGE), explanation.score, masked_score)
+    return figure
+
+
+def heat_overlay(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """Lay a heat map (h, w), scaled to its maximum, over the greyed picture (H, W, 3) in [0, 1]."""
+    height, width, _ = picture.shape
+    scaled = Image.fromarray((heat / (heat.max() or 1)).astype(np.float32))
+    smooth = np.asarray(scaled.resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
+    grey = picture @ np.array([0.299, 0.587, 0.114])
+    return 0.3 * grey[..., None] + 0.7 * mpl.colormaps[COLOUR_MAP](smooth)[..., :3]
+
+
+def soft_masked(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Darken each patch of the picture (H, W, 3) by the mask's (h, w) share; all in [0, 1]."""
+    height, width, _ = picture.shape
+    patches = Image.fromarray(mask.astype(np.float32))
+    hidden = np.asarray(patches.resize((width, height), Image.Resampling.NEAREST))[..., None]
+    return (1 - hidden) * picture + hidden * HIDDEN
+
+
+def _enlarge(image: np.ndarray) -> np.ndarray:
+    size = (PIXELS, round(PIXELS * image.shape[0] / image.shape[1]))
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)) / 255
+
+
+def _picture(axes: Axes, picture: np.ndarray, box: Box | None = None) -> None:
+    axes.imshow(picture, extent=(0, 1, 1, 0), aspect="auto", interpolation="none")
+    axes.set_axis_off()
+    if box is not None:
+        x0, y0, x1, y1 = box
+        for colour, linewidth in (("black", 2.0), ("white", 1.0)):  # seen on light and on dark
+            frame = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=colour, lw=linewidth)
+            axes.add_patch(frame)
+
+
+def _caption(axes: Axes, explanation: Explanation) -> None:
+    axes.set_axis_off()
+    lines = textwrap.wrap(explanation.caption, 21, max_lines=5, placeholder=" …")
+    axes.text(0, 0.95, "\n".join(lines), va="top", linespacing=1.35)
+    axes.text(0, 0.05, f"match {explanation.score:.2f}", color=ACCENT, weight="bold")
+
+
+def _gauge(axes: Axes, score: float, masked_score: float) -> None:
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.set_axis_off()
+    axes.barh(0.75, 1, height=0.1, color=MUTED, alpha=0.3)
+    axes.barh(0.75, masked_score, height=0.1, color=ACCENT)
+    axes.plot([score, score], [0.65, 0.85], color=INK, linewidth=1.2)
+    axes.text(0.5, 0.5, f"{score:.2f} → {masked_score:.2f}", ha="center", va="top", fontsize=8.5)

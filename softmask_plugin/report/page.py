@@ -1,0 +1,111 @@
+"""The report: one HTML file that needs nothing else, to look at, mail or archive."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib as mpl
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+
+from softmask_plugin.report.figures import INK, loss_curves
+
+TEMPLATE = "report.html.j2"
+
+
+def write_report(
+    path: str | Path,
+    *,
+    title: str,
+    summary: str = "",
+    metrics: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+    panels: Sequence[Figure] = (),
+    config: Mapping[str, Any],
+    environment: Mapping[str, object],
+) -> Path:
+    """Write the report of a run. Folders are made, an earlier report is replaced.
+
+    Args:
+        path: the HTML file.
+        title: its heading.
+        summary: one paragraph of plain text under the heading.
+        metrics: the results, each part optional.
+            ``"retrieval"``: one dict of recalls (``txt_r1`` .. ``img_r10``, percent, as LAVIS's
+            task returns) for each way of ranking, ``"itc"`` and ``"itm"`` for instance, in the
+            table's order, together with ``"chance"`` from :func:`retrieval_chance`; headlines
+            are taken from the last that is not chance.
+            ``"images"``, ``"texts"``: how many were ranked.
+            ``"pointing"``: what :func:`pointing_game` returns; ``"pointing_other"``: the same for
+            the :func:`swapped` boxes.
+        records: the lines of ``metrics.jsonl``.
+        panels: word panels; their labels become the pictures' alternative texts.
+        config: the merged configuration, shown as YAML in a folded section.
+        environment: versions and devices by name, shown likewise.
+
+    Returns:
+        The path written.
+    """
+    retrieval = dict(metrics.get("retrieval", {"chance": {}}))
+    train = [record for record in records if record.get("split") == "train"]
+    jinja = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # always: captions, paths and options are not ours
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    jinja.filters["percent"] = _percent
+    page = jinja.get_template(TEMPLATE).render(
+        title=title,
+        summary=summary,
+        metrics=metrics,
+        chance=retrieval.pop("chance"),
+        retrieval=retrieval,
+        pointing=metrics.get("pointing", {}),
+        other=metrics.get("pointing_other", {}),
+        training=_training(train) if train else None,
+        curves=_svg(loss_curves(records)) if train else "",
+        panels=[_svg(panel) for panel in panels],
+        config=OmegaConf.to_yaml(OmegaConf.create(dict(config))),
+        environment=environment,
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _training(train: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        "steps": train[-1]["step"],
+        "time": timedelta(seconds=round(train[-1]["time"])),
+        "speed": fmean(record["pairs_per_s"] for record in train),
+    }
+
+
+def _svg(figure: Figure) -> Markup:
+    """Return the figure as an inline ``<svg>`` in the page's own font and text colour."""
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none"}):  # matplotlib escapes the text it writes
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    label = Markup.escape(figure.get_label())
+    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))
+
+
+def _percent(value: float) -> str:
+    """Write a percentage with one digit behind the point, more where that would read 0.0.
+
+    >>> _percent(81.25), _percent(0.02)
+    ('81.2', '0.02')
+    """
+    return f"{value:.1f}" if value >= 0.1 or value == 0 else f"{value:.1g}"

@@ -1,0 +1,95 @@
+"""The pointing game: does a word's heat map peak on the thing that the word names?
+
+After Zhang et al., "Top-down Neural Attention by Excitation Backprop" (ECCV 2016), on a patch grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+Box = tuple[float, float, float, float]
+
+
+def swapped(boxes: Collection[tuple[int, Box, str]]) -> list[tuple[int, Box, str]]:
+    """Give each word the boxes of the *other* things in its image: the pointing game's control.
+
+    On a plain ground even an untrained model's maps prefer things to ground, far beyond
+    ``chance``. What a map owes to its own word is what it scores above this control.
+
+    Args:
+        boxes: of one image, ``(word index, box, role)``.
+
+    Returns:
+        The same for every other box among them; nothing where the words name a single thing.
+    """
+    things = dict.fromkeys(box for _, box, _ in boxes)
+    return [(word, other, role) for word, box, role in boxes for other in things if other != box]
+
+
+def pointing_game(samples: Iterable[tuple[ArrayLike, Box, str]]) -> dict[str, dict[str, float]]:
+    """Score heat maps against the boxes of the things their words name.
+
+    Args:
+        samples: one ``(map, box, role)`` per word. The map is (h, w), finite and >= 0; the box is
+            ``(x0, y0, x1, y1)`` in [0, 1], measured from the image's top left corner; the role
+            groups the results (``"shape"``, ``"colour"``, ``"size"``).
+
+    Returns:
+        One dict for each role and one for ``"all"``, each with means over its words:
+        ``hit``: share of maps whose peak patch has its centre in the box; of n tied peaks each
+        counts 1/n, so a constant map scores exactly ``chance``;
+        ``chance``: share of all patch centres that lie in the box;
+        ``energy_inside``: share of the map's mass in the box, patches on the edge counting for the
+        part inside (an all-zero map counts as constant);
+        ``area``: share of the image that the box covers, what a constant map's energy would be;
+        ``count``: number of words. Without samples the result is empty.
+
+    Raises:
+        ValueError: a map is not 2-D, not finite or has negative values; a box is empty or not
+            in [0, 1].
+    """
+    rows: dict[str, list[tuple[float, ...]]] = {}
+    for heat, box, role in samples:
+        row = _score(np.asarray(heat, dtype=np.float64), box)
+        for group in ("all", role):
+            rows.setdefault(group, []).append(row)
+    names = ("hit", "chance", "energy_inside", "area")
+    return {
+        group: {
+            **dict(zip(names, np.mean(values, axis=0).tolist(), strict=True)),
+            "count": len(values),
+        }
+        for group, values in rows.items()
+    }
+
+
+def _score(heat: np.ndarray, box: Box) -> tuple[float, float, float, float]:
+    if heat.ndim != 2 or heat.size == 0 or not np.isfinite(heat).all() or heat.min() < 0:
+        raise ValueError(f"a heat map must be (h, w), finite and >= 0; got shape {heat.shape}")
+    x0, y0, x1, y1 = box
+    if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+        raise ValueError(f"a box must be (x0, y0, x1, y1) with 0 <= x0 < x1 <= 1; got {box}")
+    height, width = heat.shape
+    inside = np.outer(_centres_within(y0, y1, height), _centres_within(x0, x1, width))
+    overlap = np.outer(_overlap(y0, y1, height), _overlap(x0, x1, width))
+    heat = heat / heat.max() if heat.max() > 0 else np.ones_like(heat)
+    return (
+        float(inside[heat == heat.max()].mean()),
+        float(inside.mean()),
+        float((heat * overlap).sum() / heat.sum()),
+        (x1 - x0) * (y1 - y0),
+    )
+
+
+def _centres_within(low: float, high: float, n: int) -> np.ndarray:
+    centres = (np.arange(n) + 0.5) / n
+    return (low <= centres) & (centres <= high)
+
+
+def _overlap(low: float, high: float, n: int) -> np.ndarray:
+    """Share of each of n equal cells of [0, 1] that lies in [low, high]."""
+    edges = np.clip(np.arange(n + 1) / n, low, high)
+    return np.diff(edges) * n

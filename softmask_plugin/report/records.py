@@ -1,0 +1,63 @@
+"""The numbers behind a report: what a run logged, and what guessing would have scored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from math import comb
+from pathlib import Path
+from typing import Any
+
+from softmask_plugin.errors import UserError
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """Read ``metrics.jsonl`` of a run folder, one dict per line, in order.
+
+    A run that is still going, or was killed, may have left half a last line: it is left out.
+
+    Raises:
+        UserError: there is no such file, or a line before the last is not a JSON object.
+    """
+    path = Path(run_dir) / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"no {path.name} in '{run_dir}': give the folder of a run")
+    lines = path.read_bytes().splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("not an object")
+        except ValueError as error:  # a torn line: no JSON, or cut within a UTF-8 character
+            if number == len(lines):
+                break
+            raise UserError(f"{path}, line {number} is not a JSON object: delete it") from error
+        records.append(record)
+    return records
+
+
+def retrieval_chance(
+    img2txt: Mapping[int, Sequence[int]], ks: Sequence[int] = (1, 5, 10)
+) -> dict[str, float]:
+    """Recalls of a random ranking, in percent, under the names LAVIS's ``retrieval`` task uses.
+
+    Args:
+        img2txt: the captions of each image, as retrieval data sets hold it. Every caption belongs
+            to one image.
+        ks: the ranks to report.
+
+    Returns:
+        ``txt_r<k>``: an image finds one of its c captions among all T in k draws without
+        replacement, ``1 - C(T-c, k) / C(T, k)``, averaged over the images; ``img_r<k>``: a caption
+        finds its one image among N, ``k / N``.
+    """
+    counts = [len(texts) for texts in img2txt.values()]
+    images, texts = len(counts), sum(counts)
+    chance = {}
+    for k in ks:
+        draws = min(k, texts)
+        missed = sum(comb(texts - c, draws) / comb(texts, draws) for c in counts) / images
+        chance[f"txt_r{k}"] = 100 * (1 - missed)
+        chance[f"img_r{k}"] = 100 * min(k, images) / images
+    return chance

@@ -1,0 +1,201 @@
+"""Every shortcut of the fast core against the plain way, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from softmask_plugin.nn.image_memory import View
+from softmask_plugin.soft_mask import grad_cam
+
+FIRST_FUSION, CAM_LAYER = 2, 3
+
+
+def masked_albef(twin, text, mask, image_states, keep=None):
+    """LAVIS's multi-modal states of pairs, with image features masked before any projection."""
+    if keep is not None:
+        image_states = image_states * keep[:, :, None]
+    return twin.text_encoder.bert(
+        encoder_embeds=text,
+        attention_mask=mask.long(),
+        encoder_hidden_states=image_states,
+        encoder_attention_mask=torch.ones(image_states.shape[:2], dtype=torch.long),
+        return_dict=True,
+        mode="fusion",
+    ).last_hidden_state
+
+
+@pytest.fixture
+def pair(make_model, albef_twin, make_batch):
+    """Our model, LAVIS's with the same weights, and a ragged batch encoded by both."""
+
+    def make(size):
+        ours = make_model().eval()
+        twin = albef_twin(ours).eval()
+        batch = make_batch(size)
+        captions = ours.reader.read(batch["text_input"])
+        image = ours.visual_encoder(batch["image"])
+        text = ours.bert.encode(captions.ids, captions.mask)
+        torch.testing.assert_close(image, twin.visual_encoder(batch["image"]))
+        return ours, twin, image.detach().requires_grad_(), text.detach(), captions
+
+    return make
+
+
+@pytest.mark.parametrize("size", [1, 2, 6])
+def test_masking_keys_and_values_is_masking_the_features(pair, size):
+    ours, twin, image, text, captions = pair(size)
+    keep = torch.rand(size, image.shape[1])
+    fused = ours.bert.fuse(text, captions.mask, ours.bert.remember(image), (View(keep=keep),))
+    expected = masked_albef(twin, text, captions.mask, image, keep)
+    torch.testing.assert_close(fused, expected, rtol=1e-5, atol=1e-5)
+
+    weight = torch.randn_like(fused)
+    parameters = [
+        (name, p, dict(twin.text_encoder.named_parameters())[name])
+        for name, p in ours.text_encoder.named_parameters()
+        if "crossattention" in name
+    ]
+    got = torch.autograd.grad((fused * weight).sum(), [image, *(p for _, p, _ in parameters)])
+    plain = torch.autograd.grad(
+        (expected * weight).sum(), [image, *(p for _, _, p in parameters)]
+    )
+    for (name, _, _), a, b in zip([("image", 0, 0), *parameters], got, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("size", [2, 6])
+def test_groups_of_views_equal_a_pass_each(pair, size):
+    ours, twin, image, text, captions = pair(size)
+    mask = captions.mask
+    other, keep = torch.arange(size).roll(1), torch.rand(size, image.shape[1])
+    views = (View(), View(images=other), View(keep=keep), View(images=other, keep=keep))
+    fused = ours.bert.fuse(
+        text.repeat(4, 1, 1), mask.repeat(4, 1), ours.bert.remember(image), views
+    )
+    plain = [
+        masked_albef(twin, text, mask, image),
+        masked_albef(twin, text, mask, image[other]),
+        masked_albef(twin, text, mask, image, keep),
+        masked_albef(twin, text, mask, image[other], keep),
+    ]
+    torch.testing.assert_close(fused, torch.cat(plain), rtol=1e-5, atol=1e-5)
+
+
+def test_many_captions_of_one_image_share_its_memory(pair):
+    ours, twin, image, text, captions = pair(6)
+    memory = ours.bert.remember(image[:2])
+    fused = ours.bert.fuse(text, captions.mask, memory, (View(captions_per_image=3),))
+    rows = torch.tensor([0, 0, 0, 1, 1, 1])
+    expected = masked_albef(twin, text, captions.mask, image[rows])
+    torch.testing.assert_close(fused, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_views_must_cover_the_captions(pair):
+    ours, _, image, text, captions = pair(4)
+    with pytest.raises(ValueError, match="cover"):
+        ours.bert.fuse(
+            text[:3], captions.mask[:3], ours.bert.remember(image[:2]), (View(captions_per_image=1),)
+        )
+
+
+@pytest.mark.parametrize("size", [1, 2, 6])
+def test_grad_cam_equals_lavis_hooks(pair, size):
+    """LAVIS saves a layer's attention and its gradient by hooks; ours never leaves the function."""
+    ours, twin, image, text, captions = pair(size)
+    states, attention = ours.bert.fuse_with_attention(
+        text, captions.mask, ours.bert.remember(image), CAM_LAYER
+    )
+    cam = grad_cam(ours.match(states)[:, 1], attention)
+
+    layer = twin.text_encoder.bert.encoder.layer[CAM_LAYER].crossattention.self
+    layer.save_attention = True
+    expected = masked_albef(twin, text, captions.mask, image)
+    torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5)
+    twin.itm_head(expected[:, 0])[:, 1].sum().backward()
+    gradient = layer.get_attn_gradients().clamp(min=0)
+    plain = (layer.get_attention_map() * gradient).mean(dim=1)[:, :, 1:]
+    torch.testing.assert_close(cam, plain, rtol=1e-4, atol=1e-8)
+    words = captions.words >= 0
+    assert (cam[words].amax(dim=-1) > 0).all(), "a word's map is empty"
+
+
+def test_dropout_leaves_the_map_undropped(make_model, make_batch):
+    """The probabilities are those before dropout: rows sum to one, none is zeroed."""
+    bert = {"layers": 5, "fusion_layer": 2, "width": 32, "heads": 4, "intermediate": 64,
+            "max_positions": 40, "vocab_size": None, "dropout": 0.5, "attention_dropout": 0.5}
+    model = make_model(bert=bert).train()
+    captions = model.reader.read(make_batch(4)["text_input"])
+    memory = model.bert.remember(model.visual_encoder(make_batch(4)["image"]))
+    text = model.bert.encode(captions.ids, captions.mask)
+    _, attention = model.bert.fuse_with_attention(text, captions.mask, memory, CAM_LAYER)
+    torch.testing.assert_close(attention.sum(dim=-1), torch.ones(attention.shape[:-1]))
+    assert (attention > 0).all()
+
+
+def test_layers_without_a_map_are_refused(pair):
+    ours, _, image, text, captions = pair(2)
+    with pytest.raises(ValueError, match="no cross-attention"):
+        ours.bert.fuse_with_attention(text, captions.mask, ours.bert.remember(image), 1)
+
+
+@pytest.mark.parametrize("size", [2, 6])
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_whole_step_equals_the_slow_way(make_model, make_batch, albef_twin, size, shared):
+    """All innovations on: each loss recomputed with LAVIS's modules, one pass per pair kind."""
+    ours = make_model(text={"shared": shared, "mask_prob": 0.4}, soft_mask={"in_mlm": True}).train()
+    twin = albef_twin(ours)
+    batch = make_batch(size)
+    seen = {}
+    for name in ("read", "negatives", "hide_a_word", "contrast", "encode_slowly"):
+        spy(ours, name, seen)
+    out = ours(batch)
+    text, (image_of, text_of), (_, keep, word) = seen["read"], seen["negatives"], seen["hide_a_word"]
+    alpha = ours.progress(batch)[1]
+
+    mask, ids, masked_ids = text.mask, text.ids[:size], text.ids[-size:]
+    assert torch.equal(ids, masked_ids) == shared
+    image = twin.visual_encoder(batch["image"])
+
+    def encode(tokens, encoder=twin.text_encoder):
+        return encoder.bert(tokens, attention_mask=mask.long(), return_dict=True, mode="text")[0]
+
+    states, words = encode(ids), encode(masked_ids)
+    positive = masked_albef(twin, states, mask, image)
+    negative_image = masked_albef(twin, states, mask, image[image_of])
+    negative_text = masked_albef(twin, states[text_of], mask[text_of], image)
+    logits = twin.itm_head(torch.cat([positive, negative_image, negative_text])[:, 0])
+    labels = torch.tensor([1] * size + [0] * 2 * size)
+    torch.testing.assert_close(out.loss_itm, F.cross_entropy(logits, labels))
+
+    soft = masked_albef(twin, states, mask, image, keep)
+    expected = F.cross_entropy(twin.itm_head(soft[:, 0]), torch.ones(size, dtype=torch.long))
+    torch.testing.assert_close(out.loss_soft, expected)
+    assert (keep[:, 1:].amin(dim=1) == 0).all() and (word >= 0).all()
+
+    slow_image, slow_text = seen["encode_slowly"].image, seen["encode_slowly"].text[-size:]
+    momentum = ours.text_encoder_m
+    fused_m = momentum.bert.fuse(slow_text, mask, momentum.bert.remember(slow_image))
+    soft_labels = momentum(fused_m).softmax(dim=-1)  # the head on every token, not the masked alone
+    chosen = torch.zeros(mask.shape, dtype=torch.bool)
+    chosen.view(-1)[text.positions] = True
+    for loss, features in ((out.loss_mlm, image), (out.loss_mlm_soft, image * keep[:, :, None])):
+        logits = twin.text_encoder.cls(masked_albef(twin, words, mask, features))
+        hard = F.cross_entropy(logits[chosen], text.targets)
+        distilled = -(soft_labels * logits.log_softmax(-1)).sum(-1)[chosen].mean()
+        torch.testing.assert_close(loss, (1 - alpha) * hard + alpha * distilled)
+
+    total = out.loss_itc + out.loss_itm + out.loss_mlm + out.loss_soft + out.loss_mlm_soft
+    torch.testing.assert_close(out.loss, total)
+
+
+def spy(model, name, seen):
+    """Keep what a method returned during the step."""
+    method = getattr(model, name)
+
+    def call(*args, **kwargs):
+        seen[name] = method(*args, **kwargs)
+        return seen[name]
+
+    object.__setattr__(model, name, call)

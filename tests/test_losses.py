@@ -1,0 +1,129 @@
+"""FocalITCLoss against torch's own cross-entropy, ALBEF's formula, finite differences and limits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from softmask_plugin.errors import UserError
+from softmask_plugin.losses import FocalITCLoss, focal_cross_entropy
+from softmask_plugin.registry import get_loss_class, list_losses, register_loss
+
+
+def batch(rows=4, columns=10, scale=5.0, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(rows, columns, generator=generator, dtype=dtype)
+    soft = torch.randn(rows, columns, generator=generator, dtype=dtype).softmax(dim=1)
+    one_hot = torch.eye(rows, columns, dtype=dtype)
+    return logits, one_hot, 0.4 * soft + 0.6 * one_hot
+
+
+def test_gamma_zero_is_cross_entropy():
+    logits, one_hot, soft = batch()
+    labels = torch.arange(len(logits))
+    other = logits.flip(1)
+    expected = (F.cross_entropy(logits, labels) + F.cross_entropy(other, labels)) / 2
+    torch.testing.assert_close(FocalITCLoss(0)(logits, other, one_hot, one_hot), expected)
+    expected = (F.cross_entropy(logits, soft) + F.cross_entropy(other, soft)) / 2
+    torch.testing.assert_close(FocalITCLoss(0)(logits, other, soft, soft), expected)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 3.0])
+def test_equals_the_formula(gamma):
+    logits, _, soft = batch()
+    p = logits.softmax(dim=1)
+    expected = -(soft * (1 - p) ** gamma * p.log()).sum(dim=1).mean()
+    torch.testing.assert_close(focal_cross_entropy(logits, soft, gamma), expected)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+def test_gradient_by_finite_differences(gamma):
+    logits, one_hot, soft = batch(3, 6, scale=2.0)
+    for targets in (one_hot, soft):
+        torch.autograd.gradcheck(
+            lambda x, y=targets: focal_cross_entropy(x, y, gamma), logits.requires_grad_()
+        )
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 0.5, 1.0, 2.0, 5.0])
+@pytest.mark.parametrize("temperature", [0.001, 0.07, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_finite_at_the_temperature_clamps(gamma, temperature, dtype):
+    cosines = torch.tensor([[1.0, -1.0, 0.0], [-1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
+    logits = (cosines / temperature).to(dtype).requires_grad_()
+    loss = focal_cross_entropy(logits, torch.eye(3), gamma)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.isfinite() and loss >= 0
+    assert logits.grad.isfinite().all()
+
+
+def test_limits_of_p():
+    certain = torch.tensor([[200.0, 0.0]], requires_grad=True)
+    loss = focal_cross_entropy(certain, torch.tensor([[1.0, 0.0]]), 0.5)  # p -> 1
+    loss.backward()
+    assert loss == 0 and (certain.grad == 0).all()
+    wrong = focal_cross_entropy(certain.detach(), torch.tensor([[0.0, 1.0]]), 2.0)  # p -> 0
+    torch.testing.assert_close(wrong, torch.tensor(200.0))
+
+
+@given(
+    gamma=st.floats(0, 5),
+    more=st.floats(0.1, 3),
+    seed=st.integers(0, 2**16),
+    scale=st.floats(0.01, 100),
+)
+def test_focusing_never_raises_the_loss(gamma, more, seed, scale):
+    logits, one_hot, soft = batch(scale=scale, seed=seed)
+    for targets in (one_hot, soft):
+        less = focal_cross_entropy(logits, targets, gamma + more)
+        plain = focal_cross_entropy(logits, targets, gamma)
+        assert 0 <= less <= plain + 1e-12
+
+
+def test_easy_pairs_lose_the_most_weight():
+    easy, hard = torch.tensor([[4.0, 0.0]]), torch.tensor([[0.5, 0.0]])
+    target = torch.tensor([[1.0, 0.0]])
+    kept = [
+        focal_cross_entropy(x, target, 2.0) / focal_cross_entropy(x, target, 0.0)
+        for x in (easy, hard)
+    ]
+    assert kept[0] < 0.001 < 0.1 < kept[1]
+
+
+def test_bad_input_is_refused():
+    logits, one_hot, _ = batch()
+    for gamma in (-1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="gamma"):
+            FocalITCLoss(gamma)
+    with pytest.raises(ValueError, match="one shape"):
+        FocalITCLoss()(logits, logits, one_hot[:, :-1], one_hot)
+    with pytest.raises(ValueError, match="one shape"):
+        focal_cross_entropy(logits[0], one_hot[0], 2.0)
+
+
+def test_losses_have_a_registry_of_their_own():
+    assert get_loss_class("focal_itc") is FocalITCLoss
+    assert "focal_itc" in list_losses()
+    with pytest.raises(UserError, match="did you mean 'focal_itc'"):
+        get_loss_class("focal_ict")
+
+    def define():
+        @register_loss("test_only")
+        class Mine(FocalITCLoss):
+            pass
+
+        return Mine
+
+    try:
+        define()
+        assert define() is get_loss_class("test_only")  # again, as a notebook's reload does
+        with pytest.raises(UserError, match="already registered"):
+            register_loss("test_only")(FocalITCLoss)
+    finally:
+        from softmask_plugin.registry import LOSSES
+
+        LOSSES.pop("test_only", None)
