@@ -9,7 +9,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from lavis.common.dist_utils import get_rank, get_world_size, is_dist_avail_and_initialized
+from lavis.common.dist_utils import (
+    get_rank,
+    get_world_size,
+    is_dist_avail_and_initialized,
+    is_main_process,
+)
 from torch import Tensor
 from tqdm import tqdm
 
@@ -67,7 +72,7 @@ class Reranker:
     def encode_images(self, data_loader: Any) -> tuple[Tensor, Tensor]:
         """Image states (M, S, width), on the CPU, and unit features (M, embed_dim)."""
         states, feats = [], []
-        for samples in tqdm(data_loader, desc="images", unit="batch", leave=False):
+        for samples in progress_bar(data_loader, desc="images", unit="batch"):
             image = self.model.visual_encoder(samples["image"].to(self.model.device))
             feats.append(F.normalize(self.model.vision_proj(image[:, 0]).float(), dim=-1))
             states.append(image.cpu())
@@ -77,7 +82,7 @@ class Reranker:
         """Matching logits of the ``wanted`` pairs (M, N), 0 elsewhere; each rank does its share."""
         model, scores = self.model, torch.zeros(wanted.shape, device=states.device)
         mine = range(get_rank(), len(images), get_world_size())
-        for i in tqdm(mine, desc="re-ranking", unit="image", leave=False):
+        for i in progress_bar(mine, desc="re-ranking", unit="image"):
             texts = wanted[i].nonzero().squeeze(1)
             length = int(mask[texts].sum(dim=1).max())  # padding of longer captions is left out
             fused = model.bert.fuse(
@@ -97,3 +102,9 @@ def candidates(similarity: Tensor, k: int) -> Tensor:
     """True for the k most similar entries of each row, (rows, columns)."""
     best = similarity.topk(min(k, similarity.shape[1]), dim=1).indices
     return torch.zeros_like(similarity, dtype=torch.bool).scatter_(1, best, True)
+
+
+def progress_bar(items: Any, desc: str, unit: str) -> Any:
+    """A bar on the first rank where standard error is a terminal, gone when done."""
+    disable = None if is_main_process() else True
+    return tqdm(items, desc=desc, unit=unit, leave=False, disable=disable)

@@ -50,8 +50,8 @@ class LayerMemory:
         if view.keep is not None:
             keep = view.keep[:, None, :, None].to(key.dtype)
             # lerp(b, x, m) = b + m (x - b): the masked features' projection
-            key = torch.lerp(self.key_bias.expand_as(key), key, keep)
-            value = torch.lerp(self.value_bias.expand_as(value), value, keep)
+            key = torch.lerp(self.key_bias.to(key.dtype).expand_as(key), key, keep)
+            value = torch.lerp(self.value_bias.to(key.dtype).expand_as(value), value, keep)
         return key, value
 
     def attend(self, query: Tensor, views: Sequence[View], dropout: float) -> Tensor:

@@ -1,0 +1,224 @@
+"""LAVIS's runner with its CUDA-only parts replaced: set-up, data, precision, checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lavis.common.dist_utils import (
+    get_world_size,
+    is_dist_avail_and_initialized,
+    main_process,
+)
+from lavis.common.registry import registry
+from lavis.datasets.data_utils import apply_to_sample
+from lavis.runners.runner_base import RunnerBase
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from softmask_plugin.errors import UserError
+from softmask_plugin.runners import checkpoint
+from softmask_plugin.runners.loaders import eval_loader, train_loader
+
+
+class PortableRunner(RunnerBase):
+    """What a run stands on, on CPU, one GPU and several processes alike.
+
+    Raises:
+        UserError: an option has a value that cannot work on this machine or with this data.
+    """
+
+    _model: nn.Module
+    _wrapped_model: nn.Module | None
+    _scaler: torch.amp.GradScaler | None
+    _lr_sched: Any
+
+    def __init__(self, cfg: Any, task: Any, model: nn.Module, datasets: Any, job_id: str) -> None:
+        super().__init__(cfg=cfg, task=task, model=model, datasets=datasets, job_id=job_id)
+        if self.cuda_enabled and not torch.cuda.is_available():
+            raise UserError("run.device is 'cuda' but no CUDA card is usable: set run.device=cpu")
+        for option in ("accum_grad_iters", "log_freq"):
+            if getattr(self, option) < 1:
+                raise UserError(f"run.{option} is {getattr(self, option)}: set it to 1 or more")
+        self.amp_dtype = _amp_dtype(self.config.run_cfg.get("amp", False), self.device)
+
+    def setup_output_dir(self) -> None:
+        """Create the run's folder; a second run in one process may follow the first."""
+        for name in ("output_dir", "result_dir"):
+            registry.mapping["paths"].pop(name, None)  # registering a name twice is an error
+        super().setup_output_dir()
+
+    @property
+    def evaluate_only(self) -> bool:
+        """Whether training is skipped (``run.evaluate``, false where it is not given)."""
+        return bool(self.config.run_cfg.get("evaluate", False))
+
+    # ---- model
+
+    @property
+    def use_distributed(self) -> bool:
+        """Whether several processes train together (torchrun, any backend)."""
+        return is_dist_avail_and_initialized()
+
+    @property
+    def model(self) -> nn.Module:
+        """The model on its device, wrapped for distributed training where that is on."""
+        if self._wrapped_model is None:
+            self._wrapped_model = self._model.to(self.device)
+            if self.use_distributed:
+                self._wrapped_model = DistributedDataParallel(
+                    self._model,
+                    device_ids=[torch.cuda.current_device()] if self.cuda_enabled else None,
+                    find_unused_parameters=self.config.run_cfg.get("find_unused_parameters", False),
+                )
+        return self._wrapped_model
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler:
+        """Gradient scaler for fp16; passes everything through where it is off."""
+        if self._scaler is None:
+            enabled = self.amp_dtype == torch.float16
+            self._scaler = torch.amp.GradScaler(self.device.type, enabled=enabled)
+        return self._scaler
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision as ``run.amp`` says."""
+        return torch.autocast(
+            self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None
+        )
+
+    @property
+    def lr_scheduler(self) -> Any:
+        """The schedule named by ``run.lr_sched``, LAVIS's or ours; stepped per optimizer step."""
+        if self._lr_sched is None:
+            run = self.config.run_cfg
+            self._lr_sched = registry.get_lr_scheduler_class(run.lr_sched)(
+                optimizer=self.optimizer,
+                max_epoch=self.max_epoch,
+                iters_per_epoch=self.steps_per_epoch,
+                min_lr=self.min_lr,
+                init_lr=self.init_lr,
+                decay_rate=run.get("lr_decay_rate", None),
+                warmup_start_lr=run.get("warmup_lr", -1),
+                warmup_steps=run.get("warmup_steps", 0),
+            )
+        return self._lr_sched
+
+    # ---- data
+
+    def create_loaders(
+        self,
+        datasets: list[Any],
+        num_workers: int,
+        batch_sizes: list[int],
+        is_trains: list[bool],
+        collate_fns: list[Any],
+        dataset_ratios: Any = None,
+    ) -> list[DataLoader[Any]]:
+        """Plain, seeded torch loaders, one per data set (LAVIS's own need CUDA)."""
+        if dataset_ratios is not None:
+            raise UserError("softmask_runner does not know run.train_dataset_ratios: remove it")
+        # workers may start after a tokenizer was used, which it would remark on at every start
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        run = self.config.run_cfg
+        shard = self.use_distributed and run.get("use_dist_eval_sampler", True)
+        loaders = []
+        for dataset, batch_size, is_train, collate_fn in zip(
+            datasets, batch_sizes, is_trains, collate_fns, strict=True
+        ):
+            common = (dataset, int(batch_size), int(num_workers), collate_fn, self.cuda_enabled)
+            loaders.append(
+                train_loader(*common, seed=int(run.seed))
+                if is_train
+                else eval_loader(*common, shard=shard)
+            )
+        return loaders
+
+    def loader(self, split: str) -> DataLoader[Any]:
+        """The loader of a split.
+
+        Raises:
+            UserError: there is no such split, or it does not fill one batch.
+        """
+        if split not in self.dataloaders:
+            raise UserError(f"no data set has a '{split}' split: {sorted(self.dataloaders)} exist")
+        loader = self.dataloaders[split]
+        if len(loader) == 0:
+            option = "batch_size_train" if split == "train" else "batch_size_eval"
+            raise UserError(
+                f"the '{split}' split has {len(loader.dataset)} items, too few for one batch of "
+                f"{loader.batch_size} in each of {get_world_size()} process(es): lower "
+                f"run.{option} or add data"
+            )
+        return loader
+
+    @property
+    def train_loader(self) -> DataLoader[Any]:
+        """The loader of the train split, of which one pass is an epoch."""
+        if "train" not in self.train_splits:
+            raise UserError("run.train_splits does not name 'train': add it, or set run.evaluate")
+        return self.loader("train")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps per epoch; a last, smaller group of batches makes one too."""
+        return math.ceil(len(self.train_loader) / self.accum_grad_iters)
+
+    def to_device(self, samples: Any) -> Any:
+        """Copy a batch's tensors to the device, without waiting for them."""
+
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.to(self.device, non_blocking=True)
+
+        return apply_to_sample(copy, samples)
+
+    # ---- checkpoints: LAVIS's names and layout
+
+    @main_process
+    def _save_checkpoint(self, cur_epoch: int, is_best: bool = False) -> None:
+        content = {
+            "model": checkpoint.trained_state(self._model),
+            "optimizer": self.optimizer.state_dict(),
+            "config": self.config.to_dict(),
+            "scaler": self.scaler.state_dict() or None,
+            "epoch": cur_epoch,
+        }
+        name = "best" if is_best else cur_epoch
+        checkpoint.save(content, self.output_dir / f"checkpoint_{name}.pth")
+
+    def _load_weights(self, path: str | Path) -> dict[str, Any]:
+        content = checkpoint.load(path, self.device)
+        checkpoint.load_trained_state(self._model, content["model"], str(path))
+        return content
+
+    def _load_checkpoint(self, url_or_filename: str) -> None:
+        """Go on after the epoch of a checkpoint (random state and best score start afresh)."""
+        content = self._load_weights(url_or_filename)
+        self.start_epoch = content["epoch"] + 1
+        if self.start_epoch >= self.max_epoch:
+            raise UserError(
+                f"{url_or_filename} has all {self.max_epoch} epochs done: raise run.max_epoch"
+            )
+        self.optimizer.load_state_dict(content["optimizer"])
+        if self.scaler.is_enabled() and content.get("scaler"):
+            self.scaler.load_state_dict(content["scaler"])
+        logging.info("resumed from %s, going on with epoch %d", url_or_filename, self.start_epoch)
+
+
+def _amp_dtype(amp: bool | str, device: torch.device) -> torch.dtype | None:
+    if not amp:
+        return None
+    if amp is True:  # LAVIS's meaning, as far as the device can follow it
+        return torch.float16 if device.type == "cuda" else torch.bfloat16
+    if amp == "bf16":
+        return torch.bfloat16
+    if amp == "fp16" and device.type == "cuda":
+        return torch.float16
+    raise UserError(
+        f"run.amp is '{amp}' on {device.type}: choose false, true, bf16 or (on cuda) fp16"
+    )

@@ -1,0 +1,83 @@
+"""Learning-rate schedule: linear warm-up, then a cosine, both by step rather than by epoch."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import lavis.common.optims  # noqa: F401  LAVIS registers its own schedules only when imported
+from torch.optim import Optimizer
+
+from softmask_plugin.errors import UserError
+from softmask_plugin.registry import register
+
+
+@register("lr_scheduler", "softmask_cosine_lr")
+class CosineLRScheduler:
+    """Linear warm-up from ``warmup_start_lr`` to ``init_lr``, then a cosine to ``min_lr``.
+
+    LAVIS's ``linear_warmup_cosine_lr`` holds the rate still within an epoch and ends the warm-up
+    with the first epoch; here the rate moves at every step, wherever the epochs end.
+
+    Args:
+        optimizer: all its parameter groups get the same rate.
+        max_epoch: epochs of the whole run.
+        iters_per_epoch: steps per epoch; ``softmask_runner`` passes it (optimizer steps).
+        min_lr: rate at the end of the run.
+        init_lr: rate after the warm-up, the highest of the run.
+        warmup_steps: steps of the warm-up, counted over the whole run.
+        warmup_start_lr: rate of the first step (``run.warmup_lr``); 0 where none is given.
+        kwargs: options of LAVIS's other schedules (``decay_rate``), not used here.
+
+    Raises:
+        UserError: the runner gives no ``iters_per_epoch``, as LAVIS 1.0.2's own does not.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        max_epoch: int,
+        min_lr: float,
+        init_lr: float,
+        iters_per_epoch: int | None = None,
+        warmup_steps: int = 0,
+        warmup_start_lr: float = -1,
+        **kwargs: Any,
+    ) -> None:
+        if iters_per_epoch is None:
+            raise UserError(
+                "run.lr_sched 'softmask_cosine_lr' needs the number of steps per epoch, which this "
+                "runner does not give: set run.runner to 'softmask_runner', or run.lr_sched to "
+                "'linear_warmup_cosine_lr'"
+            )
+        self.optimizer = optimizer
+        self.iters_per_epoch = iters_per_epoch
+        self.total_steps = max_epoch * iters_per_epoch
+        self.warmup_steps = int(warmup_steps)
+        self.min_lr = min_lr
+        self.init_lr = init_lr
+        self.warmup_start_lr = max(float(warmup_start_lr), 0.0)  # LAVIS passes -1 for "not given"
+        if self.warmup_steps >= self.total_steps:
+            logging.warning(
+                "the warm-up (%d steps) is not shorter than the run (%d steps): the learning "
+                "rate never reaches run.init_lr = %g; lower run.warmup_steps",
+                self.warmup_steps,
+                self.total_steps,
+                init_lr,
+            )
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of step ``step``, counted from 0 over the whole run."""
+        if step < self.warmup_steps:
+            rise = self.init_lr - self.warmup_start_lr
+            return self.warmup_start_lr + rise * step / self.warmup_steps
+        decay_steps = max(self.total_steps - self.warmup_steps, 1)
+        progress = min((step - self.warmup_steps) / decay_steps, 1.0)
+        return self.min_lr + (self.init_lr - self.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+    def step(self, cur_epoch: int, cur_step: int) -> None:
+        """Set the rate of step ``cur_step`` of epoch ``cur_epoch``, which is about to be taken."""
+        lr = self.lr_at(cur_epoch * self.iters_per_epoch + cur_step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
