@@ -11,7 +11,7 @@ if find_spec("lavis") is not None:
 
     compat.patch()
 
-    from softmask_plugin import models  # noqa: F401
+    from softmask_plugin import datasets, models, processors, runners  # noqa: F401
     from softmask_plugin.losses import FocalITCLoss
     from softmask_plugin.registry import get_loss_class, list_losses, register_loss
 

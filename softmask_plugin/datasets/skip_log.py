@@ -1,0 +1,59 @@
+"""What a data set leaves out: counted, named in a file, never silent."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lavis.common.registry import registry
+
+
+@dataclass(frozen=True)
+class SkipLog:
+    """Reports what is skipped: one warning with the first names, all names in a file.
+
+    Attributes:
+        path: the file; None (no run under way): the warning is all there is.
+        muted: report nothing.
+    """
+
+    path: Path | None = None
+    muted: bool = False
+
+    @classmethod
+    def of_run(cls) -> SkipLog:
+        """``skipped_images.log`` in the run's output folder.
+
+        LAVIS makes the run's own folder after the data sets; until then it is the one above.
+        """
+        folder = registry.get_path("output_dir")
+        configuration = registry.get("configuration", no_warning=True)
+        if folder is None and configuration is not None:
+            folder = Path(registry.get_path("library_root"), configuration.run_cfg.output_dir)
+        return cls(Path(folder) / "skipped_images.log" if folder else None)
+
+    def add(self, what: str, names: Sequence[str]) -> None:
+        """Report ``names`` (of ``what``, a plural noun) that the file does not hold yet.
+
+        Processes may add at the same time: a short text is appended in one piece.
+        """
+        if self.muted or not names:
+            return
+        names = [_one_line(name) for name in names]
+        place = ""
+        if self.path is not None:
+            known = set(self.path.read_text("utf-8").split("\n") if self.path.exists() else ())
+            names = list(dict.fromkeys(name for name in names if name not in known))
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(f"{name}\n" for name in names))
+            place = f" (all named in {self.path})"
+        if names:
+            first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            logging.warning("Skipped %d %s: %s%s", len(names), what, first, place)
+
+
+def _one_line(name: str) -> str:
+    return " ".join(name.splitlines()).encode("utf-8", "backslashreplace").decode("utf-8")

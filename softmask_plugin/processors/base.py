@@ -1,0 +1,43 @@
+"""What all processors share: they are built from YAML, and a mistyped key is an error."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from lavis.processors.base_processor import BaseProcessor
+from omegaconf import OmegaConf
+
+from softmask_plugin.errors import UserError, suggest
+
+
+class Processor(BaseProcessor):
+    """A LAVIS processor whose YAML keys are its constructor's arguments."""
+
+    NAME = ""
+
+    @classmethod
+    def from_config(cls, cfg: Any = None) -> Processor:
+        """Build from a YAML section, an OmegaConf or plain mapping (None: all defaults).
+
+        Raises:
+            UserError: a key that the processor does not have, or a value out of its range.
+        """
+        section: Any = (
+            OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
+        )
+        options = dict(section or {})
+        options.pop("name", None)
+        known = list(inspect.signature(cls).parameters)
+        for key in options:
+            if key not in known:
+                raise UserError(f"{cls.NAME}: unknown key '{key}': {suggest(key, known)}")
+        try:
+            return cls(**options)
+        except (TypeError, ValueError) as error:  # a value of the wrong kind
+            raise UserError(f"{cls.NAME}: {error}") from error
+
+    def require(self, condition: bool, message: str) -> None:
+        """Raise UserError with the processor's name before ``message`` unless ``condition``."""
+        if not condition:
+            raise UserError(f"{self.NAME}: {message}")

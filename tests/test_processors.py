@@ -1,0 +1,310 @@
+"""Image and text processors: what they accept, what they change, what they must leave alone."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lavis.common.registry import registry
+from omegaconf import OmegaConf
+from PIL import Image
+
+from softmask_plugin.datasets.images import UnreadableImageError, open_rgb, to_rgb
+from softmask_plugin.errors import UserError
+from softmask_plugin.processors import (
+    CaptionProcessor,
+    ImageEvalProcessor,
+    ImageTrainProcessor,
+    QuestionProcessor,
+)
+from softmask_plugin.processors.image import CLIP_MEAN, CLIP_STD
+
+NONE = {
+    "min_scale": None,
+    "color_jitter": None,
+    "grayscale_p": 0,
+    "blur_p": 0,
+    "flip_p": 0,
+    "randaugment_ops": 0,
+}
+MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB"]
+MODES += ["HSV", "I", "F", "I;16", "I;16L", "I;16B"]
+
+
+def photo(width: int = 48, height: int = 40) -> Image.Image:
+    """Smooth colours, without symmetry."""
+    y, x = np.mgrid[0:height, 0:width].astype(float)
+    channels = [x / width, y / height, (x / width) ** 2 * y / height]
+    return Image.fromarray((255 * np.stack(channels, -1)).astype(np.uint8))
+
+
+def pixel(image: Image.Image) -> tuple[int, ...]:
+    assert image.mode == "RGB"
+    return image.getpixel((0, 0))  # type: ignore[return-value]
+
+
+def test_registered_under_their_names():
+    for name, cls in {
+        "softmask_image_train": ImageTrainProcessor,
+        "softmask_image_eval": ImageEvalProcessor,
+        "softmask_caption": CaptionProcessor,
+        "softmask_question": QuestionProcessor,
+    }.items():
+        assert registry.get_processor_class(name) is cls
+        assert isinstance(cls.from_config(OmegaConf.create({"name": name})), cls)
+        assert isinstance(cls.from_config(), cls)
+
+
+# ---- modes of images
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_becomes_rgb(mode):
+    image = Image.new(mode, (5, 4))
+    rgb = to_rgb(image)
+    assert (rgb.mode, rgb.size) == ("RGB", (5, 4))
+    tensor = ImageTrainProcessor(16)(image)
+    assert tensor.shape == (3, 16, 16) and tensor.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("1", 1, (255, 255, 255)),
+        ("L", 100, (100, 100, 100)),
+        ("RGB", (1, 2, 3), (1, 2, 3)),
+        ("RGBA", (200, 0, 0, 0), (255, 255, 255)),
+        ("RGBA", (200, 0, 0, 255), (200, 0, 0)),
+        ("RGBA", (0, 0, 0, 51), (204, 204, 204)),
+        ("LA", (10, 0), (255, 255, 255)),
+        ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+        ("I;16", 65535, (255, 255, 255)),
+        ("I;16B", 257 * 100, (100, 100, 100)),
+        ("I", 257 * 100, (100, 100, 100)),
+        ("I", 100, (100, 100, 100)),
+        ("F", 0.2, (51, 51, 51)),
+        ("F", 100.4, (100, 100, 100)),
+    ],
+)
+def test_colours_survive(mode, colour, expected):
+    assert pixel(to_rgb(Image.new(mode, (3, 3), colour))) == expected
+
+
+def test_unbounded_values_are_stretched():
+    image = Image.fromarray(np.array([[-1.0, 0.0, 1.0]], dtype=np.float32))
+    assert np.asarray(to_rgb(image))[0, :, 0].tolist() == [0, 128, 255]
+    broken = Image.fromarray(np.array([[np.nan, np.inf, 1.0]], dtype=np.float32))
+    assert to_rgb(broken).mode == "RGB"
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "RGB"])
+def test_a_transparent_colour_is_white(mode, tmp_path):
+    image = Image.new(mode, (3, 3), 0)
+    image.putpixel((0, 0), 0 if mode != "RGB" else (0, 0, 0))
+    image.save(tmp_path / "a.png", transparency=0 if mode != "RGB" else (0, 0, 0))
+    assert pixel(open_rgb(tmp_path / "a.png")) == (255, 255, 255)
+
+
+def test_a_16_bit_png_keeps_its_contrast(tmp_path):
+    values = np.array([[0, 20000, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    assert np.asarray(open_rgb(tmp_path / "a.png"))[0, :, 0].tolist() == [0, 78, 255]
+
+
+# ---- files
+
+
+def test_photos_are_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: to be shown rotated by 90 degrees clockwise
+    photo(40, 20).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    upright = open_rgb(tmp_path / "a.jpg")
+    assert upright.size == (20, 40)
+    expected = np.asarray(photo(40, 20).transpose(Image.Transpose.ROTATE_270), dtype=int)
+    assert np.abs(np.asarray(upright, dtype=int) - expected).mean() < 5
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", None, "cut"])
+def test_an_unreadable_file_is_named(tmp_path, content):
+    path = tmp_path / "a.jpg"
+    if content == "cut":
+        photo(200, 200).save(path)
+        path.write_bytes(path.read_bytes()[:-200])
+    elif content is not None:
+        path.write_bytes(content)
+    for min_side in (None, 1):
+        with pytest.raises(UnreadableImageError, match=r"a\.jpg"):
+            open_rgb(path, min_side)
+
+
+def test_large_jpegs_are_decoded_smaller_but_large_enough(tmp_path):
+    photo(640, 480).save(tmp_path / "a.jpg")
+    assert open_rgb(tmp_path / "a.jpg").size == (640, 480)
+    assert open_rgb(tmp_path / "a.jpg", 200).size == (320, 240)
+    assert open_rgb(tmp_path / "a.jpg", 481).size == (640, 480)
+
+
+# ---- image processors
+
+
+def test_eval_is_lavis_eval():
+    reference = registry.get_processor_class("blip_image_eval")(image_size=32)
+    torch.testing.assert_close(ImageEvalProcessor(32)(photo()), reference(photo()))
+
+
+def test_train_without_distortions_is_eval():
+    plain = ImageTrainProcessor(32, **NONE)
+    torch.testing.assert_close(plain(photo()), ImageEvalProcessor(32)(photo()))
+
+
+@pytest.mark.parametrize(
+    "distortion",
+    [
+        {"min_scale": 0.3, "max_scale": 0.5},
+        {"color_jitter": [0.4, 0.4, 0.4, 0.1], "color_jitter_p": 1},
+        {"grayscale_p": 1},
+        {"blur_p": 1, "blur_sigma": [1, 2]},
+        {"flip_p": 1},
+        {"randaugment_ops": 4, "randaugment_magnitude": 20},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_each_distortion_alone_does_something(distortion):
+    torch.manual_seed(0)
+    distorted = ImageTrainProcessor(32, **{**NONE, **distortion})(photo())
+    assert (distorted - ImageEvalProcessor(32)(photo())).abs().mean() > 0.005
+
+
+def test_draws_come_from_torch_alone():
+    processor = ImageTrainProcessor(24)
+    python, numpy = random.getstate(), np.random.get_state()
+    results = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        results.append(torch.stack([processor(photo()) for _ in range(8)]))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    assert results[0].std(0).mean() > 0.05
+    assert random.getstate() == python
+    assert np.array_equal(np.random.get_state()[1], numpy[1])
+
+
+def test_colours_can_be_kept_true():
+    orange = (240, 140, 20)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+
+    def shown(processor: ImageTrainProcessor) -> set[tuple[int, ...]]:
+        """Colours in the middle, where no operation shifts the padding to, of a plain image."""
+        torch.manual_seed(0)
+        tensors = [processor(Image.new("RGB", (30, 30), orange)) for _ in range(60)]
+        middles = [(255 * (t * std + mean))[:, 12:20, 12:20].flatten(1) for t in tensors]
+        return set(map(tuple, torch.cat(middles, 1).round().int().T.tolist()))
+
+    assert shown(ImageTrainProcessor(32, keep_true=["colours"])) == {orange}
+    assert len(shown(ImageTrainProcessor(32))) > 40
+
+
+def test_left_and_right_can_be_kept_true():
+    image = Image.new("RGB", (40, 40))
+    image.paste("white", (20, 0, 40, 40))
+
+    def flips(processor: ImageTrainProcessor) -> int:
+        torch.manual_seed(0)
+        tensors = [processor(image)[0] for _ in range(60)]
+        return sum(bool(t[:, :8].mean() > t[:, 8:].mean()) for t in tensors)
+
+    options = {"min_scale": 0.9, "color_jitter": None}
+    assert flips(ImageTrainProcessor(16, keep_true=["left_right"], flip_p=1, **options)) == 0
+    assert flips(ImageTrainProcessor(16, **options)) > 15
+
+
+def test_reduced_decoding_never_enlarges_a_crop():
+    processor = ImageTrainProcessor(256, min_scale=0.2)
+    assert processor.min_side is not None
+    smallest_crop = (0.2 * processor.min_side**2 * 3 / 4) ** 0.5
+    assert 256 <= smallest_crop < 258
+    assert ImageEvalProcessor(256).min_side is None  # evaluation sees the file as it is
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"flip": 0.5}, "unknown key 'flip': did you mean 'flip_p'?"),
+        ({"keep_true": ["colors"]}, "unknown fact 'colors': did you mean 'colours'?"),
+        ({"keep_true": []}, None),
+        ({"image_size": 0}, "image_size"),
+        ({"image_size": "big"}, "image_size"),
+        ({"min_scale": 0.8, "max_scale": 0.5}, "min_scale"),
+        ({"min_scale": "small"}, "softmask_image_train"),
+        ({"color_jitter": [0.4]}, "color_jitter"),
+        ({"color_jitter": [0.4, 0.4, 0.4, 0.9]}, "hue"),
+        ({"flip_p": 1.5}, "probabilities"),
+        ({"blur_p": "often"}, "probabilities"),
+        ({"blur_sigma": [2, 1]}, "blur_sigma"),
+        ({"randaugment_ops": -1}, "num_ops"),
+        ({"randaugment_magnitude": 31}, "randaugment_magnitude"),
+        ({"mean": [0.5], "std": [0.5]}, "mean and std"),
+    ],
+    ids=str,
+)
+def test_wrong_options_get_one_clear_line(options, message):
+    config = OmegaConf.create({"name": "softmask_image_train", **options})
+    if message is None:
+        ImageTrainProcessor.from_config(config)
+        return
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        ImageTrainProcessor.from_config(config)
+    assert "\n" not in str(caught.value)
+
+
+# ---- text processors
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [
+        ("A Dog's red-haired  owner, waiting...\n", "a dogs red haired owner waiting"),
+        ("<person> and/or a cat!", "person and or a cat"),
+        ('"(*#:;~)"', ""),
+        ("   ", ""),
+        ("", ""),
+        (None, ""),
+        (float("nan"), ""),
+        (12, "12"),
+        (True, "true"),
+    ],
+)
+def test_captions_are_cleaned_as_albef_does(raw, clean):
+    assert CaptionProcessor()(raw) == clean
+
+
+PIECES = ["A", "dog", "É", "ß", "7", "<person>", "-", "/", ",", ".", "'", "#", " ", "\n", "\u00a0"]
+
+
+@given(st.lists(st.sampled_from(PIECES)).map("".join), st.integers(1, 8))
+@settings(max_examples=200, deadline=None)
+def test_cleaned_captions_keep_words_in_order(text, max_words):
+    cleaned = CaptionProcessor(max_words)(text)
+    words = re.sub("[-/]", " ", re.sub(r"[,.'!?\"()*#:;~]", "", text.lower())).split()
+    expected = [word.replace("<person>", "person") for word in words]
+    assert cleaned.split() == expected[:max_words]
+    assert cleaned == " ".join(cleaned.split())
+
+
+def test_text_that_is_no_text_is_refused():
+    with pytest.raises(UserError, match="softmask_question: text expected, got list"):
+        QuestionProcessor()(["what", "is", "it"])
+
+
+def test_questions_may_be_longer():
+    text = "word " * 80
+    assert len(CaptionProcessor()(text).split()) == 30
+    assert len(QuestionProcessor()(text).split()) == 50
+    assert len(QuestionProcessor.from_config({"max_words": 3})(text).split()) == 3
+    for wrong in (0, 2.5, "many"):
+        with pytest.raises(UserError, match="max_words"):
+            CaptionProcessor.from_config({"max_words": wrong})
