@@ -5,6 +5,7 @@ Imported before anything else in this package, so that ``import lavis`` works af
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ def patch() -> None:
     """Apply every patch. Each looks first whether it is needed, so repeating is harmless."""
     _define_torchvision_schemas()
     _restore_numpy_inf()
+    _quiet_fairscale()
 
 
 def _define_torchvision_schemas() -> None:
@@ -42,4 +44,9 @@ def _define_torchvision_schemas() -> None:
 def _restore_numpy_inf() -> None:
     """numpy 2 dropped ``np.Inf``; LAVIS's ALBEF and BLIP models use it (every LAVIS release)."""
     if not hasattr(np, "Inf"):
-        np.Inf = np.inf  # type: ignore[attr-defined]
+        vars(np)["Inf"] = np.inf
+
+
+def _quiet_fairscale() -> None:
+    """fairscale 0.4.4, which LAVIS pins, warns of its own torch.cuda.amp calls (torch >= 2.4)."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"fairscale\.")

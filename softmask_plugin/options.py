@@ -98,6 +98,7 @@ class PretrainOptions:
     queue_size: int = 65536
     momentum: float = 0.995
     temp: float = 0.07
+    learn_temp: bool = True  # false at learning rates far above 1e-4, which drive it to its clamp
     alpha: float = 0.4  # weight of the momentum model's soft targets
     alpha_epochs: float = 2.0  # epochs over which alpha rises from 0; LAVIS: 2, original ALBEF: 1
 

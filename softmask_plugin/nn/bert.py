@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softmask_plugin.nn.image_memory import LayerMemory, View
+from softmask_plugin.nn.vision import initial_std
 
 ImageMemory = list[LayerMemory]
 
@@ -64,7 +65,7 @@ class BertModel(nn.Module):
         )
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=initial_std(shape.width))
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
@@ -258,7 +259,7 @@ class MlmPredictions(nn.Module):
         self.transform.LayerNorm = nn.LayerNorm(shape.width, eps=shape.norm_eps)
         self.decoder = nn.Linear(shape.width, shape.vocab_size)
         self.bias = self.decoder.bias  # LAVIS's checkpoints hold it under both keys
-        nn.init.normal_(self.transform.dense.weight, std=0.02)
+        nn.init.normal_(self.transform.dense.weight, std=initial_std(shape.width))
         nn.init.zeros_(self.transform.dense.bias)
         nn.init.zeros_(self.decoder.bias)
 

@@ -8,6 +8,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
+def initial_std(width: int) -> float:
+    """Standard deviation of fresh weights: ViT's and BERT's 0.02 at their width of 768.
+
+    A layer's gain is std * sqrt(width), so a narrow model started at 0.02 passes next to nothing
+    through its branches and learns late.
+    """
+    return 0.02 * (768 / width) ** 0.5
+
+
 class VisionTransformer(nn.Module):
     """ViT that returns all tokens, [CLS] first (Dosovitskiy et al., arXiv 2010.11929).
 
@@ -48,9 +57,10 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(width, eps=norm_eps)
         for parameter in (self.cls_token, self.pos_embed):
             nn.init.trunc_normal_(parameter, std=0.02)
+        std = initial_std(width)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=std)
                 nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Tensor:

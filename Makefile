@@ -1,0 +1,49 @@
+# make venv | demo | test | lint | format, and venv-modern | test-modern for the second stack.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv venv-modern demo test test-modern lint format
+
+help:
+	@echo "make demo         pretrain a tiny SoftMask++ on rendered scenes, write a report"
+	@echo "make test         lint, types and tests"
+	@echo "make test-modern  the tests with numpy 2 and transformers 4.51 (.venv-modern)"
+	@echo "make venv         only the virtual environment .venv (venv-modern: .venv-modern)"
+	@echo "make format       let ruff rewrite the sources"
+
+venv: .venv/.installed
+venv-modern: .venv-modern/.installed
+
+# Stamp files: a virtual environment is made once and renewed when a requirement changes.
+.venv/.installed: pyproject.toml requirements/host.txt requirements/tools.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 11))' || { echo \
+		"LAVIS's own versions need Python 3.10 or 3.11: set PYTHON=..., or run make venv-modern"; exit 1; }
+	@echo "Setting up .venv (a few minutes, once) ..."
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/python -m pip install -q -r requirements/host.txt -e .
+	@touch $@
+
+.venv-modern/.installed: pyproject.toml requirements/modern.txt requirements/tools.txt
+	@echo "Setting up .venv-modern (a few minutes, once) ..."
+	@$(PYTHON) -m venv .venv-modern
+	@.venv-modern/bin/python -m pip install -q -r requirements/modern.txt
+	@.venv-modern/bin/python -m pip install -q --no-deps salesforce-lavis==1.0.2 -e .
+	@touch $@
+
+demo: .venv/.installed
+	@.venv/bin/softmask demo
+
+lint: .venv/.installed
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+
+test: lint
+	@.venv/bin/pytest
+
+test-modern: .venv-modern/.installed
+	@.venv-modern/bin/pytest
+
+format: .venv/.installed
+	@.venv/bin/ruff check --fix .
+	@.venv/bin/ruff format .

@@ -1,0 +1,131 @@
+"""The ``softmask`` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+import torch.distributed as dist
+
+from softmask_plugin import stack
+from softmask_plugin.errors import UserError
+
+EXAMPLES = """\
+examples:
+  softmask demo                        train a tiny model on rendered scenes, write a report
+  softmask configs                     list the YAML files that come with the plugin
+  softmask train --cfg-path my.yaml --options run.max_epoch=5 model.model_type=tiny
+  softmask evaluate --cfg-path my.yaml --options model.pretrained=outputs/.../checkpoint_best.pth
+  torchrun --nproc_per_node=8 -m softmask_plugin.train --cfg-path my.yaml
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Returns:
+        The exit code: 0, or 1 when the doctor finds something wrong, or 2 for a mistake of the
+        user's, which is printed in one line. Any other exception keeps its traceback.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        if args.run is not _doctor:
+            _require_working_stack()
+        return args.run(args)
+    except UserError as error:
+        sys.stderr.write(f"softmask: error: {error}\n")  # LAVIS mutes print on ranks above 0
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="softmask",
+        description="SoftMask++ pretraining for Salesforce LAVIS.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=version("softmask-plugin"))
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    for name, text in (
+        ("train", "train a model as a YAML file says, then test it"),
+        ("evaluate", "test a model as a YAML file says"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument(
+            "--cfg-path",
+            required=True,
+            help="a YAML file, or the name of one of 'softmask configs'",
+        )
+        command.add_argument(
+            "--options",
+            nargs="+",
+            default=[],
+            metavar="KEY=VALUE",
+            help="overrides, such as run.max_epoch=5",
+        )
+        command.set_defaults(run=_launch, evaluate=name == "evaluate")
+
+    text = "train a tiny model on rendered scenes and write a report (5 minutes on two cores)"
+    command = commands.add_parser("demo", help=text, description=text)
+    command.add_argument("--output-dir", default="outputs/demo", help="default: %(default)s")
+    command.set_defaults(run=_demo)
+
+    text = "tell what is installed, registered and usable here, and what to do about problems"
+    command = commands.add_parser("doctor", help=text, description=text)
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=_doctor)
+
+    text = "list the YAML files that come with the plugin"
+    command = commands.add_parser("configs", help=text, description=text)
+    command.set_defaults(run=_configs)
+    return parser
+
+
+def _require_working_stack() -> None:
+    problems = stack.problems(stack.installed())
+    if problems:
+        raise UserError(problems[0])
+
+
+# The modules below import LAVIS, which the doctor must do without where it does not work.
+
+
+def _launch(args: argparse.Namespace) -> int:
+    from softmask_plugin import launch
+
+    runner, _ = launch.run(args.cfg_path, args.options, evaluate=args.evaluate)
+    print(f"Everything about this run is in {runner.output_dir}")
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from softmask_plugin import demo
+
+    demo.main(output_dir=args.output_dir)
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from softmask_plugin import doctor
+
+    return doctor.main(as_json=args.json)
+
+
+def _configs(args: argparse.Namespace) -> int:
+    from softmask_plugin import config_check
+
+    shipped = config_check.shipped_configs()
+    width = max(map(len, shipped), default=0)
+    for name, file in shipped.items():
+        print(f"{name:<{width}}  {config_check.summary(file)}".rstrip())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

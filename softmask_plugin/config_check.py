@@ -1,0 +1,185 @@
+"""Checks of a YAML file and its overrides: a typo gets one line with the nearest valid names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lavis.common.config import create_runner_config_validator
+from lavis.common.registry import registry
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from softmask_plugin.errors import UserError, suggest
+from softmask_plugin.paths import CONFIGS
+
+SECTIONS = ("model", "datasets", "run")
+
+# Keys of the run section that LAVIS's validator lists (with their types), those that LAVIS's
+# runners, tasks and shipped YAML files use without listing them, and those of softmask_runner.
+VALIDATOR = create_runner_config_validator().arguments
+UNLISTED_KEYS = (
+    "amp beta2 block_num cap_max_length cap_min_length dist_backend gpu internal_bsz_fid log_freq "
+    "lr_decay_rate num_captions num_captions_fid num_patches prompt rank repetition_penalty "
+    "report_metric resume_ckpt_path top_k top_p warmup_lr"
+).split()
+RUNNER_KEYS = "clip_grad_norm find_unused_parameters".split()
+RUN_KEYS = frozenset([*VALIDATOR, *UNLISTED_KEYS, *RUNNER_KEYS])
+
+ALWAYS_NEEDED = "task device seed output_dir num_workers batch_size_train batch_size_eval".split()
+NEEDED_TO_TRAIN = "lr_sched init_lr min_lr weight_decay train_splits".split()
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Project YAML files that come with the plugin, by the name ``--cfg-path`` knows them by."""
+    files = sorted((CONFIGS / "projects").rglob("*.yaml"))
+    return {f"lavis_configs/{file.relative_to(CONFIGS).as_posix()}": file for file in files}
+
+
+def summary(file: Path) -> str:
+    """First line of a YAML file, where it is a comment."""
+    first = file.read_text(encoding="utf-8").partition("\n")[0]
+    return first.lstrip("# ") if first.startswith("#") else ""
+
+
+def find_config(cfg_path: str | Path) -> Path:
+    """Return the file that ``cfg_path`` names: a file as such, else a shipped one."""
+    path = Path(cfg_path).expanduser()
+    if path.is_file():
+        return path
+    shipped = shipped_configs()
+    if path.as_posix() in shipped:
+        return shipped[path.as_posix()]
+    siblings = [file.as_posix() for file in path.parent.glob("*.yaml")]
+    hint = suggest(path.as_posix(), [*shipped, *siblings])
+    raise UserError(f"--cfg-path: there is no file '{cfg_path}': {hint}")
+
+
+def read_config(path: Path, options: Sequence[str] = ()) -> DictConfig:
+    """Load a YAML file, merge overrides of the form "section.key=value", and check the result.
+
+    Checked are the names that LAVIS looks up in its registry and the keys of the run section; the
+    plugin's models, data sets and processors check their own keys.
+
+    Raises:
+        UserError: at the first thing found wrong.
+    """
+    overrides = _parse_options(options)
+    try:
+        loaded = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {_one_line(error)}") from error
+    try:
+        _check_sections(loaded)
+        config: Any = OmegaConf.merge(loaded, overrides)
+        _check_model(config.model)
+        for name in config.datasets:
+            config.datasets[name] = config.datasets[name] or {}  # all of its defaults
+            _check_dataset(str(name), config.datasets[name])
+        _check_run(config.run)
+    except (UserError, OmegaConfBaseException) as error:
+        raise UserError(
+            f"{_one_line(error)} (in {path}{' or --options' if options else ''})"
+        ) from None
+    return config
+
+
+def _parse_options(options: Sequence[str]) -> DictConfig:
+    for option in options:
+        key, equals, _ = option.partition("=")
+        if not equals or "." not in key:
+            raise UserError(f"--options: '{option}' is not of the form section.key=value")
+        _known(f"--options: section '{key.split('.')[0]}'", key.split(".")[0], SECTIONS)
+    try:
+        return OmegaConf.from_dotlist(list(options))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"--options: {_one_line(error)}") from error
+
+
+def _check_sections(config: Any) -> None:
+    for section in map(str, config if isinstance(config, DictConfig) else ()):
+        _known(f"section '{section}'", section, SECTIONS)
+    for section in SECTIONS:
+        if not isinstance(config, DictConfig) or not isinstance(config.get(section), DictConfig):
+            raise UserError(f"the section '{section}' is missing or empty")
+
+
+def _check_model(model: DictConfig) -> None:
+    _needed(model, ["arch", "model_type"], "model")
+    _known(f"model.arch '{model.arch}'", model.arch, registry.list_models())
+    types = registry.get_model_class(model.arch).PRETRAINED_MODEL_CONFIG_DICT
+    _known(f"model.model_type '{model.model_type}' of {model.arch}", model.model_type, types)
+
+
+def _check_dataset(name: str, dataset: DictConfig) -> None:
+    where = f"datasets.{name}"
+    _known(f"data set {where}", name, registry.list_datasets())
+    builder = registry.get_builder_class(name)
+    kind = dataset.get("type", "default")
+    _known(f"{where}.type '{kind}'", kind, builder.DATASET_CONFIG_DICT)
+    defaults = OmegaConf.load(builder.default_config_path(type=kind)).datasets[name]
+    merged: Any = OmegaConf.merge(defaults, dataset)
+    for slot in ("vis_processor", "text_processor"):
+        for split, processor in (merged.get(slot) or {}).items():
+            found = (processor or {}).get("name")
+            _known(f"{where}.{slot}.{split}.name '{found}'", found, registry.list_processors())
+
+
+def _check_run(run: DictConfig) -> None:
+    _needed(run, ALWAYS_NEEDED, "run")
+    runner = run.get("runner", "runner_base")
+    _known(f"run.task '{run.task}'", run.task, registry.list_tasks())
+    _known(f"run.runner '{runner}'", runner, registry.list_runners())
+    readers = (registry.get_task_class(run.task), registry.get_runner_class(runner))
+    for key, value in run.items():
+        if all(_is_known_package(reader) for reader in readers):
+            _known(f"key run.{key!s}", key, RUN_KEYS)
+        _check_number(f"run.{key!s}", value, getattr(VALIDATOR.get(key), "type", None))
+    if not run.get("evaluate", False):
+        _needed(run, NEEDED_TO_TRAIN, "run")
+        if "max_iters" not in run:  # which runner_iter counts instead of epochs
+            _needed(run, ["max_epoch"], "run")
+        _known(f"run.lr_sched '{run.lr_sched}'", run.lr_sched, registry.list_lr_schedulers())
+    _check_device(run.device)
+
+
+def _check_number(where: str, value: Any, number: type | None) -> None:
+    if number not in (int, float) or value is None:
+        return
+    try:
+        number(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{where} must be a number, not '{value}'") from None
+
+
+def _check_device(device: str) -> None:
+    _known(f"run.device '{device}'", device, ("cpu", "cuda"))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "run.device is cuda, but PyTorch finds no CUDA device: "
+            "see 'softmask doctor', or add --options run.device=cpu"
+        )
+
+
+def _is_known_package(cls: type) -> bool:
+    """Whether all keys a class reads are known here; other packages may read keys of their own."""
+    return cls.__module__.split(".")[0] in ("lavis", "softmask_plugin")
+
+
+def _needed(section: DictConfig, keys: Iterable[str], where: str) -> None:
+    for key in keys:
+        if section.get(key) is None:
+            raise UserError(f"{where}.{key} is missing")
+
+
+def _known(what: str, name: Any, choices: Iterable[Any]) -> None:
+    choices = [str(choice) for choice in choices]
+    if str(name) not in choices:
+        raise UserError(f"unknown {what}: {suggest(name, choices)}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,10 @@
+"""``torchrun ... -m softmask_plugin.evaluate ...``: as ``softmask evaluate``, on every rank."""
+
+from __future__ import annotations
+
+import sys
+
+from softmask_plugin.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -1,0 +1,133 @@
+"""Train or evaluate from a YAML file, in the order LAVIS's train.py and evaluate.py follow."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import secrets
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import lavis.common.optims  # noqa: F401  (registers the learning-rate schedules)
+import lavis.runners  # noqa: F401  (registers the runners)
+import numpy as np
+import torch
+import torch.distributed as dist
+from lavis.common.config import Config
+from lavis.common.dist_utils import init_distributed_mode, setup_for_distributed
+from lavis.common.logger import setup_logger
+from lavis.common.registry import registry
+from lavis.tasks import setup_task
+from omegaconf import DictConfig, OmegaConf
+
+from softmask_plugin import config_check
+from softmask_plugin.errors import UserError
+
+Results = dict[str, Mapping[str, Any]]
+
+
+def run(
+    cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = False
+) -> tuple[Any, Results | None]:
+    """Run one YAML file: train and then test, or with ``evaluate`` only test.
+
+    May be called again in the same process, and on every rank that torchrun starts (nccl on CUDA,
+    gloo on CPU).
+
+    Args:
+        cfg_path: a YAML file, or the name of a shipped one ("lavis_configs/projects/...").
+        options: overrides, each "section.key=value".
+        evaluate: skip training; the weights are those that the YAML's model section names.
+
+    Returns:
+        The runner (its ``output_dir`` holds logs and checkpoints), and for each test split its
+        metrics; None where the runner reports none, and on ranks other than 0.
+
+    Raises:
+        UserError: something in the YAML file or the options is wrong.
+    """
+    cfg = load_config(cfg_path, options, evaluate)
+    init_distributed(cfg.run_cfg)
+    job_id = make_job_id()
+    seed = int(cfg.run_cfg.seed)
+    seed_everything(seed)
+    setup_logger()
+    cfg.pretty_print()
+
+    task = setup_task(cfg)
+    datasets = task.build_datasets(cfg)
+    model = task.build_model(cfg)
+    # Every rank has built the same model; from here on each draws its own data and dropout.
+    seed_everything(seed + cfg.run_cfg.get("rank", 0))
+
+    runner_class = registry.get_runner_class(cfg.run_cfg.get("runner", "runner_base"))
+    runner = runner_class(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)
+    results = runner.evaluate(skip_reload=True) if evaluate else runner.train()
+    return runner, results
+
+
+def load_config(
+    cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = False
+) -> Config:
+    """Read and check a YAML file with its overrides; add the defaults of its model and datasets.
+
+    The overrides are merged before LAVIS sees the file: its own merge comes too late for
+    ``model.model_type`` and ``datasets.*.type`` to choose the defaults they name.
+    """
+    if evaluate:
+        options = [*options, "run.evaluate=true"]
+    path = config_check.find_config(cfg_path)
+    config = config_check.read_config(path, options)
+    if evaluate and not config.run.get("test_splits"):
+        raise UserError(f"run.test_splits is empty (in {path}): there is nothing to evaluate")
+    config.run.setdefault("evaluate", False)
+    # LAVIS would put a relative folder inside its own installation.
+    config.run.output_dir = str(Path(config.run.output_dir).expanduser().absolute())
+    return Config(Namespace(cfg_path=io.StringIO(OmegaConf.to_yaml(config)), options=None))
+
+
+def init_distributed(run_cfg: DictConfig) -> None:
+    """Join the process group that torchrun or Slurm announces, if any; note it in ``run_cfg``.
+
+    LAVIS's own function knows nccl alone, so that a run on CPUs cannot be distributed.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        cuda = run_cfg.device == "cuda"
+        run_cfg.rank = int(os.environ["RANK"])
+        run_cfg.world_size = int(os.environ["WORLD_SIZE"])
+        run_cfg.gpu = int(os.environ["LOCAL_RANK"])
+        run_cfg.distributed = True
+        run_cfg.dist_backend = "nccl" if cuda else "gloo"
+        if cuda:
+            torch.cuda.set_device(run_cfg.gpu)
+        if not dist.is_initialized():
+            dist.init_process_group(run_cfg.dist_backend)
+            setup_for_distributed(run_cfg.rank == 0)
+    elif "SLURM_PROCID" in os.environ and run_cfg.get("world_size", 1) > 1:
+        init_distributed_mode(run_cfg)
+    else:
+        run_cfg.distributed = False
+
+
+def make_job_id() -> str:
+    """Name of the run's folder: the time plus four random digits, the same on every rank.
+
+    LAVIS's job id changes every ten minutes only, so that two runs share a folder.
+    """
+    job_id = [f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"]
+    if dist.is_initialized():
+        dist.broadcast_object_list(job_id)
+    return job_id[0]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the random generators of Python, numpy and torch; ask cuDNN for repeatable kernels."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True

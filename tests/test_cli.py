@@ -1,0 +1,318 @@
+"""The softmask command, its launcher, its checks of YAML files, and the doctor."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lavis
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import softmask_plugin.__main__ as script_runner
+from softmask_plugin import cli, config_check, doctor, launch, stack
+from softmask_plugin.errors import UserError
+
+RUN = {
+    "task": "retrieval",
+    "runner": "softmask_runner",
+    "lr_sched": "softmask_cosine_lr",
+    "device": "cpu",
+    "seed": 7,
+    "output_dir": "runs",
+    "num_workers": 0,
+    "batch_size_train": 4,
+    "batch_size_eval": 4,
+    "max_epoch": 1,
+    "init_lr": 1e-3,
+    "min_lr": 0,
+    "weight_decay": 0.01,
+    "k_test": 4,
+    "train_splits": ["train"],
+    "valid_splits": [],
+    "test_splits": ["test"],
+    "use_dist_eval_sampler": False,
+}
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """Path of a YAML file for a run of two steps, in an otherwise empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    OmegaConf.save(
+        {
+            "model": {"arch": "softmask_pretrain", "model_type": "tiny", "queue_size": 8},
+            "datasets": {"scenes_retrieval": {"num": {"train": 8, "val": 4, "test": 6}}},
+            "run": RUN,
+        },
+        "my.yaml",
+    )
+    return "my.yaml"
+
+
+def weights(runner, name="checkpoint_0.pth"):
+    return torch.load(runner.output_dir / name, weights_only=True)["model"]
+
+
+# ---- launching
+
+
+def test_evaluate_gives_what_training_ended_with(config, tmp_path):
+    trained, after_training = launch.run(config)
+    checkpoint = trained.output_dir / "checkpoint_0.pth"
+    options = [f"model.pretrained={checkpoint}", "run.seed=8"]
+    evaluated, results = launch.run(config, options, evaluate=True)
+
+    assert results == after_training
+    assert 0 <= results["test"]["txt_r1"] <= 100
+    assert trained.output_dir != evaluated.output_dir
+    assert trained.output_dir.parent == evaluated.output_dir.parent == tmp_path / "runs"
+    assert not list(evaluated.output_dir.glob("checkpoint_*"))
+
+
+def test_the_seed_decides_everything(config):
+    first, again, other = (
+        weights(launch.run(config, [f"run.seed={seed}", "run.test_splits=[]"])[0])
+        for seed in (1, 1, 2)
+    )
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert not torch.equal(first["vision_proj.weight"], other["vision_proj.weight"])
+
+
+def test_options_choose_the_defaults_they_name(config):
+    """LAVIS's Config keeps the defaults of the file's model_type; ours are those asked for."""
+    assert launch.load_config(config).model_cfg.tokenizer == "scenes"
+    cfg = launch.load_config(config, ["model.model_type=base", "datasets.scenes_pretrain.seed=3"])
+    assert "tokenizer" not in cfg.model_cfg
+    assert cfg.model_cfg.vit_weights == "deit"
+    assert cfg.model_cfg.queue_size == 8
+    assert cfg.datasets_cfg.scenes_pretrain.seed == 3
+    assert cfg.datasets_cfg.scenes_pretrain.data_type == "images"
+
+
+def test_torchrun_on_cpus(config, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += ["-m", "softmask_plugin.train", "--cfg-path", config]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = (tmp_path / "runs").iterdir()  # both ranks agree on one folder
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["split"] for line in lines] == ["train", "test"]
+    assert lines[0]["step"] == 1  # 8 scenes in batches of 4 on each of 2 ranks
+    assert OmegaConf.load(folder / "config.yaml").run.world_size == 2
+
+
+def test_a_script_runs_with_the_plugin_registered(tmp_path, monkeypatch):
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys, helper\n"
+        "from lavis.common.registry import registry\n"
+        "assert __name__ == '__main__'\n"
+        "helper.seen = sys.argv, 'softmask_pretrain' in registry.list_models()\n"
+    )
+    (tmp_path / "helper.py").write_text("")
+    monkeypatch.setattr(sys, "argv", ["-m", str(script), "--cfg-path", "x.yaml"])
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    assert script_runner.main() == 0
+    assert sys.modules.pop("helper").seen == ([str(script), "--cfg-path", "x.yaml"], True)
+
+
+def test_a_missing_script_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["-m", "nowhere.py"])
+    assert script_runner.main() == 2
+    assert "no file 'nowhere.py'" in capsys.readouterr().err
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("model.arch=softmsk_pretrain", "did you mean 'softmask_pretrain'"),
+        ("model.model_type=tyni", "did you mean 'tiny'"),
+        ("model.soft_mask.strenght=1", "did you mean 'strength'"),
+        ("model.itc.loss=focal", "did you mean 'focal_itc'"),
+        ("datasets.scenes_retrievl.seed=1", "did you mean 'scenes_retrieval'"),
+        ("datasets.scenes_retrieval.nun.test=1", "did you mean 'num'"),
+        ("datasets.scenes_retrieval.type=small", "choose from 'default'"),
+        (
+            "datasets.scenes_retrieval.vis_processor.eval.name=softmask_img_eval",
+            "did you mean 'softmask_image_eval'",
+        ),
+        ("run.max_epochs=2", "did you mean 'max_epoch'"),
+        ("run.max_epoch=two", "run.max_epoch must be a number, not 'two'"),
+        ("run.max_epoch=null", "run.max_epoch is missing"),
+        ("run.task=retreival", "did you mean 'retrieval'"),
+        ("run.runner=softmax_runner", "did you mean 'softmask_runner'"),
+        ("run.lr_sched=softmask_cosine", "did you mean 'softmask_cosine_lr'"),
+        ("run.device=gpu", "unknown run.device 'gpu'"),
+        ("run.seed=[1", "--options"),
+        ("runs.seed=1", "did you mean 'run'"),
+        ("run.seed", "not of the form section.key=value"),
+        ("seed=1", "not of the form section.key=value"),
+    ],
+)
+def test_a_mistake_gets_one_line(config, capsys, option, message):
+    assert cli.main(["train", "--cfg-path", config, "--options", option]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("softmask: error: ")
+    assert message in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_asked_for_where_there_is_none(config, capsys):
+    assert cli.main(["evaluate", "--cfg-path", config, "--options", "run.device=cuda"]) == 2
+    assert "run.device=cpu" in capsys.readouterr().err
+
+
+def test_evaluating_nothing_is_a_mistake(config, capsys):
+    assert cli.main(["evaluate", "--cfg-path", config, "--options", "run.test_splits=[]"]) == 2
+    assert "run.test_splits is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run: [", "not valid YAML"),
+        ("- 1\n- 2\n", "the section 'model' is missing"),
+        ("modle: {}\n", "did you mean 'model'"),
+        ("model: {arch: softmask_pretrain}\ndatasets: {}\nrun: {}\n", "model_type is missing"),
+    ],
+)
+def test_a_broken_file_gets_one_line(tmp_path, text, message):
+    file = tmp_path / "broken.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        config_check.read_config(file)
+    assert "\n" not in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+def test_other_exceptions_keep_their_traceback(config, monkeypatch):
+    def crash(*args, **kwargs):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(launch, "run", crash)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["train", "--cfg-path", config])
+
+
+# ---- YAML files
+
+
+def test_a_missing_file_gets_the_nearest_names(config):
+    with pytest.raises(UserError, match=r"did you mean 'my\.yaml'"):
+        config_check.find_config("mine.yaml")
+    name = next(iter(config_check.shipped_configs()))
+    with pytest.raises(UserError, match=f"did you mean '{name}'"):
+        config_check.find_config(name.replace("lavis_configs", "lavis_config"))
+
+
+def test_shipped_files_are_found_from_anywhere_and_local_ones_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name, shipped = next(iter(config_check.shipped_configs().items()))
+    assert config_check.find_config(name) == shipped
+    local = Path(name)
+    local.parent.mkdir(parents=True)
+    local.touch()
+    assert config_check.find_config(f"./{name}") == local
+
+
+@pytest.mark.parametrize("file", config_check.shipped_configs().values(), ids=lambda f: f.stem)
+def test_every_shipped_file_passes_the_checks_and_says_what_it_is(file):
+    config_check.read_config(file, ["run.device=cpu"])
+    assert config_check.summary(file)
+
+
+def test_lavis_own_files_pass_the_checks():
+    refused = []
+    files = sorted((Path(lavis.__file__).parent / "projects").rglob("*.yaml"))
+    for file in files:
+        try:
+            config_check.read_config(file, ["run.device=cpu"])
+        except UserError:
+            refused.append(file.name)
+    assert len(files) > 60
+    # An unregistered model type, and an empty file: LAVIS cannot run these either.
+    assert refused == ["coco_cap_ft_iter.yaml", "caption_coco_flant5xl_eval.yaml"]
+
+
+def test_configs_lists_the_shipped_files(capsys):
+    assert cli.main(["configs"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == list(config_check.shipped_configs())
+
+
+# ---- doctor
+
+GOOD = {**dict.fromkeys(stack.PACKAGES, "1.0"), "transformers": "4.26.1", "numpy": "1.26.4"}
+GOOD["opencv-python-headless"] = "4.5.5.64"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"numpy": "2.3.5", "opencv-python-headless": "4.12.0.88"}, None),
+        ({"numpy": "2.3.5"}, "compiled against numpy 1"),
+        ({"transformers": "4.56.2"}, "pip install transformers==4.51.3"),
+        ({"transformers": "4.51.3"}, None),
+        ({"salesforce-lavis": None}, "pip install salesforce-lavis==1.0.2"),
+    ],
+)
+def test_versions_that_cannot_work_together(changes, message):
+    problems = stack.problems({**GOOD, **changes})
+    assert len(problems) == (message is not None)
+    assert all(message in problem for problem in problems)
+
+
+def test_doctor_is_content_here_and_knows_the_plugin(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"]
+    found = {finding["name"]: finding["value"] for finding in report["findings"]}
+    assert found["torch"] == torch.__version__
+    assert "softmask_pretrain (base, tiny)" in found["model"]
+    assert "scenes_retrieval" in found["builder"]
+    assert "softmask_image_train" in found["processor"]
+    assert found["loss"] == "focal_itc"
+    assert "blip" not in str(found)
+
+
+def test_doctor_tells_what_to_do(capsys, monkeypatch):
+    monkeypatch.setattr(stack, "installed", lambda: {**GOOD, "numpy": "2.0.0"})
+    assert cli.main(["doctor"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("! stack") for line in lines)
+    assert "pip install 'numpy<2'" in lines[-1]
+    assert cli.main(["configs"]) == 2  # the other commands say the same in one line
+    assert "pip install 'numpy<2'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("cuda", "driver", "action"),
+    [(None, False, ""), ("12.8", False, ""), ("12.8", True, "driver"), (None, True, "CUDA build")],
+)
+def test_doctor_on_cuda_builds_and_drivers(monkeypatch, cuda, driver, action):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: name if driver else None)
+    (finding,) = (finding for finding in doctor.examine() if finding.name == "cuda")
+    assert action in finding.advice
+    assert bool(finding.advice) == bool(action)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.strip() == "0.1.0"
