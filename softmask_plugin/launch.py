@@ -50,6 +50,8 @@ def run(
     Raises:
         UserError: something in the YAML file or the options is wrong.
     """
+    # Data-loader workers are forked after tokenizers has run threads, which it warns about.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     cfg = load_config(cfg_path, options, evaluate)
     init_distributed(cfg.run_cfg)
     job_id = make_job_id()
@@ -59,11 +61,17 @@ def run(
     cfg.pretty_print()
 
     task = setup_task(cfg)
+    paths = registry.mapping["paths"]
+    folder = Path(cfg.run_cfg.output_dir) / job_id
+    # LAVIS tells where the run's folder is only after building the data sets, which log to it.
+    paths |= {"output_dir": str(folder), "result_dir": str(folder / "result")}
     datasets = task.build_datasets(cfg)
     model = task.build_model(cfg)
     # Every rank has built the same model; from here on each draws its own data and dropout.
     seed_everything(seed + cfg.run_cfg.get("rank", 0))
 
+    # LAVIS's runner registers the two itself, and refuses to where they are known already.
+    del paths["output_dir"], paths["result_dir"]
     runner_class = registry.get_runner_class(cfg.run_cfg.get("runner", "runner_base"))
     runner = runner_class(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)
     results = runner.evaluate(skip_reload=True) if evaluate else runner.train()

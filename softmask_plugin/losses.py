@@ -52,6 +52,7 @@ class FocalITCLoss(nn.Module):
         return (i2t + t2i) / 2
 
     def extra_repr(self) -> str:
+        """What printing the module shows in its parentheses."""
         return f"gamma={self.gamma}"
 
 

@@ -64,7 +64,7 @@ class ItcOptions:
 class TextOptions:
     """Innovation 3, text side: masked captions."""
 
-    shared: bool = True  # one masked caption for ITC, ITM and MLM; false: ITC and ITM read clean text
+    shared: bool = True  # one masked caption for all losses; false: ITC and ITM read clean text
     mask_prob: float = 0.15  # chance of a token to be masked
 
 
@@ -116,18 +116,20 @@ class PretrainOptions:
         _within("momentum", self.momentum, 0, 1)
         _within("alpha", self.alpha, 0, 1)
         _within("itc.gamma", self.itc.gamma, 0, float("inf"))
-        if self.image_size % self.vit.patch_size:
-            raise UserError(
-                f"model.image_size is {self.image_size}, not a multiple of model.vit.patch_size "
-                f"{self.vit.patch_size}: choose one that is"
-            )
+        _within("temp", self.temp, 0.001, 0.5)
+        _within("queue_size", self.queue_size, 0, float("inf"))
+        _within("vit.patch_size", self.vit.patch_size, 1, self.image_size)
+        _within("max_txt_len", self.max_txt_len, 3, self.bert.max_positions)
+        _multiple("vit.width", self.vit.width, "vit.heads", self.vit.heads)
+        _multiple("bert.width", self.bert.width, "bert.heads", self.bert.heads)
+        _multiple("image_size", self.image_size, "vit.patch_size", self.vit.patch_size)
         if self.soft_mask.layer is None:
             mask.layer = min(self.bert.fusion_layer + 2, self.bert.layers - 2)
         if not self.bert.fusion_layer <= mask.layer <= self.bert.layers - 2:  # type: ignore[operator]
             raise UserError(
                 f"model.soft_mask.layer is {mask.layer}: choose from {self.bert.fusion_layer} to "
-                f"{self.bert.layers - 2}, the layers with cross-attention before the last, in which "
-                "only [CLS] counts"
+                f"{self.bert.layers - 2}, the layers with cross-attention before the last, in "
+                "which only [CLS] counts"
             )
 
 
@@ -148,16 +150,23 @@ def read_options(schema: type, section: DictConfig | dict[str, Any]) -> Any:
 
 
 def _check_keys(known: DictConfig, given: DictConfig, place: str) -> None:
-    for key in given:
+    for key in map(str, given):
         if key not in known:
-            raise UserError(f"unknown key {place}.{key}: {suggest(str(key), map(str, known))}")
-        if isinstance(known[key], DictConfig) and isinstance(given[key], DictConfig):
+            raise UserError(f"unknown key {place}.{key}: {suggest(key, map(str, known))}")
+        if isinstance(known[key], DictConfig):
+            if not isinstance(given[key], DictConfig):
+                raise UserError(f"{place}.{key} is {given[key]}: it must be a section of keys")
             _check_keys(known[key], given[key], f"{place}.{key}")
 
 
 def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UserError(f"model.{key} is '{value}': {suggest(value, choices)}")
+
+
+def _multiple(key: str, value: int, of: str, divisor: int) -> None:
+    if divisor < 1 or value % divisor:
+        raise UserError(f"model.{key} is {value}, not a multiple of model.{of} {divisor}")
 
 
 def _within(key: str, value: float, low: float, high: float) -> None:

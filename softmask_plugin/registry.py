@@ -1,4 +1,4 @@
-"""LAVIS's registry, with two things added: a kind for losses, and registering that can be repeated."""
+"""LAVIS's registry with two additions: a kind for losses, and registering that can be repeated."""
 
 from __future__ import annotations
 

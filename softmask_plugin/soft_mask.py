@@ -1,4 +1,4 @@
-"""Text-driven soft mask (innovation 1 of SoftMask++, arXiv 2304.00719, section 3.2), as pure functions.
+"""Text-driven soft mask (innovation 1 of SoftMask++, arXiv 2304.00719, 3.2), as pure functions.
 
     G[k,i] = mean_h relu(ds+ / dA[h,k,i]) * A[h,k,i]        word_cam      (k: token, i: patch)
     G^     = (G[w] - min) / (max - min)                      normalize     (w: the picked word)
@@ -55,8 +55,9 @@ def pick_words(
 
     Args:
         cam: G, (B, T, P); read by ``energy`` only.
-        word_ids: which word each token belongs to, (B, T), int64 in [0, T); -1 where a token may
-            not be picked (padding, special tokens, with ``content`` also function words).
+        word_ids: which word each token belongs to, (B, T), int64 in [0, T), words in order; -1
+            where a token may not be picked (padding, special tokens, with ``content`` also
+            function words).
         choice: ``uniform`` and ``content`` give each word the same chance, ``energy`` a chance in
             proportion to the sum of its map.
         generator: random stream on the device of ``cam``.
@@ -66,8 +67,9 @@ def pick_words(
     """
     eligible = word_ids >= 0
     # The first token of a word stands for the word, so that long words are not favoured.
-    previous = torch.nn.functional.pad(word_ids, (1, 0), value=-1)[:, :-1]
-    weights = (eligible & (word_ids != previous)).float()
+    seen = word_ids.cummax(dim=1).values  # a masked piece may part a word's tokens
+    previous = torch.nn.functional.pad(seen, (1, 0), value=-1)[:, :-1]
+    weights = (word_ids > previous).float()
     if choice == "energy":
         energy = torch.zeros_like(weights)
         energy = energy.scatter_add(1, word_ids.clamp_min(0), cam.sum(-1) * eligible)
@@ -84,7 +86,9 @@ def pick_words(
 def word_map(cam: Tensor, word_ids: Tensor, word: Tensor) -> Tensor:
     """Mean map of the tokens of one word: (B, T, P), (B, T), (B,) -> (B, P); zeros for word -1."""
     tokens = (word_ids == word[:, None]) & (word[:, None] >= 0)
-    return torch.einsum("btp,bt->bp", cam, tokens.float()) / tokens.sum(1, keepdim=True).clamp_min(1)
+    count = tokens.sum(1, keepdim=True).clamp_min(1)
+    # No einsum: autocast would run it in half precision, where small maps underflow.
+    return (cam * tokens[:, :, None]).sum(dim=1) / count
 
 
 def normalize(maps: Tensor) -> Tensor:

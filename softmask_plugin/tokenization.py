@@ -15,6 +15,7 @@ from softmask_plugin.datasets.caption_files import SUFFIXES, read_captions
 from softmask_plugin.errors import UserError
 from softmask_plugin.paths import PACKAGE
 
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 SCENES_VOCABULARY = PACKAGE / "assets" / "scenes_vocab.txt"
 
 # Words that name nothing in an image; `soft_mask.words: content` never picks them.
@@ -26,7 +27,8 @@ FUNCTION_WORDS = frozenset(
     more most much must my near neither next no nor not of off on onto or other our ours out outside
     over own past same she should so some such than that the their theirs them then there these they
     this those through to together too toward towards under until up upon us very was we were what
-    when where which while who whom whose why will with within without would you your yours""".split()
+    when where which while who whom whose why will with within without would you your
+    yours""".split()
 )
 
 
@@ -35,12 +37,14 @@ def build_tokenizer(source: str, vocab_size: int = 8192) -> BertTokenizerFast:
 
     Args:
         source: ``scenes`` (the vocabulary of the rendered scenes, shipped); a ``vocab.txt``; a
-            caption file, from whose captions a vocabulary is made, the same at every call; or the
-            name of a BERT on the Hugging Face hub, or its local folder.
+            caption file, from whose captions (in Karpathy's layout: those of the train split) a
+            vocabulary is made, the same at every call; or the name of a BERT on the Hugging Face
+            hub, or its local folder.
         vocab_size: largest size of a vocabulary made from captions.
 
     Raises:
-        UserError: no such file, and no such name in the hub's cache or on the hub.
+        UserError: no such file, and no such name in the hub's cache or on the hub; or a caption
+            file that cannot be used.
     """
     path = SCENES_VOCABULARY if source == "scenes" else Path(source)
     if path.suffix == ".txt" and path.is_file():
@@ -57,10 +61,19 @@ def build_tokenizer(source: str, vocab_size: int = 8192) -> BertTokenizerFast:
 
 
 def _vocabulary_of(captions_file: Path, vocab_size: int) -> BertTokenizerFast:
-    captions = (c for item in read_captions(captions_file) for c in item.captions)
+    captions = [c for item in read_captions(captions_file, "train") for c in item.captions]
     tokenizer = BertWordPieceTokenizer(lowercase=True)
+    # The trainer numbers "##x" in the order of a hash table, and breaks ties by number: given these
+    # in order beforehand, it makes the same vocabulary on every rank and in every later run.
+    normalize, cut = tokenizer.normalizer.normalize_str, tokenizer.pre_tokenizer.pre_tokenize_str
+    words = {word for caption in captions for word, _ in cut(normalize(caption))}
+    inner = sorted({letter for word in words for letter in word[1:]})
     tokenizer.train_from_iterator(
-        captions, vocab_size=vocab_size, min_frequency=2, show_progress=False
+        captions,
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[*SPECIAL_TOKENS, *(f"##{letter}" for letter in inner)],
+        show_progress=False,
     )
     with TemporaryDirectory() as folder:
         (vocabulary,) = tokenizer.save_model(folder)

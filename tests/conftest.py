@@ -57,7 +57,7 @@ def make_model():
     def make(seed: int = 0, **changes) -> SoftMaskPretrain:
         torch.manual_seed(seed)
         model = SoftMaskPretrain(read_options(PretrainOptions, {**SMALL, **changes}))
-        with torch.no_grad():  # fresh biases are zero and norms are one: hide no mistake behind that
+        with torch.no_grad():  # fresh biases are zero, norms one: hide no mistake behind that
             for parameter in model.parameters():
                 if parameter.ndim == 1:
                     parameter.add_(0.1 * torch.randn_like(parameter))

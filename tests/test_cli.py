@@ -11,7 +11,9 @@ from pathlib import Path
 import lavis
 import pytest
 import torch
+from lavis.runners import RunnerBase
 from omegaconf import OmegaConf
+from PIL import Image
 
 import softmask_plugin.__main__ as script_runner
 from softmask_plugin import cli, config_check, doctor, launch, stack
@@ -92,6 +94,23 @@ def test_options_choose_the_defaults_they_name(config):
     assert cfg.model_cfg.queue_size == 8
     assert cfg.datasets_cfg.scenes_pretrain.seed == 3
     assert cfg.datasets_cfg.scenes_pretrain.data_type == "images"
+
+
+def test_data_sets_log_to_the_folder_of_their_own_run(config, tmp_path, monkeypatch):
+    """With LAVIS's own runner too, which registers that folder itself; twice in one process."""
+    Image.new("RGB", (8, 8)).save("a.png")
+    Path("captions.json").write_text(
+        '[{"image": "a.png", "caption": "a"}, {"image": "b.png", "caption": "b"}]'
+    )
+    monkeypatch.setattr(RunnerBase, "train", lambda self: None)
+    data = "datasets.captions_folder"
+    options = [f"{data}.images=.", f"{data}.captions.train=captions.json", "run.runner=runner_base"]
+    runners = [launch.run(config, options)[0] for _ in range(2)]
+    logs = [runner.output_dir / "skipped_images.log" for runner in runners]
+    assert logs[0] != logs[1]
+    for runner, log in zip(runners, logs, strict=True):
+        assert log.read_text() == f"{tmp_path / 'b.png'}: no such file\n"
+        assert runner.result_dir == runner.output_dir / "result"
 
 
 def test_torchrun_on_cpus(config, tmp_path):

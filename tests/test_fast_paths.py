@@ -58,9 +58,7 @@ def test_masking_keys_and_values_is_masking_the_features(pair, size):
         if "crossattention" in name
     ]
     got = torch.autograd.grad((fused * weight).sum(), [image, *(p for _, p, _ in parameters)])
-    plain = torch.autograd.grad(
-        (expected * weight).sum(), [image, *(p for _, _, p in parameters)]
-    )
+    plain = torch.autograd.grad((expected * weight).sum(), [image, *(p for _, _, p in parameters)])
     for (name, _, _), a, b in zip([("image", 0, 0), *parameters], got, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -95,9 +93,8 @@ def test_many_captions_of_one_image_share_its_memory(pair):
 def test_views_must_cover_the_captions(pair):
     ours, _, image, text, captions = pair(4)
     with pytest.raises(ValueError, match="cover"):
-        ours.bert.fuse(
-            text[:3], captions.mask[:3], ours.bert.remember(image[:2]), (View(captions_per_image=1),)
-        )
+        memory = ours.bert.remember(image[:2])
+        ours.bert.fuse(text[:3], captions.mask[:3], memory, (View(captions_per_image=1),))
 
 
 @pytest.mark.parametrize("size", [1, 2, 6])
@@ -123,8 +120,17 @@ def test_grad_cam_equals_lavis_hooks(pair, size):
 
 def test_dropout_leaves_the_map_undropped(make_model, make_batch):
     """The probabilities are those before dropout: rows sum to one, none is zeroed."""
-    bert = {"layers": 5, "fusion_layer": 2, "width": 32, "heads": 4, "intermediate": 64,
-            "max_positions": 40, "vocab_size": None, "dropout": 0.5, "attention_dropout": 0.5}
+    bert = {
+        "layers": 5,
+        "fusion_layer": 2,
+        "width": 32,
+        "heads": 4,
+        "intermediate": 64,
+        "max_positions": 40,
+        "vocab_size": None,
+        "dropout": 0.5,
+        "attention_dropout": 0.5,
+    }
     model = make_model(bert=bert).train()
     captions = model.reader.read(make_batch(4)["text_input"])
     memory = model.bert.remember(model.visual_encoder(make_batch(4)["image"]))
@@ -151,7 +157,8 @@ def test_a_whole_step_equals_the_slow_way(make_model, make_batch, albef_twin, si
     for name in ("read", "negatives", "hide_a_word", "contrast", "encode_slowly"):
         spy(ours, name, seen)
     out = ours(batch)
-    text, (image_of, text_of), (_, keep, word) = seen["read"], seen["negatives"], seen["hide_a_word"]
+    text, (image_of, text_of) = seen["read"], seen["negatives"]
+    _, keep, word = seen["hide_a_word"]
     alpha = ours.progress(batch)[1]
 
     mask, ids, masked_ids = text.mask, text.ids[:size], text.ids[-size:]

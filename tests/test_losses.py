@@ -1,4 +1,4 @@
-"""FocalITCLoss against torch's own cross-entropy, ALBEF's formula, finite differences and limits."""
+"""FocalITCLoss against torch's cross-entropy, ALBEF's formula, finite differences and limits."""
 
 from __future__ import annotations
 

@@ -43,7 +43,8 @@ def test_grad_cam_leaves_the_graph_and_the_parameters_alone():
     score = (attention * weight).sum(dim=(1, 2, 3))
     cam = grad_cam(score, attention)
     assert weight.grad is None and not cam.requires_grad
-    torch.testing.assert_close(cam, word_cam(attention.detach(), weight.expand(2, 1, 3, 5)).detach())
+    expected = word_cam(attention.detach(), weight.expand(2, 1, 3, 5)).detach()
+    torch.testing.assert_close(cam, expected)
     score.sum().backward()  # the graph is still there
     assert weight.grad is not None
 
@@ -59,14 +60,17 @@ def test_only_words_are_picked_and_each_can_be(choice):
 
 def test_words_of_many_pieces_are_not_favoured():
     generator = stream()
-    picked = torch.stack([pick_words(torch.rand(2, 8, 4), WORDS, "uniform", generator) for _ in range(3000)])
+    picked = torch.stack(
+        [pick_words(torch.rand(2, 8, 4), WORDS, "uniform", generator) for _ in range(3000)]
+    )
     shares = torch.stack([(picked == word).float().mean(dim=0) for word in range(3)])
     assert (shares - 1 / 3).abs().max() < 0.04
 
 
 def test_energy_picks_in_proportion_to_the_map():
     cam = torch.zeros(1, 8, 4)
-    cam[0, 1], cam[0, 2], cam[0, 3] = 0.1, 0.2, 0.1  # word 0: 0.4, word 1 (two pieces): 1.2, word 2: 0
+    # Sums over four patches: word 0 has 0.4, word 1 (two pieces) 1.2, word 2 nothing.
+    cam[0, 1], cam[0, 2], cam[0, 3] = 0.1, 0.2, 0.1
     generator = stream()
     picked = torch.cat([pick_words(cam, WORDS[:1], "energy", generator) for _ in range(2000)])
     assert (picked == 1).float().mean().item() == pytest.approx(0.75, abs=0.04)
@@ -100,7 +104,9 @@ maps = st.lists(
 ).filter(lambda rows: len({len(row) for row in rows}) == 1)
 
 
-@given(rows=maps, kind=st.sampled_from(["soft", "hard", "random", "uniform"]), strength=st.floats(0, 1))
+@given(
+    rows=maps, kind=st.sampled_from(["soft", "hard", "random", "uniform"]), strength=st.floats(0, 1)
+)
 def test_masks_lie_in_0_1_and_spare_cls(rows, kind, strength):
     hidden = normalize(torch.tensor(rows))
     assert ((hidden >= 0) & (hidden <= 1)).all()

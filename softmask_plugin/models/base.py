@@ -33,9 +33,7 @@ class SoftMaskBase(BaseModel):
         self.vision_proj = torch.nn.Linear(options.vit.width, options.embed_dim)
         self.text_proj = torch.nn.Linear(options.bert.width, options.embed_dim)
         self.itm_head = torch.nn.Linear(options.bert.width, 2)
-        self.temp = torch.nn.Parameter(
-            torch.tensor(options.temp), requires_grad=options.learn_temp
-        )
+        self.temp = torch.nn.Parameter(torch.tensor(options.temp), requires_grad=options.learn_temp)
 
     @property
     def bert(self) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,15 @@ from softmask_plugin.nn.pairs import Pairs
 from softmask_plugin.nn.sampling import Draws, mask_tokens
 from softmask_plugin.paths import shipped
 from softmask_plugin.registry import register
-from softmask_plugin.soft_mask import grad_cam, keep_factors, normalize, pick_words, word_map
+from softmask_plugin.soft_mask import (
+    Kind,
+    WordChoice,
+    grad_cam,
+    keep_factors,
+    normalize,
+    pick_words,
+    word_map,
+)
 
 
 @dataclass
@@ -126,7 +134,7 @@ class SoftMaskPretrain(ContrastiveBase):
             clean.ids,
             self.reader.maskable(clean),
             self.tokenizer.mask_token_id,
-            self.text_encoder.shape.vocab_size,
+            len(self.tokenizer),  # the embedding may have rows to spare
             option.text.mask_prob,
             draws.stream("mlm"),
         )
@@ -151,15 +159,17 @@ class SoftMaskPretrain(ContrastiveBase):
             (B, S), and the picked words (B,).
         """
         option, device = self.options.soft_mask, caption.device
+        # The options are checked, but OmegaConf has no Literal type for them.
+        choice, kind = cast(WordChoice, option.words), cast(Kind, option.kind)
         with torch.enable_grad():  # the map is a gradient, under no_grad as well
             states, attention = self.bert.fuse_with_attention(
                 caption, text.mask, memory, option.layer
             )
             cam = grad_cam(self.match(states)[:, 1], attention)
-        word = pick_words(cam, text.words, option.words, draws.stream("word", device))
+        word = pick_words(cam, text.words, choice, draws.stream("word", device))
         hidden = normalize(word_map(cam, text.words, word))
         patches = draws.stream("patches", device)
-        return states, keep_factors(hidden, option.kind, option.strength, patches), word
+        return states, keep_factors(hidden, kind, option.strength, patches), word
 
     @torch.no_grad()
     def distilled_words(self, slow: Any, text: Text, alpha: float) -> Tensor | None:

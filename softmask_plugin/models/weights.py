@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,8 +42,12 @@ def load(model: SoftMaskBase, url_or_filename: str) -> None:
             if (online := momentum.replace("_m.", ".", 1)) != momentum and online in state
         }
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    if "image_queue" not in fitting:  # a position in a queue of another size means nothing here
+        fitting.pop("queue_ptr", None)
     if not fitting:
-        raise UserError(f"{url_or_filename} has no tensor that fits this model: is it a checkpoint?")
+        raise UserError(
+            f"{url_or_filename} has no tensor that fits this model: is it a checkpoint?"
+        )
     model.load_state_dict(fitting, strict=False)
     logging.info(
         "loaded %d of %d tensors from %s%s%s%s",
@@ -72,9 +75,14 @@ def read_state_dict(url_or_filename: str) -> StateDict:
         raise UserError(f"no checkpoint at {url_or_filename}: give a file or a URL")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path} is no readable checkpoint of plain tensors: {error}") from error
+    except Exception as error:  # the unpickler raises nearly anything for a file of another kind
+        raise UserError(
+            f"{path} is no readable checkpoint ({type(error).__name__}): it is cut short, of "
+            "another kind, or holds objects other than tensors, which could run code"
+        ) from error
     state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else {}
+    if not isinstance(state, dict):
+        state = {}
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
 

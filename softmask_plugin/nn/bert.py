@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,7 @@ class BertModel(nn.Module):
         super().__init__()
         self.shape = shape
         self.embeddings = Embeddings(shape)
-        self.encoder = nn.Module()
+        self.encoder: Any = nn.Module()  # container for LAVIS's key, as some below
         self.encoder.layer = nn.ModuleList(
             Layer(shape, has_cross_attention=i >= shape.fusion_layer) for i in range(shape.layers)
         )
@@ -150,6 +151,7 @@ class Embeddings(nn.Module):
         self.register_buffer("position_ids", torch.arange(shape.max_positions).expand(1, -1))
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Embed ids (N, T) as states (N, T, width)."""
         positions = self.position_embeddings.weight[: ids.shape[1]]
         return self.dropout(self.LayerNorm(self.word_embeddings(ids) + positions))
 
@@ -162,7 +164,7 @@ class Layer(nn.Module):
         self.attention = Attention(shape, shape.width)
         if has_cross_attention:
             self.crossattention = Attention(shape, shape.image_width)
-        self.intermediate = nn.Module()
+        self.intermediate: Any = nn.Module()
         self.intermediate.dense = nn.Linear(shape.width, shape.intermediate)
         self.output = AddNorm(shape, shape.intermediate)
 
@@ -181,13 +183,14 @@ class Attention(nn.Module):
     def __init__(self, shape: BertShape, source_width: int) -> None:
         super().__init__()
         self.heads, self.dropout = shape.heads, shape.attention_dropout
-        self.self = nn.Module()  # LAVIS's key for the three projections
+        self.self: Any = nn.Module()  # LAVIS's key for the three projections
         self.self.query = nn.Linear(shape.width, shape.width)
         self.self.key = nn.Linear(source_width, shape.width)
         self.self.value = nn.Linear(source_width, shape.width)
         self.output = AddNorm(shape, shape.width)
 
     def attend_self(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Text states (N, T, width) attend to the tokens that ``mask`` (N, T) marks."""
         query, key, value = (
             self.split(projection(states))
             for projection in (self.self.query, self.self.key, self.self.value)
@@ -198,6 +201,7 @@ class Attention(nn.Module):
         return self.output(merge(context), states)
 
     def remember(self, image_states: Tensor) -> LayerMemory:
+        """Project image states (B, S, image width) to keys and values."""
         return LayerMemory(
             self.split(self.self.key(image_states)),
             self.split(self.self.value(image_states)),
@@ -206,16 +210,19 @@ class Attention(nn.Module):
         )
 
     def look(self, states: Tensor, memory: LayerMemory, views: Sequence[View]) -> Tensor:
+        """Text states (N, T, width) attend to the images, each as its view shows them."""
         query = self.split(self.self.query(states))
         return self.output(merge(memory.attend(query, views, self.dropout_now)), states)
 
     def look_and_show(self, states: Tensor, memory: LayerMemory) -> tuple[Tensor, Tensor]:
+        """As ``look`` for matching pairs, with the probabilities (N, H, T, S)."""
         query = self.split(self.self.query(states))
         context, probabilities = memory.attend_with_probabilities(query, View(), self.dropout_now)
         return self.output(merge(context), states), probabilities
 
     @property
     def dropout_now(self) -> float:
+        """Chance of a probability to be dropped: 0 in evaluation mode."""
         return self.dropout if self.training else 0.0
 
     def split(self, x: Tensor) -> Tensor:
@@ -238,6 +245,7 @@ class AddNorm(nn.Module):
         self.dropout = nn.Dropout(shape.dropout)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """(N, T, in width) and its residual (N, T, width) -> (N, T, width)."""
         return self.LayerNorm(self.dropout(self.dense(x)) + residual)
 
 
@@ -254,7 +262,7 @@ class MlmPredictions(nn.Module):
 
     def __init__(self, shape: BertShape) -> None:
         super().__init__()
-        self.transform = nn.Module()
+        self.transform: Any = nn.Module()
         self.transform.dense = nn.Linear(shape.width, shape.width)
         self.transform.LayerNorm = nn.LayerNorm(shape.width, eps=shape.norm_eps)
         self.decoder = nn.Linear(shape.width, shape.vocab_size)
@@ -264,4 +272,5 @@ class MlmPredictions(nn.Module):
         nn.init.zeros_(self.decoder.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits: (N, width) -> (N, vocabulary)."""
         return self.decoder(self.transform.LayerNorm(F.gelu(self.transform.dense(hidden))))

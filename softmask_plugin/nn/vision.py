@@ -93,6 +93,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Project patches: (B, 3, H, W) -> (B, patches, width)."""
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
@@ -110,6 +111,7 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Transform tokens (B, N, width)."""
         x = x + self.skip(self.attn(self.norm1(x)))
         return x + self.skip(self.mlp(self.norm2(x)))
 
@@ -131,6 +133,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Attend among tokens (B, N, width)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(out.transpose(1, 2).flatten(2))
@@ -145,4 +148,5 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Transform each token of (B, N, width) alone."""
         return self.fc2(F.gelu(self.fc1(x)))

@@ -1,0 +1,122 @@
+"""explain() against the same computation by hand, with LAVIS's modules where they can do it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from softmask_plugin.explain import explain
+
+CAPTION = "a small red circle above a large blue star"
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+
+
+def fuse_plainly(twin, model, image_states, caption, keep=None):
+    """LAVIS's match probability of one pair, image features masked before any projection."""
+    tokens = model.reader.read([caption])
+    if keep is not None:
+        image_states = image_states * keep[None, :, None]
+    text = twin.text_encoder.bert(
+        tokens.ids, attention_mask=tokens.mask.long(), return_dict=True, mode="text"
+    )
+    fused = twin.text_encoder.bert(
+        encoder_embeds=text.last_hidden_state,
+        attention_mask=tokens.mask.long(),
+        encoder_hidden_states=image_states,
+        encoder_attention_mask=torch.ones(image_states.shape[:2], dtype=torch.long),
+        return_dict=True,
+        mode="fusion",
+    )
+    return twin.itm_head(fused.last_hidden_state[:, 0]).softmax(dim=-1)[0, 1]
+
+
+def test_scores_equal_plain_forward_passes(model, images, albef_twin):
+    twin = albef_twin(model).eval()
+    captions = [CAPTION, "a black heart"]
+    for image, caption, got in zip(images, captions, explain(model, images, captions), strict=True):
+        with torch.no_grad():
+            states = twin.visual_encoder(image[None])
+            score = fuse_plainly(twin, model, states, caption)
+            assert got.score == pytest.approx(score.item(), abs=1e-5)
+            for mask, masked in zip(got.masks, got.masked_scores, strict=True):
+                keep = torch.cat([torch.ones(1), 1 - mask.flatten()])
+                expected = fuse_plainly(twin, model, states, caption, keep)
+                assert masked.item() == pytest.approx(expected.item(), abs=1e-5)
+        assert (got.masked_scores != got.score).any()
+
+
+def test_words_maps_and_masks_go_together(model, images):
+    first, second = explain(model, images, [CAPTION, "zzyx circle!"])
+    assert first.caption == CAPTION and first.words == CAPTION.split()
+    assert second.words[1] == "circle"
+    for each in (first, second):
+        assert each.cams.shape == each.masks.shape == (len(each.words), 4, 4)
+        assert each.masked_scores.shape == (len(each.words),)
+        assert (each.cams >= 0).all() and not each.cams.requires_grad
+        low, high = each.masks.flatten(1).aminmax(dim=1)
+        assert (low == 0).all()
+        torch.testing.assert_close(high, torch.ones(len(each.words)))
+        spread = each.cams.flatten(1)
+        for cam, mask in zip(spread, each.masks.flatten(1), strict=True):
+            torch.testing.assert_close(mask, (cam - cam.min()) / (cam.max() - cam.min()))
+    assert not torch.equal(first.cams[2], first.cams[3])
+
+
+def test_masks_are_those_of_training(make_model, make_batch):
+    """The word that a training step picks gets the mask that explain() shows for it."""
+    model = make_model(text={"mask_prob": 0.0})
+    batch = make_batch(4)
+    out = model.eval()(batch)
+    shown = explain(model, batch["image"], batch["text_input"])
+    for row, each in enumerate(shown):
+        mask = each.masks[out.word[row]].flatten()
+        torch.testing.assert_close(1 - out.keep[row, 1:], mask, rtol=1e-4, atol=1e-5)
+
+
+def test_a_long_caption_shows_the_words_that_the_model_reads(make_model, images):
+    (got,) = explain(make_model(max_txt_len=6), images[:1], [CAPTION])
+    assert got.words == ["a", "small", "red", "circle"]
+
+
+def test_pieces_make_one_word(model, images):
+    pieces = model.tokenizer.tokenize("circlestar")
+    assert len(pieces) > 1 and "[UNK]" not in pieces
+    (got,) = explain(model, images[:1], ["circlestar ring"])
+    assert got.words == ["circlestar", "ring"]
+
+
+def test_a_caption_without_words_has_a_score_alone(model, images):
+    (got,) = explain(model, images[:1], [""])
+    assert got.words == [] and got.masks.shape == (0, 4, 4) and 0 <= got.score <= 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_model_is_left_as_it_was(model, images, training, grad):
+    model.train(training)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.set_grad_enabled(grad):
+        explain(model, images, [CAPTION, ""])
+        assert torch.is_grad_enabled() == grad
+    assert all(module.training == training for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_the_mode_comes_back_after_an_error(model, images):
+    model.train()
+    with pytest.raises(ValueError, match="image_size"):
+        explain(model, images[..., :16], [CAPTION, CAPTION])
+    assert model.training
+    with pytest.raises(ValueError, match="zip"):
+        explain(model, images, [CAPTION])

@@ -1,0 +1,67 @@
+"""``import softmask_plugin`` where LAVIS is missing, cannot work, or works."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+# Stands in for another environment: some packages have another version, or none.
+PRETEND = """
+import importlib.metadata as metadata, os, sys
+real, pretended = metadata.version, {versions}
+def version(name):
+    have = pretended.get(name, "real")
+    if have is None:
+        raise metadata.PackageNotFoundError(name)
+    return real(name) if have == "real" else have
+metadata.version = version
+if "salesforce-lavis" in pretended:
+    sys.modules["lavis"] = None
+"""
+TORCH_ONLY = """
+import softmask_plugin, softmask_plugin.losses, softmask_plugin.soft_mask, softmask_plugin.nn.pairs
+assert not hasattr(softmask_plugin, "FocalITCLoss")
+assert "lavis.common" not in sys.modules
+"""
+
+
+def python(code, versions=(), **environment):
+    inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    return subprocess.run(
+        [sys.executable, "-c", PRETEND.format(versions=dict(versions)) + code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**inherited, **environment},
+    )
+
+
+def test_without_lavis_the_torch_only_parts_are_there_silently():
+    done = python(TORCH_ONLY, {"salesforce-lavis": None})
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_stack_that_cannot_work_is_told_in_one_warning():
+    done = python(TORCH_ONLY, {"numpy": "2.0.0", "opencv-python-headless": "4.5.5.64"})
+    assert done.returncode == 0, done.stderr
+    (warning,) = (line for line in done.stderr.splitlines() if "UserWarning" in line)
+    assert "pip install 'numpy<2'" in warning
+
+
+@pytest.mark.parametrize("versions", [{"salesforce-lavis": None}, {"transformers": "4.56.2"}])
+def test_the_doctor_runs_on_a_broken_stack(versions):
+    doctor = "from softmask_plugin.cli import main; sys.exit(main(['doctor']))"
+    done = python(doctor, versions)
+    assert done.returncode == 1, done.stderr
+    assert "What to do\n! " in done.stdout
+    assert any(line.startswith("! ") and "pip install" in line for line in done.stdout.splitlines())
+
+
+def test_idle_threads_sleep_unless_the_user_says_otherwise():
+    show = "import softmask_plugin; print(os.environ['OMP_WAIT_POLICY'])"
+    missing = {"salesforce-lavis": None}
+    assert python(show, missing).stdout.strip() == "PASSIVE"
+    assert python(show, missing, OMP_WAIT_POLICY="ACTIVE").stdout.strip() == "ACTIVE"

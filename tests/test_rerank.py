@@ -1,0 +1,141 @@
+"""Retrieval scores against LAVIS's compute_sim_matrix on the same weights."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from lavis.common.registry import registry
+from lavis.models.albef_models import compute_sim_matrix
+from lavis.models.med import XBertEncoder
+from lavis.tasks.retrieval import RetrievalTask
+
+from softmask_plugin.models.rerank import NOT_A_CANDIDATE, candidates
+
+IMAGES = 5
+PER_IMAGE = (1, 3, 2, 1, 2)  # captions of each image
+TEXTS = [
+    "a red circle",
+    "a small red circle above a large blue star and below a green ring",
+    "star",
+    "a picture of a yellow triangle to the left of a small purple ring and a cross",
+    "a black heart",
+    "there is a large blue star below a red circle",
+    "a small green square",
+    "",
+    "a green square to the right of a yellow triangle",
+]
+
+
+@pytest.fixture
+def gallery():
+    """What LAVIS's retrieval task hands to a model: batches of 2, 2 and 1 images."""
+    owners = np.repeat(np.arange(IMAGES), PER_IMAGE)
+    images = torch.randn(IMAGES, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    dataset = SimpleNamespace(
+        text=TEXTS,
+        image=[f"{i}.png" for i in range(IMAGES)],
+        txt2img={text: int(image) for text, image in enumerate(owners)},
+        img2txt={i: np.flatnonzero(owners == i).tolist() for i in range(IMAGES)},
+    )
+
+    class Loader(list):
+        pass
+
+    loader = Loader({"image": part} for part in images.split(2))
+    loader.dataset = dataset
+    return loader
+
+
+@pytest.fixture
+def lavis_retrieval(albef_twin):
+    """The parts that LAVIS's function calls, with our weights: ``lavis_retrieval(model)``."""
+
+    def make(model):
+        twin = albef_twin(model).eval()
+        text = XBertEncoder(twin.text_encoder.config, add_pooling_layer=False).eval()
+        state = {
+            key.removeprefix("bert."): tensor
+            for key, tensor in model.text_encoder.state_dict().items()
+            if key.startswith("bert.")
+        }
+        assert not text.load_state_dict(state, strict=False).missing_keys
+        return SimpleNamespace(
+            tokenizer=model.tokenizer,
+            device=torch.device("cpu"),
+            text_encoder=text,
+            visual_encoder=twin.visual_encoder,
+            text_proj=twin.text_proj,
+            vision_proj=twin.vision_proj,
+            itm_head=twin.itm_head,
+        )
+
+    return make
+
+
+def ours(model, loader, k):
+    return model.compute_sim_matrix(loader, SimpleNamespace(k_test=k))
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_scores_and_candidates_equal_lavis(make_model, lavis_retrieval, gallery, k, tmp_path):
+    model = make_model().eval()
+    got = ours(model, gallery, k)
+    with torch.no_grad():
+        expected = compute_sim_matrix(lavis_retrieval(model), gallery, k_test=k)
+    for a, b, shape in zip(got, expected, [(IMAGES, len(TEXTS)), (len(TEXTS), IMAGES)], strict=True):
+        assert a.shape == b.shape == shape
+        assert np.array_equal(a == NOT_A_CANDIDATE, b == NOT_A_CANDIDATE)
+        assert ((a != NOT_A_CANDIDATE).sum(axis=1) == k).all()
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+    registry.mapping["paths"]["output_dir"], before = (
+        str(tmp_path),
+        registry.mapping["paths"].get("output_dir"),
+    )
+    try:
+        maps = (gallery.dataset.txt2img, gallery.dataset.img2txt)
+        assert RetrievalTask._report_metrics(*got, *maps) == RetrievalTask._report_metrics(
+            *expected, *maps
+        )
+    finally:
+        if before is None:
+            del registry.mapping["paths"]["output_dir"]
+        else:
+            registry.mapping["paths"]["output_dir"] = before
+
+
+def test_more_candidates_than_the_gallery_has_means_all(make_model, gallery):
+    model = make_model().eval()
+    i2t, t2i = ours(model, gallery, 128)  # LAVIS dies of it
+    assert (i2t != NOT_A_CANDIDATE).all()
+    np.testing.assert_allclose(i2t, t2i.T, rtol=0, atol=1e-6)
+    few, _ = ours(model, gallery, 3)  # a pair's score does not depend on who else is scored
+    chosen = few != NOT_A_CANDIDATE
+    np.testing.assert_allclose(few[chosen], i2t[chosen], rtol=0, atol=1e-5)
+
+
+def test_texts_in_batches_score_the_same(make_model, gallery):
+    from softmask_plugin.models.rerank import Reranker
+
+    model = make_model().eval()
+    for a, b in zip(Reranker(model, 3, text_batch=2).scores(gallery), ours(model, gallery, 3), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["itm_head.bias", "vision_proj.weight", "text_proj.bias"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_weights_are_an_error_and_no_score(make_model, gallery, where, value):
+    model = make_model().eval()
+    with torch.no_grad():
+        model.get_parameter(where).fill_(value)
+    with pytest.raises(FloatingPointError, match="weights are broken"):
+        ours(model, gallery, 3)
+
+
+def test_candidates_are_the_best_of_each_row():
+    similarity = torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.2, 0.1]])
+    assert candidates(similarity, 2).tolist() == [[False, True, True], [True, True, False]]
+    assert candidates(similarity, 9).all()

@@ -1,0 +1,185 @@
+"""Checkpoints in: this model's, LAVIS's, other sizes, and files that are none."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+
+import pytest
+import torch
+from lavis.models.vit import interpolate_pos_embed
+
+from softmask_plugin.errors import UserError
+from softmask_plugin.models import weights
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def saved(path, state):
+    torch.save({"model": state, "epoch": 3}, path)
+    return str(path)
+
+
+def test_a_checkpoint_comes_back_whole_and_the_queue_goes_on(make_model, make_batch, tmp_path):
+    model, other = make_model(), make_model(seed=1)
+    model(make_batch(4))
+    other(make_batch(4))
+    other(make_batch(4))
+    other.load_from_pretrained(saved(tmp_path / "a.pth", model.state_dict()))
+    assert equal(model.state_dict(), other.state_dict())
+    for each in (model, other):
+        torch.manual_seed(0)
+        each(make_batch(4))
+    assert equal(model.state_dict(), other.state_dict())
+    assert int(other.queue_ptr) == 8
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_lavis_albef_loads_to_the_last_tensor(make_model, albef_twin, tmp_path, caplog, wrapped):
+    twin = albef_twin(make_model())
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(torch.randn_like(parameter))  # momentum and online differ
+    state = twin.state_dict()
+    torch.save({"model": state} if wrapped else state, tmp_path / "albef.pth")
+    model = make_model(seed=1)
+    with caplog.at_level(logging.INFO):
+        model.load_checkpoint(str(tmp_path / "albef.pth"))
+    assert equal(model.state_dict(), state)
+    (line,) = [r.getMessage() for r in caplog.records if "loaded" in r.getMessage()]
+    assert f"loaded {len(state)} of {len(state)} tensors" in line and ";" not in line
+
+
+def test_without_momentum_encoders_they_start_from_the_online_ones(make_model, tmp_path):
+    donor = make_model()
+    online = {
+        k: v for k, v in donor.state_dict().items() if "_m." not in k and "queue" not in k
+    }
+    model = make_model(seed=1)
+    queue = model.image_queue.clone()
+    model.load_from_pretrained(saved(tmp_path / "a.pth", online))
+    for name, tensor in model.state_dict().items():
+        if "_m." in name:
+            assert torch.equal(tensor, online[name.replace("_m.", ".")]), name
+    assert torch.equal(model.image_queue, queue)
+    # Tied tensors are still tied: a step keeps the MLM head's matrix the embedding
+    model.momentum.update(0.5)
+    text = model.text_encoder_m
+    assert torch.equal(text.cls.predictions.decoder.weight, text.bert.embeddings.word_embeddings.weight)
+
+
+def test_another_image_size_gets_its_position_embeddings_interpolated(make_model, tmp_path):
+    small = make_model()
+    large = make_model(seed=1, image_size=48)
+    large.load_from_pretrained(saved(tmp_path / "a.pth", small.state_dict()))
+    for name in ("visual_encoder", "visual_encoder_m"):
+        ours, theirs = large.get_submodule(name), small.get_submodule(name)
+        assert ours.pos_embed.shape == (1, 37, 48)
+        torch.testing.assert_close(
+            ours.pos_embed, interpolate_pos_embed(theirs.pos_embed.detach(), ours)
+        )
+        assert torch.equal(ours.pos_embed[:, :1], theirs.pos_embed[:, :1])
+    assert large(
+        {"image": torch.randn(2, 3, 48, 48), "text_input": ["a star", "a ring"]}
+    ).loss.isfinite()
+
+
+@pytest.mark.parametrize("size", [0, 7, 40])
+def test_another_queue_size_starts_its_queue_anew(make_model, make_batch, tmp_path, size, caplog):
+    donor = make_model()
+    for _ in range(5):
+        donor(make_batch(4))
+    assert int(donor.queue_ptr) == 20
+    model = make_model(seed=1, queue_size=size)
+    with caplog.at_level(logging.INFO):
+        model.load_from_pretrained(saved(tmp_path / "a.pth", donor.state_dict()))
+    assert "other shape: image_queue" in caplog.text
+    model(make_batch(4))
+    assert int(model.queue_ptr) == (4 if size else 0)
+    torch.testing.assert_close(model.image_queue.norm(dim=0), torch.ones(size))
+
+
+class Runs:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_checkpoint_never_runs_code(make_model, tmp_path):
+    state = make_model().state_dict()
+    torch.save({"model": state, "config": Runs(tmp_path / "ran")}, tmp_path / "zip.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps({"model": Runs(tmp_path / "ran")}))
+    for name in ("zip.pth", "plain.pth"):
+        with pytest.raises(UserError, match=f"{name} is no readable checkpoint .*run code") as caught:
+            weights.read_state_dict(str(tmp_path / name))
+        assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"hello world", b"{}", b"PK\x03\x04...", b"\x89PNG\r\n" + bytes(99), b"\xff\xfe", b"."],
+)
+def test_files_of_another_kind_get_one_line(tmp_path, content):
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(UserError, match="a.pth is no readable checkpoint") as caught:
+        weights.read_state_dict(str(tmp_path / "a.pth"))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_checkpoint_cut_short_gets_one_line(make_model, tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save(make_model().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(UserError, match="cut short"):
+        make_model().load_checkpoint(str(path))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[1], {"model": 3}, {"model": {}}, {"weight": torch.ones(3)}, {"temp": torch.ones(7)}],
+)
+def test_a_file_without_a_fitting_tensor_gets_one_line(make_model, tmp_path, content):
+    torch.save(content, tmp_path / "a.pth")
+    model = make_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UserError, match="a.pth has no tensor that fits this model"):
+        model.load_checkpoint(str(tmp_path / "a.pth"))
+    assert equal(model.state_dict(), before)
+
+
+def test_a_missing_file_gets_one_line(make_model, tmp_path):
+    for path in (tmp_path / "no.pth", tmp_path):
+        with pytest.raises(UserError, match="no checkpoint at .*: give a file or a URL"):
+            make_model().load_checkpoint(str(path))
+
+
+def test_encoders_start_from_their_own_pretraining(make_model, tmp_path):
+    donor, model = make_model(image_size=48), make_model(seed=1)
+    torch.save(donor.visual_encoder.state_dict(), tmp_path / "vit.pth")
+    before = model.text_encoder.bert.embeddings.word_embeddings.weight.clone()
+    weights.initialise(model, vit=str(tmp_path / "vit.pth"), bert=None)
+    assert torch.equal(model.visual_encoder.norm.weight, donor.visual_encoder.norm.weight)
+    assert model.visual_encoder.pos_embed.shape == (1, 17, 48)
+    assert torch.equal(model.text_encoder.bert.embeddings.word_embeddings.weight, before)
+    # and the momentum encoder with it, as ALBEF copies it
+    assert torch.equal(model.visual_encoder_m.norm.weight, donor.visual_encoder.norm.weight)
+
+
+def test_a_bert_that_cannot_be_had_gets_one_line(make_model, tmp_path):
+    with pytest.raises(UserError, match="no BERT .*model.bert_weights") as caught:
+        weights.initialise(make_model(), vit=None, bert=str(tmp_path))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_vit_file_that_is_none_gets_one_line(make_model, tmp_path):
+    torch.save({"weight": torch.ones(3)}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="a.pth has no tensor that fits the encoder"):
+        weights.initialise(make_model(), vit=str(tmp_path / "a.pth"), bert=None)
