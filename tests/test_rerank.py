@@ -12,7 +12,7 @@ from lavis.models.albef_models import compute_sim_matrix
 from lavis.models.med import XBertEncoder
 from lavis.tasks.retrieval import RetrievalTask
 
-from softmask_plugin.models.rerank import NOT_A_CANDIDATE, candidates
+from softmask_plugin.models.rerank import NOT_A_CANDIDATE, Reranker, candidates
 
 IMAGES = 5
 PER_IMAGE = (1, 3, 2, 1, 2)  # captions of each image
@@ -80,31 +80,26 @@ def ours(model, loader, k):
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
-def test_scores_and_candidates_equal_lavis(make_model, lavis_retrieval, gallery, k, tmp_path):
+def test_scores_and_candidates_equal_lavis(
+    make_model, lavis_retrieval, gallery, k, tmp_path, monkeypatch
+):
     model = make_model().eval()
     got = ours(model, gallery, k)
     with torch.no_grad():
         expected = compute_sim_matrix(lavis_retrieval(model), gallery, k_test=k)
-    for a, b, shape in zip(got, expected, [(IMAGES, len(TEXTS)), (len(TEXTS), IMAGES)], strict=True):
+    for a, b, shape in zip(
+        got, expected, [(IMAGES, len(TEXTS)), (len(TEXTS), IMAGES)], strict=True
+    ):
         assert a.shape == b.shape == shape
         assert np.array_equal(a == NOT_A_CANDIDATE, b == NOT_A_CANDIDATE)
         assert ((a != NOT_A_CANDIDATE).sum(axis=1) == k).all()
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
-    registry.mapping["paths"]["output_dir"], before = (
-        str(tmp_path),
-        registry.mapping["paths"].get("output_dir"),
-    )
-    try:
-        maps = (gallery.dataset.txt2img, gallery.dataset.img2txt)
-        assert RetrievalTask._report_metrics(*got, *maps) == RetrievalTask._report_metrics(
-            *expected, *maps
-        )
-    finally:
-        if before is None:
-            del registry.mapping["paths"]["output_dir"]
-        else:
-            registry.mapping["paths"]["output_dir"] = before
+    # The task writes its metrics to the run's folder too.
+    monkeypatch.setitem(registry.mapping["paths"], "output_dir", str(tmp_path))
+    maps = (gallery.dataset.txt2img, gallery.dataset.img2txt)
+    metrics = RetrievalTask._report_metrics(*got, *maps)
+    assert metrics == RetrievalTask._report_metrics(*expected, *maps)
 
 
 def test_more_candidates_than_the_gallery_has_means_all(make_model, gallery):
@@ -118,11 +113,21 @@ def test_more_candidates_than_the_gallery_has_means_all(make_model, gallery):
 
 
 def test_texts_in_batches_score_the_same(make_model, gallery):
-    from softmask_plugin.models.rerank import Reranker
-
     model = make_model().eval()
-    for a, b in zip(Reranker(model, 3, text_batch=2).scores(gallery), ours(model, gallery, 3), strict=True):
+    for a, b in zip(
+        Reranker(model, 3, text_batch=2).scores(gallery), ours(model, gallery, 3), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+def test_without_a_matching_head_the_scores_are_those_of_itc(make_model, gallery):
+    model = make_model().eval()
+    with torch.no_grad():
+        model.itm_head.weight.zero_()
+        model.itm_head.bias.zero_()
+    similarity = Reranker(model, 5).similarity(gallery).numpy()
+    assert np.abs(similarity).max() <= 1 + 1e-6
+    np.testing.assert_allclose(ours(model, gallery, 9)[0], similarity, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("where", ["itm_head.bias", "vision_proj.weight", "text_proj.bias"])

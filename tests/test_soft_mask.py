@@ -146,3 +146,22 @@ def test_controls_hide_as_much_as_the_soft_mask():
     torch.testing.assert_close(1 - keep_factors(hidden, "soft", 0.3)[:, 1:], 0.3 * hidden)
     with pytest.raises(ValueError, match="unknown kind"):
         keep_factors(hidden, "blurred")
+
+
+def test_a_word_parted_by_a_masked_piece_counts_once():
+    words = torch.tensor([[-1, 0, 1, -1, 1, -1, 1, -1]])
+    cam = torch.rand(1, 8, 4)
+    cam[0, 1] = cam[0, [2, 4, 6]].sum(dim=0)  # equal energy
+    for choice in ("uniform", "energy"):
+        generator = stream()
+        picked = torch.cat([pick_words(cam, words, choice, generator) for _ in range(2000)])
+        assert (picked == 1).float().mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_maps_survive_autocast(dtype):
+    cam = 1e-9 * torch.rand(2, 8, 4)
+    word = torch.tensor([1, 0])
+    with torch.autocast("cpu", dtype=dtype):
+        maps = word_map(cam, WORDS, word)
+    assert maps.dtype == torch.float32 and torch.equal(maps, word_map(cam, WORDS, word))

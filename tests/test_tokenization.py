@@ -9,7 +9,7 @@ import torch
 from transformers import BertTokenizerFast
 
 from softmask_plugin.errors import UserError
-from softmask_plugin.tokenization import FUNCTION_WORDS, Captions, CaptionReader, build_tokenizer
+from softmask_plugin.tokenization import FUNCTION_WORDS, CaptionReader, Captions, build_tokenizer
 
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "pur", "##ple", "##s", "ring"]
 

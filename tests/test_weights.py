@@ -9,6 +9,8 @@ import pickle
 import pytest
 import torch
 from lavis.models.vit import interpolate_pos_embed
+from omegaconf import OmegaConf
+from transformers import BertConfig, BertForMaskedLM
 
 from softmask_plugin.errors import UserError
 from softmask_plugin.models import weights
@@ -55,9 +57,7 @@ def test_lavis_albef_loads_to_the_last_tensor(make_model, albef_twin, tmp_path, 
 
 def test_without_momentum_encoders_they_start_from_the_online_ones(make_model, tmp_path):
     donor = make_model()
-    online = {
-        k: v for k, v in donor.state_dict().items() if "_m." not in k and "queue" not in k
-    }
+    online = {k: v for k, v in donor.state_dict().items() if "_m." not in k and "queue" not in k}
     model = make_model(seed=1)
     queue = model.image_queue.clone()
     model.load_from_pretrained(saved(tmp_path / "a.pth", online))
@@ -68,7 +68,9 @@ def test_without_momentum_encoders_they_start_from_the_online_ones(make_model, t
     # Tied tensors are still tied: a step keeps the MLM head's matrix the embedding
     model.momentum.update(0.5)
     text = model.text_encoder_m
-    assert torch.equal(text.cls.predictions.decoder.weight, text.bert.embeddings.word_embeddings.weight)
+    assert torch.equal(
+        text.cls.predictions.decoder.weight, text.bert.embeddings.word_embeddings.weight
+    )
 
 
 def test_another_image_size_gets_its_position_embeddings_interpolated(make_model, tmp_path):
@@ -115,9 +117,13 @@ class Runs:
 def test_a_checkpoint_never_runs_code(make_model, tmp_path):
     state = make_model().state_dict()
     torch.save({"model": state, "config": Runs(tmp_path / "ran")}, tmp_path / "zip.pth")
-    (tmp_path / "plain.pth").write_bytes(pickle.dumps({"model": Runs(tmp_path / "ran")}))
+    (tmp_path / "plain.pth").write_bytes(
+        pickle.dumps({"model": Runs(tmp_path / "ran")}, protocol=2)
+    )
     for name in ("zip.pth", "plain.pth"):
-        with pytest.raises(UserError, match=f"{name} is no readable checkpoint .*run code") as caught:
+        with pytest.raises(
+            UserError, match=f"{name} is no readable checkpoint .*run code"
+        ) as caught:
             weights.read_state_dict(str(tmp_path / name))
         assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "ran").exists()
@@ -162,15 +168,41 @@ def test_a_missing_file_gets_one_line(make_model, tmp_path):
 
 
 def test_encoders_start_from_their_own_pretraining(make_model, tmp_path):
-    donor, model = make_model(image_size=48), make_model(seed=1)
+    """And the momentum encoders with them, as ALBEF copies them."""
+    donor, other = make_model(image_size=48), make_model(seed=1)
     torch.save(donor.visual_encoder.state_dict(), tmp_path / "vit.pth")
-    before = model.text_encoder.bert.embeddings.word_embeddings.weight.clone()
-    weights.initialise(model, vit=str(tmp_path / "vit.pth"), bert=None)
-    assert torch.equal(model.visual_encoder.norm.weight, donor.visual_encoder.norm.weight)
-    assert model.visual_encoder.pos_embed.shape == (1, 17, 48)
-    assert torch.equal(model.text_encoder.bert.embeddings.word_embeddings.weight, before)
-    # and the momentum encoder with it, as ALBEF copies it
-    assert torch.equal(model.visual_encoder_m.norm.weight, donor.visual_encoder.norm.weight)
+    section = {**OmegaConf.structured(other.options), "vit_weights": str(tmp_path / "vit.pth")}
+    model = type(other).from_config(OmegaConf.create(section))
+    for name in ("visual_encoder", "visual_encoder_m"):
+        encoder = model.get_submodule(name)
+        assert torch.equal(encoder.norm.weight, donor.visual_encoder.norm.weight), name
+        assert encoder.pos_embed.shape == (1, 17, 48)
+    for name, tensor in model.state_dict().items():
+        if "_m." in name:
+            assert torch.equal(tensor, model.state_dict()[name.replace("_m.", ".")]), name
+
+
+def test_a_berts_weights_are_read_from_a_folder(make_model, tmp_path):
+    model, shape = make_model(), make_model().text_encoder.shape
+    config = BertConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        intermediate_size=shape.intermediate,
+        max_position_embeddings=shape.max_positions,
+    )
+    bert = BertForMaskedLM(config)
+    bert.save_pretrained(tmp_path)
+    cross = model.text_encoder.bert.encoder.layer[3].crossattention.self.key.weight.clone()
+    weights.initialise(model, vit=None, bert=str(tmp_path))
+    own, theirs = model.text_encoder.state_dict(), bert.state_dict()
+    assert len(own.keys() & theirs.keys()) > 80
+    for name in own.keys() & theirs.keys():
+        assert torch.equal(own[name], theirs[name]), name
+    assert torch.equal(
+        model.text_encoder.bert.encoder.layer[3].crossattention.self.key.weight, cross
+    )
 
 
 def test_a_bert_that_cannot_be_had_gets_one_line(make_model, tmp_path):

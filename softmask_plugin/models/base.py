@@ -55,8 +55,12 @@ class SoftMaskBase(BaseModel):
         if source is not None:
             model.load_from_pretrained(source)
         else:
-            weights.initialise(model, options.vit_weights, options.bert_weights)
+            model.load_encoders()
         return model
+
+    def load_encoders(self) -> None:
+        """Start the encoders from their own pre-training, where the options name any."""
+        weights.initialise(self, self.options.vit_weights, self.options.bert_weights)
 
     def load_from_pretrained(self, url_or_filename: str, **_: Any) -> None:
         """Load a checkpoint of this model or of ALBEF; says in one line what did not match."""

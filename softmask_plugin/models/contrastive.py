@@ -59,6 +59,11 @@ class ContrastiveBase(SoftMaskBase):
             name for name, _ in self.named_buffers(remove_duplicate=False)
         ]
 
+    def load_encoders(self) -> None:
+        """As the base class does; the momentum encoders then start as copies."""
+        super().load_encoders()
+        self.momentum.copy()
+
     def progress(self, samples: dict[str, Any]) -> tuple[int, float]:
         """Index of the step in the run, and the weight of the momentum model's soft targets."""
         if "iters" not in samples:

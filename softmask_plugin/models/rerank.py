@@ -61,6 +61,11 @@ class Reranker:
         t2i = score.masked_fill(~for_text, NOT_A_CANDIDATE).T
         return i2t.cpu().numpy(), t2i.cpu().numpy()
 
+    @torch.no_grad()
+    def similarity(self, data_loader: Any) -> Tensor:
+        """Cosine of every image with every text, (images, texts): the ranking by ITC alone."""
+        return self.encode_images(data_loader)[1] @ self.encode_texts(data_loader.dataset.text)[2].T
+
     def encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Text states (N, T, width), mask (N, T) and unit features (N, embed_dim)."""
         model, captions = self.model, self.model.reader.read(texts)

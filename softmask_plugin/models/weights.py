@@ -99,7 +99,8 @@ def initialise(model: SoftMaskBase, vit: str | None, bert: str | None) -> None:
     """
     if vit is not None:
         state = read_state_dict(DEIT_URL if vit == "deit" else vit)
-        state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], model.visual_encoder)
+        if "pos_embed" in state:
+            state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], model.visual_encoder)
         _load_matching(model.visual_encoder, state, vit)
     if bert is not None:
         try:

@@ -52,7 +52,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, width, self.grid**2)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, width))
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, r, norm_eps) for r in rates)
         self.norm = nn.LayerNorm(width, eps=norm_eps)
         for parameter in (self.cls_token, self.pos_embed):
