@@ -49,7 +49,7 @@ class SoftMaskOptions:
     strength: float = 1.0  # share of a patch that the map's maximum hides, 0 to 1
     start_iter: int = 0  # no mask before this iteration: early maps are noise
     in_mlm: bool = False  # predict words from the masked features too (the paper advises against)
-    weight: float = 1.0  # of its loss terms
+    weight: float = 1.0  # of its terms, on top of itm_weight and mlm_weight
 
 
 @dataclass
@@ -58,6 +58,7 @@ class ItcOptions:
 
     loss: str = "focal_itc"  # a name given to register_loss
     gamma: float = 2.0  # 0 is ALBEF's ITC
+    weight: float = 1.0
 
 
 @dataclass
@@ -101,6 +102,10 @@ class PretrainOptions:
     learn_temp: bool = True  # false at learning rates far above 1e-4, which drive it to its clamp
     alpha: float = 0.4  # weight of the momentum model's soft targets
     alpha_epochs: float = 2.0  # epochs over which alpha rises from 0; LAVIS: 2, original ALBEF: 1
+
+    # Weights of the losses that have no section of their own
+    itm_weight: float = 1.0
+    mlm_weight: float = 1.0
 
     # The three innovations
     soft_mask: SoftMaskOptions = field(default_factory=SoftMaskOptions)

@@ -112,7 +112,7 @@ class SoftMaskPretrain(ContrastiveBase):
         # Match
         negatives = [fused[name] for name in fused if name.startswith("negative")]
         loss_itm = self.matching_loss(fused["positive"], *negatives)
-        loss_soft = self.matching_loss(fused["soft"]) * option.weight if keep is not None else None
+        loss_soft = self.matching_loss(fused["soft"]) if keep is not None else None
 
         # Predict words
         soft_words = self.distilled_words(slow, text, alpha)
@@ -120,11 +120,23 @@ class SoftMaskPretrain(ContrastiveBase):
         loss_mlm, loss_mlm_soft = self.word_loss(words, text, soft_words, alpha), None
         if keep is not None and option.in_mlm:
             words = fused.get("soft words", fused["soft"])
-            loss_mlm_soft = self.word_loss(words, text, soft_words, alpha) * option.weight
+            loss_mlm_soft = self.word_loss(words, text, soft_words, alpha)
 
         terms = [loss_itc, loss_itm, loss_mlm, loss_soft, loss_mlm_soft]
-        loss = torch.stack([term for term in terms if term is not None]).sum()
+        loss = self.weighted_sum(*terms)
         return PretrainOutput(loss, *terms, keep=keep, word=word)
+
+    def weighted_sum(
+        self, itc: Tensor, itm: Tensor, mlm: Tensor, soft: Tensor | None, mlm_soft: Tensor | None
+    ) -> Tensor:
+        """The loss to minimise, from the terms as they are reported."""
+        option = self.options
+        loss = option.itc.weight * itc + option.itm_weight * itm + option.mlm_weight * mlm
+        if soft is not None:
+            loss = loss + option.soft_mask.weight * option.itm_weight * soft
+        if mlm_soft is not None:
+            loss = loss + option.soft_mask.weight * option.mlm_weight * mlm_soft
+        return loss
 
     def read(self, captions: list[str], draws: Draws) -> Text:
         """Tokenize and mask captions on the host, where finding the masked positions is free."""
