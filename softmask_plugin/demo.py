@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lavis.tasks.retrieval import RetrievalTask
 from matplotlib.figure import Figure
@@ -117,7 +118,7 @@ def _panels(
     panels = []
     for text, explanation in explained[:PANELS]:
         boxes = scenes.boxes(text)
-        picture = render(scenes.scenes[scenes.txt2img[text]], 256)
+        picture = np.asarray(render(scenes.scenes[scenes.txt2img[text]], 256))
         words = [word for word, _, role in boxes if role in ("colour", "shape")]
         panels.append(report.word_panel(picture, explanation, words, boxes))
     return panels

@@ -122,9 +122,17 @@ class SoftMaskPretrain(ContrastiveBase):
             words = fused.get("soft words", fused["soft"])
             loss_mlm_soft = self.word_loss(words, text, soft_words, alpha)
 
-        terms = [loss_itc, loss_itm, loss_mlm, loss_soft, loss_mlm_soft]
-        loss = self.weighted_sum(*terms)
-        return PretrainOutput(loss, *terms, keep=keep, word=word)
+        loss = self.weighted_sum(loss_itc, loss_itm, loss_mlm, loss_soft, loss_mlm_soft)
+        return PretrainOutput(
+            loss=loss,
+            loss_itc=loss_itc,
+            loss_itm=loss_itm,
+            loss_mlm=loss_mlm,
+            loss_soft=loss_soft,
+            loss_mlm_soft=loss_mlm_soft,
+            keep=keep,
+            word=word,
+        )
 
     def weighted_sum(
         self, itc: Tensor, itm: Tensor, mlm: Tensor, soft: Tensor | None, mlm_soft: Tensor | None
