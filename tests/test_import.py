@@ -29,7 +29,7 @@ assert "lavis.common" not in sys.modules
 
 
 def python(code, versions=(), **environment):
-    inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    inherited = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     return subprocess.run(
         [sys.executable, "-c", PRETEND.format(versions=dict(versions)) + code],
         capture_output=True,
@@ -60,8 +60,8 @@ def test_the_doctor_runs_on_a_broken_stack(versions):
     assert any(line.startswith("! ") and "pip install" in line for line in done.stdout.splitlines())
 
 
-def test_idle_threads_sleep_unless_the_user_says_otherwise():
-    show = "import softmask_plugin; print(os.environ['OMP_WAIT_POLICY'])"
+def test_idle_threads_sleep_soon_unless_the_user_says_otherwise():
+    show = "import softmask_plugin; print(os.environ['GOMP_SPINCOUNT'])"
     missing = {"salesforce-lavis": None}
-    assert python(show, missing).stdout.strip() == "PASSIVE"
-    assert python(show, missing, OMP_WAIT_POLICY="ACTIVE").stdout.strip() == "ACTIVE"
+    assert python(show, missing).stdout.strip() == "3000"
+    assert python(show, missing, GOMP_SPINCOUNT="7").stdout.strip() == "7"
