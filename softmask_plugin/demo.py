@@ -94,26 +94,20 @@ def _explain(model: Any, scenes: SceneEvalDataset, image: int) -> tuple[int, Exp
     return text, explain(model, scenes[image]["image"][None], [scenes.text[text]])[0]
 
 
-def _pointing(
-    scenes: SceneEvalDataset, explained: list[tuple[int, Explanation]]
-) -> dict[str, Any]:
+def _pointing(scenes: SceneEvalDataset, explained: list[tuple[int, Explanation]]) -> dict[str, Any]:
     """Pointing game of the words' maps: on their own object, and on the scene's other one."""
     own, other = [], []
     for text, explanation in explained:
         boxes = scenes.boxes(text)
         own += [(explanation.cams[word], box, role) for word, box, role in boxes]
-        other += [
-            (explanation.cams[word], box, role) for word, box, role in report.swapped(boxes)
-        ]
+        other += [(explanation.cams[word], box, role) for word, box, role in report.swapped(boxes)]
     return {
         "pointing": report.pointing_game(own),
         "pointing_other": report.pointing_game(other),
     }
 
 
-def _panels(
-    scenes: SceneEvalDataset, explained: list[tuple[int, Explanation]]
-) -> list[Figure]:
+def _panels(scenes: SceneEvalDataset, explained: list[tuple[int, Explanation]]) -> list[Figure]:
     """Pictures of the first scenes: for each word of an object, its heat map and its mask."""
     panels = []
     for text, explanation in explained[:PANELS]:

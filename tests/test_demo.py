@@ -53,5 +53,5 @@ def test_example_runs_on_the_demos_checkpoint(small_demo, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", config_check.shipped_configs())
 def test_every_shipped_yaml_is_accepted(name):
-    cfg = launch.load_config(name, ["model.tokenizer=scenes"])
+    cfg = launch.load_config(name, ["model.tokenizer=scenes", "run.device=cpu"])
     assert cfg.run_cfg.runner == "softmask_runner"

@@ -60,7 +60,7 @@ def test_the_installed_wheel_trains_on_a_shipped_config(wheel, tmp_path):
     work.mkdir()
     environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
     (name,) = (
-        name for name in shipped_configs() if name.endswith("pretrain/train/scenes_tiny.yaml")
+        name for name in shipped_configs() if name.endswith("scenes/train/pretrain_tiny.yaml")
     )
     find = "from importlib.util import find_spec; print(find_spec('softmask_plugin').origin)"
     found = run(sys.executable, "-c", find, cwd=work, env=environment).stdout

@@ -152,14 +152,15 @@ def test_strength_zero_is_no_mask(make_model, make_batch, monkeypatch):
     torch.testing.assert_close(out.loss_mlm_soft, out.loss_mlm)
 
 
-def test_weight_scales_the_masks_terms_alone(make_model, make_batch):
-    one, half = (
-        make_model(soft_mask={"weight": weight, "in_mlm": True})(make_batch(6))
-        for weight in (1.0, 0.5)
-    )
-    for name in ("loss_soft", "loss_mlm_soft"):
-        torch.testing.assert_close(half[name], one[name] / 2)
-    torch.testing.assert_close(one.loss - half.loss, (one.loss_soft + one.loss_mlm_soft) / 2)
+def test_weights_scale_their_terms_in_the_sum_alone(make_model, make_batch):
+    weights = {"itm_weight": 3.0, "mlm_weight": 5.0, "itc": {"gamma": 2.0, "weight": 7.0}}
+    plain = make_model(soft_mask={"in_mlm": True})(make_batch(6))
+    out = make_model(soft_mask={"in_mlm": True, "weight": 0.5}, **weights)(make_batch(6))
+    for name in ("loss_itc", "loss_itm", "loss_mlm", "loss_soft", "loss_mlm_soft"):
+        torch.testing.assert_close(out[name], plain[name], msg=name)  # reported as they are
+    expected = 7 * out.loss_itc + 3 * out.loss_itm + 5 * out.loss_mlm
+    expected = expected + 1.5 * out.loss_soft + 2.5 * out.loss_mlm_soft
+    torch.testing.assert_close(out.loss, expected)
 
 
 @pytest.mark.parametrize("words", ["uniform", "content"])

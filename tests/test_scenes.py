@@ -198,7 +198,7 @@ def test_retrieval_datasets_hold_what_lavis_reads():
             named = {test.text[text].split()[index] for index, _, _ in test.boxes(text)}
             assert {word for t in test.scenes[image].things for word in t.composition} <= named
     batch = next(iter(DataLoader(test, batch_size=6, collate_fn=test.collater)))
-    assert batch["image"].shape == (6, 3, 64, 64) and batch["index"].tolist() == list(range(6))
+    assert batch["image"].shape == (6, 3, 60, 60) and batch["index"].tolist() == list(range(6))
     assert batch["image"].dtype == torch.float32
 
 
@@ -210,7 +210,7 @@ def test_training_draws_captions_by_torchs_seed():
     assert [train[3]["text_input"] for _ in range(60)] == first
     assert set(first) == {caption.text for caption in captions(train.scenes[3])}
     sample = train[3]
-    assert sample["image"].shape == (3, 64, 64)
+    assert sample["image"].shape == (3, 60, 60)
     assert (sample["image_id"], sample["instance_id"]) == (3, "3")
 
 

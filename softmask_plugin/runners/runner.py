@@ -45,6 +45,9 @@ class SoftmaskRunner(PortableRunner):
         self.log = RunLog(self.output_dir)
         if is_main_process():
             OmegaConf.save(self.config.get_config(), self.output_dir / "config.yaml")
+            tokenizer: Any = getattr(model, "tokenizer", None)
+            if tokenizer is not None:  # a checkpoint is of no use without its vocabulary
+                tokenizer.save_vocabulary(str(self.output_dir))
 
     def train(self) -> dict[str, Any]:
         """Train, validate and test as the configuration says.
