@@ -144,9 +144,11 @@ def read_options(schema: type, section: DictConfig | dict[str, Any]) -> Any:
     Raises:
         UserError: an unknown key (with the nearest known ones), a wrong type or a bad value.
     """
-    section = OmegaConf.create(section)
-    _check_keys(OmegaConf.structured(schema), section, "model")
     try:
+        if isinstance(section, DictConfig):  # references to other sections need the whole file
+            section = OmegaConf.to_container(section, resolve=True)  # type: ignore[assignment]
+        section = OmegaConf.create(section)
+        _check_keys(OmegaConf.structured(schema), section, "model")
         merged = OmegaConf.merge(OmegaConf.structured(schema), section)
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from softmask_plugin import config_check, demo, launch
+from softmask_plugin.options import PretrainOptions, read_options
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,5 +54,12 @@ def test_example_runs_on_the_demos_checkpoint(small_demo, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", config_check.shipped_configs())
 def test_every_shipped_yaml_is_accepted(name):
-    cfg = launch.load_config(name, ["model.tokenizer=scenes", "run.device=cpu"])
+    given = ["run.device=cpu"]
+    if "captions_folder" in name:
+        given += ["datasets.captions_folder.captions.train=mine.json"]
+    cfg = launch.load_config(name, given)
     assert cfg.run_cfg.runner == "softmask_runner"
+    if cfg.model_cfg.get("tokenizer", "") is not None:  # null: the user has to name it
+        options = read_options(PretrainOptions, cfg.model_cfg)
+        own = name.endswith("captions_folder/train/pretrain_tiny.yaml")
+        assert options.tokenizer == "mine.json" or not own
