@@ -62,18 +62,13 @@ def _parser() -> argparse.ArgumentParser:
             required=True,
             help="a YAML file, or the name of one of 'softmask configs'",
         )
-        command.add_argument(
-            "--options",
-            nargs="+",
-            default=[],
-            metavar="KEY=VALUE",
-            help="overrides, such as run.max_epoch=5",
-        )
+        _add_options(command)
         command.set_defaults(run=_launch, evaluate=name == "evaluate")
 
     text = "train a tiny model on rendered scenes and write a report (5 minutes on two cores)"
     command = commands.add_parser("demo", help=text, description=text)
     command.add_argument("--output-dir", default="outputs/demo", help="default: %(default)s")
+    _add_options(command)
     command.set_defaults(run=_demo)
 
     text = "tell what is installed, registered and usable here, and what to do about problems"
@@ -85,6 +80,16 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("configs", help=text, description=text)
     command.set_defaults(run=_configs)
     return parser
+
+
+def _add_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--options",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="overrides of the YAML, such as run.max_epoch=5",
+    )
 
 
 def _require_working_stack() -> None:
@@ -107,7 +112,7 @@ def _launch(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from softmask_plugin import demo
 
-    demo.main(output_dir=args.output_dir)
+    demo.main(output_dir=args.output_dir, options=args.options)
     return 0
 
 

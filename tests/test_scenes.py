@@ -20,6 +20,7 @@ from softmask_plugin.datasets.scenes import (
     BELOW,
     COLOURS,
     COMPOSITIONS,
+    LAYOUTS,
     LEFT,
     MAX_OBJECTS,
     RIGHT,
@@ -36,6 +37,8 @@ from softmask_plugin.paths import PACKAGE
 VOCABULARY = PACKAGE / "assets" / "scenes_vocab.txt"
 THING = re.compile(rf"(?:({'|'.join(SIZES)}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")
 seeds = st.integers(0, 2**40)
+counts = st.integers(1, MAX_OBJECTS)
+layouts = st.sampled_from(sorted(LAYOUTS))
 
 
 def is_true(relation, a, b):
@@ -60,10 +63,10 @@ def parse(text, scene):
     return named, relations
 
 
-@given(seeds, st.integers(1, MAX_OBJECTS), st.sampled_from(["train", "val", "test"]))
-@settings(max_examples=40, deadline=None)
-def test_captions_are_true_and_complete(seed, objects, split):
-    for scene in make_scenes(split, 3, seed, objects):
+@given(seeds, counts, st.sampled_from(["train", "val", "test"]), layouts)
+@settings(max_examples=60, deadline=None)
+def test_captions_are_true_and_complete(seed, objects, split, layout):
+    for scene in make_scenes(split, 3, seed, objects, layout=layout):
         known = captions(scene)
         assert len({c.text for c in known}) == len(known) == (5 if objects > 1 else 4)
         for caption in known:
@@ -75,10 +78,10 @@ def test_captions_are_true_and_complete(seed, objects, split):
             assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", caption.text)
 
 
-@given(seeds, st.integers(1, MAX_OBJECTS))
-@settings(max_examples=40, deadline=None)
-def test_things_are_apart_inside_the_image_and_clearly_related(seed, objects):
-    for scene in make_scenes("train", 3, seed, objects):
+@given(seeds, counts, layouts)
+@settings(max_examples=60, deadline=None)
+def test_things_are_apart_inside_the_image_and_clearly_related(seed, objects, layout):
+    for scene in make_scenes("train", 3, seed, objects, layout=layout):
         assert len(scene.compositions) == objects
         for thing in scene.things:
             assert min(thing.box) > 0.01 and max(thing.box) < 0.99
@@ -88,7 +91,7 @@ def test_things_are_apart_inside_the_image_and_clearly_related(seed, objects):
             assert max(dx, dy) > (a.diameter + b.diameter) / 2
 
 
-@given(seeds, st.integers(1, MAX_OBJECTS))
+@given(seeds, counts)
 @settings(max_examples=20, deadline=None)
 def test_boxes_belong_to_the_words(seed, objects):
     (scene,) = make_scenes("test", 1, seed, objects)
@@ -103,12 +106,32 @@ def test_boxes_belong_to_the_words(seed, objects):
         assert covered == nouns
 
 
-@pytest.mark.parametrize("size", [64, 200])
-def test_boxes_are_tight_around_what_is_drawn(size):
-    for scene in make_scenes("test", 72, objects=1):
+@given(seeds, counts)
+@settings(max_examples=20, deadline=None)
+def test_things_on_the_board_stand_in_the_middle_of_different_cells(seed, objects):
+    (scene,) = make_scenes("test", 1, seed, objects, layout="board")
+    middles = {1 / 6: 0, 1 / 2: 1, 5 / 6: 2}
+    cells = {(middles[thing.x], middles[thing.y]) for thing in scene.things}
+    assert len(cells) == objects
+    assert {t.diameter for t in scene.things} <= set(LAYOUTS["board"].diameters.values())
+
+
+def test_things_are_free_to_stand_anywhere():
+    things = [t for scene in make_scenes("test", 300, layout="free") for t in scene.things]
+    for values in ([t.x for t in things], [t.y for t in things], [t.diameter for t in things]):
+        assert len(set(values)) == len(values)
+    places, _ = np.histogramdd(
+        np.array([(t.x, t.y) for t in things]), bins=4, range=[(0.1, 0.9)] * 2
+    )
+    assert places.min() > 0
+
+
+@pytest.mark.parametrize(("size", "layout"), [(64, "board"), (64, "free"), (200, "board")])
+def test_boxes_are_tight_around_what_is_drawn(size, layout):
+    for scene in make_scenes("test", 72, objects=1, layout=layout):
         image = np.asarray(render(scene, size)).astype(int)
         ground = np.median(image[0], axis=0)  # the top row is never drawn on
-        ys, xs = np.nonzero(np.abs(image - ground).max(axis=2) > 30)
+        ys, xs = np.nonzero(np.abs(image - ground).max(axis=2) > 15)
         drawn = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
         # Half a pixel for rounding, one for a tip too thin to be seen on this ground.
         assert np.abs(drawn - np.array(scene.things[0].box) * size).max() <= 1.5
@@ -244,6 +267,7 @@ def test_one_key_sets_the_image_size_everywhere():
         ({"captions_per_image": 6}, "has 5 captions"),
         ({"objects": 1, "captions_per_image": 5}, "has 4 captions"),
         ({"held_out": 0.1}, "did you mean 'heldout'"),
+        ({"layout": "bord"}, "did you mean 'board'"),
     ],
 )
 def test_wrong_settings_are_told_in_one_line(changes, message):

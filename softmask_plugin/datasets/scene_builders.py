@@ -146,12 +146,13 @@ class ScenesPretrainBuilder(BaseDatasetBuilder):
         image_size = self._number("image_size", int, 16)
         objects = self._number("objects", int, 1, MAX_OBJECTS)
         heldout = self._number("heldout", float, 0, 0.5)
+        layout = str(self.config.layout)
 
         self.build_processors()
         datasets: dict[str, BaseDataset] = {}
         for split in map(str, self.config.num):
             scenes = make_scenes(
-                split, self._number(f"num.{split}", int, 1), seed, objects, heldout
+                split, self._number(f"num.{split}", int, 1), seed, objects, heldout, layout
             )
             if split == "train":
                 vis, text = self.vis_processors["train"], self.text_processors["train"]

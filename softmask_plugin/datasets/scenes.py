@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -30,15 +30,44 @@ COLOURS = {
     "black": (34, 34, 38),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "diamond", "crescent")
-SIZES = {"small": 0.26, "large": 0.42}  # diameter in shares of the image's side
+SIZES = ("small", "large")
 LEFT, RIGHT, ABOVE, BELOW = "to the left of", "to the right of", "above", "below"
 COMPOSITIONS: tuple[Composition, ...] = tuple((c, s) for c in COLOURS for s in SHAPES)
 
 SPLITS = ("train", "val", "test")
 MAX_OBJECTS = 4  # more do not fit with every relation unambiguous
+_BOARD = 3  # cells along a side of the board
 _MARGIN = 0.02  # least distance of a thing from the image's edge
 _GAP = 0.03  # least distance between two things along the axis of their relation
 _DOMINANCE = 1.5  # centres are this much farther apart along that axis than across it
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where things may stand, and how large they are (shares of the image's side)."""
+
+    diameters: dict[str, float]
+    spread: float  # a diameter varies by this share of itself
+    shrinks: bool  # more than two things are drawn smaller
+    centres: Callable[[np.random.Generator, np.ndarray, int], np.ndarray]
+
+
+def _on_board(rng: np.random.Generator, diameter: np.ndarray, tries: int) -> np.ndarray:
+    cells = rng.integers(_BOARD, size=(tries, len(diameter), 2))
+    return (cells + 0.5) / _BOARD
+
+
+def _anywhere(rng: np.random.Generator, diameter: np.ndarray, tries: int) -> np.ndarray:
+    low = diameter[:, None] / 2 + _MARGIN
+    return low + (1 - 2 * low) * rng.random((tries, len(diameter), 2))
+
+
+LAYOUTS = {
+    # In the middle of the cells of a 3 x 3 board, where shapes can be learned in minutes.
+    "board": Layout({"small": 0.19, "large": 0.29}, 0, False, _on_board),
+    # Anywhere: a small vision transformer takes several times as long to tell shapes apart.
+    "free": Layout({"small": 0.26, "large": 0.42}, 0.07, True, _anywhere),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +165,12 @@ def captions(scene: Scene) -> list[Caption]:
 
 
 def make_scenes(
-    split: str, num: int, seed: int = 0, objects: int = 2, heldout: float = 0.125
+    split: str,
+    num: int,
+    seed: int = 0,
+    objects: int = 2,
+    heldout: float = 0.125,
+    layout: str = "board",
 ) -> list[Scene]:
     """Draw the first ``num`` scenes of a split.
 
@@ -149,12 +183,16 @@ def make_scenes(
         seed: any whole number >= 0.
         objects: things per scene, 1 to MAX_OBJECTS.
         heldout: share of the (colour, shape) pairs kept from training, in [0, 0.5].
+        layout: where things may stand, a name in LAYOUTS.
 
     Raises:
-        UserError: the split is unknown, or there are fewer than ``num`` different scenes.
+        UserError: the split or the layout is unknown, or there are fewer than ``num`` different
+            scenes.
     """
     if split not in SPLITS:
         raise UserError(f"scenes have no split '{split}': {suggest(split, SPLITS)}")
+    if layout not in LAYOUTS:
+        raise UserError(f"scenes have no layout '{layout}': {suggest(layout, LAYOUTS)}")
     most = math.comb(len(COMPOSITIONS), objects)
     if split != "train" and num > most:
         raise UserError(
@@ -171,7 +209,7 @@ def make_scenes(
             shown = _choose(rng, allowed, objects)
         seen.add(frozenset(shown))
         novel = not kept_back.isdisjoint(shown)
-        scenes.append(Scene(_place(rng, shown), novel, int(rng.integers(2**63))))
+        scenes.append(Scene(_place(rng, shown, LAYOUTS[layout]), novel, int(rng.integers(2**63))))
     return scenes
 
 
@@ -194,24 +232,27 @@ def _choose(
     return [allowed[i] for i in rng.choice(len(allowed), count, replace=False)]
 
 
-def _place(rng: np.random.Generator, shown: Sequence[Composition]) -> tuple[Thing, ...]:
+def _place(
+    rng: np.random.Generator, shown: Sequence[Composition], layout: Layout
+) -> tuple[Thing, ...]:
     """Sizes and places for what is shown: the first of random layouts with clear relations."""
     count = len(shown)
-    sizes = [list(SIZES)[i] for i in rng.integers(len(SIZES), size=count)]
-    crowding = min(1, 2 / count)
-    diameter = np.array([SIZES[s] for s in sizes]) * crowding * rng.uniform(0.93, 1.07, count)
-    low = diameter[:, None] / 2 + _MARGIN
+    sizes = [SIZES[i] for i in rng.integers(len(SIZES), size=count)]
+    diameter = np.array([layout.diameters[s] for s in sizes])
+    diameter *= rng.uniform(1 - layout.spread, 1 + layout.spread, count)
+    if layout.shrinks:
+        diameter *= min(1, 2 / count)
     while True:
-        layouts = low + (1 - 2 * low) * rng.random((64, count, 2))
-        clear = np.ones(len(layouts), dtype=bool)
+        places = layout.centres(rng, diameter, 64)
+        clear = np.ones(len(places), dtype=bool)
         for i, j in combinations(range(count), 2):
-            apart = np.abs(layouts[:, i] - layouts[:, j])
+            apart = np.abs(places[:, i] - places[:, j])
             along, across = apart.max(axis=1), apart.min(axis=1)
             clear &= along >= _DOMINANCE * across
             clear &= along >= (diameter[i] + diameter[j]) / 2 + _GAP
         if clear.any():
             break
-    centres = layouts[clear.argmax()].tolist()
+    centres = places[clear.argmax()].tolist()
     return tuple(
         Thing(colour, shape, size, x, y, d)
         for (colour, shape), size, (x, y), d in zip(
