@@ -35,6 +35,7 @@ class PortableRunner(RunnerBase):
 
     _model: nn.Module
     _wrapped_model: nn.Module | None
+    _optimizer: torch.optim.Optimizer | None
     _scaler: torch.amp.GradScaler | None
     _lr_sched: Any
 
@@ -91,6 +92,14 @@ class PortableRunner(RunnerBase):
         return torch.autocast(
             self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None
         )
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """LAVIS's AdamW, in its fused form: one pass over the memory instead of a dozen."""
+        if self._optimizer is None:
+            for group in super().optimizer.param_groups:
+                group["fused"] = True
+        return self._optimizer
 
     @property
     def lr_scheduler(self) -> Any:
