@@ -49,6 +49,7 @@ class SoftMaskOptions:
     strength: float = 1.0  # share of a patch that the map's maximum hides, 0 to 1
     start_iter: int = 0  # no mask before this iteration: early maps are noise
     in_mlm: bool = False  # predict words from the masked features too (the paper advises against)
+    negatives: bool = False  # masked images with wrong captions too, so that a mask is no giveaway
     weight: float = 1.0  # of its terms, on top of itm_weight and mlm_weight
 
 

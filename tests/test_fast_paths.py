@@ -148,9 +148,13 @@ def test_layers_without_a_map_are_refused(pair):
 
 @pytest.mark.parametrize("size", [2, 6])
 @pytest.mark.parametrize("shared", [True, False])
-def test_a_whole_step_equals_the_slow_way(make_model, make_batch, albef_twin, size, shared):
+@pytest.mark.parametrize("negatives", [True, False])
+def test_a_whole_step_equals_the_slow_way(
+    make_model, make_batch, albef_twin, size, shared, negatives
+):
     """All innovations on: each loss recomputed with LAVIS's modules, one pass per pair kind."""
-    ours = make_model(text={"shared": shared, "mask_prob": 0.4}, soft_mask={"in_mlm": True}).train()
+    mask_options = {"in_mlm": True, "negatives": negatives}
+    ours = make_model(text={"shared": shared, "mask_prob": 0.4}, soft_mask=mask_options).train()
     twin = albef_twin(ours)
     batch = make_batch(size)
     seen = {}
@@ -177,7 +181,11 @@ def test_a_whole_step_equals_the_slow_way(make_model, make_batch, albef_twin, si
     torch.testing.assert_close(out.loss_itm, F.cross_entropy(logits, labels))
 
     soft = masked_albef(twin, states, mask, image, keep)
-    expected = F.cross_entropy(twin.itm_head(soft[:, 0]), torch.ones(size, dtype=torch.long))
+    labels = labels[: 2 * size if negatives else size]
+    if negatives:
+        hidden = masked_albef(twin, states[text_of], mask[text_of], image, keep)
+        soft = torch.cat([soft, hidden])
+    expected = F.cross_entropy(twin.itm_head(soft[:, 0]), labels)
     torch.testing.assert_close(out.loss_soft, expected)
     assert (keep[:, 1:].amin(dim=1) == 0).all() and (word >= 0).all()
 

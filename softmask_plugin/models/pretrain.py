@@ -103,6 +103,9 @@ class SoftMaskPretrain(ContrastiveBase):
             image, other = self.negatives(sim_i2t, sim_t2i, draws)
             pairs.add("negative image", caption, View(images=image))
             pairs.add("negative text", caption[other], mask=text.mask[other])
+            if keep is not None and option.negatives:
+                hidden = View(keep=keep)
+                pairs.add("soft negative", caption[other], hidden, text.mask[other])
         if not self.options.text.shared:
             pairs.add("words", masked_caption)
         if not self.options.text.shared and keep is not None and option.in_mlm:
@@ -110,9 +113,9 @@ class SoftMaskPretrain(ContrastiveBase):
         fused |= pairs.fuse(self.bert, memory)
 
         # Match
-        negatives = [fused[name] for name in fused if name.startswith("negative")]
-        loss_itm = self.matching_loss(fused["positive"], *negatives)
-        loss_soft = self.matching_loss(fused["soft"]) if keep is not None else None
+        loss_itm, loss_soft = self.matching_loss(fused["positive"], *named("negative", fused)), None
+        if keep is not None:
+            loss_soft = self.matching_loss(fused["soft"], *named("soft negative", fused))
 
         # Predict words
         soft_words = self.distilled_words(slow, text, alpha)
@@ -212,3 +215,8 @@ class SoftMaskPretrain(ContrastiveBase):
         if soft_words is None:
             return loss
         return (1 - alpha) * loss + alpha * F.cross_entropy(logits, soft_words)
+
+
+def named(prefix: str, groups: dict[str, Tensor]) -> list[Tensor]:
+    """The groups whose name starts with ``prefix``."""
+    return [group for name, group in groups.items() if name.startswith(prefix)]
