@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_options(command)
         command.set_defaults(run=_launch, evaluate=name == "evaluate")
 
-    text = "train a tiny model on rendered scenes and write a report (5 minutes on two cores)"
+    text = "train a tiny model on rendered scenes and write a report (under 5 minutes on two cores)"
     command = commands.add_parser("demo", help=text, description=text)
     command.add_argument("--output-dir", default="outputs/demo", help="default: %(default)s")
     _add_options(command)
