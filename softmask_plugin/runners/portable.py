@@ -35,7 +35,6 @@ class PortableRunner(RunnerBase):
 
     _model: nn.Module
     _wrapped_model: nn.Module | None
-    _optimizer: torch.optim.Optimizer | None
     _scaler: torch.amp.GradScaler | None
     _lr_sched: Any
 
@@ -96,10 +95,10 @@ class PortableRunner(RunnerBase):
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """LAVIS's AdamW, in its fused form: one pass over the memory instead of a dozen."""
-        if self._optimizer is None:
-            for group in super().optimizer.param_groups:
-                group["fused"] = True
-        return self._optimizer
+        optimizer: torch.optim.Optimizer = super().optimizer
+        for group in optimizer.param_groups:
+            group["fused"] = True
+        return optimizer
 
     @property
     def lr_scheduler(self) -> Any:
