@@ -1,0 +1,1 @@
+"""Speed against LAVIS, row by row: `python -m benchmarks`."""

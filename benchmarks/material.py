@@ -1,0 +1,69 @@
+"""What the benchmarks run on: models of the full size or a small one, captions and images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
+
+# isort: split
+import torch
+
+from softmask_plugin.datasets.caption_files import read_captions
+from softmask_plugin.models.pretrain import SoftMaskPretrain
+from softmask_plugin.options import PretrainOptions, read_options
+
+# Words per caption of Flickr8k's people: the middles of twenty equal shares of 5,000 captions.
+WORDS = (6, 7, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 15, 15, 17, 18, 21)
+
+SMALL: dict[str, Any] = {
+    "image_size": 64,
+    "vit": {"patch_size": 16, "width": 64, "depth": 3, "heads": 4},
+    "bert": {
+        "vocab_size": 500,
+        "width": 64,
+        "layers": 6,
+        "heads": 4,
+        "intermediate": 256,
+        "fusion_layer": 3,
+    },
+    "embed_dim": 32,
+    "queue_size": 256,
+}
+
+
+def build(small: bool, captions: str | None, **changes: Any) -> SoftMaskPretrain:
+    """A model with random weights: base, or small for a trial within seconds.
+
+    Args:
+        small: whether to build the small one.
+        captions: caption file whose words make the vocabulary; None: that of the scenes.
+        changes: options in place of the defaults.
+    """
+    torch.manual_seed(0)
+    given = {"tokenizer": captions or "scenes", **(SMALL if small else {}), **changes}
+    return SoftMaskPretrain(read_options(PretrainOptions, given))
+
+
+def texts(model: SoftMaskPretrain, captions: str | None, count: int) -> list[str]:
+    """The first captions of a file; without one, random words in captions of common lengths."""
+    if captions is not None:
+        found = [c for item in read_captions(captions, "val") for c in item.captions]
+        return [found[i % len(found)] for i in range(count)]
+    generator = torch.Generator().manual_seed(0)
+    words = [w for w in model.tokenizer.get_vocab() if w.isalpha()]
+
+    def draw(high: int) -> int:
+        return int(torch.randint(high, (1,), generator=generator))
+
+    lengths = [WORDS[draw(len(WORDS))] for _ in range(count)]
+    return [" ".join(words[draw(len(words))] for _ in range(length)) for length in lengths]
+
+
+def batch(model: SoftMaskPretrain, captions: list[str], step: int, device: str = "cpu") -> dict:
+    """Samples as LAVIS's pretraining task hands them to a model."""
+    size = model.options.image_size
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(len(captions), 3, size, size, generator=generator)
+    progress = {"epoch": 0, "iters": step, "num_iters_per_epoch": 1000}
+    return {"image": images.to(device), "text_input": captions, **progress}
