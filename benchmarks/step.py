@@ -59,11 +59,11 @@ class Trainer:
         self.optimizer.zero_grad()
 
     def flops(self, variant: str | None = None) -> float:
-        """Mean GFLOPs per pair, forward and backward, over four batches."""
+        """Mean GFLOPs per pair, forward and backward, over two batches."""
         if variant is not None:
             self.choose(variant)
         size, counts = len(self.batches[0]["text_input"]), []
-        for samples in self.batches[:4]:
+        for samples in self.batches[:2]:
             with FlopCounterMode(display=False) as counter:
                 self.model(samples)["loss"].backward()
             self.optimizer.zero_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from softmask_plugin.errors import UserError, suggest
+from softmask_plugin.models.rerank import RerankOptions
 from softmask_plugin.paths import CONFIGS
 
 SECTIONS = ("model", "datasets", "run")
@@ -27,7 +29,8 @@ UNLISTED_KEYS = (
     "report_metric resume_ckpt_path top_k top_p warmup_lr"
 ).split()
 RUNNER_KEYS = "clip_grad_norm find_unused_parameters".split()
-RUN_KEYS = frozenset([*VALIDATOR, *UNLISTED_KEYS, *RUNNER_KEYS])
+RERANK_KEYS = [field.name for field in fields(RerankOptions)]
+RUN_KEYS = frozenset([*VALIDATOR, *UNLISTED_KEYS, *RUNNER_KEYS, *RERANK_KEYS])
 
 ALWAYS_NEEDED = "task device seed output_dir num_workers batch_size_train batch_size_eval".split()
 NEEDED_TO_TRAIN = "lr_sched init_lr min_lr weight_decay train_splits".split()
@@ -138,6 +141,7 @@ def _check_run(run: DictConfig) -> None:
         if all(_is_known_package(reader) for reader in readers):
             _known(f"key run.{key!s}", key, RUN_KEYS)
         _check_number(f"run.{key!s}", value, getattr(VALIDATOR.get(key), "type", None))
+    RerankOptions.of(run)  # checks its values
     if not run.get("evaluate", False):
         _needed(run, NEEDED_TO_TRAIN, "run")
         if "max_iters" not in run:  # which runner_iter counts instead of epochs

@@ -83,7 +83,7 @@ def main(output_dir: str | Path = "outputs/demo", options: list[str] | None = No
 
 def _itc_alone(model: Any, loader: Any) -> dict[str, float]:
     """Recalls by the contrastive similarity alone, counted by LAVIS's retrieval task."""
-    similarity = Reranker(model, k_test=1).similarity(loader).cpu().numpy()
+    similarity = Reranker(model).similarity(loader).cpu().numpy()
     data = loader.dataset
     return RetrievalTask._report_metrics(similarity, similarity.T, data.txt2img, data.img2txt)
 

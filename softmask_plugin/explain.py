@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from softmask_plugin.nn.image_memory import View
+from softmask_plugin.nn.tokens import Layout
 from softmask_plugin.soft_mask import grad_cam, keep_factors, normalize, word_map
 
 if TYPE_CHECKING:
@@ -60,26 +61,25 @@ def explain(model: SoftMaskBase, images: Tensor, captions: list[str]) -> list[Ex
 
 def _explain_one(model: SoftMaskBase, image: Tensor, caption: str) -> Explanation:
     clean = model.reader.read([caption])
-    ids, mask = clean.ids.to(model.device), clean.mask.to(model.device)
+    ids, layout = clean.ids.to(model.device), Layout.of(clean.mask).to(model.device)
     word_ids = clean.words.to(model.device)
     count = int(word_ids.max()) + 1
     with torch.enable_grad():
         memory = model.bert.remember(model.visual_encoder(image))
-        text = model.bert.encode(ids, mask)
-        states, attention = model.bert.fuse_with_attention(
-            text, mask, memory, model.options.soft_mask.layer
+        text = model.bert.encode(ids, layout)
+        fused, attention = model.bert.fuse_with_attention(
+            text, memory, model.options.soft_mask.layer, layout.cls_only
         )
-        logits = model.match(states)
+        logits = model.match(fused.cls)
         cam = grad_cam(logits[:, 1], attention)
     with torch.no_grad():
         each = torch.arange(count, device=model.device)
         cams = word_map(cam.expand(count, -1, -1), word_ids.expand(count, -1), each)
         masks = normalize(cams)
-        view = View(images=torch.zeros_like(each), keep=keep_factors(masks))
-        hidden = model.bert.fuse(
-            text.expand(count, -1, -1), mask.expand(count, -1), memory, (view,)
-        )
-        masked_scores = model.match(hidden).float().softmax(dim=-1)[:, 1]
+        same = torch.zeros_like(each)
+        view, copies = View(images=same, keep=keep_factors(masks)), text.take(same, trim=True)
+        hidden = model.bert.fuse(copies, memory, (view,), copies.layout.cls_only)
+        masked_scores = model.match(hidden.cls).float().softmax(dim=-1)[:, 1]
     grid = (count, model.visual_encoder.grid, model.visual_encoder.grid)
     return Explanation(
         caption=caption,

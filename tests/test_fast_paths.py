@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from softmask_plugin.nn.image_memory import View
+from softmask_plugin.nn.tokens import Layout, Tokens
 from softmask_plugin.soft_mask import grad_cam
 
 FIRST_FUSION, CAM_LAYER = 2, 3
@@ -36,19 +37,21 @@ def pair(make_model, albef_twin, make_batch):
         batch = make_batch(size)
         captions = ours.reader.read(batch["text_input"])
         image = ours.visual_encoder(batch["image"])
-        text = ours.bert.encode(captions.ids, captions.mask)
+        tokens = ours.bert.encode(captions.ids, Layout.of(captions.mask))
+        tokens = Tokens(tokens.states.detach(), tokens.layout)
         torch.testing.assert_close(image, twin.visual_encoder(batch["image"]))
-        return ours, twin, image.detach().requires_grad_(), text.detach(), captions
+        return ours, twin, image.detach().requires_grad_(), tokens, captions
 
     return make
 
 
 @pytest.mark.parametrize("size", [1, 2, 6])
 def test_masking_keys_and_values_is_masking_the_features(pair, size):
-    ours, twin, image, text, captions = pair(size)
+    ours, twin, image, tokens, captions = pair(size)
     keep = torch.rand(size, image.shape[1])
-    fused = ours.bert.fuse(text, captions.mask, ours.bert.remember(image), (View(keep=keep),))
-    expected = masked_albef(twin, text, captions.mask, image, keep)
+    fused = ours.bert.fuse(tokens, ours.bert.remember(image), (View(keep=keep),)).states
+    padded, mask = tokens.layout.pad(tokens.states), captions.mask
+    expected = masked_albef(twin, padded, mask, image, keep)[mask]
     torch.testing.assert_close(fused, expected, rtol=1e-5, atol=1e-5)
 
     weight = torch.randn_like(fused)
@@ -65,55 +68,56 @@ def test_masking_keys_and_values_is_masking_the_features(pair, size):
 
 @pytest.mark.parametrize("size", [2, 6])
 def test_groups_of_views_equal_a_pass_each(pair, size):
-    ours, twin, image, text, captions = pair(size)
-    mask = captions.mask
+    ours, twin, image, tokens, captions = pair(size)
+    text, mask = tokens.layout.pad(tokens.states), captions.mask
     other, keep = torch.arange(size).roll(1), torch.rand(size, image.shape[1])
     views = (View(), View(images=other), View(keep=keep), View(images=other, keep=keep))
-    fused = ours.bert.fuse(
-        text.repeat(4, 1, 1), mask.repeat(4, 1), ours.bert.remember(image), views
-    )
+    fused = ours.bert.fuse(Tokens.cat([tokens] * 4), ours.bert.remember(image), views)
     plain = [
         masked_albef(twin, text, mask, image),
         masked_albef(twin, text, mask, image[other]),
         masked_albef(twin, text, mask, image, keep),
         masked_albef(twin, text, mask, image[other], keep),
     ]
-    torch.testing.assert_close(fused, torch.cat(plain), rtol=1e-5, atol=1e-5)
+    plain = torch.cat(plain)[mask.repeat(4, 1)]
+    torch.testing.assert_close(fused.states, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_many_captions_of_one_image_share_its_memory(pair):
-    ours, twin, image, text, captions = pair(6)
+    ours, twin, image, tokens, captions = pair(6)
     memory = ours.bert.remember(image[:2])
-    fused = ours.bert.fuse(text, captions.mask, memory, (View(captions_per_image=3),))
+    fused = ours.bert.fuse(tokens, memory, (View(captions_per_image=3),)).states
     rows = torch.tensor([0, 0, 0, 1, 1, 1])
-    expected = masked_albef(twin, text, captions.mask, image[rows])
+    text, mask = tokens.layout.pad(tokens.states), captions.mask
+    expected = masked_albef(twin, text, mask, image[rows])[mask]
     torch.testing.assert_close(fused, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_views_must_cover_the_captions(pair):
-    ours, _, image, text, captions = pair(4)
+    ours, _, image, tokens, _ = pair(4)
     with pytest.raises(ValueError, match="cover"):
         memory = ours.bert.remember(image[:2])
-        ours.bert.fuse(text[:3], captions.mask[:3], memory, (View(captions_per_image=1),))
+        ours.bert.fuse(tokens, memory, (View(captions_per_image=1),))
 
 
 @pytest.mark.parametrize("size", [1, 2, 6])
 def test_grad_cam_equals_lavis_hooks(pair, size):
     """LAVIS saves a layer's attention and its gradient by hooks; ours never leaves the function."""
-    ours, twin, image, text, captions = pair(size)
-    states, attention = ours.bert.fuse_with_attention(
-        text, captions.mask, ours.bert.remember(image), CAM_LAYER
+    ours, twin, image, tokens, captions = pair(size)
+    fused, attention = ours.bert.fuse_with_attention(
+        tokens, ours.bert.remember(image), CAM_LAYER
     )
-    cam = grad_cam(ours.match(states)[:, 1], attention)
+    cam = grad_cam(ours.match(fused.cls)[:, 1], attention)
 
     layer = twin.text_encoder.bert.encoder.layer[CAM_LAYER].crossattention.self
     layer.save_attention = True
-    expected = masked_albef(twin, text, captions.mask, image)
-    torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5)
+    expected = masked_albef(twin, tokens.layout.pad(tokens.states), captions.mask, image)
+    torch.testing.assert_close(fused.states, expected[captions.mask], rtol=1e-5, atol=1e-5)
     twin.itm_head(expected[:, 0])[:, 1].sum().backward()
     gradient = layer.get_attn_gradients().clamp(min=0)
     plain = (layer.get_attention_map() * gradient).mean(dim=1)[:, :, 1:]
-    torch.testing.assert_close(cam, plain, rtol=1e-4, atol=1e-8)
+    mask = captions.mask
+    torch.testing.assert_close(cam[mask], plain[mask], rtol=1e-4, atol=1e-8)
     words = captions.words >= 0
     assert (cam[words].amax(dim=-1) > 0).all(), "a word's map is empty"
 
@@ -134,16 +138,16 @@ def test_dropout_leaves_the_map_undropped(make_model, make_batch):
     model = make_model(bert=bert).train()
     captions = model.reader.read(make_batch(4)["text_input"])
     memory = model.bert.remember(model.visual_encoder(make_batch(4)["image"]))
-    text = model.bert.encode(captions.ids, captions.mask)
-    _, attention = model.bert.fuse_with_attention(text, captions.mask, memory, CAM_LAYER)
+    tokens = model.bert.encode(captions.ids, Layout.of(captions.mask))
+    _, attention = model.bert.fuse_with_attention(tokens, memory, CAM_LAYER)
     torch.testing.assert_close(attention.sum(dim=-1), torch.ones(attention.shape[:-1]))
     assert (attention > 0).all()
 
 
 def test_layers_without_a_map_are_refused(pair):
-    ours, _, image, text, captions = pair(2)
+    ours, _, image, tokens, _ = pair(2)
     with pytest.raises(ValueError, match="no cross-attention"):
-        ours.bert.fuse_with_attention(text, captions.mask, ours.bert.remember(image), 1)
+        ours.bert.fuse_with_attention(tokens, ours.bert.remember(image), 1)
 
 
 @pytest.mark.parametrize("size", [2, 6])
@@ -165,7 +169,7 @@ def test_a_whole_step_equals_the_slow_way(
     _, keep, word = seen["hide_a_word"]
     alpha = ours.progress(batch)[1]
 
-    mask, ids, masked_ids = text.mask, text.ids[:size], text.ids[-size:]
+    mask, ids, masked_ids = text.tokens.mask, text.ids[:size], text.ids[-size:]
     assert torch.equal(ids, masked_ids) == shared
     image = twin.visual_encoder(batch["image"])
 
@@ -189,12 +193,12 @@ def test_a_whole_step_equals_the_slow_way(
     torch.testing.assert_close(out.loss_soft, expected)
     assert (keep[:, 1:].amin(dim=1) == 0).all() and (word >= 0).all()
 
-    slow_image, slow_text = seen["encode_slowly"].image, seen["encode_slowly"].text[-size:]
-    momentum = ours.text_encoder_m
-    fused_m = momentum.bert.fuse(slow_text, mask, momentum.bert.remember(slow_image))
-    soft_labels = momentum(fused_m).softmax(dim=-1)  # the head on every token, not the masked alone
-    chosen = torch.zeros(mask.shape, dtype=torch.bool)
-    chosen.view(-1)[text.positions] = True
+    slow, momentum = seen["encode_slowly"], ours.text_encoder_m
+    _, slow_text = text.versions(slow.text)
+    fused_m = momentum.bert.fuse(slow_text, momentum.bert.remember(slow.image))
+    soft_labels = torch.zeros(*mask.shape, momentum.shape.vocab_size)
+    soft_labels[mask] = momentum(fused_m.states).softmax(dim=-1)  # on every token
+    chosen = text.masked.mask
     for loss, features in ((out.loss_mlm, image), (out.loss_mlm_soft, image * keep[:, :, None])):
         logits = twin.text_encoder.cls(masked_albef(twin, words, mask, features))
         hard = F.cross_entropy(logits[chosen], text.targets)

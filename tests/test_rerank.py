@@ -12,7 +12,7 @@ from lavis.models.albef_models import compute_sim_matrix
 from lavis.models.med import XBertEncoder
 from lavis.tasks.retrieval import RetrievalTask
 
-from softmask_plugin.models.rerank import NOT_A_CANDIDATE, Reranker, candidates
+from softmask_plugin.models.rerank import NOT_A_CANDIDATE, Reranker, RerankOptions, candidates
 
 IMAGES = 5
 PER_IMAGE = (1, 3, 2, 1, 2)  # captions of each image
@@ -76,7 +76,7 @@ def lavis_retrieval(albef_twin):
 
 
 def ours(model, loader, k):
-    return model.compute_sim_matrix(loader, SimpleNamespace(k_test=k))
+    return model.compute_sim_matrix(loader, {"k_test": k})
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
@@ -115,7 +115,7 @@ def test_more_candidates_than_the_gallery_has_means_all(make_model, gallery):
 def test_texts_in_batches_score_the_same(make_model, gallery):
     model = make_model().eval()
     for a, b in zip(
-        Reranker(model, 3, text_batch=2).scores(gallery), ours(model, gallery, 3), strict=True
+        Reranker(model, RerankOptions(k_test=3), text_batch=2).scores(gallery), ours(model, gallery, 3), strict=True
     ):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
@@ -125,7 +125,7 @@ def test_without_a_matching_head_the_scores_are_those_of_itc(make_model, gallery
     with torch.no_grad():
         model.itm_head.weight.zero_()
         model.itm_head.bias.zero_()
-    similarity = Reranker(model, 5).similarity(gallery).numpy()
+    similarity = Reranker(model).similarity(gallery).numpy()
     assert np.abs(similarity).max() <= 1 + 1e-6
     np.testing.assert_allclose(ours(model, gallery, 9)[0], similarity, rtol=0, atol=1e-6)
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from softmask_plugin.models import weights
-from softmask_plugin.models.rerank import Reranker
+from softmask_plugin.models.rerank import Reranker, RerankOptions
 from softmask_plugin.nn.bert import BertForMaskedLM, BertShape
 from softmask_plugin.nn.vision import VisionTransformer
 from softmask_plugin.options import PretrainOptions, read_options
@@ -68,9 +68,9 @@ class SoftMaskBase(BaseModel):
 
     load_checkpoint = load_from_pretrained
 
-    def match(self, states: Tensor) -> Tensor:
-        """Matching logits (N, 2) from multi-modal states (N, T, width): [no match, match]."""
-        return self.itm_head(states[:, 0])
+    def match(self, cls: Tensor) -> Tensor:
+        """Matching logits (N, 2) from the multi-modal [CLS] (N, width): [no match, match]."""
+        return self.itm_head(cls)
 
     def compute_sim_matrix(
         self, data_loader: Any, task_cfg: DictConfig
@@ -79,12 +79,12 @@ class SoftMaskBase(BaseModel):
 
         Args:
             data_loader: over a retrieval data set with attributes ``text`` and ``image``.
-            task_cfg: the ``run:`` section; ``k_test`` candidates of ITC are re-ranked by ITM.
+            task_cfg: the ``run:`` section; of it ``RerankOptions`` are read.
 
         Returns:
             Scores (images, texts) and (texts, images).
         """
-        return Reranker(self, k_test=task_cfg.k_test).scores(data_loader)
+        return Reranker(self, RerankOptions.of(task_cfg)).scores(data_loader)
 
 
 def build_vision(options: PretrainOptions) -> VisionTransformer:

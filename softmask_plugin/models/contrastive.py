@@ -15,6 +15,7 @@ from softmask_plugin.models.base import SoftMaskBase
 from softmask_plugin.nn.momentum import MomentumPairs, momentum_copy
 from softmask_plugin.nn.queue import enqueue_, random_queue
 from softmask_plugin.nn.sampling import Draws, sample_negatives
+from softmask_plugin.nn.tokens import Layout, Tokens
 from softmask_plugin.options import PretrainOptions
 from softmask_plugin.registry import get_loss_class
 
@@ -23,7 +24,7 @@ class Features(NamedTuple):
     """What the online or the momentum encoders make of a batch."""
 
     image: Tensor  # image states, (B, S, width)
-    text: Tensor  # text states, (N, T, width), N >= B: the captions for ITC come first
+    text: Tokens  # of N >= B captions: those for ITC come first
     image_feat: Tensor  # unit vectors, (B, embed_dim), float32
     text_feat: Tensor  # unit vectors, (B, embed_dim), float32
 
@@ -74,12 +75,12 @@ class ContrastiveBase(SoftMaskBase):
         ramp = self.options.alpha_epochs * per_epoch
         return step, self.options.alpha * (min(1.0, step / ramp) if ramp > 0 else 1.0)
 
-    def encode(self, images: Tensor, ids: Tensor, mask: Tensor) -> Features:
+    def encode(self, images: Tensor, ids: Tensor, layout: Layout) -> Features:
         """Online features: images (B, 3, H, W), captions (N, T), the first B of them for ITC."""
         return _encode(
             images,
             ids,
-            mask,
+            layout,
             self.visual_encoder,
             self.bert.encode,
             self.vision_proj,
@@ -87,7 +88,7 @@ class ContrastiveBase(SoftMaskBase):
         )
 
     @torch.no_grad()
-    def encode_slowly(self, images: Tensor, ids: Tensor, mask: Tensor) -> Features:
+    def encode_slowly(self, images: Tensor, ids: Tensor, layout: Layout) -> Features:
         """Momentum features, after the momentum encoders took their step."""
         if self.training:
             self.agree_across_ranks()
@@ -95,7 +96,7 @@ class ContrastiveBase(SoftMaskBase):
         return _encode(
             images,
             ids,
-            mask,
+            layout,
             self.visual_encoder_m,
             self.text_encoder_m.bert.encode,
             self.vision_proj_m,
@@ -130,11 +131,12 @@ class ContrastiveBase(SoftMaskBase):
         images = sample_negatives(sim_t2i, positives, stream)
         return images, sample_negatives(sim_i2t, positives, stream)
 
-    def matching_loss(self, positives: Tensor, *negatives: Tensor) -> Tensor:
-        """ITM: cross-entropy of the states (n, T, width) of matching pairs and of others."""
-        logits = self.match(torch.cat([states[:, :1] for states in (positives, *negatives)]))
+    def matching_loss(self, positives: Tokens, *negatives: Tokens) -> Tensor:
+        """ITM: cross-entropy of the multi-modal [CLS] of matching pairs and of others."""
+        cls = [group.cls for group in (positives, *negatives)]
+        logits = self.match(torch.cat(cls))
         labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-        labels[: len(positives)] = 1
+        labels[: len(cls[0])] = 1
         return F.cross_entropy(logits.float(), labels)
 
     @torch.no_grad()
@@ -167,15 +169,15 @@ def forget_pointer(model: nn.Module, _: Any) -> None:
 def _encode(
     images: Tensor,
     ids: Tensor,
-    mask: Tensor,
+    layout: Layout,
     vision: Callable[[Tensor], Tensor],
-    encode_text: Callable[[Tensor, Tensor], Tensor],
+    encode_text: Callable[[Tensor, Layout], Tokens],
     vision_proj: nn.Module,
     text_proj: nn.Module,
 ) -> Features:
-    image, text = vision(images), encode_text(ids, mask)
+    image, text = vision(images), encode_text(ids, layout)
     image_feat = F.normalize(vision_proj(image[:, 0]).float(), dim=-1)
-    text_feat = F.normalize(text_proj(text[: len(images), 0]).float(), dim=-1)
+    text_feat = F.normalize(text_proj(text.cls[: len(images)]).float(), dim=-1)
     return Features(image, text, image_feat, text_feat)
 
 

@@ -15,6 +15,7 @@ from softmask_plugin.nn.bert import ImageMemory
 from softmask_plugin.nn.image_memory import View
 from softmask_plugin.nn.pairs import Pairs
 from softmask_plugin.nn.sampling import Draws, mask_tokens
+from softmask_plugin.nn.tokens import Layout, Tokens
 from softmask_plugin.paths import shipped
 from softmask_plugin.registry import register
 from softmask_plugin.soft_mask import (
@@ -51,10 +52,22 @@ class Text(NamedTuple):
     otherwise N = 2B, the clean captions first, the masked ones for MLM after them."""
 
     ids: Tensor  # (N, T)
-    mask: Tensor  # True for tokens, (B, T)
+    layout: Layout  # their tokens
+    tokens: Layout  # of a caption, clean or masked, in a grid (B, T)
+    masked: Layout  # those that MLM predicts
+    scored: Layout  # those that the losses read of a positive pair: [CLS], and if shared the masked
     words: Tensor  # word index per token, -1 where the soft mask may not pick, (B, T)
-    positions: Tensor  # where MLM predicts, in the flattened (B T)
-    targets: Tensor  # and the token that was there
+    targets: Tensor  # what MLM is to predict, (masked tokens,)
+
+    def to(self, device: torch.device) -> Text:
+        """Move to a device."""
+        parts: Any = (cast(Any, part).to(device, non_blocking=True) for part in self)
+        return Text(*parts)
+
+    def versions(self, encoded: Tokens) -> tuple[Tokens, Tokens]:
+        """The captions for ITC and ITM, and those for MLM: the same ones where they are shared."""
+        parts = encoded.split([self.tokens] * (len(self.ids) // len(self.words)))
+        return parts[0], parts[-1]
 
 
 @register("model", "softmask_pretrain")
@@ -81,35 +94,34 @@ class SoftMaskPretrain(ContrastiveBase):
         step, alpha = self.progress(samples)
         draws = Draws(torch.initial_seed(), step)
         text = self.read(samples["text_input"], draws)
-        size, mask = text.mask.shape[0], text.mask.repeat(len(text.ids) // len(text.mask), 1)
+        size = len(images)
 
         # Encode: each image once, each caption once
-        online = self.encode(images, text.ids, mask)
-        slow = self.encode_slowly(images, text.ids, mask)
+        online = self.encode(images, text.ids, text.layout)
+        slow = self.encode_slowly(images, text.ids, text.layout)
         memory = self.bert.remember(online.image)
-        caption, masked_caption = online.text[:size], online.text[-size:]
+        caption, masked_caption = text.versions(online.text)
 
         # Contrast
         loss_itc, sim_i2t, sim_t2i = self.contrast(online, slow, alpha)
 
         # Soft-mask: positives go first, since the mask is drawn from their score
-        pairs, fused, keep, word = Pairs(text.mask), {}, None, None
+        pairs, fused, keep, word = Pairs(), {}, None, None
         if option.enabled and step >= option.start_iter:
             fused["positive"], keep, word = self.hide_a_word(caption, text, memory, draws)
-            pairs.add("soft", caption, View(keep=keep))
+            pairs.add("soft", caption, View(keep=keep), text.scored if option.in_mlm else None)
         else:
-            pairs.add("positive", caption)
+            pairs.add("positive", caption, wanted=text.scored)
         if size > 1:  # a batch of one has no negatives
             image, other = self.negatives(sim_i2t, sim_t2i, draws)
             pairs.add("negative image", caption, View(images=image))
-            pairs.add("negative text", caption[other], mask=text.mask[other])
+            pairs.add("negative text", caption.take(other))
             if keep is not None and option.negatives:
-                hidden = View(keep=keep)
-                pairs.add("soft negative", caption[other], hidden, text.mask[other])
+                pairs.add("soft negative", caption.take(other), View(keep=keep))
         if not self.options.text.shared:
-            pairs.add("words", masked_caption)
+            pairs.add("words", masked_caption, wanted=text.masked)
         if not self.options.text.shared and keep is not None and option.in_mlm:
-            pairs.add("soft words", masked_caption, View(keep=keep))
+            pairs.add("soft words", masked_caption, View(keep=keep), text.masked)
         fused |= pairs.fuse(self.bert, memory)
 
         # Match
@@ -161,54 +173,56 @@ class SoftMaskPretrain(ContrastiveBase):
             option.text.mask_prob,
             draws.stream("mlm"),
         )
-        positions = chosen.flatten().nonzero().squeeze(1)
-        seen = masked_ids if option.text.shared else clean.ids
-        text = Text(
-            ids=seen if option.text.shared else torch.cat([seen, masked_ids]),
-            mask=clean.mask,
+        tokens, masked, scored = Layout.of(clean.mask), Layout.of(chosen), chosen.clone()
+        scored[:, 0] = True
+        shared = option.text.shared
+        seen = masked_ids if shared else clean.ids
+        return Text(
+            ids=seen if shared else torch.cat([seen, masked_ids]),
+            layout=tokens if shared else Layout.cat([tokens, tokens]),
+            tokens=tokens,
+            masked=masked,
+            scored=Layout.of(scored) if shared else tokens.cls_only,
             words=self.reader.pickable(clean, seen, option.soft_mask.words == "content"),
-            positions=positions,
-            targets=clean.ids.flatten()[positions],
-        )
-        return Text(*(tensor.to(self.device, non_blocking=True) for tensor in text))
+            targets=clean.ids.flatten()[masked.index],
+        ).to(self.device)
 
     def hide_a_word(
-        self, caption: Tensor, text: Text, memory: ImageMemory, draws: Draws
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, caption: Tokens, text: Text, memory: ImageMemory, draws: Draws
+    ) -> tuple[Tokens, Tensor, Tensor]:
         """Fuse the positive pairs, pick a word of each caption, and hide what it refers to.
 
         Returns:
-            Multi-modal states of the positive pairs (B, T, width), the factors of the image tokens
+            Multi-modal states of the positive pairs' scored tokens, the factors of the image tokens
             (B, S), and the picked words (B,).
         """
-        option, device = self.options.soft_mask, caption.device
+        option, device = self.options.soft_mask, text.words.device
         # The options are checked, but OmegaConf has no Literal type for them.
         choice, kind = cast(WordChoice, option.words), cast(Kind, option.kind)
         with torch.enable_grad():  # the map is a gradient, under no_grad as well
-            states, attention = self.bert.fuse_with_attention(
-                caption, text.mask, memory, option.layer
+            fused, attention = self.bert.fuse_with_attention(
+                caption, memory, option.layer, text.scored
             )
-            cam = grad_cam(self.match(states)[:, 1], attention)
+            cam = grad_cam(self.match(fused.cls)[:, 1], attention)
         word = pick_words(cam, text.words, choice, draws.stream("word", device))
         hidden = normalize(word_map(cam, text.words, word))
         patches = draws.stream("patches", device)
-        return states, keep_factors(hidden, kind, option.strength, patches), word
+        return fused, keep_factors(hidden, kind, option.strength, patches), word
 
     @torch.no_grad()
     def distilled_words(self, slow: Any, text: Text, alpha: float) -> Tensor | None:
-        """The momentum model's word distributions at the masked positions, (M, vocabulary)."""
+        """The momentum model's distributions of the masked words, (words, vocabulary)."""
         if alpha == 0:
             return None
-        bert = self.text_encoder_m.bert
-        caption = slow.text[-len(text.mask) :]
-        states = bert.fuse(caption, text.mask, bert.remember(slow.image))
-        return self.text_encoder_m(states.flatten(0, 1)[text.positions]).float().softmax(dim=-1)
+        bert, (_, caption) = self.text_encoder_m.bert, text.versions(slow.text)
+        fused = bert.fuse(caption, bert.remember(slow.image), wanted=text.masked)
+        return self.text_encoder_m(fused.states).float().softmax(dim=-1)
 
     def word_loss(
-        self, states: Tensor, text: Text, soft_words: Tensor | None, alpha: float
+        self, fused: Tokens, text: Text, soft_words: Tensor | None, alpha: float
     ) -> Tensor:
-        """MLM at the masked positions, mixed with distillation; 0 where nothing was masked."""
-        logits = self.text_encoder(states.flatten(0, 1)[text.positions]).float()
+        """MLM of the masked words, mixed with distillation; 0 where nothing was masked."""
+        logits = self.text_encoder(fused.only(text.masked).states).float()
         if len(logits) == 0:
             return logits.sum()
         loss = F.cross_entropy(logits, text.targets)
@@ -217,6 +231,6 @@ class SoftMaskPretrain(ContrastiveBase):
         return (1 - alpha) * loss + alpha * F.cross_entropy(logits, soft_words)
 
 
-def named(prefix: str, groups: dict[str, Tensor]) -> list[Tensor]:
+def named(prefix: str, groups: dict[str, Tokens]) -> list[Tokens]:
     """The groups whose name starts with ``prefix``."""
     return [group for name, group in groups.items() if name.startswith(prefix)]

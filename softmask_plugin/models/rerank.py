@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,98 +19,166 @@ from lavis.common.dist_utils import (
 from torch import Tensor
 from tqdm import tqdm
 
+from softmask_plugin.errors import UserError, suggest
+from softmask_plugin.nn.bert import ImageMemory
 from softmask_plugin.nn.image_memory import View
+from softmask_plugin.nn.tokens import Layout, Tokens
 
 if TYPE_CHECKING:
     from softmask_plugin.models.base import SoftMaskBase
 
 NOT_A_CANDIDATE = -100.0  # LAVIS's score of a pair that ITC did not propose
+SCORINGS = ("itm+itc", "itm")
+
+
+@dataclass(frozen=True)
+class RerankOptions:
+    """Keys of a YAML's ``run:`` section about retrieval scores, with their defaults.
+
+    Raises:
+        UserError: a value out of its range.
+    """
+
+    k_test: int = 128  # candidates of ITC that ITM re-ranks, per query
+    rerank_scoring: str = "itm+itc"  # what ranks them: itm+itc as in LAVIS, itm as in ALBEF
+    rerank_memory: float = 1.0  # GiB that the pairs scored at once may take on the device
+
+    def __post_init__(self) -> None:
+        if self.rerank_scoring not in SCORINGS:
+            hint = suggest(str(self.rerank_scoring), SCORINGS)
+            raise UserError(f"run.rerank_scoring is '{self.rerank_scoring}': {hint}")
+        for key in ("k_test", "rerank_memory"):
+            value = getattr(self, key)
+            if not isinstance(value, (int, float)) or not value > 0:
+                raise UserError(f"run.{key} is {value}: it must be a number above 0")
+
+    @classmethod
+    def of(cls, run: Any) -> RerankOptions:
+        """Read them from a ``run:`` section; other keys are not looked at."""
+        keys = [field.name for field in fields(cls)]
+        return cls(**{key: run.get(key) for key in keys if run.get(key) is not None})
 
 
 class Reranker:
     """Scores every candidate pair of both directions once, image by image.
 
-    An image's keys and values are projected once for all its candidates, and a caption's text
-    states are computed once for all images.
+    An image's keys and values are projected once for all its candidates, a caption's text states
+    are computed once for all images, and padding costs nothing.
 
     Args:
         model: encoders, projections and matching head.
-        k_test: candidates per query; more than the gallery has means all of it.
+        options: how many candidates, what ranks them, how much memory.
         text_batch: captions encoded at once.
     """
 
-    def __init__(self, model: SoftMaskBase, k_test: int, text_batch: int = 256) -> None:
-        self.model, self.k_test, self.text_batch = model, k_test, text_batch
+    def __init__(
+        self, model: SoftMaskBase, options: RerankOptions | None = None, text_batch: int = 256
+    ) -> None:
+        self.model, self.text_batch = model, text_batch
+        self.options = options or RerankOptions()
 
     @torch.no_grad()
     def scores(self, data_loader: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Score (images, texts) and (texts, images): ITM logit plus ITC similarity, as LAVIS does.
+        """Score (images, texts) and (texts, images).
 
         Raises:
             FloatingPointError: a score is NaN or infinite; ranks made from it would mean nothing.
         """
-        states, mask, text_feats = self.encode_texts(data_loader.dataset.text)
+        texts, text_feats = self.encode_texts(data_loader.dataset.text)
         images, image_feats = self.encode_images(data_loader)
-        similarity = image_feats @ text_feats.T
-        for_image = candidates(similarity, self.k_test)
-        for_text = candidates(similarity.T, self.k_test).T
-        matching = self.match(images, states, mask, for_image | for_text)
-        score = matching + similarity
-        if not torch.isfinite(similarity).all() or not torch.isfinite(matching).all():
+        similarity = (image_feats @ text_feats.T).cpu()
+        warn_if_fewer(self.options.k_test, similarity)
+        for_image = candidates(similarity, self.options.k_test)
+        for_text = candidates(similarity.T, self.options.k_test).T
+        score = self.match(images, texts, for_image | for_text)
+        if not torch.isfinite(similarity).all() or not torch.isfinite(score).all():
             raise FloatingPointError("a retrieval score is NaN or infinite: the weights are broken")
+        if self.options.rerank_scoring == "itm+itc":
+            score += similarity
         i2t = score.masked_fill(~for_image, NOT_A_CANDIDATE)
         t2i = score.masked_fill(~for_text, NOT_A_CANDIDATE).T
-        return i2t.cpu().numpy(), t2i.cpu().numpy()
+        return i2t.numpy(), t2i.numpy()
 
     @torch.no_grad()
     def similarity(self, data_loader: Any) -> Tensor:
         """Cosine of every image with every text, (images, texts): the ranking by ITC alone."""
-        return self.encode_images(data_loader)[1] @ self.encode_texts(data_loader.dataset.text)[2].T
+        return self.encode_images(data_loader)[1] @ self.encode_texts(data_loader.dataset.text)[1].T
 
-    def encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Text states (N, T, width), mask (N, T) and unit features (N, embed_dim)."""
-        model, captions = self.model, self.model.reader.read(texts)
-        ids, mask = captions.ids.to(model.device), captions.mask.to(model.device)
-        batches = zip(ids.split(self.text_batch), mask.split(self.text_batch), strict=True)
-        states = torch.cat([model.bert.encode(*batch) for batch in batches])
-        return states, mask, F.normalize(model.text_proj(states[:, 0]).float(), dim=-1)
+    def encode_texts(self, texts: list[str]) -> tuple[Tokens, Tensor]:
+        """Text states of N captions, and unit features (N, embed_dim)."""
+        model, batches = self.model, []
+        for start in range(0, len(texts), self.text_batch):
+            captions = model.reader.read(texts[start : start + self.text_batch])
+            layout = Layout.of(captions.mask).to(model.device)
+            batches.append(model.bert.encode(captions.ids.to(model.device), layout))
+        encoded = Tokens.cat(batches)
+        return encoded, F.normalize(model.text_proj(encoded.cls).float(), dim=-1)
 
-    def encode_images(self, data_loader: Any) -> tuple[Tensor, Tensor]:
-        """Image states (M, S, width), on the CPU, and unit features (M, embed_dim)."""
-        states, feats = [], []
+    def encode_images(self, data_loader: Any) -> tuple[dict[int, Tensor], Tensor]:
+        """States (S, width) of this rank's share of the images, on the CPU, by their index; and
+        unit features of all, (M, embed_dim)."""
+        states, feats, count = {}, [], 0
         for samples in progress_bar(data_loader, desc="images", unit="batch"):
             image = self.model.visual_encoder(samples["image"].to(self.model.device))
             feats.append(F.normalize(self.model.vision_proj(image[:, 0]).float(), dim=-1))
-            states.append(image.cpu())
-        return torch.cat(states), torch.cat(feats)
+            for i in range(count, count + len(image)):
+                if i % get_world_size() == get_rank():
+                    states[i] = image[i - count].cpu()
+            count += len(image)
+        return states, torch.cat(feats)
 
-    def match(self, images: Tensor, states: Tensor, mask: Tensor, wanted: Tensor) -> Tensor:
-        """Matching logits of the ``wanted`` pairs (M, N), 0 elsewhere; each rank does its share."""
-        model, scores = self.model, torch.zeros(wanted.shape, device=states.device)
-        mine = range(get_rank(), len(images), get_world_size())
-        for i in progress_bar(mine, desc="re-ranking", unit="image"):
-            texts = wanted[i].nonzero().squeeze(1)
-            length = int(mask[texts].sum(dim=1).max())  # padding of longer captions is left out
-            fused = model.bert.fuse(
-                states[texts, :length],
-                mask[texts, :length],
-                model.bert.remember(images[i : i + 1].to(states.device)),
-                (View(captions_per_image=len(texts)),),
-            )
-            scores[i, texts] = model.match(fused)[:, 1].float()
+    def match(self, images: dict[int, Tensor], texts: Tokens, wanted: Tensor) -> Tensor:
+        """Matching logits of the ``wanted`` pairs (M, N), 0 elsewhere; each rank does its share.
+
+        The matrix of logits, like ``wanted``, is on the CPU, where a large gallery has room.
+        """
+        device, scores = self.model.device, torch.zeros(wanted.shape)
+        mine = list(images)
+        with progress_bar(total=int(wanted[mine].sum()), desc="re-ranking", unit="pair") as bar:
+            for i in mine:
+                memory = self.model.bert.remember(images[i][None].to(device))
+                for captions in wanted[i].nonzero().squeeze(1).split(self.pairs_at_once(texts)):
+                    scores[i, captions] = self.match_image(memory, texts, captions.to(device)).cpu()
+                    bar.update(len(captions))
         if is_dist_avail_and_initialized():
-            dist.all_reduce(scores)
-        logging.info("re-ranked %d pairs", int(wanted.sum()))
+            total = scores.to(device)
+            dist.all_reduce(total)
+            scores = total.cpu()
         return scores
+
+    def match_image(self, memory: ImageMemory, texts: Tokens, captions: Tensor) -> Tensor:
+        """Matching logits of one image with some captions, (captions,)."""
+        chosen = texts.take(captions, trim=True)
+        view = View(captions_per_image=len(captions))
+        fused = self.model.bert.fuse(chosen, memory, (view,), chosen.layout.cls_only)
+        return self.model.match(fused.cls)[:, 1].float()
+
+    def pairs_at_once(self, texts: Tokens) -> int:
+        """How many captions of the longest kind fit into the memory that the options grant."""
+        shape = self.model.text_encoder.shape
+        # The feed-forward's input and output, and queries, contexts, residuals beside them, which
+        # attention wants padded and unpadded.
+        token_bytes = texts.states.element_size() * (2 * shape.intermediate + 10 * shape.width)
+        caption_bytes = token_bytes * texts.layout.mask.shape[1]
+        return max(1, int(self.options.rerank_memory * 2**30 / caption_bytes))
+
+
+def warn_if_fewer(k: int, similarity: Tensor) -> None:
+    """Say so where a gallery has fewer entries than ``k``."""
+    for gallery, count in zip(("images", "texts"), similarity.shape, strict=True):
+        if k > count:
+            logging.warning(
+                "run.k_test is %d, but there are %d %s: all are candidates", k, count, gallery
+            )
 
 
 def candidates(similarity: Tensor, k: int) -> Tensor:
     """True for the k most similar entries of each row, (rows, columns)."""
-    best = similarity.topk(min(k, similarity.shape[1]), dim=1).indices
+    best = similarity.topk(min(int(k), similarity.shape[1]), dim=1).indices
     return torch.zeros_like(similarity, dtype=torch.bool).scatter_(1, best, True)
 
 
-def progress_bar(items: Any, desc: str, unit: str) -> Any:
+def progress_bar(items: Any = None, **options: Any) -> Any:
     """A bar on the first rank where standard error is a terminal, gone when done."""
     disable = None if is_main_process() else True
-    return tqdm(items, desc=desc, unit=unit, leave=False, disable=disable)
+    return tqdm(items, leave=False, disable=disable, **options)

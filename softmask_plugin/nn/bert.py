@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softmask_plugin.nn.image_memory import LayerMemory, View
+from softmask_plugin.nn.tokens import Layout, Tokens
 from softmask_plugin.nn.vision import initial_std
 
 ImageMemory = list[LayerMemory]
@@ -70,65 +71,74 @@ class BertModel(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
-    def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Encode captions alone: ids (N, T) int64, mask (N, T) bool -> states (N, T, width)."""
-        states = self.embeddings(ids)
+    def encode(self, ids: Tensor, layout: Layout) -> Tokens:
+        """Encode captions alone: ids (N, T) int64 and where their tokens are."""
+        tokens = Tokens(self.embeddings(ids, layout), layout)
         for layer in self.encoder.layer[: self.shape.fusion_layer]:
-            states = layer.transform(layer.attend_text(states, mask))
-        return states
+            tokens = layer.transform(layer.attention.attend_self(tokens, layout))
+        return tokens
 
     def remember(self, image_states: Tensor) -> ImageMemory:
         """Project image states (B, S, image width) to each fusion layer's keys and values."""
-        return [
-            layer.crossattention.remember(image_states)
-            for layer in self.encoder.layer[self.shape.fusion_layer :]
-        ]
+        return [layer.crossattention.remember(image_states) for layer in self.fusion_layers]
 
     def fuse(
-        self, states: Tensor, mask: Tensor, memory: ImageMemory, views: Sequence[View] = (View(),)
-    ) -> Tensor:
+        self,
+        tokens: Tokens,
+        memory: ImageMemory,
+        views: Sequence[View] = (View(),),
+        wanted: Layout | None = None,
+    ) -> Tokens:
         """Fuse captions with images.
 
         Args:
-            states: text states of all pairs, (N, T, width), the pairs of each view in turn.
-            mask: True where a token is no padding, (N, T).
+            tokens: of all N captions, those of each view in turn.
             memory: keys and values of the images, from ``remember``.
             views: which image each caption looks at, and through which mask.
+            wanted: the tokens that will be read; the last layer computes no others. None: all.
 
         Returns:
-            Multi-modal states, (N, T, width).
+            Multi-modal states of the wanted tokens.
         """
+        last = self.fusion_layers[-1]
         for layer, layer_memory in zip(self.fusion_layers, memory, strict=True):
-            states = layer.attend_text(states, mask)
-            states = layer.transform(layer.crossattention.look(states, layer_memory, views))
-        return states
+            layout = wanted if wanted is not None and layer is last else tokens.layout
+            tokens = layer.attention.attend_self(tokens, layout)
+            tokens = layer.transform(layer.crossattention.look(tokens, layer_memory, views))
+        return tokens
 
     def fuse_with_attention(
-        self, states: Tensor, mask: Tensor, memory: ImageMemory, layer_index: int
-    ) -> tuple[Tensor, Tensor]:
+        self, tokens: Tokens, memory: ImageMemory, layer_index: int, wanted: Layout | None = None
+    ) -> tuple[Tokens, Tensor]:
         """As ``fuse`` for matching pairs, with one layer's cross-attention probabilities.
 
         Args:
-            layer_index: BERT layer, in [fusion_layer, layers).
+            layer_index: BERT layer, in [fusion_layer, layers); of the last one, only the
+                probabilities of ``wanted`` tokens mean anything.
 
         Returns:
-            States (N, T, width), and that layer's probabilities (N, H, T, S) as a graph node.
+            States of the wanted tokens, and that layer's probabilities (N, H, T, S) as a graph
+            node; those of padding mean nothing.
+
+        Raises:
+            ValueError: the layer has no cross-attention.
         """
-        probabilities = None
-        wanted = layer_index - self.shape.fusion_layer
-        for i, (layer, layer_memory) in enumerate(zip(self.fusion_layers, memory, strict=True)):
-            states = layer.attend_text(states, mask)
-            if i == wanted:
-                states, probabilities = layer.crossattention.look_and_show(states, layer_memory)
-            else:
-                states = layer.crossattention.look(states, layer_memory, (View(),))
-            states = layer.transform(states)
-        if probabilities is None:
+        split = layer_index - self.shape.fusion_layer
+        if not 0 <= split < len(memory):
             raise ValueError(
                 f"layer {layer_index} has no cross-attention: "
                 f"choose one from {self.shape.fusion_layer} to {self.shape.layers - 1}"
             )
-        return states, probabilities
+        last, probabilities = self.fusion_layers[-1], None
+        for i, (layer, layer_memory) in enumerate(zip(self.fusion_layers, memory, strict=True)):
+            layout = wanted if wanted is not None and layer is last else tokens.layout
+            tokens = layer.attention.attend_self(tokens, layout)
+            if i == split:
+                tokens, probabilities = layer.crossattention.look_and_show(tokens, layer_memory)
+            else:
+                tokens = layer.crossattention.look(tokens, layer_memory)
+            tokens = layer.transform(tokens)
+        return tokens, cast(Tensor, probabilities)
 
     @property
     def fusion_layers(self) -> Sequence[Layer]:
@@ -150,10 +160,11 @@ class Embeddings(nn.Module):
         # Part of LAVIS's checkpoints, kept so that keys match to the last one.
         self.register_buffer("position_ids", torch.arange(shape.max_positions).expand(1, -1))
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Embed ids (N, T) as states (N, T, width)."""
-        positions = self.position_embeddings.weight[: ids.shape[1]]
-        return self.dropout(self.LayerNorm(self.word_embeddings(ids) + positions))
+    def forward(self, ids: Tensor, layout: Layout) -> Tensor:
+        """Embed the ids (N, T) of a layout's tokens as states (M, width)."""
+        words = self.word_embeddings(ids.flatten()[layout.index])
+        positions = self.position_embeddings(layout.index % ids.shape[1])
+        return self.dropout(self.LayerNorm(words + positions))
 
 
 class Layer(nn.Module):
@@ -168,13 +179,10 @@ class Layer(nn.Module):
         self.intermediate.dense = nn.Linear(shape.width, shape.intermediate)
         self.output = AddNorm(shape, shape.intermediate)
 
-    def attend_text(self, states: Tensor, mask: Tensor) -> Tensor:
-        """Self-attention among the tokens that ``mask`` (N, T) marks."""
-        return self.attention.attend_self(states, mask)
-
-    def transform(self, states: Tensor) -> Tensor:
+    def transform(self, tokens: Tokens) -> Tokens:
         """Feed-forward half of the layer."""
-        return self.output(F.gelu(self.intermediate.dense(states)), states)
+        states = self.output(F.gelu(self.intermediate.dense(tokens.states)), tokens.states)
+        return Tokens(states, tokens.layout)
 
 
 class Attention(nn.Module):
@@ -189,16 +197,21 @@ class Attention(nn.Module):
         self.self.value = nn.Linear(source_width, shape.width)
         self.output = AddNorm(shape, shape.width)
 
-    def attend_self(self, states: Tensor, mask: Tensor) -> Tensor:
-        """Text states (N, T, width) attend to the tokens that ``mask`` (N, T) marks."""
-        query, key, value = (
-            self.split(projection(states))
-            for projection in (self.self.query, self.self.key, self.self.value)
+    def attend_self(self, tokens: Tokens, wanted: Layout) -> Tokens:
+        """The ``wanted`` tokens attend to all tokens of their caption."""
+        queries = tokens.only(wanted)
+        key, value = (
+            self.split(tokens.layout.pad(projection(tokens.states)))
+            for projection in (self.self.key, self.self.value)
         )
         context = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask[:, None, None, :], dropout_p=self.dropout_now
+            self.query(queries),
+            key,
+            value,
+            attn_mask=tokens.layout.mask[:, None, None, :],
+            dropout_p=self.dropout_now,
         )
-        return self.output(merge(context), states)
+        return self.merge(context, queries)
 
     def remember(self, image_states: Tensor) -> LayerMemory:
         """Project image states (B, S, image width) to keys and values."""
@@ -209,16 +222,27 @@ class Attention(nn.Module):
             self.self.value.bias.view(self.heads, 1, -1),
         )
 
-    def look(self, states: Tensor, memory: LayerMemory, views: Sequence[View]) -> Tensor:
-        """Text states (N, T, width) attend to the images, each as its view shows them."""
-        query = self.split(self.self.query(states))
-        return self.output(merge(memory.attend(query, views, self.dropout_now)), states)
+    def look(
+        self, tokens: Tokens, memory: LayerMemory, views: Sequence[View] = (View(),)
+    ) -> Tokens:
+        """Tokens attend to the images, each caption to its own as its view shows it."""
+        return self.merge(memory.attend(self.query(tokens), views, self.dropout_now), tokens)
 
-    def look_and_show(self, states: Tensor, memory: LayerMemory) -> tuple[Tensor, Tensor]:
+    def look_and_show(self, tokens: Tokens, memory: LayerMemory) -> tuple[Tokens, Tensor]:
         """As ``look`` for matching pairs, with the probabilities (N, H, T, S)."""
-        query = self.split(self.self.query(states))
-        context, probabilities = memory.attend_with_probabilities(query, View(), self.dropout_now)
-        return self.output(merge(context), states), probabilities
+        context, probabilities = memory.attend_with_probabilities(
+            self.query(tokens), View(), self.dropout_now
+        )
+        return self.merge(context, tokens), probabilities
+
+    def query(self, tokens: Tokens) -> Tensor:
+        """Queries of the tokens as a grid, (N, H, T, d)."""
+        return self.split(tokens.layout.pad(self.self.query(tokens.states)))
+
+    def merge(self, context: Tensor, tokens: Tokens) -> Tokens:
+        """Heads' output (N, H, T, d), projected and added to the tokens that asked for it."""
+        packed = tokens.layout.pack(context.transpose(1, 2).flatten(2))
+        return Tokens(self.output(packed, tokens.states), tokens.layout)
 
     @property
     def dropout_now(self) -> float:
@@ -228,11 +252,6 @@ class Attention(nn.Module):
     def split(self, x: Tensor) -> Tensor:
         """(N, L, width) -> (N, H, L, d)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-
-def merge(context: Tensor) -> Tensor:
-    """(N, H, L, d) -> (N, L, width)."""
-    return context.transpose(1, 2).flatten(2)
 
 
 class AddNorm(nn.Module):
@@ -245,7 +264,7 @@ class AddNorm(nn.Module):
         self.dropout = nn.Dropout(shape.dropout)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """(N, T, in width) and its residual (N, T, width) -> (N, T, width)."""
+        """(M, in width) and its residual (M, width) -> (M, width)."""
         return self.LayerNorm(self.dropout(self.dense(x)) + residual)
 
 

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from softmask_plugin.nn.bert import BertModel, ImageMemory
 from softmask_plugin.nn.image_memory import View
+from softmask_plugin.nn.tokens import Layout, Tokens
 
 
 class Pairs:
-    """Collects groups of captions, each with its view of the images, to fuse them at once.
+    """Collects groups of captions, each with its view of the images, to fuse them at once."""
 
-    Args:
-        mask: True where a token is no padding, (B, T); the default of every group.
-    """
-
-    def __init__(self, mask: Tensor) -> None:
-        self.mask = mask
-        self.groups: dict[str, tuple[Tensor, Tensor, View]] = {}
+    def __init__(self) -> None:
+        self.groups: dict[str, tuple[Tokens, View, Layout]] = {}
 
     def add(
-        self, name: str, states: Tensor, view: View = View(), mask: Tensor | None = None
+        self, name: str, captions: Tokens, view: View = View(), wanted: Layout | None = None
     ) -> None:
-        """Add a group of B captions: text states (B, T, width), and a mask if not the batch's."""
-        self.groups[name] = (states, self.mask if mask is None else mask, view)
+        """Add a group of captions with the tokens that will be read: by default [CLS]."""
+        self.groups[name] = captions, view, wanted or captions.layout.cls_only
 
-    def fuse(self, bert: BertModel, memory: ImageMemory) -> dict[str, Tensor]:
-        """Multi-modal states of each group, (B, T, width), by name."""
-        states, masks, views = zip(*self.groups.values(), strict=True)
-        fused = bert.fuse(torch.cat(states), torch.cat(masks), memory, views)
-        return dict(zip(self.groups, fused.chunk(len(self.groups)), strict=True))
+    def fuse(self, bert: BertModel, memory: ImageMemory) -> dict[str, Tokens]:
+        """Multi-modal states of each group's wanted tokens, by name."""
+        captions, views, wanted = zip(*self.groups.values(), strict=True)
+        fused = bert.fuse(Tokens.cat(captions), memory, views, Layout.cat(wanted))
+        return dict(zip(self.groups, fused.split(wanted), strict=True))
