@@ -104,9 +104,7 @@ def test_views_must_cover_the_captions(pair):
 def test_grad_cam_equals_lavis_hooks(pair, size):
     """LAVIS saves a layer's attention and its gradient by hooks; ours never leaves the function."""
     ours, twin, image, tokens, captions = pair(size)
-    fused, attention = ours.bert.fuse_with_attention(
-        tokens, ours.bert.remember(image), CAM_LAYER
-    )
+    fused, attention = ours.bert.fuse_with_attention(tokens, ours.bert.remember(image), CAM_LAYER)
     cam = grad_cam(ours.match(fused.cls)[:, 1], attention)
 
     layer = twin.text_encoder.bert.encoder.layer[CAM_LAYER].crossattention.self

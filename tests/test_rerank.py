@@ -115,7 +115,9 @@ def test_more_candidates_than_the_gallery_has_means_all(make_model, gallery):
 def test_texts_in_batches_score_the_same(make_model, gallery):
     model = make_model().eval()
     for a, b in zip(
-        Reranker(model, RerankOptions(k_test=3), text_batch=2).scores(gallery), ours(model, gallery, 3), strict=True
+        Reranker(model, RerankOptions(k_test=3), text_batch=2).scores(gallery),
+        ours(model, gallery, 3),
+        strict=True,
     ):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 

@@ -1,0 +1,142 @@
+"""Row 4: retrieval scores of ours against LAVIS's compute_sim_matrix.
+
+LAVIS needs hours for this gallery, so it is given its own distributed shard of it, as one rank of
+many; of ours two images with all their candidates are timed. Both are scaled to the whole.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+from unittest.mock import patch
+
+import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
+
+# isort: split
+import torch
+from lavis.common import dist_utils
+from lavis.models.albef_models import compute_sim_matrix
+from lavis.tasks.retrieval import RetrievalTask
+
+from benchmarks.baseline import albef_retrieval
+from benchmarks.harness import Row, alternate, compare, timed
+from benchmarks.material import build, texts
+from softmask_plugin.models.rerank import NOT_A_CANDIDATE, Reranker, RerankOptions, candidates
+
+IMAGES, PER_IMAGE, K = 64, 5, 64
+
+
+class Gallery(list):
+    """Batches of images and the attributes that LAVIS reads of a retrieval data set."""
+
+    def __init__(self, image_size: int, captions: list[str]) -> None:
+        images = torch.randn(
+            IMAGES, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)
+        )
+        super().__init__({"image": part} for part in images.split(8))
+        self.dataset = self
+        self.text, self.image = captions, [str(i) for i in range(IMAGES)]
+        self.img2txt = {i: [*range(i * PER_IMAGE, (i + 1) * PER_IMAGE)] for i in range(IMAGES)}
+        self.txt2img = {text: text // PER_IMAGE for text in range(len(captions))}
+
+
+class Rivals:
+    """Both re-rankers on one gallery, with the encoders' work done once and shared."""
+
+    def __init__(self, small: bool, captions: str | None) -> None:
+        size = {} if small else {"image_size": 384}
+        self.model = build(small, captions, queue_size=256, **size).eval()
+        self.gallery = Gallery(
+            self.model.options.image_size, texts(self.model, captions, IMAGES * PER_IMAGE)
+        )
+        self.ours = Reranker(self.model, RerankOptions(k_test=K))
+        self.lavis = albef_retrieval(self.model)
+        # What LAVIS's function asks of its encoders, answered from memory while it is timed.
+        self.image_states: list[torch.Tensor] = []
+        self.text_output: Any = None
+        self.real_text, self.real_vision = self.lavis.text_encoder, self.lavis.visual_encoder
+
+    @torch.no_grad()
+    def encode(self) -> tuple[float, float]:
+        """Seconds that ours and LAVIS take to encode the gallery."""
+
+        def ours() -> None:
+            self.texts, text_feats = self.ours.encode_texts(self.gallery.text)
+            self.images, image_feats = self.ours.encode_images(self.gallery)
+            self.similarity = image_feats @ text_feats.T
+            for_text = candidates(self.similarity.T, K).T
+            self.wanted = candidates(self.similarity, K) | for_text
+
+        def lavis() -> None:
+            tokens = self.lavis.tokenizer(
+                self.gallery.text, padding="max_length", max_length=35, return_tensors="pt"
+            )
+            self.text_output = self.real_text.forward_text(tokens)
+            self.image_states = [
+                self.real_vision.forward_features(batch["image"]) for batch in self.gallery
+            ]
+
+        return timed(ours), timed(lavis)
+
+    @torch.no_grad()
+    def match(self) -> float:
+        """Seconds of ours for all pairs, from those of two images."""
+        few = {i: self.images[i] for i in (0, 1)}
+        seconds = timed(lambda: self.ours.match(few, self.texts, self.wanted))
+        return seconds * int(self.wanted.sum()) / int(self.wanted[:2].sum())
+
+    @torch.no_grad()
+    def compute(self) -> float:
+        """Seconds of LAVIS for all queries, from those of one shard of many."""
+        # For LAVIS a shard is 1 + gallery // ranks queries, of images and of texts.
+        ranks = len(self.gallery.text)
+        queries = 1 + IMAGES // ranks + 1 + len(self.gallery.text) // ranks
+
+        def shard() -> None:
+            states = iter(self.image_states)
+            with (
+                patch.object(dist_utils, "get_world_size", lambda: ranks),
+                patch.object(self.real_text, "forward_text", lambda _: self.text_output),
+                patch.object(self.real_vision, "forward_features", lambda _: next(states)),
+            ):
+                self.scores = compute_sim_matrix(self.lavis, self.gallery, k_test=K)
+
+        return timed(shard) * (IMAGES + len(self.gallery.text)) / queries
+
+    @torch.no_grad()
+    def difference(self) -> float:
+        """Largest difference between the scores of LAVIS's shard and ours for the same pairs."""
+        i2t, t2i = (torch.from_numpy(scores) for scores in self.scores)
+        scored = (i2t != NOT_A_CANDIDATE) | (t2i.T != NOT_A_CANDIDATE)
+        theirs = torch.where(i2t != NOT_A_CANDIDATE, i2t, t2i.T)
+        ours = self.ours.match(self.images, self.texts, scored) + self.similarity
+        return float((ours - theirs)[scored].abs().max())
+
+
+def recalls_are_identical() -> bool:
+    """Whether both rank a whole gallery alike, on the small model, where LAVIS takes seconds."""
+    rivals = Rivals(small=True, captions=None)
+    gallery = rivals.gallery
+    with torch.no_grad():
+        theirs = compute_sim_matrix(rivals.lavis, gallery, k_test=K)
+    with patch("lavis.tasks.retrieval.os.path.join", lambda *_: "/dev/null"):
+        recalls = [
+            RetrievalTask._report_metrics(*scores, gallery.txt2img, gallery.img2txt)
+            for scores in (rivals.ours.scores(gallery), theirs)
+        ]
+    return recalls[0] == recalls[1]
+
+
+def run(small: bool, captions: str | None, rounds: int) -> list[Row]:
+    """Measure the row."""
+    logging.disable(logging.INFO)  # LAVIS's progress
+    rivals = Rivals(small, captions)
+    encoding = rivals.encode()
+    times = alternate({"ours": rivals.match, "lavis": rivals.compute}, rounds, "re-ranking")
+    ours, lavis = (
+        [seconds + matching for matching in times[name]]
+        for seconds, name in zip(encoding, ("ours", "lavis"), strict=True)
+    )
+    same = "identical" if recalls_are_identical() else "DIFFERENT"
+    note = f"scores within {rivals.difference():.0e}, recalls {same}"
+    return [compare("retrieval scores: time", "s", ours, lavis, target=0.12, note=note)]
