@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -15,34 +16,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: ours over theirs, and what it is to be.
+    """One line of the table: ours against another, and what their ratio is to be.
 
     Attributes:
         name: what was compared.
-        unit: of ``ours`` and ``theirs``.
-        ours, theirs: medians.
+        unit: of ``ours`` and ``other``.
+        ours, other: medians.
         target: what the ratio should not exceed, or, with ``higher_is_better``, not fall below.
-        spread: quartiles of the ratios of single turns, where there were several.
+        ratios: of the single turns, where there were several.
+        note: what a reader should know besides.
     """
 
     name: str
     unit: str
     ours: float
-    theirs: float
+    other: float
     target: float | None = None
     higher_is_better: bool = False
-    spread: tuple[float, float] | None = None
+    ratios: tuple[float, ...] = ()
     note: str = ""
 
     @property
     def ratio(self) -> float:
-        """Ours over theirs."""
-        return self.ours / self.theirs
+        """Ours over the other: the median of the turns."""
+        return statistics.median(self.ratios) if self.ratios else self.ours / self.other
 
     @property
     def met(self) -> bool | None:
@@ -74,14 +77,11 @@ def alternate(
     return times
 
 
-def compare(name: str, unit: str, ours: list[float], theirs: list[float], **row: Any) -> Row:
-    """A row of two lists of durations that were taken in turns."""
-    ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
-    spread = None
-    if len(ratios) > 1:
-        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        spread = (low, high)
-    return Row(name, unit, statistics.median(ours), statistics.median(theirs), spread=spread, **row)
+def compare(name: str, unit: str, ours: list[float], other: list[float], **row: Any) -> Row:
+    """A row of two lists of measurements that were taken in turns."""
+    ratios = tuple(a / b for a, b in zip(ours, other, strict=True))
+    medians = statistics.median(ours), statistics.median(other)
+    return Row(name, unit, *medians, ratios=ratios, **row)
 
 
 def timed(work: Callable[[], Any]) -> float:
@@ -132,6 +132,21 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def tensor_peak(work: Callable[[], Any], kept: Sequence[torch.Tensor]) -> float:
+    """Most memory of tensors while ``work`` runs, GiB, as torch's allocator counts it.
+
+    Args:
+        work: what to measure.
+        kept: tensors that are there before and after it.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    return (sum(storages.values()) + max(itertools.accumulate(changes))) / 2**30
+
+
 def machine() -> dict[str, Any]:
     """What the figures depend on."""
     model = ""
@@ -152,20 +167,18 @@ def machine() -> dict[str, Any]:
 def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| what | ours | LAVIS | ratio (quartiles) | target | |",
+        "| what | ours | against | ratio (of turns: least to greatest) | target | |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        spread = f" ({row.spread[0]:.3f} to {row.spread[1]:.3f})" if row.spread else ""
+        spread = f" ({min(row.ratios):.3f} to {max(row.ratios):.3f})" if len(row.ratios) > 1 else ""
         sign = "≥" if row.higher_is_better else "≤"
         target = "" if row.target is None else f"{sign} {row.target:g}"
         verdict = {None: "", True: "met", False: "missed"}[row.met]
         lines.append(
-            f"| {row.name} | {row.ours:.4g} {row.unit} | {row.theirs:.4g} {row.unit} | "
-            f"{row.ratio:.3f}{spread} | {target} | {verdict} |"
+            f"| {row.name} | {row.ours:.4g} {row.unit} | {row.other:.4g} {row.unit} | "
+            f"{row.ratio:.3f}{spread} | {target} | {'; '.join(filter(None, (verdict, row.note)))} |"
         )
-        if row.note:
-            lines[-1] += f" {row.note}"
     return "\n".join(lines)
 
 

@@ -218,7 +218,7 @@ class Attention(nn.Module):
         return LayerMemory(
             self.split(self.self.key(image_states)),
             self.split(self.self.value(image_states)),
-            self.self.key.bias.view(self.heads, 1, -1),
+            self.self.key.bias.view(self.heads, -1, 1),
             self.self.value.bias.view(self.heads, 1, -1),
         )
 
@@ -230,7 +230,7 @@ class Attention(nn.Module):
 
     def look_and_show(self, tokens: Tokens, memory: LayerMemory) -> tuple[Tokens, Tensor]:
         """As ``look`` for matching pairs, with the probabilities (N, H, T, S)."""
-        context, probabilities = memory.attend_with_probabilities(
+        context, probabilities = memory.read_with_probabilities(
             self.query(tokens), View(), self.dropout_now
         )
         return self.merge(context, tokens), probabilities

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from softmask_plugin.nn.recompute import recompute
 
 
 def initial_std(width: int) -> float:
@@ -77,10 +78,7 @@ class VisionTransformer(nn.Module):
         patches = self.patch_embed(images)
         x = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1) + self.pos_embed
         for block in self.blocks:
-            if self.checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            x = recompute(block, x) if self.checkpointing and self.training else block(x)
         return self.norm(x)
 
 
@@ -112,8 +110,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform tokens (B, N, width)."""
-        x = x + self.skip(self.attn(self.norm1(x)))
-        return x + self.skip(self.mlp(self.norm2(x)))
+        x = x + self.skip(self.attn(x, self.norm1))
+        return x + self.skip(self.mlp(x, self.norm2))
 
     def skip(self, branch: Tensor) -> Tensor:
         """Drop the branch of some samples, and scale the others to keep the mean."""
@@ -132,9 +130,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend among tokens (B, N, width)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """Attend among tokens (B, N, width), normalised first."""
+        qkv = recompute(lambda x: self.qkv(norm(x)), x)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(out.transpose(1, 2).flatten(2))
 
@@ -147,6 +146,7 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform each token of (B, N, width) alone."""
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """Transform each token of (B, N, width) alone, normalised first."""
+        hidden = recompute(lambda x: self.fc1(norm(x)), x)
+        return recompute(lambda hidden: self.fc2(F.gelu(hidden)), hidden)
