@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import re
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from PIL import Image
+from torchvision.transforms import functional, v2
 
 from softmask_plugin.datasets.images import UnreadableImageError, open_rgb, to_rgb
 from softmask_plugin.errors import UserError
@@ -21,8 +24,9 @@ from softmask_plugin.processors import (
     ImageEvalProcessor,
     ImageTrainProcessor,
     QuestionProcessor,
+    distort,
 )
-from softmask_plugin.processors.image import CLIP_MEAN, CLIP_STD
+from softmask_plugin.processors.image import CLIP_MEAN, CLIP_STD, RandAugment, RandomCrop
 
 NONE = {
     "min_scale": None,
@@ -178,6 +182,74 @@ def test_each_distortion_alone_does_something(distortion):
     torch.manual_seed(0)
     distorted = ImageTrainProcessor(32, **{**NONE, **distortion})(photo())
     assert (distorted - ImageEvalProcessor(32)(photo())).abs().mean() > 0.005
+
+
+@pytest.mark.parametrize("change", ["brightness", "contrast", "saturation", "hue", "sharpness"])
+@pytest.mark.parametrize("amount", [0.0, 0.35, 0.7])
+def test_colours_change_as_in_torchvision(change, amount):
+    value = amount - 0.35 if change == "hue" else 2 * amount  # a turn of the circle, or a factor
+    pixels = np.asarray(photo(96, 80))
+    exact = functional.pil_to_tensor(photo(96, 80)) / 255
+    expected = 255 * getattr(functional, f"adjust_{change}")(exact, value).permute(1, 2, 0).numpy()
+    error = np.abs(getattr(distort, change)(pixels, value) - expected)
+    # the hue and its turn are rounded to 1/256 of the circle, by which a channel moves by up to 6
+    assert error.max() < (12 if change == "hue" else 0.9)
+    assert error.mean() < (1 if change == "hue" else 0.4)
+
+
+def test_jitter_draws_as_torchvision_does():
+    image = photo(96, 80)
+    options = (0.4, 0.4, 0.4, 0)  # a hue is turned more coarsely than torchvision does
+    ours, theirs = (kind.ColorJitter(*options) for kind in (distort, torchvision.transforms))
+    for seed in range(20):
+        torch.manual_seed(seed)
+        given = ours(np.asarray(image)).astype(int)
+        torch.manual_seed(seed)
+        # Pillow drops the fraction after each of the three changes
+        assert np.abs(given - np.asarray(theirs(image)).astype(int)).mean() < 2
+
+
+def test_crops_are_those_of_pillow():
+    crop = RandomCrop(32, 0.2, 1)
+    pillow = v2.RandomResizedCrop(32, (0.2, 1), interpolation=v2.InterpolationMode.BICUBIC)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        given = crop(photo(96, 80)).astype(int)
+        torch.manual_seed(seed)
+        assert np.abs(given - np.asarray(pillow(photo(96, 80)))).max() <= 2
+
+
+@pytest.mark.parametrize("op", ["Sharpness", "Brightness"])
+def test_randaugment_changes_as_torchvision_does(op):
+    torch.manual_seed(0)
+    noise = Image.fromarray(torch.randint(256, (40, 40, 3), dtype=torch.uint8).numpy())
+    ours = RandAugment([op], 1, 9, [0, 0, 0])
+    theirs = v2.RandAugment(1, 9)
+    theirs._AUGMENTATION_SPACE = ours._AUGMENTATION_SPACE
+    for seed in range(4):  # more and less of it
+        torch.manual_seed(seed)
+        given = np.asarray(ours(noise)).astype(int)
+        torch.manual_seed(seed)
+        assert np.abs(given - np.asarray(theirs(noise))).max() <= 2
+        assert np.abs(given - np.asarray(noise)).mean() > 2
+
+
+def test_processors_travel_to_spawned_workers():
+    processor = ImageTrainProcessor(32)
+    twin = pickle.loads(pickle.dumps(processor))
+    torch.manual_seed(0)
+    given = processor(photo())
+    torch.manual_seed(0)
+    torch.testing.assert_close(twin(photo()), given, rtol=0, atol=0)
+
+
+def test_blur_is_a_gaussian():
+    point = np.zeros((41, 41, 3), np.uint8)
+    point[20, 20] = 255
+    row = distort.GaussianBlur((2, 2))(point)[20, :, 0].astype(float)
+    x = np.arange(41) - 20
+    expected = row[20] * np.exp(-(x**2) / (2 * 2**2))
+    np.testing.assert_allclose(row, expected, atol=1)
 
 
 def test_draws_come_from_torch_alone():
