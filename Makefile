@@ -1,11 +1,12 @@
-# make venv | demo | test | lint | format, and venv-modern | test-modern for the second stack.
+# make venv | demo | bench | test | lint | format, and venv-modern | test-modern for the second stack.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-modern demo test test-modern lint format
+.PHONY: help venv venv-modern demo bench test test-modern lint format
 
 help:
 	@echo "make demo         pretrain a tiny SoftMask++ on rendered scenes, write a report"
+	@echo "make bench        speed and memory against LAVIS's own classes (BENCH=--small: a trial)"
 	@echo "make test         lint, types and tests"
 	@echo "make test-modern  the tests with numpy 2 and transformers 4.51 (.venv-modern)"
 	@echo "make venv         only the virtual environment .venv (venv-modern: .venv-modern)"
@@ -32,6 +33,9 @@ venv-modern: .venv-modern/.installed
 
 demo: .venv/.installed
 	@.venv/bin/softmask demo
+
+bench: .venv/.installed
+	@.venv/bin/python -m benchmarks $(BENCH)
 
 lint: .venv/.installed
 	@.venv/bin/ruff check .

@@ -55,6 +55,15 @@ class Row:
         return self.ratio >= self.target if self.higher_is_better else self.ratio <= self.target
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Seconds at one point of an axis, such as 8 of ``batch``."""
+
+    axis: str
+    value: int
+    seconds: float
+
+
 def alternate(
     subjects: dict[str, Callable[[], float]], rounds: int, title: str
 ) -> dict[str, list[float]]:
@@ -182,12 +191,22 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def save(rows: Sequence[Row], path: Path, **settings: Any) -> None:
-    """Write the rows with the machine and the settings as JSON."""
+def grid(costs: Sequence[Cost]) -> str:
+    """The costs as a Markdown table, an axis a row."""
+    lines = ["| axis | seconds at each value |", "|---|---|"]
+    for axis in dict.fromkeys(cost.axis for cost in costs):
+        points = [f"{c.value}: {c.seconds:.3g}" for c in costs if c.axis == axis]
+        lines.append(f"| {axis} | {', '.join(points)} |")
+    return "\n".join(lines)
+
+
+def save(rows: Sequence[Row], costs: Sequence[Cost], path: Path, settings: dict[str, Any]) -> None:
+    """Write what was measured, with the machine and the settings, as JSON."""
     content = {
         "machine": machine(),
         "settings": settings,
         "rows": [{**asdict(row), "ratio": row.ratio, "met": row.met} for row in rows],
+        "costs": [asdict(cost) for cost in costs],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

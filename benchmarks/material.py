@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
 
 # isort: split
+import numpy as np
 import torch
+from PIL import Image
 
 from softmask_plugin.datasets.caption_files import read_captions
 from softmask_plugin.models.pretrain import SoftMaskPretrain
@@ -58,6 +61,24 @@ def texts(model: SoftMaskPretrain, captions: str | None, count: int) -> list[str
 
     lengths = [WORDS[draw(len(WORDS))] for _ in range(count)]
     return [" ".join(words[draw(len(words))] for _ in range(length)) for length in lengths]
+
+
+def photos(captions: str | None, count: int) -> list[Image.Image]:
+    """The first images of a caption file, beside which they lie; else smooth random colours."""
+    if captions is not None:
+        rows = read_captions(captions, "val")[:count]
+        return [Image.open(Path(captions).parent / row.image).convert("RGB") for row in rows]
+    generator = np.random.default_rng(0)
+    coarse = generator.integers(0, 256, (count, 24, 32, 3), dtype=np.uint8)
+    return [Image.fromarray(pixels) for pixels in coarse]
+
+
+def write_jpegs(pictures: list[Image.Image], folder: Path) -> list[Path]:
+    """Files ``0.jpg``, ``1.jpg``, ... of COCO's usual size, 640 x 480."""
+    paths = [folder / f"{i}.jpg" for i in range(len(pictures))]
+    for picture, path in zip(pictures, paths, strict=True):
+        picture.resize((640, 480), Image.Resampling.BICUBIC).save(path, quality=90)
+    return paths
 
 
 def batch(model: SoftMaskPretrain, captions: list[str], step: int, device: str = "cpu") -> dict:

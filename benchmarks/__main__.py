@@ -1,0 +1,72 @@
+"""``make bench``: every row against its target, side by side with LAVIS's own classes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks import overhead, processor, rerank, scaling, step
+from benchmarks.harness import Cost, Row, grid, machine, save, table
+
+# The measurements by name, and how many rounds each takes: full and small.
+ROWS: dict[str, tuple[Callable[[bool, str | None, int], list[Row]], int, int]] = {
+    "step": (step.run, 3, 2),
+    "rerank": (rerank.run, 3, 2),
+    "processor": (processor.run, 7, 3),
+    "overhead": (overhead.run, 4, 3),
+}
+SCALING = "scaling"
+
+
+def main() -> None:
+    """Measure, print the tables and write them as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument(
+        "names", nargs="*", help=f"what to measure: {', '.join([*ROWS, SCALING])}; all if none"
+    )
+    parser.add_argument("--small", action="store_true", help="tiny models: a trial in a minute")
+    parser.add_argument("--captions", help="caption file of your own, beside its images")
+    parser.add_argument("--threads", type=int, help="CPU threads; torch's choice if not given")
+    parser.add_argument("--rounds", type=int, help="turns of each, in place of the usual number")
+    parser.add_argument("--output", type=Path, default=Path("outputs/bench"), help="a folder")
+    given = parser.parse_args()
+    wanted = given.names or [*ROWS, SCALING]
+    for name in wanted:
+        if name not in ROWS and name != SCALING:
+            parser.error(f"there is no measurement '{name}'")
+    if given.threads:
+        torch.set_num_threads(given.threads)
+
+    rows: list[Row] = []
+    costs: list[Cost] = []
+    for name in wanted:
+        if name in ROWS:
+            run, full, small = ROWS[name]
+            rows += run(
+                given.small, given.captions, given.rounds or (small if given.small else full)
+            )
+    if SCALING in wanted:
+        costs = scaling.run(given.small, given.rounds or 2)
+        scaling.draw(costs, given.output / "scaling.png")
+    if given.small:  # targets are for the size that people train
+        rows = [replace(row, target=None) for row in rows]
+
+    about = machine()
+    print(", ".join(f"{key} {value}" for key, value in about.items() if value))
+    if given.small:
+        print("tiny models: this shows that the measurements run, not how fast anything is")
+    if rows:
+        print("", table(rows), sep="\n")
+    if costs:
+        print("", grid(costs), sep="\n")
+    settings = {"small": given.small, "captions": given.captions}
+    save(rows, costs, given.output / "bench.json", settings)
+    print(f"\nwritten: {given.output / 'bench.json'}")
+
+
+if __name__ == "__main__":  # workers of `step` import this file anew
+    main()
