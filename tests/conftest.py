@@ -7,12 +7,8 @@ import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work, and 
 # isort: split
 import pytest
 import torch
-from lavis.models.albef_models import AlbefBase
-from lavis.models.albef_models.albef_pretrain import AlbefPretrain
-from lavis.models.med import BertForMaskedLM
-from lavis.models.vit import VisionTransformerEncoder
-from transformers import BertConfig
 
+from benchmarks.baseline import albef_pretrain
 from softmask_plugin.models.pretrain import SoftMaskPretrain
 from softmask_plugin.options import PretrainOptions, read_options
 
@@ -83,49 +79,6 @@ def make_batch():
 
 
 @pytest.fixture
-def albef_twin(monkeypatch):
+def albef_twin():
     """LAVIS's AlbefPretrain of the same shape with the same weights: ``albef_twin(model)``."""
-
-    def make(model: SoftMaskPretrain) -> AlbefPretrain:
-        option, shape = model.options, model.text_encoder.shape
-        monkeypatch.setattr(AlbefBase, "init_tokenizer", classmethod(lambda cls: model.tokenizer))
-        vision = VisionTransformerEncoder(
-            img_size=option.image_size,
-            patch_size=option.vit.patch_size,
-            embed_dim=option.vit.width,
-            depth=option.vit.depth,
-            num_heads=option.vit.heads,
-        )
-        vision.vision_width = option.vit.width
-        text = BertForMaskedLM(
-            BertConfig(
-                vocab_size=shape.vocab_size,
-                hidden_size=shape.width,
-                num_hidden_layers=shape.layers,
-                num_attention_heads=shape.heads,
-                intermediate_size=shape.intermediate,
-                max_position_embeddings=shape.max_positions,
-                hidden_dropout_prob=shape.dropout,
-                attention_probs_dropout_prob=shape.attention_dropout,
-                layer_norm_eps=shape.norm_eps,
-                encoder_width=shape.image_width,
-                fusion_layer=shape.fusion_layer,
-                add_cross_attention=True,
-                add_type_embeddings=False,
-            )
-        )
-        twin = AlbefPretrain(
-            vision,
-            text,
-            queue_size=option.queue_size,
-            embed_dim=option.embed_dim,
-            mlm_mask_prob=option.text.mask_prob,
-            temp=option.temp,
-            momentum=option.momentum,
-            alpha=option.alpha,
-            max_txt_len=option.max_txt_len,
-        )
-        twin.load_state_dict(model.state_dict())
-        return twin
-
-    return make
+    return albef_pretrain

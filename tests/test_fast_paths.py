@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from softmask_plugin.nn.image_memory import View
+from softmask_plugin.nn import image_memory
+from softmask_plugin.nn.image_memory import LayerMemory, View
+from softmask_plugin.nn.recompute import recompute
 from softmask_plugin.nn.tokens import Layout, Tokens
 from softmask_plugin.soft_mask import grad_cam
 
@@ -148,13 +151,16 @@ def test_layers_without_a_map_are_refused(pair):
         ours.bert.fuse_with_attention(tokens, ours.bert.remember(image), 1)
 
 
-@pytest.mark.parametrize("size", [2, 6])
+@pytest.mark.parametrize("size", [1, 2, 6])
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("negatives", [True, False])
 def test_a_whole_step_equals_the_slow_way(
     make_model, make_batch, albef_twin, size, shared, negatives
 ):
-    """All innovations on: each loss recomputed with LAVIS's modules, one pass per pair kind."""
+    """All innovations on: each loss recomputed with LAVIS's modules, one pass per pair kind.
+
+    A batch of one has no negatives.
+    """
     mask_options = {"in_mlm": True, "negatives": negatives}
     ours = make_model(text={"shared": shared, "mask_prob": 0.4}, soft_mask=mask_options).train()
     twin = albef_twin(ours)
@@ -163,7 +169,8 @@ def test_a_whole_step_equals_the_slow_way(
     for name in ("read", "negatives", "hide_a_word", "contrast", "encode_slowly"):
         spy(ours, name, seen)
     out = ours(batch)
-    text, (image_of, text_of) = seen["read"], seen["negatives"]
+    nobody = torch.empty(0, dtype=torch.long)
+    text, (image_of, text_of) = seen["read"], seen.get("negatives", (nobody, nobody))
     _, keep, word = seen["hide_a_word"]
     alpha = ours.progress(batch)[1]
 
@@ -176,19 +183,21 @@ def test_a_whole_step_equals_the_slow_way(
 
     states, words = encode(ids), encode(masked_ids)
     positive = masked_albef(twin, states, mask, image)
-    negative_image = masked_albef(twin, states, mask, image[image_of])
-    negative_text = masked_albef(twin, states[text_of], mask[text_of], image)
+    negative_image = masked_albef(
+        twin, states[: len(image_of)], mask[: len(image_of)], image[image_of]
+    )
+    negative_text = masked_albef(twin, states[text_of], mask[text_of], image[: len(text_of)])
     logits = twin.itm_head(torch.cat([positive, negative_image, negative_text])[:, 0])
-    labels = torch.tensor([1] * size + [0] * 2 * size)
-    torch.testing.assert_close(out.loss_itm, F.cross_entropy(logits, labels))
+    labels = torch.tensor([1] * size + [0] * 2 * len(text_of))
+    plain = [F.cross_entropy(logits, labels)]
+    torch.testing.assert_close(out.loss_itm, plain[-1])
 
     soft = masked_albef(twin, states, mask, image, keep)
-    labels = labels[: 2 * size if negatives else size]
-    if negatives:
+    if negatives and size > 1:
         hidden = masked_albef(twin, states[text_of], mask[text_of], image, keep)
         soft = torch.cat([soft, hidden])
-    expected = F.cross_entropy(twin.itm_head(soft[:, 0]), labels)
-    torch.testing.assert_close(out.loss_soft, expected)
+    plain.append(F.cross_entropy(twin.itm_head(soft[:, 0]), labels[: len(soft)]))
+    torch.testing.assert_close(out.loss_soft, plain[-1])
     assert (keep[:, 1:].amin(dim=1) == 0).all() and (word >= 0).all()
 
     slow, momentum = seen["encode_slowly"], ours.text_encoder_m
@@ -201,10 +210,119 @@ def test_a_whole_step_equals_the_slow_way(
         logits = twin.text_encoder.cls(masked_albef(twin, words, mask, features))
         hard = F.cross_entropy(logits[chosen], text.targets)
         distilled = -(soft_labels * logits.log_softmax(-1)).sum(-1)[chosen].mean()
-        torch.testing.assert_close(loss, (1 - alpha) * hard + alpha * distilled)
+        plain.append((1 - alpha) * hard + alpha * distilled)
+        torch.testing.assert_close(loss, plain[-1])
 
     total = out.loss_itc + out.loss_itm + out.loss_mlm + out.loss_soft + out.loss_mlm_soft
     torch.testing.assert_close(out.loss, total)
+
+    # ITC's own gradient is compared with LAVIS's in test_parity_pretrain.py
+    (out.loss - out.loss_itc).backward()
+    sum(plain).backward()
+    for name, parameter in twin.named_parameters():
+        got = ours.get_parameter(name).grad if parameter.grad is not None else None
+        if got is not None:
+            torch.testing.assert_close(
+                got, parameter.grad, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_padding_that_is_kept_for_a_gpu_changes_nothing(
+    make_model, make_batch, monkeypatch, trained
+):
+    """On CUDA the padding of negatives stays, since their lengths are known there alone."""
+    results = []
+    for trim in (None, False):
+        model = make_model(soft_mask={"negatives": True}).train(trained)
+        take = Tokens.take
+        monkeypatch.setattr(
+            Tokens, "take", lambda t, rows, trim=trim, take=take: take(t, rows, trim)
+        )
+        loss = model(make_batch(6))["loss"]
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
+        monkeypatch.undo()
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def layer_memory():
+    """A layer's keys and values, and queries of three captions, in double precision."""
+    torch.manual_seed(0)
+    images, heads, tokens, words, width = 3, 2, 7, 4, 5
+
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    key, value = draw(images, heads, tokens, width), draw(images, heads, tokens, width)
+    bias = draw(heads, width, 1), draw(heads, 1, width)
+    return LayerMemory(key, value, *bias), draw(images, heads, words, width)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("other", [None, [2, 0, 0]])
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_equals_that_to_masked_keys_and_values(
+    layer_memory, dropout, other, masked, monkeypatch
+):
+    """With dropout as well: the same probabilities are dropped from the plain attention."""
+    memory, query = layer_memory
+    keep = torch.rand(3, 7, dtype=torch.float64) if masked else None
+    images = None if other is None else torch.tensor(other)
+    kept = (torch.rand(3, 2, 4, 7) >= dropout) / (1 - dropout)
+
+    def drop(x, p, training):
+        return x * kept if training else x
+
+    monkeypatch.setattr(F, "dropout", drop)
+    got = memory.attend(query, [View(images=images, keep=keep)], dropout)
+
+    rows = torch.arange(3) if images is None else images
+    factor = 1 if keep is None else keep[:, None, :, None]
+    key_bias = memory.key_bias.transpose(1, 2)
+    key = key_bias + factor * (memory.key[rows] - key_bias)
+    value = memory.value_bias + factor * (memory.value[rows] - memory.value_bias)
+    probabilities = (query @ key.transpose(2, 3) / 5**0.5).softmax(dim=-1)
+    expected = (probabilities * (kept if dropout else 1)) @ value
+    torch.testing.assert_close(got, expected)
+
+    weight = torch.randn_like(got)
+    leaves = [query, memory.key, memory.value]
+    for a, b in zip(
+        torch.autograd.grad((got * weight).sum(), leaves),
+        torch.autograd.grad((expected * weight).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_is_recomputed_drops_the_same(layer_memory, monkeypatch):
+    """Others' keys and values are gathered again in the backward pass, with the same dropout."""
+    memory, query = layer_memory
+    view, results = View(images=torch.tensor([1, 2, 0])), []
+    for again in (True, False):
+        if not again:
+            monkeypatch.setattr(
+                image_memory, "recompute", lambda function, *given: function(*given)
+            )
+        torch.manual_seed(3)
+        out = memory.attend(query, [view], 0.5)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [query, memory.key])])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_recomputing_repeats_no_product():
+    """Of a function that ends with a linear layer only what comes before runs again."""
+    linear, x = torch.nn.Linear(64, 64), torch.randn(8, 64, requires_grad=True)
+    counts = []
+    for call in (recompute, lambda function, x: function(x)):
+        with FlopCounterMode(display=False) as counter:
+            call(lambda x: linear(F.gelu(x)), x).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 def spy(model, name, seen):

@@ -9,9 +9,10 @@ import pytest
 import torch
 from lavis.common.registry import registry
 from lavis.models.albef_models import compute_sim_matrix
-from lavis.models.med import XBertEncoder
 from lavis.tasks.retrieval import RetrievalTask
 
+from benchmarks.baseline import albef_retrieval
+from softmask_plugin.errors import UserError
 from softmask_plugin.models.rerank import NOT_A_CANDIDATE, Reranker, RerankOptions, candidates
 
 IMAGES = 5
@@ -49,44 +50,16 @@ def gallery():
     return loader
 
 
-@pytest.fixture
-def lavis_retrieval(albef_twin):
-    """The parts that LAVIS's function calls, with our weights: ``lavis_retrieval(model)``."""
-
-    def make(model):
-        twin = albef_twin(model).eval()
-        text = XBertEncoder(twin.text_encoder.config, add_pooling_layer=False).eval()
-        state = {
-            key.removeprefix("bert."): tensor
-            for key, tensor in model.text_encoder.state_dict().items()
-            if key.startswith("bert.")
-        }
-        assert not text.load_state_dict(state, strict=False).missing_keys
-        return SimpleNamespace(
-            tokenizer=model.tokenizer,
-            device=torch.device("cpu"),
-            text_encoder=text,
-            visual_encoder=twin.visual_encoder,
-            text_proj=twin.text_proj,
-            vision_proj=twin.vision_proj,
-            itm_head=twin.itm_head,
-        )
-
-    return make
-
-
 def ours(model, loader, k):
     return model.compute_sim_matrix(loader, {"k_test": k})
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
-def test_scores_and_candidates_equal_lavis(
-    make_model, lavis_retrieval, gallery, k, tmp_path, monkeypatch
-):
+def test_scores_and_candidates_equal_lavis(make_model, gallery, k, tmp_path, monkeypatch):
     model = make_model().eval()
     got = ours(model, gallery, k)
     with torch.no_grad():
-        expected = compute_sim_matrix(lavis_retrieval(model), gallery, k_test=k)
+        expected = compute_sim_matrix(albef_retrieval(model), gallery, k_test=k)
     for a, b, shape in zip(
         got, expected, [(IMAGES, len(TEXTS)), (len(TEXTS), IMAGES)], strict=True
     ):
@@ -140,6 +113,81 @@ def test_broken_weights_are_an_error_and_no_score(make_model, gallery, where, va
         model.get_parameter(where).fill_(value)
     with pytest.raises(FloatingPointError, match="weights are broken"):
         ours(model, gallery, 3)
+
+
+def test_by_matching_alone(make_model, gallery):
+    model = make_model().eval()
+    both = model.compute_sim_matrix(gallery, {"k_test": 3})
+    alone = model.compute_sim_matrix(gallery, {"k_test": 3, "rerank_scoring": "itm"})
+    similarity = Reranker(model).similarity(gallery).numpy()
+    for sum_of_two, logits, cosine in zip(both, alone, (similarity, similarity.T), strict=True):
+        chosen = logits != NOT_A_CANDIDATE
+        assert np.array_equal(chosen, sum_of_two != NOT_A_CANDIDATE)
+        np.testing.assert_allclose((logits + cosine)[chosen], sum_of_two[chosen], atol=1e-5)
+
+
+def test_less_memory_means_smaller_chunks_and_the_same_scores(make_model, gallery, monkeypatch):
+    model, sizes = make_model().eval(), []
+    match_image = Reranker.match_image
+
+    def spy(self, memory, texts, captions):
+        sizes.append(len(captions))
+        return match_image(self, memory, texts, captions)
+
+    monkeypatch.setattr(Reranker, "match_image", spy)
+    expected = ours(model, gallery, 9)
+    assert max(sizes) == len(TEXTS)
+    sizes.clear()
+    few = model.compute_sim_matrix(gallery, {"k_test": 9, "rerank_memory": 1e-4})
+    assert max(sizes) < len(TEXTS) and sum(sizes) == IMAGES * len(TEXTS)
+    for a, b in zip(few, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+def test_a_gallery_smaller_than_k_is_said(make_model, gallery, caplog):
+    ours(make_model().eval(), gallery, 7)
+    assert "run.k_test is 7, but there are 5 images: all are candidates" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"k_test": 0}, "k_test"),
+        ({"rerank_scoring": "itc"}, "rerank_scoring"),
+        ({"rerank_memory": 0}, "rerank_memory"),
+    ],
+)
+def test_a_wrong_option_is_named(option, message):
+    with pytest.raises(UserError, match=message):
+        RerankOptions.of(option)
+
+
+def test_two_ranks_share_the_work(make_model, gallery, tmp_path):
+    """Each of two processes matches its own images; both have all scores."""
+    model = make_model().eval()
+    torch.save({"model": model, "gallery": gallery[:], "dataset": gallery.dataset}, tmp_path / "in")
+    torch.multiprocessing.spawn(rank_scores, (tmp_path,), nprocs=2)
+    for rank in range(2):
+        got = torch.load(tmp_path / f"out{rank}", weights_only=False)
+        for a, b in zip(got["scores"], ours(model, gallery, 3), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+        assert got["images"] == IMAGES // 2 + (rank < IMAGES % 2)
+
+
+def rank_scores(rank, folder):
+    """What each process of the test above runs."""
+    torch.set_num_threads(1)
+    given = torch.load(folder / "in", weights_only=False)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    loader = type("Loader", (list,), {"dataset": given["dataset"]})(given["gallery"])
+    seen = []
+    remember = given["model"].bert.remember
+    given["model"].bert.remember = lambda states: seen.append(1) or remember(states)
+    scores = given["model"].compute_sim_matrix(loader, {"k_test": 3})
+    torch.save({"scores": scores, "images": len(seen)}, folder / f"out{rank}")
+    torch.distributed.destroy_process_group()
 
 
 def test_candidates_are_the_best_of_each_row():
