@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partialmethod
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -183,12 +185,11 @@ def test_a_whole_step_equals_the_slow_way(
 
     states, words = encode(ids), encode(masked_ids)
     positive = masked_albef(twin, states, mask, image)
-    negative_image = masked_albef(
-        twin, states[: len(image_of)], mask[: len(image_of)], image[image_of]
-    )
-    negative_text = masked_albef(twin, states[text_of], mask[text_of], image[: len(text_of)])
+    n = len(text_of)
+    negative_image = masked_albef(twin, states[:n], mask[:n], image[image_of])
+    negative_text = masked_albef(twin, states[text_of], mask[text_of], image[:n])
     logits = twin.itm_head(torch.cat([positive, negative_image, negative_text])[:, 0])
-    labels = torch.tensor([1] * size + [0] * 2 * len(text_of))
+    labels = torch.tensor([1] * size + [0] * 2 * n)
     plain = [F.cross_entropy(logits, labels)]
     torch.testing.assert_close(out.loss_itm, plain[-1])
 
@@ -220,8 +221,8 @@ def test_a_whole_step_equals_the_slow_way(
     (out.loss - out.loss_itc).backward()
     sum(plain).backward()
     for name, parameter in twin.named_parameters():
-        got = ours.get_parameter(name).grad if parameter.grad is not None else None
-        if got is not None:
+        if parameter.grad is not None:
+            got = ours.get_parameter(name).grad
             torch.testing.assert_close(
                 got, parameter.grad, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
             )
@@ -236,9 +237,7 @@ def test_padding_that_is_kept_for_a_gpu_changes_nothing(
     for trim in (None, False):
         model = make_model(soft_mask={"negatives": True}).train(trained)
         take = Tokens.take
-        monkeypatch.setattr(
-            Tokens, "take", lambda t, rows, trim=trim, take=take: take(t, rows, trim)
-        )
+        monkeypatch.setattr(Tokens, "take", partialmethod(take, trim=trim))
         loss = model(make_batch(6))["loss"]
         loss.backward()
         results.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
