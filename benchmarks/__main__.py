@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import overhead, processor, rerank, scaling, step
+from benchmarks import gpu, overhead, processor, rerank, scaling, step
 from benchmarks.harness import Cost, Row, grid, machine, save, table
 
 # The measurements by name, and how many rounds each takes: full and small.
@@ -18,6 +18,7 @@ ROWS: dict[str, tuple[Callable[[bool, str | None, int], list[Row]], int, int]] =
     "rerank": (rerank.run, 3, 2),
     "processor": (processor.run, 7, 3),
     "overhead": (overhead.run, 4, 3),
+    "gpu": (gpu.run, 10, 2),
 }
 SCALING = "scaling"
 

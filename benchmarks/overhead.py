@@ -7,7 +7,6 @@ data loading (one worker), collating, tokenizing, logging and waiting are all th
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,7 +20,7 @@ import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
 # isort: split
 import torch
 
-from benchmarks.harness import Row
+from benchmarks.harness import Row, now
 from benchmarks.material import SMALL, build, photos, texts, write_jpegs
 from softmask_plugin import launch
 from softmask_plugin.models.pretrain import SoftMaskPretrain
@@ -57,19 +56,13 @@ class Stopwatch:
         def call(*args: Any, **kwargs: Any) -> Any:
             if name == "epoch":  # only the last one counts, when all is warm
                 self.seconds.clear()
-            start = self._now()
+            start = now()
             try:
                 return function(*args, **kwargs)
             finally:
-                self.seconds[name] += self._now() - start
+                self.seconds[name] += now() - start
 
         return call
-
-    @staticmethod
-    def _now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
 
 def run(small: bool, captions: str | None, rounds: int) -> list[Row]:

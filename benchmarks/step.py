@@ -29,13 +29,25 @@ class Trainer:
         name: ``ours`` or ``lavis``.
         small, captions: as in ``build``.
         size: pairs in a batch.
+        device: where it trains.
+        dtype: of mixed precision, bf16 or fp16; None: none.
     """
 
-    def __init__(self, name: str, small: bool, captions: str | None, size: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        small: bool,
+        captions: str | None,
+        size: int,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
         model = build(small, captions)
         many = texts(model, captions, 16 * size)
-        self.batches = [batch(model, many[i::16], i) for i in range(16)]
-        self.model: Any = (model if name == "ours" else albef_pretrain(model)).train()
+        self.batches = [batch(model, many[i::16], i, device) for i in range(16)]
+        self.model: Any = (model if name == "ours" else albef_pretrain(model)).train().to(device)
+        self.autocast = torch.autocast(device, dtype, enabled=dtype is not None)
+        self.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
         # As the two runners make it.
         self.optimizer = torch.optim.AdamW(
             _groups(self.model), lr=1e-5, fused=True if name == "ours" else None
@@ -56,8 +68,11 @@ class Trainer:
     def _step(self) -> None:
         samples = self.batches[self.count % len(self.batches)]
         self.count += 1
-        self.model(samples)["loss"].backward()
-        self.optimizer.step()
+        with self.autocast:
+            loss = self.model(samples)["loss"]
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
 
     def flops(self, variant: str | None = None) -> float:

@@ -28,7 +28,7 @@ UNLISTED_KEYS = (
     "lr_decay_rate num_captions num_captions_fid num_patches prompt rank repetition_penalty "
     "report_metric resume_ckpt_path top_k top_p warmup_lr"
 ).split()
-RUNNER_KEYS = "clip_grad_norm find_unused_parameters".split()
+RUNNER_KEYS = "clip_grad_norm compile find_unused_parameters".split()
 RERANK_KEYS = [field.name for field in fields(RerankOptions)]
 RUN_KEYS = frozenset([*VALIDATOR, *UNLISTED_KEYS, *RUNNER_KEYS, *RERANK_KEYS])
 

@@ -70,6 +70,7 @@ class PortableRunner(RunnerBase):
         """The model on its device, wrapped for distributed training where that is on."""
         if self._wrapped_model is None:
             self._wrapped_model = self._model.to(self.device)
+            self._compile()
             if self.use_distributed:
                 self._wrapped_model = DistributedDataParallel(
                     self._model,
@@ -77,6 +78,20 @@ class PortableRunner(RunnerBase):
                     find_unused_parameters=self.config.run_cfg.get("find_unused_parameters", False),
                 )
         return self._wrapped_model
+
+    def _compile(self) -> None:
+        # In place, so that the names of weights stay; the text's shapes change with every batch.
+        wanted = self.config.run_cfg.get("compile", False)
+        if not wanted:
+            return
+        backend = "inductor" if wanted is True else wanted
+        if backend not in torch.compiler.list_backends(exclude_tags=()):
+            known = torch.compiler.list_backends()
+            raise UserError(f"run.compile is '{wanted}': choose true, false or one of {known}")
+        for name in ("visual_encoder", "visual_encoder_m"):
+            encoder: nn.Module | None = getattr(self._model, name, None)
+            if encoder is not None:
+                encoder.compile(backend=backend)
 
     @property
     def scaler(self) -> torch.amp.GradScaler:

@@ -30,6 +30,8 @@ class SoftmaskRunner(PortableRunner):
 
     - ``amp``: ``false``, ``true`` (fp16 on CUDA, bf16 on CPU), ``bf16`` or ``fp16``.
     - ``clip_grad_norm``: largest norm of the gradient; null (default) does not clip.
+    - ``compile``: ``true`` compiles the image encoders with torch.compile, for GPUs (a CPU gains
+      nothing); or the name of a backend of torch's. ``false`` by default.
     - ``find_unused_parameters``: as torch's DistributedDataParallel has it; false by default.
 
     Differences from it, on purpose: gradients of ``accum_grad_iters`` batches are averaged, not
