@@ -1,6 +1,6 @@
-"""The CUDA rows: pairs per second of ours in bf16 against LAVIS's own with ``amp: True`` (fp16), and
-the share of the card's matrix rate that a step reaches. Without a card only the small setting runs,
-on the CPU and in bf16."""
+"""The CUDA rows: pairs per second of ours in bf16 against LAVIS's own with ``amp: True`` (fp16),
+and the share of the card's matrix rate that a step reaches. Without a card only the small setting
+runs, on the CPU and in bf16."""
 
 from __future__ import annotations
 
