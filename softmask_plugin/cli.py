@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     finally:
         if dist.is_initialized():
-            dist.destroy_process_group()
+            _leave_distributed()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,6 +107,12 @@ def _launch(args: argparse.Namespace) -> int:
     runner, _ = launch.run(args.cfg_path, args.options, evaluate=args.evaluate)
     print(f"Everything about this run is in {runner.output_dir}")
     return 0
+
+
+def _leave_distributed() -> None:
+    from softmask_plugin import launch
+
+    launch.leave_distributed()
 
 
 def _demo(args: argparse.Namespace) -> int:

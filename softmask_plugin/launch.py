@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import random
@@ -119,6 +120,17 @@ def init_distributed(run_cfg: DictConfig) -> None:
         init_distributed_mode(run_cfg)
     else:
         run_cfg.distributed = False
+
+
+def leave_distributed() -> None:
+    """Leave the process group, if there is one; to be called once the caller has let its runner go.
+
+    A runner awaiting garbage collection still holds the group, and gloo's threads, which end with
+    the group, abort the process if they free a tensor while the interpreter exits (torch 2.13).
+    """
+    if dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def make_job_id() -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import softmask_plugin  # noqa: F401  (before LAVIS, also in processes that a test spawns)
+
+# isort: split
 from types import SimpleNamespace
 
 import numpy as np

@@ -30,6 +30,7 @@ from torch import nn
 from torch.utils.data import ChainDataset
 
 from softmask_plugin.errors import UserError
+from softmask_plugin.launch import leave_distributed
 from softmask_plugin.runners import CosineLRScheduler, SoftmaskRunner
 from softmask_plugin.runners.loaders import train_loader
 from softmask_plugin.runners.logs import LossMeter
@@ -558,7 +559,8 @@ def main(output_dir):
     assert torch.equal(*everyone), "the ranks' weights differ"
     if dist.get_rank() == 0:
         torch.save(everyone[0], Path(output_dir) / "weights.pth")
-    dist.destroy_process_group()
+    del runner, model
+    leave_distributed()
 
 
 def test_two_processes_train_like_one(tmp_path):
