@@ -336,11 +336,26 @@ def test_mixed_precision(tmp_path, amp):
         ("amp", "half", "run.amp"),
         ("accum_grad_iters", 0, "run.accum_grad_iters"),
         ("log_freq", 0, "run.log_freq"),
+        ("compile", "inductr", r"run.compile is 'inductr'.*'inductor'"),
     ],
 )
 def test_options_that_cannot_work(tmp_path, option, value, message):
     with pytest.raises(UserError, match=message):
         build(tmp_path, **{option: value})
+
+
+def test_compiled_image_encoder(tmp_path, make_model, make_batch):
+    """``run.compile`` changes neither the names of weights nor the gradients."""
+    plain, compiled = make_model(), make_model()
+    runner = build(tmp_path, model=compiled, compile="aot_eager")
+    for model in (plain, runner.model):
+        torch.manual_seed(0)
+        model.train()(make_batch())["loss"].backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1, "nothing was compiled"
+    grads = {name: p.grad for name, p in plain.named_parameters()}
+    for name, parameter in compiled.named_parameters():
+        torch.testing.assert_close(parameter.grad, grads.pop(name), rtol=1e-4, atol=1e-6)
+    assert not grads
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

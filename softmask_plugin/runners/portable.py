@@ -46,6 +46,7 @@ class PortableRunner(RunnerBase):
             if getattr(self, option) < 1:
                 raise UserError(f"run.{option} is {getattr(self, option)}: set it to 1 or more")
         self.amp_dtype = _amp_dtype(self.config.run_cfg.get("amp", False), self.device)
+        self.compile_backend = _compile_backend(self.config.run_cfg.get("compile", False))
 
     def setup_output_dir(self) -> None:
         """Create the run's folder; a second run in one process may follow the first."""
@@ -81,17 +82,12 @@ class PortableRunner(RunnerBase):
 
     def _compile(self) -> None:
         # In place, so that the names of weights stay; the text's shapes change with every batch.
-        wanted = self.config.run_cfg.get("compile", False)
-        if not wanted:
+        if self.compile_backend is None:
             return
-        backend = "inductor" if wanted is True else wanted
-        if backend not in torch.compiler.list_backends(exclude_tags=()):
-            known = torch.compiler.list_backends()
-            raise UserError(f"run.compile is '{wanted}': choose true, false or one of {known}")
         for name in ("visual_encoder", "visual_encoder_m"):
             encoder: nn.Module | None = getattr(self._model, name, None)
             if encoder is not None:
-                encoder.compile(backend=backend)
+                encoder.compile(backend=self.compile_backend)
 
     @property
     def scaler(self) -> torch.amp.GradScaler:
@@ -231,6 +227,17 @@ class PortableRunner(RunnerBase):
         if self.scaler.is_enabled() and content.get("scaler"):
             self.scaler.load_state_dict(content["scaler"])
         logging.info("resumed from %s, going on with epoch %d", url_or_filename, self.start_epoch)
+
+
+def _compile_backend(compile: bool | str | None) -> str | None:
+    """What ``run.compile`` asks of torch.compile; None for no compiling."""
+    if not compile:
+        return None
+    backend = "inductor" if compile is True else compile
+    if backend not in torch.compiler.list_backends(exclude_tags=()):
+        known = torch.compiler.list_backends()
+        raise UserError(f"run.compile is '{compile}': choose true, false or one of {known}")
+    return backend
 
 
 def _amp_dtype(amp: bool | str, device: torch.device) -> torch.dtype | None:
