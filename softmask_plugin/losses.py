@@ -1,4 +1,5 @@
-"""Focal image-text contrastive loss (innovation 2 of SoftMask++, arXiv 2304.00719, section 3.3)."""
+"""Focal image-text contrastive loss (innovation 2 of SoftMask++, arXiv 2304.00719, section 3.3),
+and the cross-entropy of models with a momentum teacher."""
 
 from __future__ import annotations
 
@@ -72,3 +73,32 @@ def focal_cross_entropy(logits: Tensor, targets: Tensor, gamma: float) -> Tensor
     # at x = 0 for gamma < 1, where it would meet log p = 0 and give inf * 0.
     one_minus_p = (-torch.expm1(log_p)).clamp_min(torch.finfo(log_p.dtype).eps)
     return -(targets * one_minus_p.pow(gamma) * log_p).sum(dim=1).mean()
+
+
+def distilled_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    taught: Tensor | None,
+    alpha: float,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy mixed with that of the momentum model (ALBEF, arXiv 2107.07651, equation 7).
+
+    Args:
+        logits: (N, C).
+        labels: class of each row, (N,), int64.
+        taught: the momentum model's logits (N, C), or None where it does not teach.
+        alpha: weight of its part, in [0, 1].
+        label_smoothing: of the labels' part.
+        reduction: "mean" or "none", as torch's.
+
+    Returns:
+        ``(1 - alpha) CE(logits, labels) + alpha CE(logits, softmax(taught))``: a scalar, or (N,).
+    """
+    logits = logits.float()
+    loss = F.cross_entropy(logits, labels, reduction=reduction, label_smoothing=label_smoothing)
+    if taught is None:
+        return loss
+    soft = F.cross_entropy(logits, taught.float().softmax(dim=1), reduction=reduction)
+    return (1 - alpha) * loss + alpha * soft

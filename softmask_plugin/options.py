@@ -71,17 +71,18 @@ class TextOptions:
 
 
 @dataclass
-class PretrainOptions:
-    """Options of ``softmask_pretrain`` (the ``model:`` section of a YAML)."""
+class ModelOptions:
+    """What every model has (the ``model:`` section of a YAML)."""
 
-    arch: str = "softmask_pretrain"
+    arch: str = ""
     model_type: str = "base"
 
     # Weights to start from. A checkpoint makes vit_weights and bert_weights moot.
     load_pretrained: bool = True  # whether to load `pretrained`, where it is given
-    pretrained: str | None = None  # checkpoint of ALBEF or of this model: path or URL
-    load_finetuned: bool = False  # whether to load `finetuned`, LAVIS's key for evaluation
+    pretrained: str | None = None  # checkpoint of ALBEF or of this plugin: path or URL
+    load_finetuned: bool = False  # whether to load `finetuned` instead, LAVIS's key for evaluation
     finetuned: str | None = None
+    trust_checkpoint: bool = False  # true: read pickled objects too, which can run any code
     vit_weights: str | None = None  # "deit" (downloaded), a path or URL; null: random
     bert_weights: str | None = None  # a BERT of the hub or a local folder; null: random
 
@@ -95,6 +96,98 @@ class PretrainOptions:
     tokenizer: str = "bert-base-uncased"  # or "scenes", a vocab.txt, a caption file, a folder
     max_txt_len: int = 30  # tokens, [CLS] and [SEP] included
 
+    def __post_init__(self) -> None:
+        _within("vit.patch_size", self.vit.patch_size, 1, self.image_size)
+        _within("max_txt_len", self.max_txt_len, 3, self.bert.max_positions)
+        _within("bert.fusion_layer", self.bert.fusion_layer, 0, self.bert.layers - 1)
+        _multiple("vit.width", self.vit.width, "vit.heads", self.vit.heads)
+        _multiple("bert.width", self.bert.width, "bert.heads", self.bert.heads)
+        _multiple("image_size", self.image_size, "vit.patch_size", self.vit.patch_size)
+
+    @property
+    def default_map_layer(self) -> int:
+        """The third fusion layer, as in ALBEF, or the last but one: of the last only [CLS] counts,
+        in which words have no gradient."""
+        return min(self.bert.fusion_layer + 2, self.bert.layers - 2)
+
+    def check_map_layer(self, key: str, layer: int) -> None:
+        """Raise UserError where a layer's cross-attention gives no map of a word."""
+        first, last = self.bert.fusion_layer, self.bert.layers - 2
+        if not first <= layer <= last:
+            raise UserError(
+                f"model.{key} is {layer}: choose from {first} to {last}, the layers with "
+                "cross-attention before the last, in which only [CLS] counts"
+            )
+
+
+@dataclass
+class AlignedOptions(ModelOptions):
+    """Models that compare images and texts: ``softmask_image_text_matching`` and
+    ``softmask_feature_extractor``."""
+
+    embed_dim: int = 256  # of the features that ITC compares
+    temp: float = 0.07  # temperature of their similarities
+    map_layer: int | None = None  # BERT layer that gives word maps; null: as soft_mask.layer
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.map_layer is None:
+            self.map_layer = self.default_map_layer
+        self.check_map_layer("map_layer", self.map_layer)
+        _within("temp", self.temp, 0.001, 0.5)
+
+
+@dataclass
+class DistilledOptions(ModelOptions):
+    """Models with a momentum copy that teaches them: soft targets beside the labels."""
+
+    use_distill: bool = True  # false: no momentum copy at all, less time and memory
+    momentum: float = 0.995
+    alpha: float = 0.4  # weight of the momentum model's soft targets
+    alpha_epochs: float = 1.0  # epochs over which alpha rises from 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _within("momentum", self.momentum, 0, 1)
+        _within("alpha", self.alpha, 0, 1)
+
+
+@dataclass
+class ClassificationOptions(DistilledOptions):
+    """``softmask_classification``."""
+
+    max_txt_len: int = 40
+    num_classes: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _within("num_classes", self.num_classes, 2, float("inf"))
+
+
+@dataclass
+class NlvrOptions(ClassificationOptions):
+    """``softmask_nlvr`` and its pretraining step ``softmask_nlvr_pretrain``."""
+
+    num_classes: int = 2
+    alpha_epochs: float = 2.0
+
+
+@dataclass
+class VqaOptions(DistilledOptions):
+    """``softmask_vqa``."""
+
+    max_txt_len: int = 25  # of a question
+    label_smoothing: float = 0.1  # of an answer's words; LAVIS: 0.1, original ALBEF: 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _within("label_smoothing", self.label_smoothing, 0, 1)
+
+
+@dataclass
+class ContrastOptions(ModelOptions):
+    """Models that learn by contrast and matching, with the soft mask and the focal loss."""
+
     # Contrast and momentum distillation
     embed_dim: int = 256
     queue_size: int = 65536
@@ -104,39 +197,52 @@ class PretrainOptions:
     alpha: float = 0.4  # weight of the momentum model's soft targets
     alpha_epochs: float = 2.0  # epochs over which alpha rises from 0; LAVIS: 2, original ALBEF: 1
 
-    # Weights of the losses that have no section of their own
+    # Weight of the loss that has no section of its own
     itm_weight: float = 1.0
-    mlm_weight: float = 1.0
 
-    # The three innovations
     soft_mask: SoftMaskOptions = field(default_factory=SoftMaskOptions)
     itc: ItcOptions = field(default_factory=ItcOptions)
-    text: TextOptions = field(default_factory=TextOptions)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         mask = self.soft_mask
         _one_of("soft_mask.words", mask.words, ("uniform", "content", "energy"))
         _one_of("soft_mask.kind", mask.kind, ("soft", "hard", "random", "uniform"))
         _within("soft_mask.strength", mask.strength, 0, 1)
-        _within("text.mask_prob", self.text.mask_prob, 0, 1)
         _within("momentum", self.momentum, 0, 1)
         _within("alpha", self.alpha, 0, 1)
         _within("itc.gamma", self.itc.gamma, 0, float("inf"))
         _within("temp", self.temp, 0.001, 0.5)
         _within("queue_size", self.queue_size, 0, float("inf"))
-        _within("vit.patch_size", self.vit.patch_size, 1, self.image_size)
-        _within("max_txt_len", self.max_txt_len, 3, self.bert.max_positions)
-        _multiple("vit.width", self.vit.width, "vit.heads", self.vit.heads)
-        _multiple("bert.width", self.bert.width, "bert.heads", self.bert.heads)
-        _multiple("image_size", self.image_size, "vit.patch_size", self.vit.patch_size)
-        if self.soft_mask.layer is None:
-            mask.layer = min(self.bert.fusion_layer + 2, self.bert.layers - 2)
-        if not self.bert.fusion_layer <= mask.layer <= self.bert.layers - 2:  # type: ignore[operator]
-            raise UserError(
-                f"model.soft_mask.layer is {mask.layer}: choose from {self.bert.fusion_layer} to "
-                f"{self.bert.layers - 2}, the layers with cross-attention before the last, in "
-                "which only [CLS] counts"
-            )
+        if mask.layer is None:
+            mask.layer = self.default_map_layer
+        self.check_map_layer("soft_mask.layer", mask.layer)
+
+
+@dataclass
+class PretrainOptions(ContrastOptions):
+    """``softmask_pretrain``: all three innovations on."""
+
+    mlm_weight: float = 1.0
+    text: TextOptions = field(default_factory=TextOptions)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _within("text.mask_prob", self.text.mask_prob, 0, 1)
+
+
+@dataclass
+class RetrievalOptions(ContrastOptions):
+    """``softmask_retrieval``: ALBEF's fine-tuning; the paper does not say whether its own has the
+    soft mask and the focal loss, so both are off."""
+
+    soft_mask: SoftMaskOptions = field(default_factory=lambda: SoftMaskOptions(enabled=False))
+    itc: ItcOptions = field(default_factory=lambda: ItcOptions(gamma=0.0))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.soft_mask.in_mlm:
+            raise UserError("model.soft_mask.in_mlm is true: softmask_retrieval has no MLM")
 
 
 def read_options(schema: type, section: DictConfig | dict[str, Any]) -> Any:

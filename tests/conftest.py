@@ -5,8 +5,11 @@ from __future__ import annotations
 import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work, and registers)
 
 # isort: split
+from dataclasses import fields
+
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from benchmarks.baseline import albef_pretrain
 from softmask_plugin.models.pretrain import SoftMaskPretrain
@@ -53,14 +56,35 @@ def make_model():
     def make(seed: int = 0, **changes) -> SoftMaskPretrain:
         torch.manual_seed(seed)
         model = SoftMaskPretrain(read_options(PretrainOptions, {**SMALL, **changes}))
-        with torch.no_grad():  # fresh biases are zero, norms one: hide no mistake behind that
-            for parameter in model.parameters():
-                if parameter.ndim == 1:
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-        model.momentum.copy()
+        shake(model)
         return model
 
     return make
+
+
+@pytest.fixture
+def make_other():
+    """Build a small model of any class: ``make_other(SoftMaskVqa, bert={"layers": 8}, ...)``."""
+
+    def make(cls, seed: int = 0, **changes):
+        torch.manual_seed(seed)
+        known = {field.name for field in fields(cls.OPTIONS)}
+        small = {key: value for key, value in SMALL.items() if key in known}
+        model = cls(read_options(cls.OPTIONS, OmegaConf.merge(small, changes)))
+        shake(model)
+        return model
+
+    return make
+
+
+def shake(model: torch.nn.Module) -> None:
+    """Move biases and norms off 0 and 1, which could hide a mistake."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    if hasattr(model, "momentum"):
+        model.momentum.copy()
 
 
 @pytest.fixture

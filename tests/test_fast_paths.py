@@ -168,12 +168,12 @@ def test_a_whole_step_equals_the_slow_way(
     twin = albef_twin(ours)
     batch = make_batch(size)
     seen = {}
-    for name in ("read", "negatives", "hide_a_word", "contrast", "encode_slowly"):
+    for name in ("read_masked", "negatives", "hide_a_word", "contrast", "encode_slowly"):
         spy(ours, name, seen)
     out = ours(batch)
     nobody = torch.empty(0, dtype=torch.long)
-    text, (image_of, text_of) = seen["read"], seen.get("negatives", (nobody, nobody))
-    _, keep, word = seen["hide_a_word"]
+    text, (image_of, text_of) = seen["read_masked"], seen.get("negatives", (nobody, nobody))
+    _, (keep, word) = seen["hide_a_word"]
     alpha = ours.progress(batch)[1]
 
     mask, ids, masked_ids = text.tokens.mask, text.ids[:size], text.ids[-size:]

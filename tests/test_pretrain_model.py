@@ -25,7 +25,7 @@ def record(model, monkeypatch):
 
         monkeypatch.setattr(model, name, call)
 
-    for name in ("read", "negatives", "hide_a_word"):
+    for name in ("read_masked", "negatives", "hide_a_word"):
         spy(name, getattr(model, name))
     return drawn
 
@@ -74,24 +74,27 @@ EVERYTHING = {"mask_prob": 0.4}
 def test_switching_one_innovation_leaves_the_draws_of_the_others(
     make_model, make_batch, monkeypatch, change
 ):
+    from softmask_plugin.models.contrastive import Similarity
+
     drawn = []
+    similarity = Similarity(torch.eye(6), torch.eye(6), torch.eye(6, dtype=torch.bool))
     for changes in ({"text": EVERYTHING}, {"text": EVERYTHING, **change}):
         model = make_model(**changes)
         # Fixed similarities: the draws alone are compared, not what they are drawn from
         monkeypatch.setattr(
             type(model),
             "contrast",
-            lambda self, online, *_: (online.image_feat.sum(), torch.eye(6), torch.eye(6)),
+            lambda self, online, *_: (online.image_feat.sum(), similarity),
         )
         drawn.append(record(model, monkeypatch))
         model(make_batch(6))
     for a, b in zip(*(d["negatives"] for d in drawn), strict=True):
         assert torch.equal(a, b)
-    texts = [d["read"] for d in drawn]
+    texts = [d["read_masked"] for d in drawn]
     assert torch.equal(texts[0].ids[-6:], texts[1].ids[-6:])  # the masked captions
     assert torch.equal(texts[0].masked.index, texts[1].masked.index)
     if "hide_a_word" in drawn[1] and "text" not in change:
-        assert torch.equal(drawn[0]["hide_a_word"][2], drawn[1]["hide_a_word"][2])
+        assert torch.equal(drawn[0]["hide_a_word"][1].word, drawn[1]["hide_a_word"][1].word)
 
 
 def test_terms_are_there_when_their_innovation_is(make_model, make_batch):
@@ -169,7 +172,7 @@ def test_what_is_never_picked(make_model, make_batch, monkeypatch, words):
     drawn, picked = record(model, monkeypatch), set()
     for step in range(20):
         out = model(make_batch(6, epoch=step))
-        text = drawn["read"]
+        text = drawn["read_masked"]
         tokens = model.tokenizer.convert_ids_to_tokens(
             text.ids[:6][(text.words == out.word[:, None]) & (text.words >= 0)].tolist()
         )

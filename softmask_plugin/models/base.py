@@ -1,44 +1,50 @@
-"""What every SoftMask++ model shares: encoders built from options, weights, retrieval scores."""
+"""What every SoftMask++ model shares: encoders built from options, and weights."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
-import torch
 from lavis.models.base_model import BaseModel
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from softmask_plugin.models import weights
-from softmask_plugin.models.rerank import Reranker, RerankOptions
-from softmask_plugin.nn.bert import BertForMaskedLM, BertShape
+from softmask_plugin.nn.bert import BertForMaskedLM, BertModel, BertShape
+from softmask_plugin.nn.tokens import Layout
 from softmask_plugin.nn.vision import VisionTransformer
-from softmask_plugin.options import PretrainOptions, read_options
+from softmask_plugin.options import ModelOptions, read_options
 from softmask_plugin.tokenization import CaptionReader, build_tokenizer
 
 
 class SoftMaskBase(BaseModel):
-    """Image encoder, BERT cut in two, projections and the matching head, under LAVIS's names."""
+    """Image encoder and BERT cut in two, under the names that LAVIS's ALBEF gives them.
+
+    A subclass names its ``OPTIONS``, the schema of its ``model:`` section, and says in
+    ``PREDICTS_WORDS`` whether its text encoder has the MLM head, with which LAVIS's keys gain a
+    ``bert.``.
+    """
 
     PRETRAINED_MODEL_CONFIG_DICT: dict[str, str] = {}
+    OPTIONS: ClassVar[type[ModelOptions]] = ModelOptions
+    PREDICTS_WORDS: ClassVar[bool] = False
 
-    def __init__(self, options: PretrainOptions) -> None:
+    def __init__(self, options: ModelOptions) -> None:
         super().__init__()
-        self.options = options
+        self.calls = 0  # counts steps for training loops that give no `iters`
+        self.options: Any = options  # of the class that OPTIONS names
         self.tokenizer = build_tokenizer(options.tokenizer, options.bert.vocab_size or 8192)
         self.reader = CaptionReader(self.tokenizer, options.max_txt_len)
         self.visual_encoder = build_vision(options)
-        self.text_encoder = BertForMaskedLM(bert_shape(options, len(self.tokenizer)))
-        self.vision_proj = torch.nn.Linear(options.vit.width, options.embed_dim)
-        self.text_proj = torch.nn.Linear(options.bert.width, options.embed_dim)
-        self.itm_head = torch.nn.Linear(options.bert.width, 2)
-        self.temp = torch.nn.Parameter(torch.tensor(options.temp), requires_grad=options.learn_temp)
+        self.text_encoder: Any = self.build_text_encoder(bert_shape(options, len(self.tokenizer)))
 
     @property
-    def bert(self) -> Any:
+    def bert(self) -> BertModel:
         """The encoder whose ``encode``, ``remember`` and ``fuse`` make up a forward pass."""
-        return self.text_encoder.bert
+        return bert_of(self.text_encoder)
+
+    def build_text_encoder(self, shape: BertShape) -> nn.Module:
+        """The text and multi-modal encoder of the shape that the options describe."""
+        return BertForMaskedLM(shape) if self.PREDICTS_WORDS else BertModel(shape)
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> SoftMaskBase:
@@ -47,7 +53,7 @@ class SoftMaskBase(BaseModel):
         Raises:
             UserError: an unknown key, a wrong value, or weights that cannot be had.
         """
-        options = read_options(PretrainOptions, cfg)
+        options = read_options(cls.OPTIONS, cfg)
         model = cls(options)
         source = options.finetuned if options.load_finetuned else None
         if source is None and options.load_pretrained:
@@ -63,31 +69,30 @@ class SoftMaskBase(BaseModel):
         weights.initialise(self, self.options.vit_weights, self.options.bert_weights)
 
     def load_from_pretrained(self, url_or_filename: str, **_: Any) -> None:
-        """Load a checkpoint of this model or of ALBEF; says in one line what did not match."""
-        weights.load(self, url_or_filename)
+        """Load a checkpoint of this plugin or of ALBEF; says in one line what did not match."""
+        weights.load(self, url_or_filename, self.options.trust_checkpoint)
 
     load_checkpoint = load_from_pretrained
 
-    def match(self, cls: Tensor) -> Tensor:
-        """Matching logits (N, 2) from the multi-modal [CLS] (N, width): [no match, match]."""
-        return self.itm_head(cls)
+    def step_of(self, samples: dict[str, Any]) -> int:
+        """Index of the step in the run, from what LAVIS's tasks tell."""
+        if "iters" in samples:
+            return samples["epoch"] * samples["num_iters_per_epoch"] + samples["iters"]
+        self.calls += 1
+        return self.calls - 1
 
-    def compute_sim_matrix(
-        self, data_loader: Any, task_cfg: DictConfig
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Score images against texts for LAVIS's ``retrieval`` task.
-
-        Args:
-            data_loader: over a retrieval data set with attributes ``text`` and ``image``.
-            task_cfg: the ``run:`` section; of it ``RerankOptions`` are read.
-
-        Returns:
-            Scores (images, texts) and (texts, images).
-        """
-        return Reranker(self, RerankOptions.of(task_cfg)).scores(data_loader)
+    def read(self, captions: list[str]) -> tuple[Tensor, Layout]:
+        """Tokenize: ids (N, T) and where the tokens are, on the device."""
+        clean = self.reader.read(captions)
+        return clean.ids.to(self.device), Layout.of(clean.mask).to(self.device)
 
 
-def build_vision(options: PretrainOptions) -> VisionTransformer:
+def bert_of(text_encoder: nn.Module) -> Any:
+    """The BERT of a text encoder with or without an MLM head."""
+    return getattr(text_encoder, "bert", text_encoder)
+
+
+def build_vision(options: ModelOptions) -> VisionTransformer:
     """The image encoder that ``options`` describe."""
     vit = options.vit
     return VisionTransformer(
@@ -103,7 +108,7 @@ def build_vision(options: PretrainOptions) -> VisionTransformer:
     )
 
 
-def bert_shape(options: PretrainOptions, tokens: int) -> BertShape:
+def bert_shape(options: ModelOptions, tokens: int) -> BertShape:
     """The shape of the text and multi-modal encoder; it has room for every token."""
     bert = options.bert
     return BertShape(

@@ -6,27 +6,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from softmask_plugin.models.contrastive import ContrastiveBase
-from softmask_plugin.nn.bert import ImageMemory
+from softmask_plugin.losses import distilled_cross_entropy
+from softmask_plugin.models.contrastive import ContrastiveBase, Features
 from softmask_plugin.nn.image_memory import View
-from softmask_plugin.nn.pairs import Pairs
 from softmask_plugin.nn.sampling import Draws, mask_tokens
 from softmask_plugin.nn.tokens import Layout, Tokens
+from softmask_plugin.options import PretrainOptions
 from softmask_plugin.paths import shipped
 from softmask_plugin.registry import register
-from softmask_plugin.soft_mask import (
-    Kind,
-    WordChoice,
-    grad_cam,
-    keep_factors,
-    normalize,
-    pick_words,
-    word_map,
-)
 
 
 @dataclass
@@ -78,10 +68,16 @@ class SoftMaskPretrain(ContrastiveBase):
     the losses of LAVIS's ``albef_pretrain``; state-dict keys are the same.
     """
 
+    OPTIONS = PretrainOptions
+    PREDICTS_WORDS = True
     PRETRAINED_MODEL_CONFIG_DICT = {
         "base": shipped("models/softmask_pretrain_base.yaml"),
         "tiny": shipped("models/softmask_pretrain_tiny.yaml"),
     }
+
+    def __init__(self, options: PretrainOptions) -> None:
+        super().__init__(options)
+        self.add_momentum("visual_encoder", "text_encoder", "vision_proj", "text_proj")
 
     def forward(self, samples: dict[str, Any]) -> PretrainOutput:
         """Losses of one step; in training mode also moves the momentum encoders and the queues.
@@ -90,11 +86,10 @@ class SoftMaskPretrain(ContrastiveBase):
             samples: ``image`` (B, 3, H, W), ``text_input`` list of B captions, and, as LAVIS's
                 tasks give them, ``epoch``, ``iters``, ``num_iters_per_epoch``.
         """
-        images, option = samples["image"], self.options.soft_mask
+        images, option = samples["image"], self.options
         step, alpha = self.progress(samples)
         draws = Draws(torch.initial_seed(), step)
-        text = self.read(samples["text_input"], draws)
-        size = len(images)
+        text = self.read_masked(samples["text_input"], draws)
 
         # Encode: each image once, each caption once
         online = self.encode(images, text.ids, text.layout)
@@ -103,39 +98,27 @@ class SoftMaskPretrain(ContrastiveBase):
         caption, masked_caption = text.versions(online.text)
 
         # Contrast
-        loss_itc, sim_i2t, sim_t2i = self.contrast(online, slow, alpha)
+        loss_itc, similarity = self.contrast(online, slow, alpha)
 
-        # Soft-mask: positives go first, since the mask is drawn from their score
-        pairs, fused, keep, word = Pairs(), {}, None, None
-        if option.enabled and step >= option.start_iter:
-            fused["positive"], keep, word = self.hide_a_word(caption, text, memory, draws)
-            pairs.add("soft", caption, View(keep=keep), text.scored if option.in_mlm else None)
-        else:
-            pairs.add("positive", caption, wanted=text.scored)
-        if size > 1:  # a batch of one has no negatives
-            image, other = self.negatives(sim_i2t, sim_t2i, draws)
-            pairs.add("negative image", caption, View(images=image))
-            pairs.add("negative text", caption.take(other))
-            if keep is not None and option.negatives:
-                pairs.add("soft negative", caption.take(other), View(keep=keep))
-        if not self.options.text.shared:
+        # Soft-mask and match
+        pairs, hidden = self.pair_up(
+            caption, memory, text.words, text.scored, similarity, draws, step
+        )
+        masked_words = hidden.keep is not None and option.soft_mask.in_mlm
+        if not option.text.shared:
             pairs.add("words", masked_caption, wanted=text.masked)
-        if not self.options.text.shared and keep is not None and option.in_mlm:
-            pairs.add("soft words", masked_caption, View(keep=keep), text.masked)
-        fused |= pairs.fuse(self.bert, memory)
-
-        # Match
-        loss_itm, loss_soft = self.matching_loss(fused["positive"], *named("negative", fused)), None
-        if keep is not None:
-            loss_soft = self.matching_loss(fused["soft"], *named("soft negative", fused))
+            if masked_words:
+                pairs.add("soft words", masked_caption, View(keep=hidden.keep), text.masked)
+        fused = pairs.fuse(self.bert, memory)
+        loss_itm, loss_soft = self.matching_losses(fused, similarity)
 
         # Predict words
-        soft_words = self.distilled_words(slow, text, alpha)
-        words = fused.get("words", fused["positive"])
-        loss_mlm, loss_mlm_soft = self.word_loss(words, text, soft_words, alpha), None
-        if keep is not None and option.in_mlm:
+        taught = self.taught_words(slow, text, alpha)
+        loss_mlm = self.word_loss(fused.get("words", fused["positive"]), text, taught, alpha)
+        loss_mlm_soft = None
+        if masked_words:
             words = fused.get("soft words", fused["soft"])
-            loss_mlm_soft = self.word_loss(words, text, soft_words, alpha)
+            loss_mlm_soft = self.word_loss(words, text, taught, alpha)
 
         loss = self.weighted_sum(loss_itc, loss_itm, loss_mlm, loss_soft, loss_mlm_soft)
         return PretrainOutput(
@@ -145,8 +128,8 @@ class SoftMaskPretrain(ContrastiveBase):
             loss_mlm=loss_mlm,
             loss_soft=loss_soft,
             loss_mlm_soft=loss_mlm_soft,
-            keep=keep,
-            word=word,
+            keep=hidden.keep,
+            word=hidden.word,
         )
 
     def weighted_sum(
@@ -161,7 +144,7 @@ class SoftMaskPretrain(ContrastiveBase):
             loss = loss + option.soft_mask.weight * option.mlm_weight * mlm_soft
         return loss
 
-    def read(self, captions: list[str], draws: Draws) -> Text:
+    def read_masked(self, captions: list[str], draws: Draws) -> Text:
         """Tokenize and mask captions on the host, where finding the masked positions is free."""
         option = self.options
         clean = self.reader.read(captions)
@@ -187,50 +170,18 @@ class SoftMaskPretrain(ContrastiveBase):
             targets=clean.ids.flatten()[masked.index],
         ).to(self.device)
 
-    def hide_a_word(
-        self, caption: Tokens, text: Text, memory: ImageMemory, draws: Draws
-    ) -> tuple[Tokens, Tensor, Tensor]:
-        """Fuse the positive pairs, pick a word of each caption, and hide what it refers to.
-
-        Returns:
-            Multi-modal states of the positive pairs' scored tokens, the factors of the image tokens
-            (B, S), and the picked words (B,).
-        """
-        option, device = self.options.soft_mask, text.words.device
-        # The options are checked, but OmegaConf has no Literal type for them.
-        choice, kind = cast(WordChoice, option.words), cast(Kind, option.kind)
-        with torch.enable_grad():  # the map is a gradient, under no_grad as well
-            fused, attention = self.bert.fuse_with_attention(
-                caption, memory, option.layer, text.scored
-            )
-            cam = grad_cam(self.match(fused.cls)[:, 1], attention)
-        word = pick_words(cam, text.words, choice, draws.stream("word", device))
-        hidden = normalize(word_map(cam, text.words, word))
-        patches = draws.stream("patches", device)
-        return fused, keep_factors(hidden, kind, option.strength, patches), word
-
     @torch.no_grad()
-    def distilled_words(self, slow: Any, text: Text, alpha: float) -> Tensor | None:
-        """The momentum model's distributions of the masked words, (words, vocabulary)."""
+    def taught_words(self, slow: Features, text: Text, alpha: float) -> Tensor | None:
+        """The momentum model's logits of the masked words, (words, vocabulary)."""
         if alpha == 0:
             return None
         bert, (_, caption) = self.text_encoder_m.bert, text.versions(slow.text)
         fused = bert.fuse(caption, bert.remember(slow.image), wanted=text.masked)
-        return self.text_encoder_m(fused.states).float().softmax(dim=-1)
+        return self.text_encoder_m(fused.states)
 
-    def word_loss(
-        self, fused: Tokens, text: Text, soft_words: Tensor | None, alpha: float
-    ) -> Tensor:
+    def word_loss(self, fused: Tokens, text: Text, taught: Tensor | None, alpha: float) -> Tensor:
         """MLM of the masked words, mixed with distillation; 0 where nothing was masked."""
-        logits = self.text_encoder(fused.only(text.masked).states).float()
+        logits = self.text_encoder(fused.only(text.masked).states)
         if len(logits) == 0:
-            return logits.sum()
-        loss = F.cross_entropy(logits, text.targets)
-        if soft_words is None:
-            return loss
-        return (1 - alpha) * loss + alpha * F.cross_entropy(logits, soft_words)
-
-
-def named(prefix: str, groups: dict[str, Tokens]) -> list[Tokens]:
-    """The groups whose name starts with ``prefix``."""
-    return [group for name, group in groups.items() if name.startswith(prefix)]
+            return logits.float().sum()
+        return distilled_cross_entropy(logits, text.targets, taught, alpha)

@@ -6,6 +6,7 @@ values come from an ``ImageMemory`` list and are shared by every pass.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -23,7 +24,7 @@ ImageMemory = list[LayerMemory]
 
 @dataclass(frozen=True)
 class BertShape:
-    """Size of the text and multi-modal encoder; the defaults are BERT-base's."""
+    """Shape of the text and multi-modal encoder; the defaults are BERT-base's."""
 
     vocab_size: int = 30522
     width: int = 768
@@ -37,6 +38,7 @@ class BertShape:
     attention_dropout: float = 0.1
     norm_eps: float = 1e-12
     pad_token_id: int = 0
+    causal: bool = False  # a decoder: a token attends to those before it only
 
 
 class BertForMaskedLM(nn.Module):
@@ -78,9 +80,17 @@ class BertModel(nn.Module):
             tokens = layer.transform(layer.attention.attend_self(tokens, layout))
         return tokens
 
-    def remember(self, image_states: Tensor) -> ImageMemory:
-        """Project image states (B, S, image width) to each fusion layer's keys and values."""
-        return [layer.crossattention.remember(image_states) for layer in self.fusion_layers]
+    def remember(self, *image_states: Tensor, mask: Tensor | None = None) -> ImageMemory:
+        """Project image states (B, S, image width) to each fusion layer's keys and values.
+
+        Of several images per caption, the fusion layers look at one after the other in turn.
+        ``mask``, (B, S), is True for the states that count (None: all).
+        """
+        images = itertools.cycle(image_states)
+        return [
+            layer.crossattention.remember(states, mask)
+            for layer, states in zip(self.fusion_layers, images, strict=False)
+        ]
 
     def fuse(
         self,
@@ -191,6 +201,7 @@ class Attention(nn.Module):
     def __init__(self, shape: BertShape, source_width: int) -> None:
         super().__init__()
         self.heads, self.dropout = shape.heads, shape.attention_dropout
+        self.causal = shape.causal
         self.self: Any = nn.Module()  # LAVIS's key for the three projections
         self.self.query = nn.Linear(shape.width, shape.width)
         self.self.key = nn.Linear(source_width, shape.width)
@@ -208,18 +219,27 @@ class Attention(nn.Module):
             self.query(queries),
             key,
             value,
-            attn_mask=tokens.layout.mask[:, None, None, :],
+            attn_mask=self.visible(tokens.layout, wanted),
             dropout_p=self.dropout_now,
         )
         return self.merge(context, queries)
 
-    def remember(self, image_states: Tensor) -> LayerMemory:
-        """Project image states (B, S, image width) to keys and values."""
+    def visible(self, tokens: Layout, wanted: Layout) -> Tensor:
+        """Which tokens each wanted one attends to, (N, 1, 1 or T wanted, T)."""
+        mask = tokens.mask[:, None, None, :]
+        if not self.causal:
+            return mask
+        earlier = mask.new_ones(wanted.mask.shape[1], tokens.mask.shape[1]).tril()
+        return mask & earlier
+
+    def remember(self, image_states: Tensor, mask: Tensor | None = None) -> LayerMemory:
+        """Project image states (B, S, image width), those in ``mask``, to keys and values."""
         return LayerMemory(
             self.split(self.self.key(image_states)),
             self.split(self.self.value(image_states)),
             self.self.key.bias.view(self.heads, -1, 1),
             self.self.value.bias.view(self.heads, 1, -1),
+            mask,
         )
 
     def look(

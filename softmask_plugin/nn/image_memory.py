@@ -40,12 +40,13 @@ class View:
 @dataclass(frozen=True)
 class LayerMemory:
     """Keys and values of one cross-attention layer, (B, H, S, d), and its biases, (H, d, 1) and
-    (H, 1, d)."""
+    (H, 1, d); ``mask``, (B, S), is True for those that count (None: all)."""
 
     key: Tensor
     value: Tensor
     key_bias: Tensor
     value_bias: Tensor
+    mask: Tensor | None = None
 
     def attend(self, query: Tensor, views: Sequence[View], dropout: float) -> Tensor:
         """Attention of queries (N, H, T, d), split over ``views`` in turn; returns (N, H, T, d)."""
@@ -71,13 +72,22 @@ class LayerMemory:
         if view.keep is not None or (dropout > 0 and query.device.type == "cpu"):
             return self.read_with_probabilities(query, view, dropout)[0]
         key, value = self.seen_through(view)
-        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=self.visible(view), dropout_p=dropout
+        )
 
     def seen_through(self, view: View) -> tuple[Tensor, Tensor]:
         """Keys and values, (n, H, S, d), of the images of ``view``, not masked."""
         if view.images is None:
             return self.key, self.value
         return self.key[view.images], self.value[view.images]
+
+    def visible(self, view: View) -> Tensor | None:
+        """Which keys count for each image of ``view``, (n, 1, 1, S); None: all."""
+        if self.mask is None:
+            return None
+        mask = self.mask if view.images is None else self.mask[view.images]
+        return mask[:, None, None, :]
 
     def read_with_probabilities(
         self, query: Tensor, view: View, dropout: float
@@ -90,6 +100,8 @@ class LayerMemory:
         if keep is not None:
             # lerp(a, b, m) = a + m (b - a)
             scores = torch.lerp((query @ self.key_bias).expand_as(scores), scores, keep)
+        if (visible := self.visible(view)) is not None:
+            scores = scores.masked_fill(~visible, float("-inf"))
         probabilities = scores.softmax(dim=-1)
         if torch.is_grad_enabled() and not probabilities.requires_grad:  # every encoder is frozen
             probabilities.requires_grad_()

@@ -44,17 +44,18 @@ class MomentumPairs:
             # By buffer, not by parameter: a move to another device unties tied buffers.
             for name, parameter in fast_module.named_parameters(remove_duplicate=False):
                 pairs[id(buffers[name])] = (parameter.detach(), buffers[name])
-        online, slow = zip(*pairs.values(), strict=True)
-        return list(online), list(slow)
+        return [online for online, _ in pairs.values()], [slow for _, slow in pairs.values()]
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:
         """slow = momentum * slow + (1 - momentum) * online."""
         online, slow = self.tensors()
-        torch._foreach_lerp_(slow, online, 1 - momentum)
+        if slow:
+            torch._foreach_lerp_(slow, online, 1 - momentum)
 
     @torch.no_grad()
     def copy(self) -> None:
         """slow = online."""
         online, slow = self.tensors()
-        torch._foreach_copy_(slow, online)
+        if slow:
+            torch._foreach_copy_(slow, online)

@@ -12,6 +12,7 @@ class Pairs:
 
     def __init__(self) -> None:
         self.groups: dict[str, tuple[Tokens, View, Layout]] = {}
+        self.fused: dict[str, Tokens] = {}
 
     def add(
         self, name: str, captions: Tokens, view: View = View(), wanted: Layout | None = None
@@ -19,8 +20,12 @@ class Pairs:
         """Add a group of captions with the tokens that will be read: by default [CLS]."""
         self.groups[name] = captions, view, wanted or captions.layout.cls_only
 
+    def done(self, name: str, fused: Tokens) -> None:
+        """Add a group that was fused before, with the states of its wanted tokens."""
+        self.fused[name] = fused
+
     def fuse(self, bert: BertModel, memory: ImageMemory) -> dict[str, Tokens]:
         """Multi-modal states of each group's wanted tokens, by name."""
         captions, views, wanted = zip(*self.groups.values(), strict=True)
         fused = bert.fuse(Tokens.cat(captions), memory, views, Layout.cat(wanted))
-        return dict(zip(self.groups, fused.split(wanted), strict=True))
+        return self.fused | dict(zip(self.groups, fused.split(wanted), strict=True))

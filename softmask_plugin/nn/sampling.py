@@ -65,11 +65,12 @@ def sample_negatives(
 
     Args:
         similarity: logits, (B, B).
-        positives: True for the pairs that are no negatives, (B, B); each row has a False.
+        positives: True for the pairs that are no negatives, (B, B).
         generator: random stream on the device of ``similarity``.
 
     Returns:
-        Column of the negative for each row, (B,).
+        Column of the negative for each row, (B,); any column where a row has none.
     """
-    weights = similarity.float().masked_fill(positives, float("-inf")).softmax(dim=1)
+    barred = positives & ~positives.all(dim=1, keepdim=True)
+    weights = similarity.float().masked_fill(barred, float("-inf")).softmax(dim=1)
     return torch.multinomial(weights, 1, generator=generator).squeeze(1)

@@ -1,0 +1,95 @@
+"""Key layouts of checkpoints: what each of ALBEF's files calls what a model of ours has.
+
+- ``ALBEF.pth`` and other pre-training, here and in LAVIS: ``text_encoder.bert.*`` and, for MLM,
+  ``text_encoder.cls.*``; the original retrieval files as well.
+- Fine-tuned by LAVIS or here: ``text_encoder.*``, and for VQA ``text_decoder.bert.*``.
+- Fine-tuned by ALBEF's own code: as the second, where it has no MLM head.
+
+Two models are made of parts of a pre-trained one: VQA's decoder starts as the fusion layers, and
+the doubled fusion layers of NLVR2 as two copies of each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from torch import Tensor
+
+StateDict = dict[str, Tensor]
+WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+SUFFIXES = ("", "_m")  # online and momentum
+_LAYER = re.compile(r"^(text_encoder(?:_m)?\.encoder\.layer\.)(\d+)\.(.*)$")
+
+
+def adapt(state: StateDict, own: Iterable[str], fusion_layer: int) -> StateDict:
+    """Rename a checkpoint's tensors to a model's keys; those without a place keep their names.
+
+    Args:
+        state: the checkpoint's tensors, in any of the layouts above.
+        own: the keys of the model.
+        fusion_layer: the model's first text layer with cross-attention.
+    """
+    own = list(own)
+    plain = {_plain(key): tensor for key, tensor in state.items()}
+    if _depth(own) > _depth(plain) > 0:
+        plain = _double_fusion(plain, fusion_layer)
+    for suffix in SUFFIXES:
+        encoder, decoder = f"text_encoder{suffix}.", f"text_decoder{suffix}."
+        if _any(own, decoder) and not _any(plain, decoder):
+            plain |= _decoder_of(plain, encoder, decoder, fusion_layer)
+        if _any(own, f"{encoder}bert."):
+            plain = {_with_bert(key, encoder): tensor for key, tensor in plain.items()}
+    return plain
+
+
+def _plain(key: str) -> str:
+    """Without wrappers' prefixes and without the ``bert.`` of an encoder with an MLM head."""
+    while key.startswith(WRAPPERS):
+        key = key.partition(".")[2]
+    return re.sub(r"^(text_encoder(?:_m)?)\.bert\.", r"\1.", key)
+
+
+def _with_bert(key: str, encoder: str) -> str:
+    if key.startswith(encoder) and not key.startswith(f"{encoder}cls."):
+        return f"{encoder}bert.{key.removeprefix(encoder)}"
+    return key
+
+
+def _any(keys: Iterable[str], prefix: str) -> bool:
+    return any(key.startswith(prefix) for key in keys)
+
+
+def _depth(keys: Iterable[str]) -> int:
+    """How many layers the text encoder has."""
+    matches = (_LAYER.match(_plain(key)) for key in keys)
+    return 1 + max((int(match[2]) for match in matches if match), default=-1)
+
+
+def _double_fusion(state: StateDict, fusion_layer: int) -> StateDict:
+    doubled = {}
+    for key, tensor in state.items():
+        match = _LAYER.match(key)
+        if match is None or (layer := int(match[2])) < fusion_layer:
+            doubled[key] = tensor
+            continue
+        for copy in (2 * layer - fusion_layer, 2 * layer - fusion_layer + 1):
+            doubled[f"{match[1]}{copy}.{match[3]}"] = tensor
+    return doubled
+
+
+def _decoder_of(state: StateDict, encoder: str, decoder: str, fusion_layer: int) -> StateDict:
+    """A decoder's tensors from the fusion layers, embeddings and MLM head of an encoder."""
+    made = {}
+    for key, tensor in state.items():
+        if not key.startswith(encoder):
+            continue
+        rest = key.removeprefix(encoder)
+        if rest.startswith("cls."):
+            made[decoder + rest] = tensor
+        elif (match := _LAYER.match(key)) is None:
+            made[f"{decoder}bert.{rest}"] = tensor
+        elif int(match[2]) >= fusion_layer:
+            layer = int(match[2]) - fusion_layer
+            made[f"{decoder}bert.encoder.layer.{layer}.{match[3]}"] = tensor
+    return made
