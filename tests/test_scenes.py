@@ -261,7 +261,7 @@ def test_one_key_sets_the_image_size_everywhere():
         ({"seed": -1}, "seed is -1"),
         ({"heldout": 0.6}, "from 0 to 0.5"),
         ({"num": {"test": 0}}, "num.test is 0"),
-        ({"num": {"test": 2557}}, "at most 2556"),
+        ({"num": {"test": 2557}}, "only 2556 do: ask for fewer"),
         ({"num": 500}, "each of train, val, test"),
         ({"num": {"tset": 5}}, "num.tset: did you mean 'test'"),
         ({"captions_per_image": 6}, "has 5 captions"),

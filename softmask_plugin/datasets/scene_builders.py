@@ -1,8 +1,8 @@
-"""The scenes data set for LAVIS: a pretraining split, or train, val and test for retrieval."""
+"""Scenes as data sets for LAVIS: what all share, and those for pretraining and retrieval."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,16 +12,19 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
 
+from softmask_plugin.datasets.folder import check_keys
 from softmask_plugin.datasets.scene_render import render
 from softmask_plugin.datasets.scenes import (
     MAX_OBJECTS,
     Box,
     Caption,
+    Composition,
     Scene,
+    allowed_compositions,
     captions,
     make_scenes,
 )
-from softmask_plugin.errors import UserError, suggest
+from softmask_plugin.errors import UserError
 from softmask_plugin.paths import shipped
 from softmask_plugin.registry import register
 
@@ -120,23 +123,34 @@ class SceneEvalDataset(BaseDataset):
         return list(self.captions[text_index].boxes)
 
 
-@register("builder", "scenes_pretrain")
-class ScenesPretrainBuilder(BaseDatasetBuilder):
-    """Scenes to pretrain on: a train split, drawn from a seed.
+class ScenesBuilder(BaseDatasetBuilder):
+    """Draws the scenes of each split that ``num`` names, from a seed.
 
-    The keys of ``datasets.scenes_pretrain`` are described in the shipped YAML file.
+    The keys of ``datasets.<NAME>`` are described in the shipped YAML file.
+
+    Attributes:
+        NAME: the name it is registered under.
+        OBJECTS: least and greatest number of things per scene.
+        SCENES_PER_ITEM: how many consecutive scenes make up an item.
     """
 
-    NAME = "scenes_pretrain"
-    DATASET_CONFIG_DICT = {"default": shipped("datasets/scenes/pretrain.yaml")}
-    train_dataset_cls = SceneTrainDataset
-    eval_dataset_cls = SceneEvalDataset
+    NAME: str
+    OBJECTS = (1, MAX_OBJECTS)
+    SCENES_PER_ITEM = 1
+
+    def items(self, scenes: list[Scene], pool: Sequence[Composition]) -> list[Any]:
+        """Make a data set's items; ``pool``: the compositions that its split may name."""
+        return scenes
+
+    def arguments(self, split: str) -> dict[str, Any]:
+        """Arguments of a split's data set that others do not have."""
+        return {}
 
     def _download_data(self) -> None:
         """Nothing to download: scenes are drawn at run time."""
 
     def build(self) -> dict[str, BaseDataset]:
-        """Draw the scenes of each split that ``num`` names.
+        """Build the data sets, by split.
 
         Raises:
             UserError: a key or a value that the shipped YAML file does not allow.
@@ -144,41 +158,35 @@ class ScenesPretrainBuilder(BaseDatasetBuilder):
         self._check_keys()
         seed = self._number("seed", int, 0)
         image_size = self._number("image_size", int, 16)
-        objects = self._number("objects", int, 1, MAX_OBJECTS)
+        objects = self._number("objects", int, *self.OBJECTS)
         heldout = self._number("heldout", float, 0, 0.5)
         layout = str(self.config.layout)
 
         self.build_processors()
         datasets: dict[str, BaseDataset] = {}
         for split in map(str, self.config.num):
-            scenes = make_scenes(
-                split, self._number(f"num.{split}", int, 1), seed, objects, heldout, layout
+            num = self.SCENES_PER_ITEM * self._number(f"num.{split}", int, 1)
+            scenes = make_scenes(split, num, seed, objects, heldout, layout)
+            mode = "train" if split == "train" else "eval"
+            dataset_class: Any = getattr(self, f"{mode}_dataset_cls")
+            datasets[split] = dataset_class(
+                self.vis_processors[mode],
+                self.text_processors[mode],
+                self.items(scenes, allowed_compositions(split, heldout)),
+                image_size,
+                **self.arguments(split),
             )
-            if split == "train":
-                vis, text = self.vis_processors["train"], self.text_processors["train"]
-                datasets[split] = self.train_dataset_cls(vis, text, scenes, image_size)
-            else:
-                each = self._number("captions_per_image", int, 1)
-                vis, text = self.vis_processors["eval"], self.text_processors["eval"]
-                datasets[split] = self.eval_dataset_cls(vis, text, scenes, image_size, each)
         return datasets
 
     def _check_keys(self) -> None:
+        place, num = f"datasets.{self.NAME}", self.config.num
         known = load_dataset_config(self.default_config_path())
-        self._check_known(self.config, [*known, "type"])
-        if not isinstance(self.config.num, DictConfig):
+        check_keys(place, self.config, [*known, "type"])
+        if not isinstance(num, DictConfig):
             raise UserError(
-                f"datasets.{self.NAME}.num is {self.config.num!r}: it must give a number for each "
-                f"of {', '.join(known.num)}"
+                f"{place}.num is {num!r}: it must give a number for each of {', '.join(known.num)}"
             )
-        self._check_known(self.config.num, known.num, "num.")
-
-    def _check_known(self, given: Iterable[str], known: Iterable[str], place: str = "") -> None:
-        for key in given:
-            if key not in known:
-                raise UserError(
-                    f"unknown key datasets.{self.NAME}.{place}{key}: {suggest(key, known)}"
-                )
+        check_keys(f"{place}.num", num, known.num)
 
     def _number(self, key: str, kind: type, low: float, high: float = float("inf")) -> Any:
         value = OmegaConf.select(self.config, key)
@@ -190,9 +198,25 @@ class ScenesPretrainBuilder(BaseDatasetBuilder):
         return value
 
 
+@register("builder", "scenes_pretrain")
+class ScenesPretrainBuilder(ScenesBuilder):
+    """Scenes to pretrain on: a train split."""
+
+    NAME = "scenes_pretrain"
+    DATASET_CONFIG_DICT = {"default": shipped("datasets/scenes/pretrain.yaml")}
+    train_dataset_cls = SceneTrainDataset
+
+
 @register("builder", "scenes_retrieval")
 class ScenesRetrievalBuilder(ScenesPretrainBuilder):
     """Scenes for image-text retrieval: train, val and test."""
 
     NAME = "scenes_retrieval"
     DATASET_CONFIG_DICT = {"default": shipped("datasets/scenes/retrieval.yaml")}
+    eval_dataset_cls = SceneEvalDataset
+
+    def arguments(self, split: str) -> dict[str, Any]:
+        """How many captions of a val or test scene to use."""
+        if split == "train":
+            return {}
+        return {"captions_per_image": self._number("captions_per_image", int, 1)}

@@ -38,8 +38,13 @@ SPLITS = ("train", "val", "test")
 MAX_OBJECTS = 4  # more do not fit with every relation unambiguous
 _BOARD = 3  # cells along a side of the board
 _MARGIN = 0.02  # least distance of a thing from the image's edge
-_GAP = 0.03  # least distance between two things along the axis of their relation
+GAP = 0.03  # least distance between two things along the axis of their relation
 _DOMINANCE = 1.5  # centres are this much farther apart along that axis than across it
+
+# What the captions say besides the names, and what the statements and questions of scene_tasks do.
+_CAPTION_WORDS = "there is a an and picture of"
+_TASK_WORDS = """are both colour how image images many no one only other shape show shows size thing
+    things what yes"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +143,12 @@ def heldout_compositions(fraction: float) -> frozenset[Composition]:
     return frozenset(ordered[: round(fraction * len(ordered))])
 
 
+def allowed_compositions(split: str, heldout: float) -> list[Composition]:
+    """The (colour, shape) pairs that a split may show: in ``train`` not those held out."""
+    kept_back = heldout_compositions(heldout) if split == "train" else ()
+    return [pair for pair in COMPOSITIONS if pair not in kept_back]
+
+
 def relation(a: Thing, b: Thing) -> str:
     """The relation for which "a <relation> b" is true, along the axis that separates them more."""
     dx, dy = a.x - b.x, a.y - b.y
@@ -196,10 +207,11 @@ def make_scenes(
     most = math.comb(len(COMPOSITIONS), objects)
     if split != "train" and num > most:
         raise UserError(
-            f"{num} {split} scenes of {objects} object(s) cannot all differ: ask for at most {most}"
+            f"{num} {split} scenes of {objects} object(s) cannot all differ, only {most} do: "
+            "ask for fewer"
         )
     kept_back = heldout_compositions(heldout)
-    allowed = [c for c in COMPOSITIONS if split != "train" or c not in kept_back]
+    allowed = allowed_compositions(split, heldout)
     scenes: list[Scene] = []
     seen: set[frozenset[Composition]] = set()
     for index in range(num):
@@ -213,12 +225,18 @@ def make_scenes(
     return scenes
 
 
+def article(word: str) -> str:
+    """``a`` or ``an``, as it stands before a word."""
+    return "an" if word[0] in "aeiou" else "a"
+
+
 def vocabulary() -> list[str]:
     """WordPiece vocabulary, one token per word of the grammar.
 
     Letters and digits, at a word's start and within it, let any other ASCII text tokenize as well.
     """
-    phrases = (*COLOURS, *SHAPES, *SIZES, LEFT, RIGHT, ABOVE, BELOW, "there is a an and picture of")
+    relations = (LEFT, RIGHT, ABOVE, BELOW)
+    phrases = (*COLOURS, *SHAPES, *SIZES, *relations, _CAPTION_WORDS, _TASK_WORDS)
     characters = string.ascii_lowercase + string.digits
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     tokens += sorted(set(" ".join(phrases).split()))
@@ -249,7 +267,7 @@ def _place(
             apart = np.abs(places[:, i] - places[:, j])
             along, across = apart.max(axis=1), apart.min(axis=1)
             clear &= along >= _DOMINANCE * across
-            clear &= along >= (diameter[i] + diameter[j]) / 2 + _GAP
+            clear &= along >= (diameter[i] + diameter[j]) / 2 + GAP
         if clear.any():
             break
     centres = places[clear.argmax()].tolist()
@@ -291,7 +309,7 @@ def _write(*parts: _Part) -> Caption:
         thing, sized = part
         named = [("size", thing.size)] if sized else []
         named += [("colour", thing.colour), ("shape", thing.shape)]
-        words.append("an" if named[0][1][0] in "aeiou" else "a")
+        words.append(article(named[0][1]))
         for role, word in named:
             boxes.append((len(words), thing.box, role))
             words.append(word)

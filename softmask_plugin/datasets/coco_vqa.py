@@ -1,0 +1,89 @@
+"""Questions and answers as the files that VQA's official metric, and so LAVIS's task, reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import weakref
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+from lavis.common.vqa_tools.vqa_eval import VQAEval
+
+ANNOTATORS = 10
+
+
+def write_coco_vqa(
+    owner: object, questions: Iterable[Mapping[str, Any]], split: str
+) -> tuple[str, str]:
+    """Write questions and answers in COCO's VQA format, in files that live as long as ``owner``.
+
+    The metric (Antol et al., ICCV 2015) asks how many of ten annotators gave an answer, so the ten
+    are shared out in proportion to the weights of a question's answers.
+
+    Args:
+        owner: whom the files are for, a data set.
+        questions: ``{"image", "question", "question_id", "answer": {text: weight}}`` each.
+        split: its name, for the record.
+
+    Returns:
+        Paths of the files of questions and annotations, LAVIS's ``coco_fmt_qust_file`` and
+        ``coco_fmt_anno_file``.
+    """
+    folder = mkdtemp(prefix="coco_vqa_")
+    weakref.finalize(owner, _remove, folder, os.getpid())
+    about = {"info": {}, "license": {}, "data_type": "images", "data_subtype": split}
+    asked, annotated = [], []
+    evaluator = VQAEval()
+    for item in questions:
+        keys = {"image_id": item["image"], "question_id": item["question_id"]}
+        answers = [_normal(evaluator, text) for text in _votes(item["answer"])]
+        asked.append({**keys, "question": item["question"]})
+        annotated.append(
+            {
+                **keys,
+                "question_type": "all",
+                "answer_type": _kind(max(answers, key=answers.count)),
+                "answers": [{"answer_id": i, "answer": a} for i, a in enumerate(answers, 1)],
+            }
+        )
+    return (
+        _write(folder, "questions", {**about, "task_type": "Open-Ended", "questions": asked}),
+        _write(folder, "annotations", {**about, "annotations": annotated}),
+    )
+
+
+def _votes(weights: Mapping[str, float]) -> list[str]:
+    """Answers of ten annotators in proportion to the weights (largest remainder method)."""
+    shares = np.array(list(weights.values())) * ANNOTATORS / sum(weights.values())
+    votes = np.floor(shares + 1e-9)  # a share may miss its whole number by a rounding error
+    left = ANNOTATORS - int(votes.sum())
+    votes[np.argsort(votes - shares, kind="stable")[:left]] += 1
+    return np.repeat(list(weights), votes.astype(int)).tolist()
+
+
+def _normal(evaluator: VQAEval, answer: str) -> str:
+    """As the metric changes predictions, and expects annotations to be already."""
+    return evaluator.processDigitArticle(evaluator.processPunctuation(answer))
+
+
+def _kind(answer: str) -> str:
+    """VQA's three kinds of answers, for which the metric is reported apart."""
+    if answer in ("yes", "no"):
+        return "yes/no"
+    return "number" if answer.isnumeric() else "other"
+
+
+def _write(folder: str, name: str, content: dict[str, Any]) -> str:
+    path = Path(folder, f"{name}.json")
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return str(path)
+
+
+def _remove(folder: str, owner: int) -> None:
+    if os.getpid() == owner:  # not a worker that inherited the data set
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,204 @@
+"""Rows of JSON, JSONL, CSV and TSV files, told apart by content; bad rows are skipped."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, TypeVar
+
+from softmask_plugin.datasets.skip_log import SkipLog
+from softmask_plugin.errors import UserError
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
+
+Item = TypeVar("Item")
+
+# Where a row stands in its file, and the row: a mapping of columns to values if all is well, an
+# exception if it could not be parsed.
+Row = tuple[str, Any]
+
+
+def read_table(
+    path: str | Path,
+    columns: Sequence[str],
+    parse: Callable[[dict[str, Any], list[str]], Item],
+    skipped: SkipLog | None = None,
+    kind: str = "table",
+    parts: str = "rows",
+    unpack: Callable[[dict[str, Any]], Iterator[Row] | None] = lambda content: None,
+) -> list[Item]:
+    """Read a file of rows; rows that cannot be used are skipped and reported.
+
+    Args:
+        path: a JSON list of objects; one object per line (JSONL); or a CSV or TSV with a line of
+            column names. UTF-8.
+        columns: keys that each row must have.
+        parse: makes an item of a row. It raises ValueError, which says why, if the row cannot be
+            used, and appends to the list it is given what part of the row could not.
+        skipped: where problems are reported; by default a warning names the first.
+        kind: what the file is called in errors, as in "caption file".
+        parts: what is counted in reports, a plural noun.
+        unpack: rows of a JSON object that holds them in a layout of its own; None if it does not.
+
+    Raises:
+        UserError: the file is missing, malformed, or holds no usable row.
+    """
+    path = Path(path)
+    items, problems = [], []
+    for where, row in _rows(path, read_text(path, kind), columns, unpack):
+        complaints: list[str] = []
+        try:
+            items.append(parse(_checked(row, columns), complaints))
+        except ValueError as error:
+            complaints.append(str(error))
+        problems += [f"{path}, {where}: {complaint}" for complaint in complaints]
+    if not items:
+        raise UserError(f"no usable row: {problems[0]}" if problems else f"{path} holds no rows")
+    (skipped or SkipLog()).add(f"{parts} of {path.name}", problems)
+    return items
+
+
+def read_text(path: Path, kind: str) -> str:
+    """The text of a UTF-8 file of this kind; UserError if it cannot be had."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: save it as UTF-8 ({error.reason})") from error
+    except OSError as error:
+        raise UserError(f"cannot read the {kind} file {path}: {error.strerror}") from error
+
+
+def read_json(path: Path, text: str) -> Any:
+    """Parse the text of a JSON file; UserError if it is malformed."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+def image_name(value: Any) -> str:
+    """Path below the images folder, with "/" between its parts.
+
+    Raises:
+        ValueError: no text, or an absolute path, or one with ``..``.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"an image's name expected, got {short(value)}")
+    name = PurePosixPath(value.strip().replace("\\", "/"))
+    if name.is_absolute() or ".." in name.parts or PureWindowsPath(name).drive:
+        raise ValueError(f"image {short(value)} does not lie below the images folder")
+    if not name.name:
+        raise ValueError(f"an image's name expected, got {short(value)}")
+    return str(name)
+
+
+def one_text(value: Any, what: str) -> str:
+    """A text, which needs a letter or digit; a number is taken as text.
+
+    Raises:
+        ValueError: anything else.
+    """
+    text = _text(value)
+    if text is None:
+        raise ValueError(f"no usable {what}, but {short(value)}")
+    return text
+
+
+def texts(value: Any, what: str, complaints: list[str]) -> list[str]:
+    """Those of a text or a list of texts that ``one_text`` takes; ``complaints`` gets the others.
+
+    Raises:
+        ValueError: it takes none.
+    """
+    given = value if isinstance(value, list) else [value]
+    usable = [text for text in map(_text, given) if text is not None]
+    if not usable:
+        raise ValueError(f"no usable {what}, but {short(value)}")
+    if len(usable) < len(given):
+        complaints.append(f"{len(given) - len(usable)} unusable {what}s in {short(given)}")
+    return usable
+
+
+def short(value: Any) -> str:
+    """``repr``, cut to 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _text(value: Any) -> str | None:
+    if type(value) is int or (isinstance(value, float) and math.isfinite(value)):  # bool is no text
+        return str(value)
+    if isinstance(value, str) and any(character.isalnum() for character in value):
+        # JSON can spell half a surrogate pair, which no tokenizer takes.
+        return value.strip().encode("utf-8", "replace").decode("utf-8")
+    return None
+
+
+def _checked(row: Any, columns: Sequence[str]) -> dict[str, Any]:
+    if isinstance(row, Exception):
+        raise ValueError(str(row))
+    if not isinstance(row, dict):
+        expected = " and ".join(f"'{column}'" for column in columns)
+        raise ValueError(f"expected {expected}, got {short(row)}")
+    for needed in columns:
+        if needed not in row:
+            raise ValueError(f"no '{needed}' among {short(list(row))}")
+    if None in row:  # where csv puts surplus fields
+        raise ValueError("more fields than columns: quote texts that hold the delimiter")
+    return row
+
+
+def _rows(
+    path: Path,
+    text: str,
+    columns: Sequence[str],
+    unpack: Callable[[dict[str, Any]], Iterator[Row] | None],
+) -> Iterator[Row]:
+    suffix, start = path.suffix.lower(), text.lstrip()[:1]
+    if suffix in (".csv", ".tsv") or (start not in ("[", "{") and suffix not in SUFFIXES):
+        return _csv_rows(path, text, columns)
+    first_line, _, rest = text.strip().partition("\n")
+    if start == "{" and rest and _is_object(first_line):
+        return _jsonl_rows(text)
+    content = read_json(path, text)
+    if isinstance(content, dict) and (unpacked := unpack(content)) is not None:
+        return unpacked
+    rows = content if isinstance(content, list) else [content]
+    return ((f"entry {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _jsonl_rows(text: str) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield f"line {number}", error
+
+
+def _csv_rows(path: Path, text: str, columns: Sequence[str]) -> Iterator[Row]:
+    delimiter = max("\t,;", key=text.partition("\n")[0].count)
+    reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
+    try:
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+        for needed in columns:
+            if needed not in reader.fieldnames:
+                raise UserError(
+                    f"{path} has no '{needed}' among its columns {short(reader.fieldnames)}"
+                )
+        for row in reader:
+            yield f"line {reader.line_num}", row
+    except csv.Error as error:
+        where = f"{path}, after line {reader.line_num}"
+        raise UserError(f"{where}: {error}; look for a stray quotation mark") from error
