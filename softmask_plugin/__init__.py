@@ -22,7 +22,7 @@ if not _problems:
 
     compat.patch()
 
-    from softmask_plugin import datasets, models, processors, runners  # noqa: F401
+    from softmask_plugin import datasets, models, processors, runners, tasks  # noqa: F401
     from softmask_plugin.losses import FocalITCLoss
     from softmask_plugin.registry import get_loss_class, list_losses, register_loss
 

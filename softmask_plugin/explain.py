@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from softmask_plugin.nn.image_memory import View
-from softmask_plugin.nn.tokens import Layout
-from softmask_plugin.soft_mask import grad_cam, keep_factors, normalize, word_map
+from softmask_plugin.soft_mask import keep_factors, normalize
+from softmask_plugin.word_maps import Pairs, map_words
 
 if TYPE_CHECKING:
-    from softmask_plugin.models.base import SoftMaskBase
+    from softmask_plugin.models.aligned import AlignedBase
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Explanation:
     masked_scores: Tensor
 
 
-def explain(model: SoftMaskBase, images: Tensor, captions: list[str]) -> list[Explanation]:
+def explain(model: AlignedBase, images: Tensor, captions: list[str]) -> list[Explanation]:
     """Explain pairs with the maps that training uses.
 
     Args:
-        model: any of this plugin's models; its mode is left as it was.
+        model: one with a matching head; its mode is left as it was.
         images: processed images, (B, 3, H, W).
         captions: processed captions, B of them.
 
@@ -52,46 +52,35 @@ def explain(model: SoftMaskBase, images: Tensor, captions: list[str]) -> list[Ex
     model.eval()
     try:
         return [
-            _explain_one(model, image[None].to(model.device), caption)
+            _explain_one(model, image[None], caption)
             for image, caption in zip(images, captions, strict=True)
         ]
     finally:
         model.train(was_training)
 
 
-def _explain_one(model: SoftMaskBase, image: Tensor, caption: str) -> Explanation:
-    clean = model.reader.read([caption])
-    ids, layout = clean.ids.to(model.device), Layout.of(clean.mask).to(model.device)
-    word_ids = clean.words.to(model.device)
-    count = int(word_ids.max()) + 1
-    with torch.enable_grad():
-        memory = model.bert.remember(model.visual_encoder(image))
-        text = model.bert.encode(ids, layout)
-        fused, attention = model.bert.fuse_with_attention(
-            text, memory, model.options.soft_mask.layer, layout.cls_only
-        )
-        logits = model.match(fused.cls)
-        cam = grad_cam(logits[:, 1], attention)
+def _explain_one(model: AlignedBase, image: Tensor, caption: str) -> Explanation:
+    pairs = Pairs.encode(model, image, [caption])
+    found = map_words(model, pairs)
+    cams = found.maps[0]
     with torch.no_grad():
-        each = torch.arange(count, device=model.device)
-        cams = word_map(cam.expand(count, -1, -1), word_ids.expand(count, -1), each)
-        masks = normalize(cams)
-        same = torch.zeros_like(each)
-        view, copies = View(images=same, keep=keep_factors(masks)), text.take(same, trim=True)
-        hidden = model.bert.fuse(copies, memory, (view,), copies.layout.cls_only)
+        masks = normalize(cams.flatten(1))
+        same = torch.zeros(len(cams), dtype=torch.long, device=cams.device)
+        view, copies = View(images=same, keep=keep_factors(masks)), pairs.text.take(same, trim=True)
+        hidden = model.bert.fuse(copies, pairs.memory, (view,), copies.layout.cls_only)
         masked_scores = model.match(hidden.cls).float().softmax(dim=-1)[:, 1]
-    grid = (count, model.visual_encoder.grid, model.visual_encoder.grid)
+    ids, word_ids = pairs.captions.ids[0].tolist(), pairs.captions.words[0].tolist()
     return Explanation(
         caption=caption,
-        words=_words(model, ids[0].tolist(), word_ids[0].tolist()),
-        cams=cams.reshape(grid).cpu(),
-        masks=masks.reshape(grid).cpu(),
-        score=logits.float().softmax(dim=-1)[0, 1].item(),
+        words=_words(model, ids, word_ids),
+        cams=cams.cpu(),
+        masks=masks.view_as(cams).cpu(),
+        score=found.score.item(),
         masked_scores=masked_scores.cpu(),
     )
 
 
-def _words(model: SoftMaskBase, ids: list[int], word_ids: list[int]) -> list[str]:
+def _words(model: AlignedBase, ids: list[int], word_ids: list[int]) -> list[str]:
     words: dict[int, str] = {}
     for token, word in zip(model.tokenizer.convert_ids_to_tokens(ids), word_ids, strict=True):
         if word >= 0:

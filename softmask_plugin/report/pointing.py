@@ -5,7 +5,7 @@ After Zhang et al., "Top-down Neural Attention by Excitation Backprop" (ECCV 201
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -72,24 +72,51 @@ def _score(heat: np.ndarray, box: Box) -> tuple[float, float, float, float]:
     x0, y0, x1, y1 = box
     if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
         raise ValueError(f"a box must be (x0, y0, x1, y1) with 0 <= x0 < x1 <= 1; got {box}")
-    height, width = heat.shape
-    inside = np.outer(_centres_within(y0, y1, height), _centres_within(x0, x1, width))
-    overlap = np.outer(_overlap(y0, y1, height), _overlap(x0, x1, width))
-    heat = heat / heat.max() if heat.max() > 0 else np.ones_like(heat)
-    return (
-        float(inside[heat == heat.max()].mean()),
-        float(inside.mean()),
-        float((heat * overlap).sum() / heat.sum()),
-        (x1 - x0) * (y1 - y0),
-    )
+    (hit,), (chance,) = hits(heat[None], [box])
+    (energy,) = energy_inside(heat[None], [box])
+    return float(hit), float(chance), float(energy), (x1 - x0) * (y1 - y0)
 
 
-def _centres_within(low: float, high: float, n: int) -> np.ndarray:
+def hits(maps: np.ndarray, boxes: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Play the pointing game with N maps (N, h, w) and a box for each, (N, 4).
+
+    Returns:
+        For each map, (N,): the share of its tied peaks, mostly one, whose patch has its centre in
+        the box; and the share of all patch centres that lie there, the chance to hit it.
+    """
+    inside = _over_grid(_centres_within, boxes, maps)
+    peaks = maps == maps.max(axis=(1, 2), keepdims=True)
+    hit = (peaks & inside).sum(axis=(1, 2)) / peaks.sum(axis=(1, 2))
+    return hit, inside.mean(axis=(1, 2))
+
+
+def energy_inside(maps: np.ndarray, boxes: ArrayLike) -> np.ndarray:
+    """Share of each map's mass that lies in its box: (N, h, w), (N, 4) -> (N,).
+
+    Patches on the edge count for the part inside; an all-zero map counts as constant.
+    """
+    peak = maps.max(axis=(1, 2), keepdims=True)
+    heat = np.where(peak > 0, maps / np.where(peak > 0, peak, 1), 1)
+    overlap = _over_grid(_overlap, boxes, maps)
+    return (heat * overlap).sum(axis=(1, 2)) / heat.sum(axis=(1, 2))
+
+
+def _over_grid(
+    along: Callable[[np.ndarray, np.ndarray, int], np.ndarray], boxes: ArrayLike, maps: np.ndarray
+) -> np.ndarray:
+    """``along`` the rows times ``along`` the columns of the maps' grid: (N, 4) -> (N, h, w)."""
+    x0, y0, x1, y1 = np.asarray(boxes, dtype=np.float64).reshape(-1, 4).T[..., None]
+    height, width = maps.shape[1:]
+    return along(y0, y1, height)[:, :, None] * along(x0, x1, width)[:, None, :]
+
+
+def _centres_within(low: np.ndarray, high: np.ndarray, n: int) -> np.ndarray:
+    """Which of n equal cells of [0, 1] have their centre in [low, high]: (N, 1) -> (N, n)."""
     centres = (np.arange(n) + 0.5) / n
     return (low <= centres) & (centres <= high)
 
 
-def _overlap(low: float, high: float, n: int) -> np.ndarray:
-    """Share of each of n equal cells of [0, 1] that lies in [low, high]."""
+def _overlap(low: np.ndarray, high: np.ndarray, n: int) -> np.ndarray:
+    """Share of each of n equal cells of [0, 1] that lies in [low, high]: (N, 1) -> (N, n)."""
     edges = np.clip(np.arange(n + 1) / n, low, high)
     return np.diff(edges) * n

@@ -1,0 +1,5 @@
+"""Tasks; importing this registers them with LAVIS."""
+
+from softmask_plugin.tasks.grounding import GroundingTask
+
+__all__ = ["GroundingTask"]

@@ -1,0 +1,192 @@
+"""Grounding without boxes in training: which candidate box do the words of an expression point at?
+
+The evaluation of ALBEF (arXiv 2107.07651, 4.4) on RefCOCO+, and the pointing game of Zhang et al.
+(ECCV 2016), both with the word maps that training masks with.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lavis.common.dist_utils import main_process
+from lavis.common.registry import registry
+from lavis.tasks.base_task import BaseTask
+from torchvision.ops.boxes import box_iou
+
+from softmask_plugin.errors import UserError
+from softmask_plugin.models.aligned import AlignedBase
+from softmask_plugin.registry import register
+from softmask_plugin.report.pointing import Box, energy_inside, hits
+from softmask_plugin.word_maps import phrase_maps, word_maps
+
+NEEDED = ("box", "boxes", "group")  # of each entry of a data set's `annotation`
+TIED = 1 - 1e-9  # scores no further apart than by rounding are equal
+
+
+@register("task", "softmask_grounding")
+class GroundingTask(BaseTask):
+    """Find the thing that an expression refers to, by where its words' maps lie.
+
+    Of ``run`` it reads ``grounding_alpha`` (0.5): a candidate box scores the map's mass inside it
+    per ``area ** grounding_alpha``. 0 favours large boxes, 1 small ones.
+
+    A data set for it has an attribute ``annotation``, a list of ``{"box": the true box, "boxes":
+    candidates, "group": name}`` with boxes ``(x0, y0, x1, y1)`` in [0, 1], and samples ``{"image",
+    "text_input", "instance_id", "index": position in annotation}``.
+
+    Metrics are in percent, for all items and, with ``_<group>`` at the end, for each group:
+
+    - ``acc``: the candidate that scores best has an IoU with the true box above 0.5 (in ALBEF's
+      code: of at least 0.5);
+    - ``acc_chance``: share of the candidates that have, what one drawn at random would give;
+    - ``pointing``: the map's peak, a patch's centre, lies in the true box;
+    - ``pointing_chance``: share of all patch centres that lie there.
+
+    Of n tied candidates or peaks each counts 1/n. ``agg_metrics`` is ``acc``.
+
+    Raises:
+        UserError: ``grounding_alpha`` is no number >= 0, or a model or data set of another kind.
+        FloatingPointError: a map is not finite.
+    """
+
+    def __init__(self, alpha: float) -> None:
+        super().__init__()
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha >= 0:
+            raise UserError(f"run.grounding_alpha is {alpha!r}: it must be a number >= 0")
+        self.alpha = alpha
+        self.annotation: list[dict[str, Any]] = []
+
+    @classmethod
+    def setup_task(cls, cfg: Any) -> GroundingTask:
+        """Build the task from the ``run:`` section of a YAML."""
+        return cls(cfg.run_cfg.get("grounding_alpha", 0.5))
+
+    def before_evaluation(self, model: Any, dataset: Any, **rest: Any) -> None:
+        """Note the boxes of the data set that comes next."""
+        if not isinstance(model, AlignedBase):
+            raise UserError(
+                f"run.task softmask_grounding cannot evaluate {type(model).__name__}, which has no "
+                "matching head to explain: use softmask_pretrain, softmask_retrieval or "
+                "softmask_image_text_matching"
+            )
+        annotation = getattr(dataset, "annotation", None)
+        if not annotation or any(key not in annotation[0] for key in NEEDED):
+            raise UserError(
+                f"run.task softmask_grounding cannot evaluate {type(dataset).__name__}, which has "
+                "no boxes: use a data set made for it, such as refcoco_plus_grounding"
+            )
+        self.annotation = annotation
+        super().before_evaluation(model, dataset, **rest)
+
+    def valid_step(self, model: Any, samples: dict[str, Any]) -> list[dict[str, Any]]:
+        """Score one batch.
+
+        Returns:
+            For each item its ``instance_id`` and ``index``; ``peak`` (x, y) of its map in [0, 1],
+            the first of tied ones; the share ``hit`` of its peaks and ``chance`` of all patches
+            that lie in the true box; ``scores`` of the candidate boxes, in their order.
+        """
+        words = word_maps(model, samples["image"], samples["text_input"])
+        maps = phrase_maps(words).double().cpu().numpy()
+        if not np.isfinite(maps).all():
+            raise FloatingPointError("a heat map is NaN or infinite: the weights are broken")
+        indices = samples["index"].tolist()
+        items = [self.annotation[index] for index in indices]
+        hit, chance = hits(maps, [item["box"] for item in items])
+        scores = box_scores(maps, [item["boxes"] for item in items], self.alpha)
+        height, width = maps.shape[1:]
+        row, column = np.divmod(maps.reshape(len(maps), -1).argmax(axis=1), width)
+        peaks = np.stack([(column + 0.5) / width, (row + 0.5) / height], axis=1)
+        return [
+            {
+                self.inst_id_key: samples[self.inst_id_key][i],
+                "index": index,
+                "peak": peaks[i].tolist(),
+                "hit": float(hit[i]),
+                "chance": float(chance[i]),
+                "scores": scores[i].tolist(),
+            }
+            for i, index in enumerate(indices)
+        ]
+
+    def after_evaluation(
+        self, val_result: list[dict[str, Any]], split_name: str, **_: Any
+    ) -> dict[str, float] | None:
+        """Merge what all processes found; metrics on the main process, None on the others."""
+        file = self.save_result(
+            val_result,
+            result_dir=registry.get_path("result_dir"),
+            filename=f"{split_name}_grounding",
+            remove_duplicate=self.inst_id_key,
+        )
+        return self._report(file)
+
+    @main_process
+    def _report(self, file: str) -> dict[str, float]:
+        results = json.loads(Path(file).read_text(encoding="utf-8"))
+        metrics = grounding_metrics(results, self.annotation)
+        logging.info("grounding: %s", metrics)
+        # where LAVIS's tasks leave theirs, whichever runner is used
+        with Path(registry.get_path("output_dir"), "evaluate.txt").open("a") as log:
+            log.write(json.dumps(metrics) + "\n")
+        return metrics
+
+
+def box_scores(maps: np.ndarray, boxes: Sequence[Sequence[Box]], alpha: float) -> list[np.ndarray]:
+    """Score the candidate boxes of each map: its mass inside a box per ``area ** alpha``.
+
+    A map's mass is 1 and an image's area is 1, which changes no ranking within an image. Patches
+    on a box's edge count for the part inside (ALBEF resizes the map to pixels instead); an all-zero
+    map counts as constant.
+
+    Args:
+        maps: (B, h, w), finite, >= 0.
+        boxes: (K_i, 4) for each map, ``(x0, y0, x1, y1)`` in [0, 1], none of them empty.
+        alpha: power of the area.
+
+    Returns:
+        (K_i,) for each map.
+    """
+    counts = [len(candidates) for candidates in boxes]
+    flat = np.concatenate([np.reshape(candidates, (-1, 4)) for candidates in boxes])
+    area = (flat[:, 2:] - flat[:, :2]).prod(axis=1)
+    scores = energy_inside(maps.repeat(counts, axis=0), flat) / area**alpha
+    return np.split(scores, np.cumsum(counts)[:-1])
+
+
+def grounding_metrics(
+    results: list[dict[str, Any]], annotation: list[dict[str, Any]]
+) -> dict[str, float]:
+    """Metrics of :class:`GroundingTask` from what its ``valid_step`` gave for each item."""
+    rows: dict[str, list[tuple[float, ...]]] = {}
+    for result in results:
+        item = annotation[result["index"]]
+        row = (*_accuracy(result["scores"], item), result["hit"], result["chance"])
+        for suffix in ("", f"_{item['group']}"):
+            rows.setdefault(suffix, []).append(row)
+    metrics = {
+        name + suffix: 100 * value
+        for suffix, values in rows.items()
+        for name, value in zip(
+            ("acc", "acc_chance", "pointing", "pointing_chance"),
+            np.mean(values, axis=0).tolist(),
+            strict=True,
+        )
+    }
+    return {**metrics, "agg_metrics": metrics["acc"]}
+
+
+def _accuracy(scores: list[float], item: dict[str, Any]) -> tuple[float, float]:
+    """Whether the best candidate is right, and the share of right ones; 0 where there is none."""
+    if not scores:
+        return 0.0, 0.0
+    candidates, truth = (torch.tensor(item[key], dtype=torch.float64) for key in ("boxes", "box"))
+    right = (box_iou(candidates, truth[None])[:, 0] > 0.5).double()
+    best = torch.tensor(scores, dtype=torch.float64) >= TIED * max(scores)
+    return right[best].mean().item(), right.mean().item()
