@@ -11,7 +11,8 @@ from tokenizers import BertWordPieceTokenizer
 from torch import Tensor
 from transformers import BertTokenizerFast
 
-from softmask_plugin.datasets.caption_files import SUFFIXES, read_captions
+from softmask_plugin.datasets.caption_files import read_captions
+from softmask_plugin.datasets.table_files import SUFFIXES
 from softmask_plugin.errors import UserError
 from softmask_plugin.paths import PACKAGE
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from softmask_plugin.datasets.skip_log import SkipLog
-from softmask_plugin.datasets.table_files import SUFFIXES as SUFFIXES
 from softmask_plugin.datasets.table_files import Row, image_name, read_table, short, texts
 from softmask_plugin.errors import UserError
 

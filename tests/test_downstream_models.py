@@ -1,0 +1,176 @@
+"""What the downstream models do beyond LAVIS's: edges, switches, errors, two images."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lavis.models import load_model_and_preprocess
+from lavis.models.base_model import BaseModel
+
+from softmask_plugin.errors import UserError
+from softmask_plugin.models import (
+    SoftMaskClassification,
+    SoftMaskFeatureExtractor,
+    SoftMaskImageTextMatching,
+    SoftMaskNlvr,
+    SoftMaskNlvrPretrain,
+    SoftMaskRetrieval,
+    SoftMaskVqa,
+)
+from softmask_plugin.models.nlvr import assign
+from softmask_plugin.nn.sampling import Draws
+from softmask_plugin.nn.tokens import Layout
+
+
+def sound(model, batch):
+    """Losses and gradients of one training step, all finite; its output."""
+    out = model.train()(batch)
+    out["loss"].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    return out
+
+
+# ---- retrieval
+
+
+@pytest.mark.parametrize("ids", [[5], [5, 5, 5], [5, 5, 6]])
+def test_a_batch_of_one_image_has_no_negatives(make_other, make_batch, ids):
+    model = make_other(SoftMaskRetrieval)
+    out = sound(model, {**make_batch(len(ids)), "image_id": torch.tensor(ids)})
+    if len(set(ids)) > 1:
+        return
+    model.zero_grad()  # ITM of the positives alone
+    with torch.no_grad():
+        batch = make_batch(len(ids))
+        clean = model.reader.read(batch["text_input"])
+        layout = Layout.of(clean.mask)
+        memory = model.bert.remember(model.visual_encoder(batch["image"]))
+        fused = model.bert.fuse(model.bert.encode(clean.ids, layout), memory)
+        expected = -model.match(fused.cls).log_softmax(1)[:, 1].mean()
+    torch.testing.assert_close(out["loss_itm"], expected)
+
+
+def test_retrieval_has_the_papers_innovations_as_options(make_other, make_batch):
+    batch = {**make_batch(4), "image_id": torch.tensor([1, 2, 2, 3])}
+    plain = sound(make_other(SoftMaskRetrieval), dict(batch))
+    assert "loss_soft" not in plain
+    masked = sound(make_other(SoftMaskRetrieval, soft_mask={"enabled": True}), dict(batch))
+    assert masked["loss_soft"] > 0
+    for name in ("loss_itc", "loss_itm"):  # the mask changes neither the draws nor the others
+        torch.testing.assert_close(masked[name], plain[name])
+    torch.testing.assert_close(
+        masked["loss"], plain["loss_itc"] + plain["loss_itm"] + masked["loss_soft"]
+    )
+    focal = make_other(SoftMaskRetrieval, itc={"gamma": 2.0})(dict(batch))
+    assert focal["loss_itc"] < plain["loss_itc"]
+    with pytest.raises(UserError, match="model.soft_mask.in_mlm is true: .* has no MLM"):
+        make_other(SoftMaskRetrieval, soft_mask={"in_mlm": True})
+
+
+# ---- two images
+
+
+def test_swapping_the_images_matters_and_each_layer_looks_at_its_own(make_other, make_batch):
+    model = make_other(SoftMaskNlvr).eval()
+    first, second = make_batch(3)["image"], make_batch(2)["image"][[0, 1, 0]]
+    text = make_batch(3)["text_input"]
+    batch = {"image0": first, "image1": second, "text_input": text, "label": torch.zeros(3)}
+    one = model.predict(dict(batch))["predictions"]
+    other = model.predict({**batch, "image0": second, "image1": first})["predictions"]
+    assert not torch.allclose(one, other)
+    layers = model.bert.fusion_layers
+    assert len(layers) == 6  # twice three
+    for a, b in zip(layers[::2], layers[1::2], strict=True):
+        assert a.crossattention.self.key.weight is b.crossattention.self.key.weight
+        assert a.crossattention.self.query.weight is not b.crossattention.self.query.weight
+    slow = model.text_encoder_m.fusion_layers
+    assert slow[0].crossattention.self.key.weight is slow[1].crossattention.self.key.weight
+
+
+def test_text_assignment_shows_each_caption_as_its_label_says(make_other, make_batch):
+    seen = []
+    for step in range(50):
+        first, second, label = assign(6, Draws(0, step))
+        own = torch.arange(6)
+        assert torch.equal(first == own, label == 0)
+        assert torch.equal(second == own, label == 1)
+        seen += label.tolist()
+    assert all(80 < seen.count(label) < 120 for label in range(3))
+    batch = make_batch(6)
+    batch.pop("image_id", None)
+    assert sound(make_other(SoftMaskNlvrPretrain), batch)["loss"] > 0
+    assert make_other(SoftMaskNlvrPretrain)(make_batch(1))["loss"].isfinite()
+
+
+# ---- questions
+
+
+def test_vqa_says_what_it_needs(make_other, make_batch):
+    model = make_other(SoftMaskVqa).eval()
+    image = make_batch(2)["image"]
+    with pytest.raises(UserError, match="gives no list of them"):
+        model.predict_answers({"image": image, "text_input": ["a", "b"]}, None)
+    with pytest.raises(UserError, match="1 questions for 2 images"):
+        model.predict_answers({"image": image, "text_input": "what is red"}, ["yes"])
+    assert model.predict_answers({"image": image[:1], "text_input": "what"}, ["yes"]) == ["yes"]
+
+
+def test_a_vqa_model_learns_its_batch(make_other, make_batch):
+    """Teaching forcing, decoding and ranking agree: what was trained is answered."""
+    model = make_other(SoftMaskVqa, use_distill=False, bert={"dropout": 0.0})
+    questions = ["what is red", "how many stars", "is there a ring", "what is small"]
+    answers = ["a circle", "a large star", "a ring", "a circle and a ring"]
+    batch = {
+        "image": make_batch(4)["image"],
+        "text_input": questions,
+        "answer": answers,
+        "n_answers": torch.ones(4, dtype=torch.long),
+        "weight": torch.ones(4),
+    }
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model.train()(batch)["loss"].backward()
+        optimizer.step()
+    assert model.eval().predict_answers(batch, answers) == answers
+
+
+# ---- what they are called with
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "softmask_retrieval",
+        "softmask_classification",
+        "softmask_nlvr",
+        "softmask_nlvr_pretrain",
+        "softmask_vqa",
+        "softmask_image_text_matching",
+        "softmask_feature_extractor",
+    ],
+)
+def test_a_tiny_type_needs_no_download(name):
+    model, images, texts = load_model_and_preprocess(name, "tiny", is_eval=True)
+    assert isinstance(model, BaseModel) and not model.training
+    assert {"eval"} <= images.keys() and {"eval"} <= texts.keys()
+
+
+def test_features_say_what_they_need(make_other):
+    model = make_other(SoftMaskFeatureExtractor)
+    with pytest.raises(UserError, match="mode is 'imag': did you mean 'image'"):
+        model.extract_features({}, "imag")
+    with pytest.raises(UserError, match=r"samples\['image'\] is missing: mode image"):
+        model.extract_features({}, "image")
+
+
+def test_a_head_that_is_none(make_other, make_batch):
+    with pytest.raises(UserError, match="match_head is 'itn': did you mean 'itm'"):
+        make_other(SoftMaskImageTextMatching)(make_batch(2), "itn")
+
+
+def test_distillation_off_leaves_no_momentum_model(make_other, make_batch):
+    model = make_other(SoftMaskClassification, use_distill=False)
+    assert not [name for name in model.state_dict() if "_m." in name]
+    sound(model, {**make_batch(3), "label": torch.tensor([0, 1, 2])})
