@@ -1,0 +1,177 @@
+"""``make tasks``: what pretraining is worth on each downstream task, on scenes, from nothing.
+
+A tiny model is pretrained; each task then fine-tunes one copy of it and one untrained model alike,
+through LAVIS's own tasks. Grounding has no training of its own: it reads the word maps of the two
+models that retrieval gave.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
+
+# isort: split
+from softmask_plugin import launch, report
+
+PROJECTS = "lavis_configs/projects/scenes"
+SMALL = ["run.max_epoch=1", "run.batch_size_train=8", "run.warmup_steps=1"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A downstream task: its data set, and where its result and its chance are read."""
+
+    name: str
+    data: str
+    metric: str
+    scale: float  # to percent
+    chance: Callable[[Any], float]
+
+
+@dataclass
+class Result:
+    """One row: metrics in percent, seconds of the fine-tuning from the pretrained model."""
+
+    task: str
+    metric: str
+    chance: float
+    scratch: float
+    pretrained: float
+    seconds: float
+
+
+def most_frequent(key: str) -> Callable[[Any], float]:
+    """Share of the most frequent truth, in percent: what a constant guess reaches."""
+
+    def chance(dataset: Any) -> float:
+        truths = Counter(str(entry[key]) for entry in dataset.annotation)
+        return 100 * truths.most_common(1)[0][1] / truths.total()
+
+    return chance
+
+
+def retrieval_chance(dataset: Any) -> float:
+    """R@1 of a random ranking, in percent."""
+    return report.retrieval_chance(dataset.img2txt)["txt_r1"]
+
+
+TASKS = (
+    Task("retrieval", "scenes_retrieval", "txt_r1", 1, retrieval_chance),
+    Task("entailment", "scenes_entailment", "acc", 100, most_frequent("label")),
+    Task("nlvr", "scenes_nlvr", "acc", 100, most_frequent("label")),
+    Task("vqa", "scenes_vqa", "agg_metrics", 1, most_frequent("answer")),
+)
+
+
+def main() -> None:
+    """Pretrain, fine-tune, evaluate; print a table and write it as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tasks", description=__doc__)
+    parser.add_argument("names", nargs="*", help="tasks; all if none")
+    parser.add_argument("--small", action="store_true", help="a few steps: a trial in a minute")
+    parser.add_argument("--pretrained", help="a checkpoint, in place of pretraining one")
+    parser.add_argument("--output", type=Path, default=Path("outputs/tasks"), help="a folder")
+    given = parser.parse_args()
+    known = [task.name for task in TASKS]
+    for name in given.names:
+        if name not in known:
+            parser.error(f"there is no task '{name}': choose from {', '.join(known)}")
+
+    began = time.perf_counter()
+    weights = given.pretrained or pretrain(given.output, given.small)
+    results = []
+    for task in TASKS:
+        if not given.names or task.name in given.names:
+            results += compare(task, weights, given.output, given.small)
+    print(table(results))
+    content = {"seconds": time.perf_counter() - began, "small": given.small}
+    content["results"] = [asdict(result) for result in results]
+    file = given.output / "tasks.json"
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(f"\n{content['seconds']:.0f} s; written: {file}")
+
+
+def pretrain(output: Path, small: bool) -> str:
+    """Pretrain the tiny model; return its last checkpoint."""
+    options = [f"run.output_dir={output / 'pretrain'}"]
+    if small:
+        options += [*SMALL, "datasets.scenes_pretrain.num.train=16"]
+    runner, _ = launch.run(f"{PROJECTS}/train/pretrain_tiny.yaml", options)
+    return str(runner.output_dir / f"checkpoint_{runner.max_epoch - 1}.pth")
+
+
+def compare(task: Task, weights: str, output: Path, small: bool) -> list[Result]:
+    """Train a task from scratch and from ``weights``; with retrieval goes grounding."""
+    runs = {
+        start: finetune(task, options, output / f"{task.name}_{start}", small)
+        for start, options in (("scratch", []), ("pretrained", [f"model.pretrained={weights}"]))
+    }
+    (_, scratch, _), (runner, metrics, seconds) = runs["scratch"], runs["pretrained"]
+    row = Result(
+        task.name,
+        task.metric,
+        task.chance(runner.dataloaders["test"].dataset),
+        task.scale * scratch[task.metric],
+        task.scale * metrics[task.metric],
+        seconds,
+    )
+    if task.name != "retrieval":
+        return [row]
+    pointing = [ground(run.output_dir, output, small) for run, _, _ in runs.values()]
+    before, after = pointing
+    rows = [
+        Result("grounding", name, after[f"{name}_chance"], before[name], after[name], 0.0)
+        for name in ("acc", "pointing")
+    ]
+    return [row, *rows]
+
+
+def finetune(
+    task: Task, options: list[str], output: Path, small: bool
+) -> tuple[Any, dict[str, float], float]:
+    """Train and test; return the runner, the test split's metrics, and the seconds it took."""
+    options = [f"run.output_dir={output}", *options]
+    if small:
+        sizes = {"train": 16, "val": 8, "test": 8}
+        options += [*SMALL, *(f"datasets.{task.data}.num.{s}={n}" for s, n in sizes.items())]
+    began = time.perf_counter()
+    runner, results = launch.run(f"{PROJECTS}/train/{task.name}_tiny.yaml", options)
+    logging.info("%s: %s", task.name, results)
+    return runner, dict(results["test"]) if results else {}, time.perf_counter() - began
+
+
+def ground(run: Path, output: Path, small: bool) -> dict[str, float]:
+    """Metrics of grounding with the best checkpoint of a run."""
+    options = [f"run.output_dir={output / 'grounding'}"]
+    options += [f"model.pretrained={run / 'checkpoint_best.pth'}"]
+    if small:
+        options += [f"datasets.scenes_grounding.num.{split}=8" for split in ("val", "test")]
+    _, results = launch.run(f"{PROJECTS}/eval/grounding_tiny.yaml", options, evaluate=True)
+    return dict(results["test"]) if results else {}
+
+
+def table(results: list[Result]) -> str:
+    """The rows as a table in Markdown."""
+    head = [
+        "",
+        "| task | metric | chance | from scratch | pretrained | seconds |",
+        "|---" * 6 + "|",
+    ]
+    rows = [
+        f"| {r.task} | {r.metric} | {r.chance:.1f} | {r.scratch:.1f} | {r.pretrained:.1f} "
+        f"| {r.seconds:.0f} |"
+        for r in results
+    ]
+    return "\n".join([*head, *rows])
+
+
+if __name__ == "__main__":
+    main()
