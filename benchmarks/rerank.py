@@ -51,7 +51,7 @@ class Rivals:
             self.model.options.image_size, texts(self.model, captions, IMAGES * PER_IMAGE)
         )
         self.ours = Reranker(self.model, RerankOptions(k_test=K))
-        self.lavis = albef_retrieval(self.model)
+        self.lavis = albef_retrieval(self.model).eval()
         # What LAVIS's function asks of its encoders, answered from memory while it is timed.
         self.image_states: list[torch.Tensor] = []
         self.text_outputs: list[Any] = []
