@@ -170,6 +170,33 @@ def test_a_head_that_is_none(make_other, make_batch):
         make_other(SoftMaskImageTextMatching)(make_batch(2), "itn")
 
 
+@pytest.mark.parametrize(
+    "cls",
+    [
+        SoftMaskRetrieval,
+        SoftMaskClassification,
+        SoftMaskNlvr,
+        SoftMaskNlvrPretrain,
+        SoftMaskVqa,
+    ],
+)
+def test_a_step_in_bf16_is_that_in_float32_but_for_rounding(make_other, make_batch, cls):
+    images = make_batch(4)["image"]
+    batch = {
+        **make_batch(4, epoch=4),
+        **{"image_id": torch.arange(4), "label": torch.tensor([0, 1, 1, 0])},
+        **{"image0": images, "image1": images.flip(0)},
+        **{"answer": ["yes", "a ring", "no", "two"], "n_answers": torch.ones(4, dtype=torch.long)},
+        "weight": torch.ones(4),
+    }
+    exact = make_other(cls).train()(dict(batch))["loss"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = make_other(cls).train()(dict(batch))["loss"]
+    rounded.backward()
+    assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, rtol=0.03, atol=0.03)
+
+
 def test_distillation_off_leaves_no_momentum_model(make_other, make_batch):
     model = make_other(SoftMaskClassification, use_distill=False)
     assert not [name for name in model.state_dict() if "_m." in name]
