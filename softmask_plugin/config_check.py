@@ -21,7 +21,8 @@ from softmask_plugin.paths import CONFIGS
 SECTIONS = ("model", "datasets", "run")
 
 # Keys of the run section that LAVIS's validator lists (with their types), those that LAVIS's
-# runners, tasks and shipped YAML files use without listing them, and those of softmask_runner.
+# runners, tasks and shipped YAML files use without listing them, those of softmask_runner, and
+# those of softmask_grounding.
 VALIDATOR = create_runner_config_validator().arguments
 UNLISTED_KEYS = (
     "amp beta2 block_num cap_max_length cap_min_length dist_backend gpu internal_bsz_fid log_freq "
@@ -30,7 +31,10 @@ UNLISTED_KEYS = (
 ).split()
 RUNNER_KEYS = "clip_grad_norm compile find_unused_parameters".split()
 RERANK_KEYS = [field.name for field in fields(RerankOptions)]
-RUN_KEYS = frozenset([*VALIDATOR, *UNLISTED_KEYS, *RUNNER_KEYS, *RERANK_KEYS])
+GROUNDING_KEYS = ["grounding_alpha"]
+RUN_KEYS = frozenset(
+    [*VALIDATOR, *UNLISTED_KEYS, *RUNNER_KEYS, *RERANK_KEYS, *GROUNDING_KEYS],
+)
 
 ALWAYS_NEEDED = "task device seed output_dir num_workers batch_size_train batch_size_eval".split()
 NEEDED_TO_TRAIN = "lr_sched init_lr min_lr weight_decay train_splits".split()
