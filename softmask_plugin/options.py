@@ -93,7 +93,8 @@ class ModelOptions:
     vit_layer_norm_epsilon: float = 1e-6
     vit_grad_ckpt: bool = False  # recompute image blocks in the backward pass: less memory
     bert: BertOptions = field(default_factory=BertOptions)
-    tokenizer: str = "bert-base-uncased"  # or "scenes", a vocab.txt, a caption file, a folder
+    tokenizer: str | None = "bert-base-uncased"  # or "scenes", a vocab.txt, a file of captions,
+    # questions or statements to make one from, a folder
     max_txt_len: int = 30  # tokens, [CLS] and [SEP] included
 
     def __post_init__(self) -> None:

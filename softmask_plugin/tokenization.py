@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import BertTokenizerFast
 
 from softmask_plugin.datasets.caption_files import read_captions
-from softmask_plugin.datasets.table_files import SUFFIXES
+from softmask_plugin.datasets.question_files import read_questions
+from softmask_plugin.datasets.table_files import SUFFIXES, one_text, read_table
 from softmask_plugin.errors import UserError
 from softmask_plugin.paths import PACKAGE
 
@@ -33,20 +34,25 @@ FUNCTION_WORDS = frozenset(
 )
 
 
-def build_tokenizer(source: str, vocab_size: int = 8192) -> BertTokenizerFast:
+def build_tokenizer(source: str | None, vocab_size: int = 8192) -> BertTokenizerFast:
     """Build a lower-casing WordPiece tokenizer.
 
     Args:
         source: ``scenes`` (the vocabulary of the rendered scenes, shipped); a ``vocab.txt``; a
-            caption file, from whose captions (in Karpathy's layout: those of the train split) a
-            vocabulary is made, the same at every call; or the name of a BERT on the Hugging Face
-            hub, or its local folder.
+            file of captions, questions or statements, from whose texts (in Karpathy's layout: those
+            of the train split) a vocabulary is made, the same at every call; or the name of a BERT
+            on the Hugging Face hub, or its local folder.
         vocab_size: largest size of a vocabulary made from captions.
 
     Raises:
-        UserError: no such file, and no such name in the hub's cache or on the hub; or a caption
-            file that cannot be used.
+        UserError: no source; no such file, and no such name in the hub's cache or on the hub; or
+            a file that cannot be used.
     """
+    if source is None:
+        raise UserError(
+            "model.tokenizer is null: name the vocabulary of the weights (vocab.txt in the folder "
+            "of their run), or the train split's file to make one from"
+        )
     path = SCENES_VOCABULARY if source == "scenes" else Path(source)
     if path.suffix == ".txt" and path.is_file():
         return BertTokenizerFast(vocab_file=str(path), do_lower_case=True)
@@ -61,8 +67,8 @@ def build_tokenizer(source: str, vocab_size: int = 8192) -> BertTokenizerFast:
         ) from error
 
 
-def _vocabulary_of(captions_file: Path, vocab_size: int) -> BertTokenizerFast:
-    captions = [c for item in read_captions(captions_file, "train") for c in item.captions]
+def _vocabulary_of(file: Path, vocab_size: int) -> BertTokenizerFast:
+    captions = _texts_of(file)
     tokenizer = BertWordPieceTokenizer(lowercase=True)
     # The trainer numbers "##x" in the order of a hash table, and breaks ties by number: given these
     # in order beforehand, it makes the same vocabulary on every rank and in every later run.
@@ -79,6 +85,29 @@ def _vocabulary_of(captions_file: Path, vocab_size: int) -> BertTokenizerFast:
     with TemporaryDirectory() as folder:
         (vocabulary,) = tokenizer.save_model(folder)
         return BertTokenizerFast(vocab_file=vocabulary, do_lower_case=True)
+
+
+def _texts_of(file: Path) -> list[str]:
+    """The captions of a file, or its questions and answers, or its statements."""
+    errors = []
+    for read in (_captions, _questions, _sentences):
+        try:
+            return read(file)
+        except UserError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _captions(file: Path) -> list[str]:
+    return [caption for item in read_captions(file, "train") for caption in item.captions]
+
+
+def _questions(file: Path) -> list[str]:
+    return [text for item in read_questions(file) for text in (item["question"], *item["answer"])]
+
+
+def _sentences(file: Path) -> list[str]:
+    return read_table(file, ["sentence"], lambda row, _: one_text(row["sentence"], "sentence"))
 
 
 @dataclass(frozen=True)

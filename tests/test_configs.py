@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from softmask_plugin import config_check, launch
 from softmask_plugin.options import read_options
 from softmask_plugin.paths import CONFIGS
+from softmask_plugin.tokenization import build_tokenizer
 
 PROJECTS = config_check.shipped_configs()
 EVERY_FILE = sorted(CONFIGS.rglob("*.yaml"))
@@ -25,8 +26,8 @@ SMALL = {
 }
 
 
-def loaded(name):
-    return launch.load_config(name, ["run.device=cpu"], evaluate="/eval/" in name)
+def loaded(name, *options):
+    return launch.load_config(name, ["run.device=cpu", *options], evaluate="/eval/" in name)
 
 
 @pytest.fixture(params=PROJECTS, ids=lambda name: name.removeprefix("lavis_configs/projects/"))
@@ -37,7 +38,6 @@ def project(request):
 def test_the_model_is_built(project):
     section = OmegaConf.to_container(project.model_cfg, resolve=True)
     cls = registry.get_model_class(section["arch"])
-    section["tokenizer"] = section.get("tokenizer") or "scenes"  # null: the user is to name one
     read_options(cls.OPTIONS, section)  # every key is the schema's, with a value that it allows
     queue = {"queue_size": 8} if "queue_size" in section else {}
     model = cls.from_config(OmegaConf.merge(section, SMALL, queue))
@@ -66,6 +66,27 @@ def test_a_data_sets_keys_are_those_of_its_builder(name):
         builder = registry.get_builder_class(data)
         known = OmegaConf.load(builder.default_config_path()).datasets[data]
         assert {*(section or {})} <= {*known, "vis_processor", "text_processor"}
+
+
+@pytest.mark.parametrize(
+    ("data", "files"),
+    [
+        ("captions_folder", "captions"),
+        ("vqa_folder", "questions"),
+        ("entailment_folder", "sentences"),
+        ("nlvr_folder", "sentences"),
+    ],
+)
+def test_a_tiny_models_vocabulary_is_made_from_your_own_file(data, files, tmp_path):
+    (name,) = [n for n in PROJECTS if f"projects/{data}/train" in n and n.endswith("_tiny.yaml")]
+    rows = "image,image0,image1,caption,question,answer,sentence,label\n"
+    rows += "a.jpg,a.jpg,b.jpg,a quokka,a quokka,a quokka,a quokka,true\n" * 3
+    (tmp_path / "train.csv").write_text(rows)
+    config = loaded(name, f"datasets.{data}.{files}.train={tmp_path / 'train.csv'}")
+    options = read_options(
+        registry.get_model_class(config.model_cfg.arch).OPTIONS, config.model_cfg
+    )
+    assert "quokka" in build_tokenizer(options.tokenizer, 100).get_vocab()
 
 
 def test_zero_shot_flickr30k_is_the_model_fine_tuned_on_coco():

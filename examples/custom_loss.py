@@ -1,0 +1,53 @@
+"""A contrastive loss of your own, by name in a YAML or an option.
+
+python examples/custom_loss.py
+
+Trains the tiny model for a few steps with it and prints the loss of each.
+"""
+
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from softmask_plugin import launch, register_loss
+from softmask_plugin.report import read_metrics
+
+YAML = "lavis_configs/projects/scenes/train/pretrain_tiny.yaml"
+
+
+@register_loss("sigmoid_itc")  # then `model: {itc: {loss: sigmoid_itc}}`
+class SigmoidITC(torch.nn.Module):
+    """Each pair on its own, match or no match, after SigLIP (arXiv 2303.15343)."""
+
+    def __init__(self, gamma: float) -> None:  # every loss is given `itc.gamma`
+        super().__init__()
+
+    def forward(
+        self, sim_i2t: Tensor, sim_t2i: Tensor, targets_i2t: Tensor, targets_t2i: Tensor
+    ) -> Tensor:
+        """Logits and target distributions are (B, B + queue); see FocalITCLoss."""
+        both = ((sim_i2t, targets_i2t), (sim_t2i, targets_t2i))
+        losses = [F.binary_cross_entropy_with_logits(sim - 10, y) for sim, y in both]
+        return sum(losses) * sim_i2t.shape[1] / 2
+
+
+def main(*options: str) -> None:
+    runner, _ = launch.run(
+        YAML,
+        [
+            "model.itc.loss=sigmoid_itc",
+            "datasets.scenes_pretrain.num.train=1280",
+            "run.max_epoch=1",
+            "run.log_freq=5",
+            "run.output_dir=outputs/custom_loss",
+            *options,
+        ],
+    )
+    for record in read_metrics(runner.output_dir):
+        print(f"step {record['step']}: loss_itc {record['loss_itc']:.3f}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
