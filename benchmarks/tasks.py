@@ -28,13 +28,15 @@ SMALL = ["run.max_epoch=1", "run.batch_size_train=8", "run.warmup_steps=1"]
 
 @dataclass(frozen=True)
 class Task:
-    """A downstream task: its data set, and where its result and its chance are read."""
+    """A downstream task: its data set, and where its result and its chance are read; ``between``: a
+    second pretraining step."""
 
     name: str
     data: str
     metric: str
     scale: float  # to percent
     chance: Callable[[Any], float]
+    between: str | None = None
 
 
 @dataclass
@@ -67,7 +69,7 @@ def retrieval_chance(dataset: Any) -> float:
 TASKS = (
     Task("retrieval", "scenes_retrieval", "txt_r1", 1, retrieval_chance),
     Task("entailment", "scenes_entailment", "acc", 100, most_frequent("label")),
-    Task("nlvr", "scenes_nlvr", "acc", 100, most_frequent("label")),
+    Task("nlvr", "scenes_nlvr", "acc", 100, most_frequent("label"), between="nlvr_pretrain"),
     Task("vqa", "scenes_vqa", "agg_metrics", 1, most_frequent("answer")),
 )
 
@@ -86,7 +88,7 @@ def main() -> None:
             parser.error(f"there is no task '{name}': choose from {', '.join(known)}")
 
     began = time.perf_counter()
-    weights = given.pretrained or pretrain(given.output, given.small)
+    weights = given.pretrained or pretrain("pretrain", [], given.output, given.small)
     results = []
     for task in TASKS:
         if not given.names or task.name in given.names:
@@ -99,17 +101,19 @@ def main() -> None:
     print(f"\n{content['seconds']:.0f} s; written: {file}")
 
 
-def pretrain(output: Path, small: bool) -> str:
-    """Pretrain the tiny model; return its last checkpoint."""
-    options = [f"run.output_dir={output / 'pretrain'}"]
+def pretrain(name: str, options: list[str], output: Path, small: bool) -> str:
+    """Pretrain a tiny model; return its last checkpoint."""
+    options = [f"run.output_dir={output / name}", *options]
     if small:
         options += [*SMALL, "datasets.scenes_pretrain.num.train=16"]
-    runner, _ = launch.run(f"{PROJECTS}/train/pretrain_tiny.yaml", options)
+    runner, _ = launch.run(f"{PROJECTS}/train/{name}_tiny.yaml", options)
     return str(runner.output_dir / f"checkpoint_{runner.max_epoch - 1}.pth")
 
 
 def compare(task: Task, weights: str, output: Path, small: bool) -> list[Result]:
     """Train a task from scratch and from ``weights``; with retrieval goes grounding."""
+    if task.between:
+        weights = pretrain(task.between, [f"model.pretrained={weights}"], output, small)
     runs = {
         start: finetune(task, options, output / f"{task.name}_{start}", small)
         for start, options in (("scratch", []), ("pretrained", [f"model.pretrained={weights}"]))
