@@ -144,7 +144,10 @@ class SoftMaskVqa(DistilledBase):
         questions = samples["text_input"]
         questions = [questions] if isinstance(questions, str) else questions
         if not answer_list:
-            raise UserError("softmask_vqa ranks answers: its data set gives no list of them")
+            raise UserError(
+                "softmask_vqa ranks answers: its data set gives no list of them; for vqa_folder "
+                "set questions.train, whose answers are taken, or answers"
+            )
         if len(questions) != len(samples["image"]):
             raise UserError(f"{len(questions)} questions for {len(samples['image'])} images")
         known = self.read_answers(answer_list)
