@@ -113,6 +113,10 @@ def test_vqa_says_what_it_needs(make_other, make_batch):
         model.predict_answers({"image": image, "text_input": ["a", "b"]}, None)
     with pytest.raises(UserError, match="1 questions for 2 images"):
         model.predict_answers({"image": image, "text_input": "what is red"}, ["yes"])
+    with pytest.raises(UserError, match="run.inference_method is 'generate': .* set it to rank"):
+        model.predict_answers(
+            {"image": image, "text_input": ["a", "b"]}, ["yes"], inference_method="generate"
+        )
     assert model.predict_answers({"image": image[:1], "text_input": "what"}, ["yes"]) == ["yes"]
 
 

@@ -126,6 +126,7 @@ class SoftMaskVqa(DistilledBase):
         samples: dict[str, Any],
         answer_list: Sequence[str],
         num_ans_candidates: int = 128,
+        inference_method: str = "rank",
         **_: Any,
     ) -> list[str]:
         """Answer questions from a list, for LAVIS's task ``vqa``.
@@ -137,12 +138,19 @@ class SoftMaskVqa(DistilledBase):
             samples: ``image`` (B, 3, H, W) and ``text_input``, a question or a list of B.
             answer_list: answers to choose from.
             num_ans_candidates: how many to compare in full.
+            inference_method: "rank"; LAVIS's other one, "generate", is for other models.
 
         Raises:
-            UserError: there is no list of answers, or not one question for each image.
+            UserError: there is no list of answers, not one question for each image, or another
+                method than ranking is asked for.
         """
         questions = samples["text_input"]
         questions = [questions] if isinstance(questions, str) else questions
+        if inference_method != "rank":
+            raise UserError(
+                f"run.inference_method is '{inference_method}': softmask_vqa ranks given answers, "
+                "set it to rank"
+            )
         if not answer_list:
             raise UserError(
                 "softmask_vqa ranks answers: its data set gives no list of them; for vqa_folder "
