@@ -1,18 +1,23 @@
-"""Which part of an image does each word mean? Draw heat maps, soft masks and match scores.
+"""Which part of an image does each word mean? Heat maps, soft masks and what they do to the match.
 
-python examples/explain_words.py [checkpoint.pth] [words.png]
+    python examples/explain_words.py [--checkpoint FILE] [--output words.png]
 
-Without a checkpoint the weights are random; `make demo` leaves a trained one in
-outputs/demo/pretrain/<run>/.
+Without a checkpoint it takes the newest that `make demo` left. Prints the probability of a match,
+and for each word of the caption that probability with the word's soft mask applied; draws the words
+that name something. A match can grow more likely under a mask: in training, masked images come with
+true captions alone (unless `model.soft_mask.negatives` is set).
 """
 
-import sys
+from __future__ import annotations
+
+import argparse
 
 import numpy as np
 
 import softmask_plugin  # noqa: F401  (first: registers the models, and makes LAVIS import)
 
 # isort: split
+from demo_checkpoint import newest_checkpoint
 from lavis.models import load_model_and_preprocess
 
 from softmask_plugin.datasets.scene_render import render
@@ -21,24 +26,34 @@ from softmask_plugin.explain import explain
 from softmask_plugin.report import word_panel
 
 
-def main(checkpoint: str | None = None, output: str = "words.png") -> None:
-    model, vis, txt = load_model_and_preprocess("softmask_pretrain", "tiny", is_eval=True)
-    if checkpoint is not None:
-        model.load_checkpoint(checkpoint)
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--output", default="words.png")
+    given = parser.parse_args()
+    checkpoint = given.checkpoint or newest_checkpoint()
 
-    (scene,) = make_scenes("test", 1, seed=0, objects=2, heldout=0.125)
+    model, vis, txt = load_model_and_preprocess(
+        "softmask_image_text_matching", "tiny", is_eval=True
+    )
+    model.load_checkpoint(checkpoint)
+
+    (scene,) = make_scenes("test", 1)
     caption = captions(scene)[0]
-    image = vis["eval"](render(scene, 240))
+    image = vis["eval"](render(scene, 60))
     (explanation,) = explain(model, image[None], [txt["eval"](caption.text)])
 
-    print(f"{explanation.caption}: match {explanation.score:.0%}")
+    print(f"{explanation.caption}: match {explanation.score:.2f}")
     for word, score in zip(explanation.words, explanation.masked_scores.tolist(), strict=True):
-        print(f"  {word:10} hidden: match {score:.0%}")
+        print(f"  {word:10} masked: match {score:.2f}")
 
+    # The same scene at more pixels, to look at; a white frame is where the named thing is
+    picture = np.asarray(render(scene, 240))
     words = [index for index, _, role in caption.boxes if role != "size"]
-    panel = word_panel(np.asarray(render(scene, 240)), explanation, words, caption.boxes)
-    panel.savefig(output)
+    panel = word_panel(picture, explanation, words, caption.boxes)
+    panel.savefig(given.output, dpi=200, bbox_inches="tight")
+    print(f"figure: {given.output}")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -1,46 +1,54 @@
 """How well does each text describe each image? Matching scores (ITM) and cosines (ITC).
 
-python examples/score_pairs.py CHECKPOINT
+    python examples/score_pairs.py [--checkpoint FILE]
 
-Prints a table of scores for three rendered scenes and their captions: the diagonal should win.
-`make demo` leaves a checkpoint in outputs/demo/pretrain/<run>/.
+Without a checkpoint it takes the newest that `make demo` left. Prints three captions and, for each
+of the three scenes they belong to, its scores with all of them: the diagonal should win.
 """
 
-import sys
+from __future__ import annotations
 
-import torch
+import argparse
 
 import softmask_plugin  # noqa: F401  (first: registers the models, and makes LAVIS import)
 
 # isort: split
+import torch
+from demo_checkpoint import newest_checkpoint
 from lavis.models import load_model_and_preprocess
 
 from softmask_plugin.datasets.scene_render import render
 from softmask_plugin.datasets.scenes import captions, make_scenes
 
 
-def main(checkpoint: str) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--checkpoint")
+    given = parser.parse_args()
+    checkpoint = given.checkpoint or newest_checkpoint()
+
     model, vis, txt = load_model_and_preprocess(
         "softmask_image_text_matching", "tiny", is_eval=True
     )
     model.load_checkpoint(checkpoint)
 
-    scenes = make_scenes("test", 3, seed=0, objects=2, heldout=0.125)
+    scenes = make_scenes("test", 3)
     images = torch.stack([vis["eval"](render(scene, 60)) for scene in scenes])
     texts = [txt["eval"](captions(scene)[0].text) for scene in scenes]
 
     with torch.no_grad():
         cosines = model({"image": images, "text_input": texts}, match_head="itc")
-        # Every image with every text: pair i of the batch is (image i, text i)
-        pairs = {"image": images.repeat_interleave(len(texts), dim=0), "text_input": texts * 3}
+        # ITM reads pairs: item i of the batch is image i with text i. Here: each image, each text.
+        pairs = {"image": images.repeat_interleave(3, dim=0), "text_input": texts * 3}
         matches = model(pairs, match_head="itm").softmax(dim=1)[:, 1].view(3, 3)
 
     for j, text in enumerate(texts):
         print(f"text {j}: {text}")
+    print("match (cosine)" + "".join(f"{f'text {j}':>15}" for j in range(3)))
     for i in range(3):
-        row = [f"{m:.2f} ({c:+.2f})" for m, c in zip(matches[i], cosines[i], strict=True)]
-        print(f"image {i}: match (cosine) with text 0, 1, 2: {', '.join(row)}")
+        cells = [f"{m:.2f} ({c:+.2f})" for m, c in zip(matches[i], cosines[i], strict=True)]
+        print(f"image {i}       " + "".join(f"{cell:>15}" for cell in cells))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -1,55 +1,72 @@
 """Search a folder of images by text: features of all images once, then one product per query.
 
-python examples/search_folder.py CHECKPOINT "a red circle above a blue star" [FOLDER]
+    python examples/search_folder.py [--images FOLDER] [--query "a red circle"] [--checkpoint FILE]
 
-Prints the five most similar images. Without a folder it searches 200 rendered scenes, which it
-saves to outputs/scenes_images. `make demo` leaves a checkpoint in outputs/demo/pretrain/<run>/.
+Without a folder it searches 200 rendered scenes, whose files are named by what they show; without a
+checkpoint it takes the newest that `make demo` left. Prints the five most similar images with their
+cosines, best first.
 """
 
+from __future__ import annotations
+
+import argparse
 import sys
 from pathlib import Path
-
-import torch
-from PIL import Image
+from tempfile import TemporaryDirectory
 
 import softmask_plugin  # noqa: F401  (first: registers the models, and makes LAVIS import)
 
 # isort: split
+import torch
+from demo_checkpoint import newest_checkpoint
 from lavis.models import load_model_and_preprocess
 
+from softmask_plugin.datasets.images import open_rgb
 from softmask_plugin.datasets.scene_render import render
 from softmask_plugin.datasets.scenes import captions, make_scenes
 
 
-def main(checkpoint: str, query: str, folder: str = "outputs/scenes_images") -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--images", type=Path)
+    parser.add_argument("--query", default="a red circle above a blue star")
+    parser.add_argument("--checkpoint")
+    given = parser.parse_args()
+    checkpoint = given.checkpoint or newest_checkpoint()
+
+    if given.images is not None:
+        search(given.images, given.query, checkpoint)
+    else:
+        with TemporaryDirectory() as folder:
+            save_scenes(Path(folder))
+            search(Path(folder), given.query, checkpoint)
+
+
+def search(folder: Path, query: str, checkpoint: str) -> None:
     model, vis, txt = load_model_and_preprocess("softmask_feature_extractor", "tiny", is_eval=True)
     model.load_checkpoint(checkpoint)
-    if len(sys.argv) < 4:
-        save_scenes(Path(folder))
 
-    files = sorted(p for p in Path(folder).iterdir() if p.suffix in (".jpg", ".jpeg", ".png"))
-    images = [vis["eval"](Image.open(file).convert("RGB")) for file in files]
-    features = torch.cat(
-        [
-            model.extract_features({"image": batch}, mode="image").image_embeds_proj[:, 0]
-            for batch in torch.stack(images).split(64)
-        ]
-    )
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    if not files:
+        sys.exit(f"no .jpg, .jpeg or .png in {folder}")
+    batches = [files[i : i + 64] for i in range(0, len(files), 64)]
+    features = []
+    for batch in batches:
+        images = torch.stack([vis["eval"](open_rgb(file)) for file in batch])
+        extracted = model.extract_features({"image": images}, mode="image")
+        features.append(extracted.image_embeds_proj[:, 0])  # unit vectors of [CLS]
     text = model.extract_features({"text_input": [txt["eval"](query)]}, mode="text")
-    similarity = features @ text.text_embeds_proj[0, 0]  # unit vectors of the two [CLS]
+    cosines = torch.cat(features) @ text.text_embeds_proj[0, 0]
 
-    best = similarity.topk(min(5, len(files)))
-    for score, i in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-        print(f"{score:+.3f}  {files[i]}")
+    best = cosines.topk(min(5, len(files)))
+    for cosine, i in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+        print(f"{cosine:+.3f}  {files[i].name}")
 
 
 def save_scenes(folder: Path) -> None:
-    """Render some scenes, named by what they show."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for scene in make_scenes("test", 200, seed=0, objects=2, heldout=0.125):
-        name = captions(scene)[0].text.replace(" ", "_")
-        render(scene, 60).save(folder / f"{name}.png")
+    for scene in make_scenes("test", 200):
+        render(scene, 60).save(folder / f"{captions(scene)[0].text}.png")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
