@@ -69,16 +69,19 @@ def test_a_data_sets_keys_are_those_of_its_builder(name):
 
 
 @pytest.mark.parametrize(
-    ("data", "files"),
+    ("data", "first", "files"),
     [
-        ("captions_folder", "captions"),
-        ("vqa_folder", "questions"),
-        ("entailment_folder", "sentences"),
-        ("nlvr_folder", "sentences"),
+        ("captions_folder", "pretrain", "captions"),
+        ("captions_folder", "retrieval", "captions"),
+        ("vqa_folder", "vqa_folder", "questions"),
+        ("entailment_folder", "entailment_folder", "sentences"),
+        ("nlvr_folder", "nlvr_folder", "sentences"),
     ],
 )
-def test_a_tiny_models_vocabulary_is_made_from_your_own_file(data, files, tmp_path):
-    (name,) = [n for n in PROJECTS if f"projects/{data}/train" in n and n.endswith("_tiny.yaml")]
+def test_a_tiny_models_vocabulary_is_made_from_your_own_file(data, first, files, tmp_path):
+    (name,) = [
+        n for n in PROJECTS if f"projects/{data}/train" in n and n.endswith(f"{first}_tiny.yaml")
+    ]
     rows = "image,image0,image1,caption,question,answer,sentence,label\n"
     rows += "a.jpg,a.jpg,b.jpg,a quokka,a quokka,a quokka,a quokka,true\n" * 3
     (tmp_path / "train.csv").write_text(rows)

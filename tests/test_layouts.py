@@ -159,6 +159,7 @@ def test_a_head_of_another_size_is_named(make_other, tmp_path, caplog):
     model = make_other(SoftMaskClassification, **SHAPE)
     line = load(model, donor.state_dict(), tmp_path, caplog)
     assert counted(line, "other shape") == {"cls_head": 2, "cls_head_m": 2}
+    assert [r.levelname for r in caplog.records if "other shape" in r.getMessage()] == ["WARNING"]
 
 
 def test_a_pickled_object_needs_trust(make_other, tmp_path):

@@ -27,7 +27,8 @@ def load(model: SoftMaskBase, url_or_filename: str, trusted: bool = False) -> No
     """Load a checkpoint of this plugin, of LAVIS's ALBEF or of the original ALBEF.
 
     Position embeddings are interpolated to the model's image size. Momentum encoders that the
-    checkpoint lacks start from its online encoders. What did not match is logged in one line.
+    checkpoint lacks start from its online encoders. What did not match is logged in one line, a
+    warning where tensors have another shape.
 
     Args:
         model: the model.
@@ -53,13 +54,15 @@ def load(model: SoftMaskBase, url_or_filename: str, trusted: bool = False) -> No
             f"{url_or_filename} has no tensor that fits this model: is it a checkpoint?"
         )
     model.load_state_dict(fitting, strict=False)
-    logging.info(
+    other = (state.keys() & own.keys()) - fitting.keys()
+    logging.log(
+        logging.WARNING if other else logging.INFO,
         "loaded %d of %d tensors from %s%s%s%s",
         len(fitting),
         len(own),
         url_or_filename,
         _listed("; left as they were: ", own.keys() - fitting.keys()),
-        _listed("; other shape: ", (state.keys() & own.keys()) - fitting.keys()),
+        _listed("; other shape: ", other),
         _listed("; not used: ", state.keys() - own.keys()),
     )
 
