@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shutil
+import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from huggingface_hub import try_to_load_from_cache
 from softmask_plugin import stack
 from softmask_plugin.paths import CONFIGS
 
-KINDS = ("model", "processor", "builder", "runner", "lr_scheduler")
+KINDS = ("model", "processor", "builder", "task", "runner", "lr_scheduler")
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,10 @@ def _text(findings: list[Finding]) -> str:
             section = finding.section
             lines += ["", section]
         mark = "!" if finding.advice else " "
-        lines.append(f"{mark} {finding.name:<{width}}  {finding.value}")
+        first, indent = f"{mark} {finding.name:<{width}}  ", " " * (width + 4)
+        lines += textwrap.wrap(
+            finding.value, 100, initial_indent=first, subsequent_indent=indent
+        ) or [first]
     advice = [finding.advice for finding in findings if finding.advice]
     lines += ["", "What to do" if advice else "All is well."]
     lines += [f"! {text}" for text in advice]

@@ -156,6 +156,7 @@ def test_a_gallery_smaller_than_k_is_said(make_model, gallery, caplog):
     ("option", "message"),
     [
         ({"k_test": 0}, "k_test"),
+        ({"k_test": 2.5}, "k_test is 2.5: it must be a whole number"),
         ({"rerank_scoring": "itc"}, "rerank_scoring"),
         ({"rerank_memory": 0}, "rerank_memory"),
     ],

@@ -47,10 +47,13 @@ class RerankOptions:
         if self.rerank_scoring not in SCORINGS:
             hint = suggest(str(self.rerank_scoring), SCORINGS)
             raise UserError(f"run.rerank_scoring is '{self.rerank_scoring}': {hint}")
-        for key in ("k_test", "rerank_memory"):
+        for key, kinds, noun in (
+            ("k_test", int, "a whole number"),
+            ("rerank_memory", (int, float), "a number"),
+        ):
             value = getattr(self, key)
-            if not isinstance(value, (int, float)) or not value > 0:
-                raise UserError(f"run.{key} is {value}: it must be a number above 0")
+            if not isinstance(value, kinds) or not value > 0:
+                raise UserError(f"run.{key} is {value}: it must be {noun} above 0")
 
     @classmethod
     def of(cls, run: Any) -> RerankOptions:
