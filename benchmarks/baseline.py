@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -28,78 +29,50 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 def albef_pretrain(model: Any) -> AlbefPretrain:
-    """LAVIS's ``albef_pretrain`` with the weights and the tokenizer of a ``softmask_pretrain``."""
-    option = model.options
-    with tokenizer_of(model):
-        twin = AlbefPretrain(
-            *encoders(model, BertForMaskedLM),
-            queue_size=option.queue_size,
-            embed_dim=option.embed_dim,
-            mlm_mask_prob=option.text.mask_prob,
-            temp=option.temp,
-            momentum=option.momentum,
-            alpha=option.alpha,
-            max_txt_len=option.max_txt_len,
-        )
-    return same_weights(twin, model)
+    """LAVIS's ``albef_pretrain`` with the weights of a ``softmask_pretrain``."""
+    return twin(AlbefPretrain, model, BertForMaskedLM, mlm_mask_prob=model.options.text.mask_prob)
 
 
 def albef_retrieval(model: Any) -> AlbefRetrieval:
-    """LAVIS's ``albef_retrieval`` with the weights of a model with features and a matching head,
-    and its settings, where it has any for training."""
-    option = vars(model.options)
-    settings = ("queue_size", "embed_dim", "temp", "momentum", "alpha", "max_txt_len")
-    with tokenizer_of(model):
-        twin = AlbefRetrieval(
-            *encoders(model, XBertEncoder),
-            **{"queue_size": 0, **{key: option[key] for key in settings if key in option}},
-        )
-    return same_weights(twin, model)
+    """LAVIS's ``albef_retrieval`` with the weights of a model with features and a matching head."""
+    return twin(AlbefRetrieval, model, XBertEncoder, queue_size=0)
 
 
-def albef_classification(model: Any, cls: Any = AlbefClassification, encoder: Any = XBertEncoder):
+def albef_classification(model: Any) -> AlbefClassification:
     """LAVIS's ``albef_classification`` with the weights of a ``softmask_classification``."""
-    option = model.options
-    with tokenizer_of(model):
-        twin = cls(
-            *encoders(model, encoder),
-            num_classes=option.num_classes,
-            momentum=option.momentum,
-            alpha=option.alpha,
-            use_distill=option.use_distill,
-            max_txt_len=option.max_txt_len,
-        )
-    return same_weights(twin, model)
+    return twin(AlbefClassification, model, XBertEncoder)
 
 
 def albef_nlvr(model: Any) -> AlbefNLVR:
     """LAVIS's ``albef_nlvr`` with the weights of a ``softmask_nlvr`` of six fusion layers."""
-    return albef_classification(model, AlbefNLVR, BertModel)
+    return twin(AlbefNLVR, model, BertModel)
 
 
 def albef_vqa(model: Any) -> AlbefVQA:
     """LAVIS's ``albef_vqa`` with the weights of a ``softmask_vqa``."""
-    option = model.options
-    with tokenizer_of(model):
-        twin = AlbefVQA(
-            *encoders(model, XBertEncoder),
-            BertLMHeadModel(bert_config(model.text_decoder.shape)),
-            use_distill=option.use_distill,
-            momentum=option.momentum,
-            alpha=option.alpha,
-            max_txt_len=option.max_txt_len,
-        )
-    return same_weights(twin, model)
+    decoder = BertLMHeadModel(bert_config(model.text_decoder.shape))
+    return twin(AlbefVQA, model, XBertEncoder, text_decoder=decoder)
 
 
 def albef_feature_extractor(model: Any) -> AlbefFeatureExtractor:
     """LAVIS's ``albef_feature_extractor`` with the weights of a ``softmask_feature_extractor``."""
-    option = model.options
+    return twin(AlbefFeatureExtractor, model, BertForMaskedLM)
+
+
+def twin(cls: Callable[..., Model], model: Any, text: Any, **given: Any) -> Model:
+    """LAVIS's class ``cls`` with the model's shape, tokenizer, weights and settings.
+
+    Args:
+        cls: a class of LAVIS's ALBEF.
+        model: ours.
+        text: LAVIS's class of the text encoder.
+        given: arguments that the model's options do not name; those that they name go first.
+    """
+    takes, option = inspect.signature(cls).parameters, vars(model.options)
+    settings = {key: option[key] for key in takes if key in option}
     with tokenizer_of(model):
-        twin = AlbefFeatureExtractor(
-            *encoders(model, BertForMaskedLM), option.embed_dim, option.max_txt_len
-        )
-    return same_weights(twin, model)
+        made = cls(*encoders(model, text), **{**given, **settings})
+    return same_weights(made, model)
 
 
 def encoders(model: Any, text: Any) -> tuple[VisionTransformerEncoder, torch.nn.Module]:
@@ -136,16 +109,16 @@ def bert_config(shape: BertShape) -> BertConfig:
     )
 
 
-def same_weights(twin: Model, model: Any) -> Model:
+def same_weights(made: Model, model: Any) -> Model:
     """Copy the model's weights to LAVIS's class, which must have a place for each of its own."""
-    own = twin.state_dict()
+    own = made.state_dict()
     state = adapt(model.state_dict(), own, model.bert.shape.fusion_layer)
     known = {key.replace("_m.", ".", 1) for key in state}
     fixed = {key for key in own if key.endswith(("position_ids", "_queue", "queue_ptr"))}
     if missing := {key for key in own if key.replace("_m.", ".", 1) not in known} - fixed:
         raise KeyError(f"LAVIS's model has tensors that ours lacks: {sorted(missing)}")
-    twin.load_state_dict({key: state[key] for key in own.keys() & state.keys()}, strict=False)
-    return twin
+    made.load_state_dict({key: state[key] for key in own.keys() & state.keys()}, strict=False)
+    return made
 
 
 @contextmanager

@@ -11,7 +11,6 @@ import argparse
 import json
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,8 +54,7 @@ def most_frequent(key: str) -> Callable[[Any], float]:
     """Share of the most frequent truth, in percent: what a constant guess reaches."""
 
     def chance(dataset: Any) -> float:
-        truths = Counter(str(entry[key]) for entry in dataset.annotation)
-        return 100 * truths.most_common(1)[0][1] / truths.total()
+        return report.constant_guess(str(entry[key]) for entry in dataset.annotation)
 
     return chance
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +57,7 @@ def chance(task: str, dataset: Any, metrics: dict[str, float]) -> float:
     if task == "grounding":
         return metrics["acc_chance"]
     truth = "answer" if task == "vqa" else "label"
-    truths = Counter(str(item[truth]) for item in dataset.annotation)
-    return 100 * truths.most_common(1)[0][1] / truths.total()
+    return report.constant_guess(str(item[truth]) for item in dataset.annotation)
 
 
 if __name__ == "__main__":

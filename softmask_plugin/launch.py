@@ -123,14 +123,13 @@ def init_distributed(run_cfg: DictConfig) -> None:
 
 
 def leave_distributed() -> None:
-    """Leave the process group, if there is one; to be called once the caller has let its runner go.
+    """Leave the process group; to be called once the caller has let its runner go.
 
     A runner awaiting garbage collection still holds the group, and gloo's threads, which end with
     the group, abort the process if they free a tensor while the interpreter exits (torch 2.13).
     """
-    if dist.is_initialized():
-        gc.collect()
-        dist.destroy_process_group()
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def make_job_id() -> str:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from softmask_plugin.errors import UserError
 from softmask_plugin.report import (
+    constant_guess,
     loss_curves,
     pointing_game,
     read_metrics,
@@ -298,3 +299,8 @@ class TestPage:
         parts |= {"metrics": {}, "records": [], "panels": []}
         page = Page(write_report(tmp_path / "report.html", **parts).read_text())
         assert page.tags.count("h2") == 1 and "svg" not in page.tags and "table" not in page.tags
+
+
+def test_a_constant_guess_is_right_as_often_as_the_most_frequent_truth():
+    assert constant_guess(iter(["no", "yes", "no", "2"])) == 50.0
+    assert constant_guess([1]) == 100.0

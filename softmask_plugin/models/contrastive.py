@@ -88,7 +88,7 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
 
     def _encode(self, images: Tensor, ids: Tensor, layout: Layout, suffix: str) -> Features:
         names = ("visual_encoder", "text_encoder", "vision_proj", "text_proj")
-        vision, text_encoder, vision_proj, text_proj = (getattr(self, n + suffix) for n in names)
+        vision, text_encoder, vision_proj, text_proj = (self.part(name, suffix) for name in names)
         image, text = vision(images), bert_of(text_encoder).encode(ids, layout)
         image_feat = F.normalize(vision_proj(image[:, 0]).float(), dim=-1)
         text_feat = F.normalize(text_proj(text.cls[: len(images)]).float(), dim=-1)

@@ -28,6 +28,10 @@ class MomentumDistillation(SoftMaskBase):
             name for name, _ in self.named_buffers(remove_duplicate=False)
         ]
 
+    def part(self, name: str, suffix: str) -> nn.Module:
+        """A module, or with "_m" its momentum copy."""
+        return getattr(self, name + suffix)
+
     def load_encoders(self) -> None:
         """As the base class does; the momentum encoders then start as copies."""
         super().load_encoders()
@@ -80,7 +84,3 @@ class DistilledBase(MomentumDistillation):
         states = self.part("visual_encoder", suffix)(images)
         memory = bert.remember(*states.split(len(ids)))
         return bert.fuse(bert.encode(ids, layout), memory, wanted=wanted)
-
-    def part(self, name: str, suffix: str) -> nn.Module:
-        """A module, or with "_m" its momentum copy."""
-        return getattr(self, name + suffix)

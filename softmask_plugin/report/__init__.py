@@ -1,11 +1,12 @@
 """A run as one page to look at: curves, recalls against chance, and where each word looks."""
 
+from softmask_plugin.pointing import pointing_game, swapped
 from softmask_plugin.report.figures import loss_curves, word_panel
 from softmask_plugin.report.page import write_report
-from softmask_plugin.report.pointing import pointing_game, swapped
-from softmask_plugin.report.records import read_metrics, retrieval_chance
+from softmask_plugin.report.records import constant_guess, read_metrics, retrieval_chance
 
 __all__ = [
+    "constant_guess",
     "loss_curves",
     "pointing_game",
     "read_metrics",

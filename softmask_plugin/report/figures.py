@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from softmask_plugin.report.pointing import Box
+from softmask_plugin.pointing import Box
 
 if TYPE_CHECKING:
     from softmask_plugin.explain import Explanation

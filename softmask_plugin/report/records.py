@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -61,3 +62,9 @@ def retrieval_chance(
         chance[f"txt_r{k}"] = 100 * (1 - missed)
         chance[f"img_r{k}"] = 100 * min(k, images) / images
     return chance
+
+
+def constant_guess(truths: Iterable[Any]) -> float:
+    """Share of the most frequent truth, in percent: what always giving the same answer scores."""
+    counts = Counter(truths)
+    return 100 * counts.most_common(1)[0][1] / counts.total()

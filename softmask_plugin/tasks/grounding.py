@@ -21,8 +21,8 @@ from torchvision.ops.boxes import box_iou
 
 from softmask_plugin.errors import UserError
 from softmask_plugin.models.aligned import AlignedBase
+from softmask_plugin.pointing import Box, energy_inside, hits
 from softmask_plugin.registry import register
-from softmask_plugin.report.pointing import Box, energy_inside, hits
 from softmask_plugin.word_maps import phrase_maps, word_maps
 
 NEEDED = ("box", "boxes", "group")  # of each entry of a data set's `annotation`
