@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from lavis.common.dist_utils import get_rank, get_world_size
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from softmask_plugin.errors import UserError
+from softmask_plugin.fixed_draws import fixed_draws
 
 Collate = Callable[[list[Any]], Any]
 
@@ -33,7 +31,7 @@ class SeededItems(Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
-        with _fixed_draws((self.seed, *key)):
+        with fixed_draws(self.seed, *key):
             return self.dataset[key[1]]
 
 
@@ -94,16 +92,3 @@ def eval_loader(
         pin_memory=pin_memory,
         generator=torch.Generator(),  # evaluation must not move the training's random numbers
     )
-
-
-@contextmanager
-def _fixed_draws(key: tuple[int, ...]) -> Iterator[None]:
-    state = torch.get_rng_state()
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would re-seed the GPU as well
-    np.random.seed(seed)
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
