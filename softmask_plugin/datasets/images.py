@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from softmask_plugin.errors import UserError
 
@@ -18,22 +19,28 @@ class UnreadableImageError(UserError):
     """An image file that cannot be decoded; the message is its path and the reason."""
 
 
-def open_rgb(path: str | Path, min_side: int | None = None) -> Image.Image:
+def open_rgb(
+    path: str | Path, min_side: int | None = None, data: bytes | None = None
+) -> Image.Image:
     """Decode an image file, upright (EXIF orientation applied), as 8-bit RGB.
 
     Args:
         path: the file.
         min_side: let a JPEG be decoded at 1/2, 1/4 or 1/8 of its size (several times as fast) as
             long as no side gets shorter than this, pixels. None: full size.
+        data: what the file holds, if it was read before (out of an archive, say); ``path`` then
+            only names it in messages.
 
     Raises:
         UnreadableImageError: the file is missing, truncated, too large or no image.
     """
     try:
-        with _whole_files_only(), Image.open(path) as image:
+        with _whole_files_only(), Image.open(path if data is None else BytesIO(data)) as image:
             if min_side is not None:
                 image.draft(None, (min_side, min_side))
             return to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as error:  # whose own message may hold an address in memory
+        raise UnreadableImageError(f"{path}: no image of a known format") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise UnreadableImageError(f"{path}: {str(error) or type(error).__name__}") from error
 
