@@ -192,9 +192,14 @@ def _without(names: Iterable[str], annotation: Annotation) -> Annotation:
 
 def _listing(folder: Path) -> set[str]:
     try:
-        return set(os.listdir(folder))
+        with os.scandir(folder) as entries:  # a pipe or a folder is no image; opening one may hang
+            return {entry.name for entry in entries if entry.is_symlink() or _is_file(entry)}
     except (OSError, ValueError):  # no such folder, or a name that none can have
         return set()
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    return entry.is_file(follow_symlinks=False)
 
 
 def _readable(root: Path, annotation: Annotation, skipped: SkipLog, split: str) -> Annotation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 
@@ -11,6 +12,13 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from softmask_plugin.errors import UserError
+
+# More than this is refused before it is decoded: Pillow merely warns here, up to twice as many.
+MAX_PIXELS = 89_478_485
+
+# Formats of photographs and graphics. Others need not be read, and Pillow hands EPS, which is a
+# program, to Ghostscript.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 _ALPHA_MODES = ("RGBA", "RGBa", "LA", "PA")
 
@@ -32,7 +40,8 @@ def open_rgb(
             only names it in messages.
 
     Raises:
-        UnreadableImageError: the file is missing, truncated, too large or no image.
+        UnreadableImageError: the file is missing or truncated, has more than ``MAX_PIXELS``, or is
+            no image of one of the ``FORMATS``.
     """
     try:
         with _whole_files_only(), Image.open(path if data is None else BytesIO(data)) as image:
@@ -43,6 +52,21 @@ def open_rgb(
         raise UnreadableImageError(f"{path}: no image of a known format") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise UnreadableImageError(f"{path}: {str(error) or type(error).__name__}") from error
+
+
+@cache
+def _known_formats() -> list[str]:
+    """Those of ``FORMATS`` that this Pillow was built with."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _check_size(image: Image.Image) -> None:
+    pixels = image.width * image.height
+    if not 0 < pixels <= MAX_PIXELS:
+        raise ValueError(
+            f"{image.width} x {image.height} pixels: it must have 1 to {MAX_PIXELS:,} of them"
+        )
 
 
 @contextmanager
@@ -63,6 +87,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     divided by the smallest of 1 (F only), 255 and 65,535 that bounds them, and stretched from
     their minimum to their maximum where none does or a value is negative.
     """
+    if image.mode == "La":  # Pillow converts it to nothing else
+        image = image.convert("LA")
     if image.mode.startswith("I;16"):
         image = _eight_bits(np.asarray(image, dtype=np.float64) / 65535)
     elif image.mode in ("I", "F"):
