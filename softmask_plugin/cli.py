@@ -16,6 +16,7 @@ EXAMPLES = """\
 examples:
   softmask demo                        train a tiny model on rendered scenes, write a report
   softmask configs                     list the YAML files that come with the plugin
+  softmask shards --captions train.json --images photos --out shards
   softmask train --cfg-path my.yaml --options run.max_epoch=5 model.model_type=tiny
   softmask evaluate --cfg-path my.yaml --options model.pretrained=outputs/.../checkpoint_best.pth
   torchrun --nproc_per_node=8 -m softmask_plugin.train --cfg-path my.yaml
@@ -76,6 +77,22 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_doctor)
 
+    text = "pack a folder of images and a file of captions into WebDataset shards, to stream them"
+    command = commands.add_parser("shards", help=text, description=text)
+    command.add_argument("--captions", required=True, metavar="FILE", help="JSON, JSONL, CSV, ...")
+    command.add_argument("--images", required=True, metavar="FOLDER", help="where names start from")
+    command.add_argument("--out", required=True, metavar="FOLDER", help="a new folder")
+    command.add_argument(
+        "--per-shard", type=int, default=1000, help="images per shard, default: %(default)s"
+    )
+    command.add_argument("--seed", type=int, default=42, help="of the order, default: %(default)s")
+    command.set_defaults(run=_shards)
+
+    text = "repeat a step that stopped a run, and say where its numbers went bad"
+    command = commands.add_parser("replay", help=text, description=text)
+    command.add_argument("file", help="bad_step_<step>_rank<n>.pth of a run's folder")
+    command.set_defaults(run=_replay)
+
     text = "list the YAML files that come with the plugin"
     command = commands.add_parser("configs", help=text, description=text)
     command.set_defaults(run=_configs)
@@ -126,6 +143,21 @@ def _doctor(args: argparse.Namespace) -> int:
     from softmask_plugin import doctor
 
     return doctor.main(as_json=args.json)
+
+
+def _shards(args: argparse.Namespace) -> int:
+    from softmask_plugin.datasets.pack_shards import pack_shards
+
+    counts = pack_shards(args.captions, args.images, args.out, args.per_shard, args.seed)
+    print(f"{sum(counts.values())} images in {len(counts)} shards: {args.out}")
+    return 0
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from softmask_plugin.runners.replay import replay
+
+    print("\n".join(replay(args.file)))
+    return 0
 
 
 def _configs(args: argparse.Namespace) -> int:

@@ -1,5 +1,6 @@
 """Data sets; importing this registers their builders with LAVIS."""
 
+from softmask_plugin.datasets.caption_shards import CaptionShardsBuilder
 from softmask_plugin.datasets.captions_folder import CaptionsFolderBuilder
 from softmask_plugin.datasets.entailment_folder import EntailmentFolderBuilder
 from softmask_plugin.datasets.nlvr_folder import NLVRFolderBuilder
@@ -14,6 +15,7 @@ from softmask_plugin.datasets.scene_task_builders import (
 from softmask_plugin.datasets.vqa_folder import VQAFolderBuilder
 
 __all__ = [
+    "CaptionShardsBuilder",
     "CaptionsFolderBuilder",
     "EntailmentFolderBuilder",
     "NLVRFolderBuilder",
