@@ -44,7 +44,9 @@ def open_rgb(
             no image of one of the ``FORMATS``.
     """
     try:
-        with _whole_files_only(), Image.open(path if data is None else BytesIO(data)) as image:
+        source = path if data is None else BytesIO(data)
+        with _whole_files_only(), Image.open(source, formats=_known_formats()) as image:
+            _check_size(image)
             if min_side is not None:
                 image.draft(None, (min_side, min_side))
             return to_rgb(ImageOps.exif_transpose(image))
