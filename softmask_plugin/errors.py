@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+import torch
+from torch import Tensor
+
 
 class UserError(Exception):
     """Something the user can mend. The command line prints its message without a traceback."""
@@ -23,3 +26,17 @@ def suggest(name: str, choices: Iterable[str], limit: int = 3) -> str:
     if close:
         return "did you mean " + " or ".join(f"'{c}'" for c in close) + "?"
     return "choose from " + ", ".join(f"'{n}'" for n in names) if names else "none is available"
+
+
+def require_finite_scores(what: str, *scores: Tensor) -> None:
+    """Raise UserError where a score is NaN or infinite: it would still be ranked and counted.
+
+    Args:
+        what: how the message calls one of them, as in "a retrieval score".
+        scores: of any shapes.
+    """
+    if not all(bool(torch.isfinite(values).all()) for values in scores):
+        raise UserError(
+            f"{what} is NaN or infinite, so no result can be told from it: the weights are broken "
+            "or the images are; try another checkpoint"
+        )

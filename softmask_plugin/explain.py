@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from softmask_plugin.errors import require_finite_scores
 from softmask_plugin.nn.image_memory import View
 from softmask_plugin.soft_mask import keep_factors, normalize
 from softmask_plugin.word_maps import Pairs, map_words
@@ -47,6 +48,9 @@ def explain(model: AlignedBase, images: Tensor, captions: list[str]) -> list[Exp
 
     Returns:
         One explanation per pair, on the CPU.
+
+    Raises:
+        UserError: a map or a score is NaN or infinite.
     """
     was_training = model.training
     model.eval()
@@ -69,6 +73,7 @@ def _explain_one(model: AlignedBase, image: Tensor, caption: str) -> Explanation
         view, copies = View(images=same, keep=keep_factors(masks)), pairs.text.take(same, trim=True)
         hidden = model.bert.fuse(copies, pairs.memory, (view,), copies.layout.cls_only)
         masked_scores = model.match(hidden.cls).float().softmax(dim=-1)[:, 1]
+    require_finite_scores("a heat map or its score", cams, found.score, masked_scores)
     ids, word_ids = pairs.captions.ids[0].tolist(), pairs.captions.words[0].tolist()
     return Explanation(
         caption=caption,

@@ -332,7 +332,7 @@ def test_a_constant_map_scores_chance(model, images, folders):
 @torch.no_grad()
 def test_broken_weights_are_an_error(model, dataset):
     model.itm_head.weight.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="NaN"):
+    with pytest.raises(UserError, match="a heat map is NaN or infinite"):
         evaluate(task_of(), model, dataset)
 
 

@@ -114,7 +114,7 @@ def test_broken_weights_are_an_error_and_no_score(make_model, gallery, where, va
     model = make_model().eval()
     with torch.no_grad():
         model.get_parameter(where).fill_(value)
-    with pytest.raises(FloatingPointError, match="weights are broken"):
+    with pytest.raises(UserError, match="a retrieval score is NaN or infinite"):
         ours(model, gallery, 3)
 
 
@@ -156,9 +156,11 @@ def test_a_gallery_smaller_than_k_is_said(make_model, gallery, caplog):
     ("option", "message"),
     [
         ({"k_test": 0}, "k_test"),
+        ({"k_test": True}, "k_test is True: it must be a whole number"),
         ({"k_test": 2.5}, "k_test is 2.5: it must be a whole number"),
         ({"rerank_scoring": "itc"}, "rerank_scoring"),
         ({"rerank_memory": 0}, "rerank_memory"),
+        ({"rerank_memory": float("inf")}, "rerank_memory is inf: it must be a number above 0"),
     ],
 )
 def test_a_wrong_option_is_named(option, message):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from softmask_plugin.errors import require_finite_scores
 from softmask_plugin.losses import distilled_cross_entropy
 from softmask_plugin.models.distillation import DistilledBase
 from softmask_plugin.nn.tokens import Layout
@@ -64,8 +65,13 @@ class SoftMaskClassification(DistilledBase):
     @torch.no_grad()
     def predict(self, samples: dict[str, Any]) -> dict[str, Tensor]:
         """Logits (B, classes) as ``predictions`` and labels as ``targets``, for LAVIS's task
-        ``multimodal_classification``."""
+        ``multimodal_classification``.
+
+        Raises:
+            UserError: a logit is NaN or infinite.
+        """
         logits = self.logits(self.images(samples), self.read(samples["text_input"]))
+        require_finite_scores("a class's score", logits)
         return {"predictions": logits, "targets": samples["label"]}
 
     def images(self, samples: dict[str, Any]) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from lavis.models.albef_models.albef_outputs import AlbefOutputFeatures
 from torch import Tensor
 
-from softmask_plugin.errors import UserError, suggest
+from softmask_plugin.errors import UserError, require_finite_scores, suggest
 from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.options import AlignedOptions
 from softmask_plugin.paths import shipped
@@ -47,7 +47,8 @@ class SoftMaskFeatureExtractor(AlignedBase):
             (..., embed_dim), None where not asked for. All are zero for padding.
 
         Raises:
-            UserError: an unknown mode, or the image or the text is missing.
+            UserError: an unknown mode, the image or the text is missing, or a feature is NaN or
+                infinite.
         """
         modes = [mode] if isinstance(mode, str) else list(mode)
         for each in modes:
@@ -66,6 +67,7 @@ class SoftMaskFeatureExtractor(AlignedBase):
         if both:
             fused = self.bert.fuse(text, self.bert.remember(image))
             features["multimodal_embeds"] = layout.pad(fused.states)
+        require_finite_scores("a feature", *features.values())
         return AlbefOutputFeatures(**features)
 
     def _needed(self, samples: dict[str, Any], key: str, modes: list[str]) -> Any:

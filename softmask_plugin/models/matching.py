@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from softmask_plugin.errors import UserError, suggest
+from softmask_plugin.errors import UserError, require_finite_scores, suggest
 from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.options import AlignedOptions
 from softmask_plugin.paths import shipped
@@ -36,7 +36,7 @@ class SoftMaskImageTextMatching(AlignedBase):
                 (N = B); ``itc`` for the cosines of all images with all texts, (B, N).
 
         Raises:
-            UserError: there is no such head.
+            UserError: there is no such head, or a score is NaN or infinite.
         """
         if match_head not in HEADS:
             raise UserError(f"match_head is '{match_head}': {suggest(match_head, HEADS)}")
@@ -44,6 +44,9 @@ class SoftMaskImageTextMatching(AlignedBase):
         image, text = self.visual_encoder(samples["image"]), self.bert.encode(ids, layout)
         if match_head == "itc":
             image_feat = F.normalize(self.vision_proj(image[:, 0]).float(), dim=-1)
-            return image_feat @ F.normalize(self.text_proj(text.cls).float(), dim=-1).T
-        fused = self.bert.fuse(text, self.bert.remember(image), wanted=layout.cls_only)
-        return self.match(fused.cls)
+            scores = image_feat @ F.normalize(self.text_proj(text.cls).float(), dim=-1).T
+        else:
+            fused = self.bert.fuse(text, self.bert.remember(image), wanted=layout.cls_only)
+            scores = self.match(fused.cls)
+        require_finite_scores("a matching score", scores)
+        return scores

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, fields
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from lavis.common.dist_utils import (
 from torch import Tensor
 from tqdm import tqdm
 
-from softmask_plugin.errors import UserError, suggest
+from softmask_plugin.errors import UserError, require_finite_scores, suggest
 from softmask_plugin.nn.bert import ImageMemory
 from softmask_plugin.nn.image_memory import View
 from softmask_plugin.nn.tokens import Layout, Tokens
@@ -52,7 +53,7 @@ class RerankOptions:
             ("rerank_memory", (int, float), "a number"),
         ):
             value = getattr(self, key)
-            if not isinstance(value, kinds) or not value > 0:
+            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < inf:
                 raise UserError(f"run.{key} is {value}: it must be {noun} above 0")
 
     @classmethod
@@ -85,7 +86,7 @@ class Reranker:
         """Score (images, texts) and (texts, images).
 
         Raises:
-            FloatingPointError: a score is NaN or infinite; ranks made from it would mean nothing.
+            UserError: a score is NaN or infinite; ranks made from it would mean nothing.
         """
         texts, text_feats = self.encode_texts(data_loader.dataset.text)
         images, image_feats = self.encode_images(data_loader)
@@ -94,8 +95,7 @@ class Reranker:
         for_image = candidates(similarity, self.options.k_test)
         for_text = candidates(similarity.T, self.options.k_test).T
         score = self.match(images, texts, for_image | for_text)
-        if not torch.isfinite(similarity).all() or not torch.isfinite(score).all():
-            raise FloatingPointError("a retrieval score is NaN or infinite: the weights are broken")
+        require_finite_scores("a retrieval score", similarity, score)
         if self.options.rerank_scoring == "itm+itc":
             score += similarity
         i2t = score.masked_fill(~for_image, NOT_A_CANDIDATE)
@@ -104,8 +104,15 @@ class Reranker:
 
     @torch.no_grad()
     def similarity(self, data_loader: Any) -> Tensor:
-        """Cosine of every image with every text, (images, texts): the ranking by ITC alone."""
-        return self.encode_images(data_loader)[1] @ self.encode_texts(data_loader.dataset.text)[1].T
+        """Cosine of every image with every text, (images, texts): the ranking by ITC alone.
+
+        Raises:
+            UserError: as ``scores``.
+        """
+        texts = self.encode_texts(data_loader.dataset.text)[1]
+        cosines = self.encode_images(data_loader)[1] @ texts.T
+        require_finite_scores("a retrieval score", cosines)
+        return cosines
 
     def encode_texts(self, texts: list[str]) -> tuple[Tokens, Tensor]:
         """Text states of N captions, and unit features (N, embed_dim)."""

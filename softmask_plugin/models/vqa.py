@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from softmask_plugin.errors import UserError
+from softmask_plugin.errors import UserError, require_finite_scores
 from softmask_plugin.losses import distilled_cross_entropy
 from softmask_plugin.models.distillation import DistilledBase
 from softmask_plugin.nn.bert import BertForMaskedLM, ImageMemory
@@ -141,8 +141,8 @@ class SoftMaskVqa(DistilledBase):
             inference_method: "rank"; LAVIS's other one, "generate", is for other models.
 
         Raises:
-            UserError: there is no list of answers, not one question for each image, or another
-                method than ranking is asked for.
+            UserError: there is no list of answers, not one question for each image, another
+                method than ranking is asked for, or an answer's score is NaN or infinite.
         """
         questions = samples["text_input"]
         questions = [questions] if isinstance(questions, str) else questions
@@ -161,8 +161,10 @@ class SoftMaskVqa(DistilledBase):
         known = self.read_answers(answer_list)
         memory = self.questions(samples["image"], self.read(questions))
         likely = self.likely_starts(memory, known.ids[:, 1].to(self.device), len(questions))
-        likely = likely.topk(min(num_ans_candidates, len(answer_list)), dim=1).indices
-        best = likely.gather(1, self.answer_losses(memory, known, likely).argmin(1, keepdim=True))
+        chosen = likely.topk(min(num_ans_candidates, len(answer_list)), dim=1).indices
+        losses = self.answer_losses(memory, known, chosen)
+        require_finite_scores("an answer's score", likely, losses)
+        best = chosen.gather(1, losses.argmin(1, keepdim=True))
         return [answer_list[i] for i in best.squeeze(1).tolist()]
 
     def likely_starts(self, memory: ImageMemory, first: Tensor, questions: int) -> Tensor:

@@ -19,7 +19,7 @@ from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
 from torchvision.ops.boxes import box_iou
 
-from softmask_plugin.errors import UserError
+from softmask_plugin.errors import UserError, require_finite_scores
 from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.pointing import Box, energy_inside, hits
 from softmask_plugin.registry import register
@@ -51,8 +51,8 @@ class GroundingTask(BaseTask):
     Of n tied candidates or peaks each counts 1/n. ``agg_metrics`` is ``acc``.
 
     Raises:
-        UserError: ``grounding_alpha`` is no number >= 0, or a model or data set of another kind.
-        FloatingPointError: a map is not finite.
+        UserError: ``grounding_alpha`` is no number >= 0, a model or data set of another kind, or a
+            map is NaN or infinite.
     """
 
     def __init__(self, alpha: float) -> None:
@@ -93,9 +93,9 @@ class GroundingTask(BaseTask):
             that lie in the true box; ``scores`` of the candidate boxes, in their order.
         """
         words = word_maps(model, samples["image"], samples["text_input"])
-        maps = phrase_maps(words).double().cpu().numpy()
-        if not np.isfinite(maps).all():
-            raise FloatingPointError("a heat map is NaN or infinite: the weights are broken")
+        heat = phrase_maps(words).double()
+        require_finite_scores("a heat map", heat)
+        maps = heat.cpu().numpy()
         indices = samples["index"].tolist()
         items = [self.annotation[index] for index in indices]
         hit, chance = hits(maps, [item["box"] for item in items])
