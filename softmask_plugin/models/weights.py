@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,7 @@ import torch
 from lavis.common.utils import is_url
 from lavis.models.vit import interpolate_pos_embed
 from torch import Tensor, nn
-from transformers import BertForMaskedLM
+from transformers.utils import cached_file
 
 from softmask_plugin.download import fetch
 from softmask_plugin.errors import UserError
@@ -20,6 +22,7 @@ from softmask_plugin.models.layouts import StateDict, adapt
 if TYPE_CHECKING:
     from softmask_plugin.models.base import SoftMaskBase
 
+BERT_FILES = ("pytorch_model.bin", "model.safetensors")
 DEIT_URL = "https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth"
 
 
@@ -36,12 +39,14 @@ def load(model: SoftMaskBase, url_or_filename: str, trusted: bool = False) -> No
         trusted: whether the file may run code, see ``read_state_dict``.
 
     Raises:
-        UserError: no such file, not a checkpoint, or nothing in it fits the model.
+        UserError: no such file, not a checkpoint, nothing in it fits the model, or a tensor that
+            fits holds NaN or infinite values.
     """
     own = model.state_dict()
     state = adapt(read_state_dict(url_or_filename, trusted), own, model.bert.shape.fusion_layer)
     for key in [k for k in state if k.endswith("pos_embed") and k in own]:
-        state[key] = interpolate_pos_embed(state[key], model.get_submodule(key.rpartition(".")[0]))
+        encoder = model.get_submodule(key.rpartition(".")[0])
+        state[key] = _resized(state[key], encoder, f"{url_or_filename}: '{key}'")
     for momentum in own.keys() - state.keys():
         online = momentum.replace("_m.", ".", 1)
         if online != momentum and online in state:
@@ -53,6 +58,9 @@ def load(model: SoftMaskBase, url_or_filename: str, trusted: bool = False) -> No
         raise UserError(
             f"{url_or_filename} has no tensor that fits this model: is it a checkpoint?"
         )
+    _require_sound(fitting, url_or_filename)
+    if "queue_ptr" in fitting:
+        _require_position(int(fitting["queue_ptr"]), own["image_queue"], url_or_filename)
     model.load_state_dict(fitting, strict=False)
     other = (state.keys() & own.keys()) - fitting.keys()
     logging.log(
@@ -80,6 +88,8 @@ def read_state_dict(url_or_filename: str, trusted: bool = False) -> StateDict:
     path = fetch(url_or_filename) if is_url(url_or_filename) else Path(url_or_filename)
     if not path.is_file():
         raise UserError(f"no checkpoint at {url_or_filename}: give a file or a URL")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=not trusted)
     except Exception as error:  # the unpickler raises nearly anything for a file of another kind
@@ -91,7 +101,26 @@ def read_state_dict(url_or_filename: str, trusted: bool = False) -> StateDict:
     state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else {}
     if not isinstance(state, dict):
         state = {}
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    return {
+        key: value
+        for key, value in state.items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+    }
+
+
+def _read_safetensors(path: Path) -> StateDict:
+    """Read a file of a format that knows tensors only."""
+    try:
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    except ImportError as error:  # transformers brings it along from 4.30 on
+        raise UserError(f"{path} cannot be read without safetensors: pip install it") from error
+    except Exception as error:
+        raise UserError(
+            f"{path} is no readable checkpoint ({type(error).__name__}): it is cut short or of "
+            "another kind"
+        ) from error
 
 
 def initialise(model: SoftMaskBase, vit: str | None, bert: str | None) -> None:
@@ -108,19 +137,45 @@ def initialise(model: SoftMaskBase, vit: str | None, bert: str | None) -> None:
     if vit is not None:
         state = read_state_dict(DEIT_URL if vit == "deit" else vit)
         if "pos_embed" in state:
-            state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], model.visual_encoder)
+            where = f"{vit}: 'pos_embed'"
+            state["pos_embed"] = _resized(state["pos_embed"], model.visual_encoder, where)
         _load_matching(model.visual_encoder, state, vit)
     if bert is not None:
-        try:
-            pretrained = BertForMaskedLM.from_pretrained(bert)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"no BERT '{bert}' (model.bert_weights) in a local folder, on the Hugging Face hub "
-                "or in its cache: null starts from random weights"
-            ) from error
+        state = read_bert(bert)
         for name in ("text_encoder", "text_decoder"):
             if (encoder := getattr(model, name, None)) is not None:
-                _load_matching(encoder, bert_keys(pretrained.state_dict(), encoder), bert)
+                _load_matching(encoder, bert_keys(state, encoder), bert)
+
+
+def read_bert(name: str) -> StateDict:
+    """Read the tensors of a BERT under the keys of the hub's masked language model.
+
+    The file is read here, not by transformers, whose older versions run code that it may hold.
+
+    Args:
+        name: of a model on the Hugging Face hub, or a local folder.
+
+    Raises:
+        UserError: there is no such model, or its file holds other objects than tensors.
+    """
+    missing: Exception | None = None
+    for file in BERT_FILES:
+        try:
+            path = cached_file(name, file)
+        except (OSError, ValueError) as error:
+            missing = error
+            continue
+        return {_modern(key): tensor for key, tensor in read_state_dict(str(path)).items()}
+    raise UserError(
+        f"no BERT '{name}' (model.bert_weights) in a local folder, on the Hugging Face hub "
+        "or in its cache: null starts from random weights"
+    ) from missing
+
+
+def _modern(key: str) -> str:
+    """A key of BERT's first release, or of a BERT without its MLM head, as the hub has it now."""
+    key = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", key))
+    return key if key.startswith(("bert.", "cls.")) else f"bert.{key}"
 
 
 def bert_keys(state: StateDict, encoder: nn.Module) -> StateDict:
@@ -130,11 +185,39 @@ def bert_keys(state: StateDict, encoder: nn.Module) -> StateDict:
     return {key.removeprefix("bert."): tensor for key, tensor in state.items()}
 
 
+def _resized(embedding: Tensor, encoder: nn.Module, name: str) -> Tensor:
+    try:
+        return interpolate_pos_embed(embedding, encoder)
+    except Exception as error:  # LAVIS looks at neither the shape nor the type
+        raise UserError(
+            f"{name} of shape {tuple(embedding.shape)} is of no square image: is it a checkpoint "
+            "of a vision transformer?"
+        ) from error
+
+
+def _require_sound(state: Mapping[str, Tensor], source: str) -> None:
+    """Raise UserError at a tensor that would poison whatever is computed from it."""
+    for name, tensor in state.items():
+        special = tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized
+        if special or tensor.is_complex():
+            raise UserError(f"{source}: '{name}' is no plain tensor of real numbers")
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{source}: '{name}' holds NaN or infinite values: take an earlier checkpoint"
+            )
+
+
+def _require_position(pointer: int, queue: Tensor, source: str) -> None:
+    if not 0 <= pointer < max(1, queue.shape[1]):
+        raise UserError(f"{source}: 'queue_ptr' is {pointer}, outside of its queue")
+
+
 def _load_matching(module: nn.Module, state: StateDict, name: str) -> None:
     own = module.state_dict()
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     if not fitting:
         raise UserError(f"{name} has no tensor that fits the encoder it is for")
+    _require_sound(fitting, name)
     module.load_state_dict(fitting, strict=False)
     logging.info("%s: %d of %d tensors of the encoder", name, len(fitting), len(own))
 
