@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -54,17 +55,29 @@ def build_tokenizer(source: str | None, vocab_size: int = 8192) -> BertTokenizer
             "of their run), or the train split's file to make one from"
         )
     path = SCENES_VOCABULARY if source == "scenes" else Path(source)
-    if path.suffix == ".txt" and path.is_file():
-        return BertTokenizerFast(vocab_file=str(path), do_lower_case=True)
     if path.suffix in SUFFIXES and path.is_file():
         return _vocabulary_of(path, vocab_size)
+    is_list = path.suffix == ".txt" and path.is_file()
     try:
-        return BertTokenizerFast.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        if is_list:
+            tokenizer = BertTokenizerFast(vocab_file=str(path), do_lower_case=True)
+        else:
+            tokenizer = BertTokenizerFast.from_pretrained(source)
+        tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        if not all(isinstance(token, str) for token in tokens):
+            raise TypeError("a token is listed twice")
+    except Exception as error:  # of a damaged file it may be of any kind
+        if not is_list and isinstance(error, (OSError, ValueError)):
+            raise UserError(
+                f"no tokenizer '{source}' (model.tokenizer): it is no vocab.txt, caption file or "
+                "local folder, and the Hugging Face hub or its cache does not have it"
+            ) from error
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"no tokenizer '{source}' (model.tokenizer): it is no vocab.txt, caption file or local "
-            "folder, and the Hugging Face hub or its cache does not have it"
+            f"{source} is no usable vocabulary (model.tokenizer): it must list every token once, "
+            f"{', '.join(SPECIAL_TOKENS)} among them ({reason})"
         ) from error
+    return tokenizer
 
 
 def _vocabulary_of(file: Path, vocab_size: int) -> BertTokenizerFast:
@@ -137,11 +150,16 @@ class CaptionReader:
         self.is_special[tokenizer.unk_token_id] = False  # an unknown word is a word
         self.is_piece = torch.tensor([token.startswith("##") for token in tokens])
         self.is_function_word = torch.tensor([token in FUNCTION_WORDS for token in tokens])
+        self.special_text = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
 
     def read(self, captions: list[str]) -> Captions:
-        """Tokenize on the CPU, truncating to ``max_length`` tokens, [CLS] and [SEP] included."""
+        """Tokenize on the CPU, truncating to ``max_length`` tokens, [CLS] and [SEP] included.
+
+        Raises:
+            UserError: a caption is no text.
+        """
         batch = self.tokenizer(
-            captions,
+            [self._plain(caption) for caption in captions],
             padding="longest",
             truncation=True,
             max_length=self.max_length,
@@ -150,6 +168,15 @@ class CaptionReader:
         )
         ids = batch["input_ids"]
         return Captions(ids, batch["attention_mask"].bool(), self.word_ids(ids))
+
+    def _plain(self, caption: str) -> str:
+        """A caption that no special token is found in: "[MASK]" in a text is but its characters.
+
+        Between a bracket and a word a blank changes nothing else, the tokenizer parts them anyway.
+        """
+        if not isinstance(caption, str):
+            raise UserError(f"a caption must be text, not {caption!r:.80}")
+        return self.special_text.sub(lambda found: f"{found[0][0]} {found[0][1:]}", caption)
 
     def word_ids(self, ids: Tensor) -> Tensor:
         """Index of the word that each token of (B, T) belongs to; -1 for special tokens."""
