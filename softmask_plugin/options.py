@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf, isfinite
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -98,7 +99,25 @@ class ModelOptions:
     max_txt_len: int = 30  # tokens, [CLS] and [SEP] included
 
     def __post_init__(self) -> None:
-        _within("vit.patch_size", self.vit.patch_size, 1, self.image_size)
+        vit, bert = self.vit, self.bert
+        _within("image_size", self.image_size, 1, inf)
+        _within("vit.patch_size", vit.patch_size, 1, self.image_size)
+        for key, value, least in (
+            ("vit.width", vit.width, 1),
+            ("vit.depth", vit.depth, 1),
+            ("vit.mlp_ratio", vit.mlp_ratio, 0),
+            ("vit_layer_norm_epsilon", self.vit_layer_norm_epsilon, 0),
+            ("bert.width", bert.width, 1),
+            ("bert.intermediate", bert.intermediate, 1),
+            ("bert.vocab_size", 1 if bert.vocab_size is None else bert.vocab_size, 1),
+        ):
+            _within(key, value, least, inf)
+        for key, chance in (
+            ("vit_drop_path_rate", self.vit_drop_path_rate),
+            ("bert.dropout", bert.dropout),
+            ("bert.attention_dropout", bert.attention_dropout),
+        ):
+            _within(key, chance, 0, 0.99)
         _within("max_txt_len", self.max_txt_len, 3, self.bert.max_positions)
         _within("bert.fusion_layer", self.bert.fusion_layer, 0, self.bert.layers - 1)
         _multiple("vit.width", self.vit.width, "vit.heads", self.vit.heads)
@@ -135,6 +154,7 @@ class AlignedOptions(ModelOptions):
         if self.map_layer is None:
             self.map_layer = self.default_map_layer
         self.check_map_layer("map_layer", self.map_layer)
+        _within("embed_dim", self.embed_dim, 1, inf)
         _within("temp", self.temp, 0.001, 0.5)
 
 
@@ -151,6 +171,7 @@ class DistilledOptions(ModelOptions):
         super().__post_init__()
         _within("momentum", self.momentum, 0, 1)
         _within("alpha", self.alpha, 0, 1)
+        _within("alpha_epochs", self.alpha_epochs, 0, inf)
 
 
 @dataclass
@@ -162,7 +183,7 @@ class ClassificationOptions(DistilledOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _within("num_classes", self.num_classes, 2, float("inf"))
+        _within("num_classes", self.num_classes, 2, inf)
 
 
 @dataclass
@@ -212,9 +233,14 @@ class ContrastOptions(ModelOptions):
         _within("soft_mask.strength", mask.strength, 0, 1)
         _within("momentum", self.momentum, 0, 1)
         _within("alpha", self.alpha, 0, 1)
-        _within("itc.gamma", self.itc.gamma, 0, float("inf"))
+        _within("alpha_epochs", self.alpha_epochs, 0, inf)
+        _within("embed_dim", self.embed_dim, 1, inf)
+        _within("itc.gamma", self.itc.gamma, 0, inf)
+        _within("itc.weight", self.itc.weight, 0, inf)
+        _within("itm_weight", self.itm_weight, 0, inf)
+        _within("soft_mask.weight", mask.weight, 0, inf)
         _within("temp", self.temp, 0.001, 0.5)
-        _within("queue_size", self.queue_size, 0, float("inf"))
+        _within("queue_size", self.queue_size, 0, inf)
         if mask.layer is None:
             mask.layer = self.default_map_layer
         self.check_map_layer("soft_mask.layer", mask.layer)
@@ -229,6 +255,7 @@ class PretrainOptions(ContrastOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _within("mlm_weight", self.mlm_weight, 0, inf)
         _within("text.mask_prob", self.text.mask_prob, 0, 1)
 
 
@@ -285,5 +312,6 @@ def _multiple(key: str, value: int, of: str, divisor: int) -> None:
 
 
 def _within(key: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise UserError(f"model.{key} is {value}: it must lie in [{low}, {high}]")
+    if not low <= value <= high or not isfinite(value):
+        allowed = f"lie in [{low}, {high}]" if isfinite(high) else f"be finite and at least {low}"
+        raise UserError(f"model.{key} is {value}: it must {allowed}")
