@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from softmask_plugin.config_values import check_image_sizes, check_run_values, require_section
 from softmask_plugin.errors import UserError, suggest
 from softmask_plugin.models.rerank import RerankOptions
 from softmask_plugin.paths import CONFIGS
@@ -82,10 +83,14 @@ def read_config(path: Path, options: Sequence[str] = ()) -> DictConfig:
     try:
         _check_sections(loaded)
         config: Any = OmegaConf.merge(loaded, overrides)
-        _check_model(config.model)
+        defaults = _check_model(config.model)
         for name in config.datasets:
-            config.datasets[name] = config.datasets[name] or {}  # all of its defaults
-            _check_dataset(str(name), config.datasets[name])
+            if config.datasets[name] is None:
+                config.datasets[name] = {}  # all of its defaults
+            known = _check_dataset(str(name), config.datasets[name])
+            defaults = OmegaConf.merge(defaults, {"datasets": {name: known}})
+        whole: Any = OmegaConf.merge(defaults, config)
+        check_image_sizes(whole)
         _check_run(config.run)
     except (UserError, OmegaConfBaseException) as error:
         raise UserError(
@@ -114,25 +119,36 @@ def _check_sections(config: Any) -> None:
             raise UserError(f"the section '{section}' is missing or empty")
 
 
-def _check_model(model: DictConfig) -> None:
+def _check_model(model: DictConfig) -> Any:
+    """Returns the defaults of its type."""
     _needed(model, ["arch", "model_type"], "model")
     _known(f"model.arch '{model.arch}'", model.arch, registry.list_models())
-    types = registry.get_model_class(model.arch).PRETRAINED_MODEL_CONFIG_DICT
+    cls = registry.get_model_class(model.arch)
+    types = cls.PRETRAINED_MODEL_CONFIG_DICT
     _known(f"model.model_type '{model.model_type}' of {model.arch}", model.model_type, types)
+    return OmegaConf.load(cls.default_config_path(model.model_type))
 
 
-def _check_dataset(name: str, dataset: DictConfig) -> None:
+def _check_dataset(name: str, dataset: Any) -> DictConfig:
+    """Returns its defaults."""
     where = f"datasets.{name}"
     _known(f"data set {where}", name, registry.list_datasets())
+    require_section(where, dataset)
     builder = registry.get_builder_class(name)
     kind = dataset.get("type", "default")
     _known(f"{where}.type '{kind}'", kind, builder.DATASET_CONFIG_DICT)
     defaults = OmegaConf.load(builder.default_config_path(type=kind)).datasets[name]
     merged: Any = OmegaConf.merge(defaults, dataset)
     for slot in ("vis_processor", "text_processor"):
-        for split, processor in (merged.get(slot) or {}).items():
+        if merged.get(slot) is None:
+            continue
+        require_section(f"{where}.{slot}", merged[slot])
+        for split, processor in merged[slot].items():
+            if processor is not None:
+                require_section(f"{where}.{slot}.{split!s}", processor)
             found = (processor or {}).get("name")
-            _known(f"{where}.{slot}.{split}.name '{found}'", found, registry.list_processors())
+            _known(f"{where}.{slot}.{split!s}.name '{found}'", found, registry.list_processors())
+    return defaults
 
 
 def _check_run(run: DictConfig) -> None:
@@ -145,6 +161,7 @@ def _check_run(run: DictConfig) -> None:
         if all(_is_known_package(reader) for reader in readers):
             _known(f"key run.{key!s}", key, RUN_KEYS)
         _check_number(f"run.{key!s}", value, getattr(VALIDATOR.get(key), "type", None))
+    check_run_values(run)
     RerankOptions.of(run)  # checks its values
     if not run.get("evaluate", False):
         _needed(run, NEEDED_TO_TRAIN, "run")

@@ -88,7 +88,8 @@ def test_the_seed_decides_everything(config):
 def test_options_choose_the_defaults_they_name(config):
     """LAVIS's Config keeps the defaults of the file's model_type; ours are those asked for."""
     assert launch.load_config(config).model_cfg.tokenizer == "scenes"
-    cfg = launch.load_config(config, ["model.model_type=base", "datasets.scenes_pretrain.seed=3"])
+    options = ["model.model_type=base", "model.image_size=60", "datasets.scenes_pretrain.seed=3"]
+    cfg = launch.load_config(config, options)
     assert "tokenizer" not in cfg.model_cfg
     assert cfg.model_cfg.vit_weights == "deit"
     assert cfg.model_cfg.queue_size == 8
@@ -105,6 +106,7 @@ def test_data_sets_log_to_the_folder_of_their_own_run(config, tmp_path, monkeypa
     monkeypatch.setattr(RunnerBase, "train", lambda self: None)
     data = "datasets.captions_folder"
     options = [f"{data}.images=.", f"{data}.captions.train=captions.json", "run.runner=runner_base"]
+    options += [f"{data}.vis_processor.{mode}.image_size=60" for mode in ("train", "eval")]
     runners = [launch.run(config, options)[0] for _ in range(2)]
     logs = [runner.output_dir / "skipped_images.log" for runner in runners]
     assert logs[0] != logs[1]
