@@ -79,9 +79,12 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "pack a folder of images and a file of captions into WebDataset shards, to stream them"
     command = commands.add_parser("shards", help=text, description=text)
-    command.add_argument("--captions", required=True, metavar="FILE", help="JSON, JSONL, CSV, ...")
-    command.add_argument("--images", required=True, metavar="FOLDER", help="where names start from")
-    command.add_argument("--out", required=True, metavar="FOLDER", help="a new folder")
+    for option, value, help_text in (
+        ("--captions", "FILE", "JSON, JSONL, CSV, TSV or Karpathy's layout (its train split)"),
+        ("--images", "FOLDER", "the folder that the names in it start from"),
+        ("--out", "FOLDER", "a new folder, for the shards"),
+    ):
+        command.add_argument(option, required=True, metavar=value, help=help_text)
     command.add_argument(
         "--per-shard", type=int, default=1000, help="images per shard, default: %(default)s"
     )

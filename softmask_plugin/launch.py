@@ -9,7 +9,7 @@ import random
 import secrets
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from softmask_plugin import config_check
 from softmask_plugin.errors import UserError
+from softmask_plugin.runners.run_folder import AUTO, claim
 
 Results = dict[str, Mapping[str, Any]]
 
@@ -55,26 +56,27 @@ def run(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     cfg = load_config(cfg_path, options, evaluate)
     init_distributed(cfg.run_cfg)
-    job_id = make_job_id()
     seed = int(cfg.run_cfg.seed)
-    seed_everything(seed)
+    deterministic = bool(cfg.run_cfg.get("deterministic", False))
+    seed_everything(seed, deterministic)
     setup_logger()
     cfg.pretty_print()
 
     task = setup_task(cfg)
     paths = registry.mapping["paths"]
-    folder = Path(cfg.run_cfg.output_dir) / job_id
+    go_on = not evaluate and cfg.run_cfg.get("resume_ckpt_path") == AUTO
+    folder = claim(Path(cfg.run_cfg.output_dir), make_job_id(), go_on)
     # LAVIS tells where the run's folder is only after building the data sets, which log to it.
     paths |= {"output_dir": str(folder), "result_dir": str(folder / "result")}
     datasets = task.build_datasets(cfg)
     model = task.build_model(cfg)
     # Every rank has built the same model; from here on each draws its own data and dropout.
-    seed_everything(seed + cfg.run_cfg.get("rank", 0))
+    seed_everything(seed + cfg.run_cfg.get("rank", 0), deterministic)
 
     # LAVIS's runner registers the two itself, and refuses to where they are known already.
     del paths["output_dir"], paths["result_dir"]
     runner_class = registry.get_runner_class(cfg.run_cfg.get("runner", "runner_base"))
-    runner = runner_class(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)
+    runner = runner_class(cfg=cfg, job_id=folder.name, task=task, model=model, datasets=datasets)
     results = runner.evaluate(skip_reload=True) if evaluate else runner.train()
     return runner, results
 
@@ -114,7 +116,8 @@ def init_distributed(run_cfg: DictConfig) -> None:
         if cuda:
             torch.cuda.set_device(run_cfg.gpu)
         if not dist.is_initialized():
-            dist.init_process_group(run_cfg.dist_backend)
+            patience = timedelta(seconds=float(run_cfg.get("dist_timeout", 1800)))
+            dist.init_process_group(run_cfg.dist_backend, timeout=patience)
             setup_for_distributed(run_cfg.rank == 0)
     elif "SLURM_PROCID" in os.environ and run_cfg.get("world_size", 1) > 1:
         init_distributed_mode(run_cfg)
@@ -133,18 +136,24 @@ def leave_distributed() -> None:
 
 
 def make_job_id() -> str:
-    """Name of the run's folder: the time plus four random digits, the same on every rank.
+    """Name of the run's folder: the time plus four random digits.
 
-    LAVIS's job id changes every ten minutes only, so that two runs share a folder.
+    LAVIS's job id changes every ten minutes only.
     """
-    job_id = [f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"]
-    if dist.is_initialized():
-        dist.broadcast_object_list(job_id)
-    return job_id[0]
+    return f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
-def seed_everything(seed: int) -> None:
-    """Seed the random generators of Python, numpy and torch; ask cuDNN for repeatable kernels."""
+def seed_everything(seed: int, deterministic: bool) -> None:
+    """Seed the random generators of Python, numpy and torch; ask cuDNN for repeatable kernels.
+
+    Args:
+        seed: of all of them.
+        deterministic: demand repeatable kernels of all of torch (``run.deterministic``), which on
+            CUDA takes longer; an operation that has none ends the run.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it
+    torch.use_deterministic_algorithms(deterministic)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 
 import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
 
@@ -13,7 +12,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lavis.models.vit import VisionTransformerEncoder
-from lavis.runners.runner_base import RunnerBase
 
 from softmask_plugin.nn.momentum import MomentumPairs, momentum_copy
 from softmask_plugin.nn.queue import enqueue_, random_queue
@@ -74,22 +72,6 @@ def test_a_copied_model_moves_its_own_momentum_encoders(make_model):
     assert torch.equal(twin.vision_proj_m.weight, twin.vision_proj.weight)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
-
-
-@pytest.mark.parametrize("learn_temp", [True, False])
-def test_the_hosts_checkpoint_keeps_all_but_a_fixed_temperature(make_model, tmp_path, learn_temp):
-    model = make_model(learn_temp=learn_temp)
-    runner = SimpleNamespace(
-        model=model,
-        unwrap_dist_model=lambda model: model,
-        optimizer=torch.optim.SGD(model.parameters(), 0.1),
-        config=SimpleNamespace(to_dict=dict),
-        scaler=None,
-        output_dir=str(tmp_path),
-    )
-    RunnerBase._save_checkpoint(runner, 0)
-    saved = torch.load(tmp_path / "checkpoint_0.pth", weights_only=True)["model"]
-    assert model.state_dict().keys() - saved.keys() == (set() if learn_temp else {"temp"})
 
 
 # ---- queue

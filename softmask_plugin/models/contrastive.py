@@ -62,12 +62,16 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
 
     def __init__(self, options: ContrastOptions) -> None:
         super().__init__(options)
-        self.temp.requires_grad_(options.learn_temp)
+        if not options.learn_temp:  # a frozen parameter would be left out of LAVIS's checkpoints
+            fixed = self.temp.detach()
+            del self.temp
+            self.register_buffer("temp", fixed)
         self.register_buffer("image_queue", random_queue(options.embed_dim, options.queue_size))
         self.register_buffer("text_queue", random_queue(options.embed_dim, options.queue_size))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
         # Reading queue_ptr would wait for the device, so the host counts along.
         self.pointer: int | None = None
+        self.fresh: list[Mapping[str, Tensor]] = []  # features of the step that is not over yet
         self.register_load_state_dict_post_hook(forget_pointer)
         self.itc_loss = get_loss_class(options.itc.loss)(options.itc.gamma)
 
@@ -82,7 +86,7 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
 
     @torch.no_grad()
     def encode_slowly(self, images: Tensor, ids: Tensor, layout: Layout) -> Features:
-        """Momentum features, after the momentum encoders took their step."""
+        """Momentum features, after the momentum encoders took their step (see ``paced``)."""
         self.move_momentum()
         return self._encode(images, ids, layout, "_m")
 
@@ -123,7 +127,9 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
             loss = self.itc_loss(sim_i2t, sim_t2i, targets_i2t, targets_t2i)
         if self.training:
             fresh = {"image_queue": slow.image_feat, "text_queue": slow.text_feat}
-            self.enqueue(fresh if ids is None else {**fresh, "idx_queue": ids[:, None]})
+            self.fresh.append(fresh if ids is None else {**fresh, "idx_queue": ids[:, None]})
+            if not self.paced:
+                self.enqueue_fresh()
         i2t, t2i = sim_i2t[:, :size].detach(), sim_t2i[:, :size].detach()
         return loss, Similarity(i2t, t2i, positives[:, :size])
 
@@ -134,6 +140,21 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         return torch.eye(
             size, size + self.image_queue.shape[1], dtype=torch.bool, device=self.device
         )
+
+    def advance(self) -> None:
+        """After an optimizer step: also put the step's features into the queues."""
+        self.enqueue_fresh()
+        super().advance()
+
+    def retract(self) -> None:
+        """In place of an optimizer step: its features do not enter the queues."""
+        self.fresh.clear()
+
+    def enqueue_fresh(self) -> None:
+        """Put the features of the forward passes since the last time into the queues."""
+        rows = {name: torch.cat([each[name] for each in self.fresh]) for name in self.fresh[0]}
+        self.fresh.clear()
+        self.enqueue(rows)
 
     @torch.no_grad()
     def enqueue(self, rows: Mapping[str, Tensor]) -> None:

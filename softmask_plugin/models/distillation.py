@@ -14,7 +14,16 @@ from softmask_plugin.nn.tokens import Layout, Tokens
 
 
 class MomentumDistillation(SoftMaskBase):
-    """Keeps momentum copies ``<name>_m`` of some modules, and the weight of what they teach."""
+    """Keeps momentum copies ``<name>_m`` of some modules, and the weight of what they teach.
+
+    Attributes:
+        paced: whether a runner calls ``advance`` after each optimizer step that it takes, and
+            ``retract`` in place of one that it skips. What moves once per step then moves there,
+            however many batches were accumulated. Otherwise (LAVIS's runners) each forward pass
+            in training moves it, as in LAVIS's ALBEF; the sequence of values is the same.
+    """
+
+    paced = False
 
     def add_momentum(self, *names: str) -> None:
         """Copy these modules. To be called last in ``__init__``, once all buffers are there."""
@@ -43,12 +52,19 @@ class MomentumDistillation(SoftMaskBase):
         ramp = self.options.alpha_epochs * samples.get("num_iters_per_epoch", 0)
         return step, alpha * (min(1.0, step / ramp) if ramp > 0 else 1.0)
 
-    @torch.no_grad()
+    def advance(self) -> None:
+        """After an optimizer step: move what moves once per step (see ``paced``)."""
+        self.momentum.update(self.options.momentum)
+
+    def retract(self) -> None:
+        """In place of an optimizer step: forget what the forward passes left for it."""
+
     def move_momentum(self) -> None:
         """In training: let the momentum copies take their step towards the online modules."""
         if self.training:
             self.agree_across_ranks()
-            self.momentum.update(self.options.momentum)
+            if not self.paced:
+                self.momentum.update(self.options.momentum)
 
     @torch.no_grad()
     def agree_across_ranks(self) -> None:

@@ -73,4 +73,6 @@ def sample_negatives(
     """
     barred = positives & ~positives.all(dim=1, keepdim=True)
     weights = similarity.float().masked_fill(barred, float("-inf")).softmax(dim=1)
+    # multinomial ends the program at a NaN, on CUDA for good; with one, the loss is NaN anyway.
+    weights = weights.nan_to_num(nan=1.0)
     return torch.multinomial(weights, 1, generator=generator).squeeze(1)

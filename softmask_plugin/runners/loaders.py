@@ -1,14 +1,25 @@
-"""Data loaders whose order and random draws depend on the seed and the epoch alone."""
+"""Data loaders whose order and random draws depend on the seed and the place in the data alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lavis.common.dist_utils import get_rank, get_world_size
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from torch import Tensor
+from torch.utils.data import (
+    ChainDataset,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    Sampler,
+)
 
+from softmask_plugin.datasets.shard_stream import ShardStream
 from softmask_plugin.errors import UserError
 from softmask_plugin.fixed_draws import fixed_draws
 
@@ -35,11 +46,135 @@ class SeededItems(Dataset[Any]):
             return self.dataset[key[1]]
 
 
-class EpochSampler(DistributedSampler[Any]):
-    """This process's share of a shuffled epoch, as (epoch, index); all of it on a single one."""
+class EpochSampler(Sampler[Any]):
+    """This process's share of what is left of a shuffled epoch, as (epoch, index).
+
+    The order is a function of seed and epoch; of it the processes take turns. So the first
+    ``taken`` items are those of the first steps, for any number of processes, and the rest can be
+    shared among another number.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed = size, seed
+        self.begin(0, 0)
+
+    def begin(self, epoch: int, taken: int) -> None:
+        """Set where the next iteration starts: after ``taken`` items, over all processes."""
+        self.epoch, self.taken = epoch, taken
+
+    def __len__(self) -> int:
+        return (self.size - self.taken) // get_world_size()
 
     def __iter__(self) -> Iterator[Any]:
-        return ((self.epoch, index) for index in super().__iter__())
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        left = torch.randperm(self.size, generator=generator)[self.taken :].tolist()
+        share = left[get_rank() :: get_world_size()][: len(self)]
+        return ((self.epoch, index) for index in share)
+
+
+class TrainLoader:
+    """Full batches of a data set, epoch by epoch, from any place in an epoch.
+
+    Attributes:
+        batch_size: items per batch and process.
+
+    Raises:
+        UserError: streams together with other data sets.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        num_workers: int,
+        collate_fn: Collate | None,
+        pin_memory: bool,
+        seed: int,
+    ) -> None:
+        self.dataset, self.batch_size = dataset, batch_size
+        self.sampler = EpochSampler(len(dataset), seed)
+        self.loader: DataLoader[Any] = DataLoader(
+            SeededItems(dataset, seed),
+            batch_size=batch_size,
+            sampler=self.sampler,
+            num_workers=num_workers,
+            collate_fn=collate_fn,
+            pin_memory=pin_memory,
+            drop_last=True,
+            persistent_workers=num_workers > 0,
+            generator=torch.Generator(),
+        )
+
+    @property
+    def step_items(self) -> int:
+        """Items that all processes take together at a time."""
+        return self.batch_size * get_world_size()
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, in each process."""
+        return len(self.dataset) // self.step_items
+
+    def left(self, taken: int) -> int:
+        """Batches that are left of an epoch of which so many items were taken."""
+        return (len(self.dataset) - taken) // self.step_items
+
+    def batches(self, epoch: int, taken: int) -> Iterator[Any]:
+        """The batches that are left of an epoch, see ``left``."""
+        self.sampler.begin(epoch, taken)
+        return iter(self.loader)
+
+    def state(self) -> dict[str, Any] | None:
+        """What the place depends on beyond epoch and items taken; all processes must ask."""
+        return None
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Go on from what ``state`` gave."""
+
+
+class StreamLoader(TrainLoader):
+    """Batches of an endless stream of shards, of which an epoch is so many items."""
+
+    def __init__(
+        self,
+        dataset: ShardStream,
+        batch_size: int,
+        num_workers: int,
+        collate_fn: Collate | None,
+        pin_memory: bool,
+    ) -> None:
+        self.dataset, self.batch_size = dataset, batch_size
+        self.positions: dict[int, Tensor] = {}  # by reader: its last sample of those taken
+        self.loader = DataLoader(
+            dataset,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            collate_fn=collate_fn,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),
+        )
+
+    def batches(self, epoch: int, taken: int) -> Iterator[Any]:
+        """The batches that are left of an epoch; the stream goes on where it was left."""
+        self.restore(self.state())
+        for batch in islice(self.loader, self.left(taken)):
+            position = batch.pop("position")[-1]
+            self.positions[int(position[0])] = position
+            yield batch
+
+    def state(self) -> dict[str, Any] | None:
+        """How far the readers of all processes are."""
+        mine = list(self.positions.values())
+        everyone: list[Any] = [mine]
+        if get_world_size() > 1:
+            everyone = [None] * get_world_size()
+            dist.all_gather_object(everyone, mine)
+        rows = [row for rows in everyone for row in rows]
+        return self.dataset.state(torch.stack(rows) if rows else torch.empty(0, 4).long())
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Begin again where all readers were."""
+        self.dataset.begin(state)
+        self.positions = {}
 
 
 def train_loader(
@@ -49,29 +184,24 @@ def train_loader(
     collate_fn: Collate | None,
     pin_memory: bool,
     seed: int,
-) -> DataLoader[Any]:
-    """A shuffling loader of full batches; call ``loader.sampler.set_epoch`` before each epoch.
+) -> TrainLoader:
+    """The loader for a data set or, chained by LAVIS, a stream of shards.
 
     Raises:
-        UserError: the data set is a stream, which has no length to build epochs from.
+        UserError: another kind of stream, several streams, or a stream beside data sets.
     """
+    common = (batch_size, num_workers, collate_fn, pin_memory)
+    if isinstance(dataset, ChainDataset):
+        streams = list(dataset.datasets)
+        if len(streams) == 1 and isinstance(streams[0], ShardStream):
+            return StreamLoader(streams[0], *common)
     if isinstance(dataset, (tuple, IterableDataset)):  # LAVIS pairs map-style and streamed sets
         raise UserError(
-            "softmask_runner cannot train on streamed (webdataset) data sets: set run.runner to "
-            "'runner_iter', or use map-style data sets only"
+            "softmask_runner trains on map-style data sets or on one 'caption_shards' (which takes "
+            "many shards), not on both nor on other streams: set run.runner to 'runner_iter', or "
+            "change datasets"
         )
-    sampler = EpochSampler(dataset, get_world_size(), get_rank(), seed=seed, drop_last=True)
-    return DataLoader(
-        SeededItems(dataset, seed),
-        batch_size=batch_size,
-        sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=collate_fn,
-        pin_memory=pin_memory,
-        drop_last=True,
-        persistent_workers=num_workers > 0,
-        generator=torch.Generator(),
-    )
+    return TrainLoader(dataset, *common, seed=seed)
 
 
 def eval_loader(

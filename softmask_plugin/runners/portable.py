@@ -1,19 +1,14 @@
-"""LAVIS's runner with its CUDA-only parts replaced: set-up, data, precision, checkpoints."""
+"""LAVIS's runner with its CUDA-only parts replaced: set-up, data, precision."""
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from lavis.common.dist_utils import (
-    get_world_size,
-    is_dist_avail_and_initialized,
-    main_process,
-)
+from lavis.common.dist_utils import get_world_size, is_dist_avail_and_initialized
 from lavis.common.registry import registry
 from lavis.datasets.data_utils import apply_to_sample
 from lavis.runners.runner_base import RunnerBase
@@ -22,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from softmask_plugin.errors import UserError
-from softmask_plugin.runners import checkpoint
-from softmask_plugin.runners.loaders import eval_loader, train_loader
+from softmask_plugin.runners.loaders import TrainLoader, eval_loader, train_loader
+from softmask_plugin.runners.run_folder import AUTO, claim
 
 
 class PortableRunner(RunnerBase):
@@ -42,14 +37,22 @@ class PortableRunner(RunnerBase):
         super().__init__(cfg=cfg, task=task, model=model, datasets=datasets, job_id=job_id)
         if self.cuda_enabled and not torch.cuda.is_available():
             raise UserError("run.device is 'cuda' but no CUDA card is usable: set run.device=cpu")
-        for option in ("accum_grad_iters", "log_freq"):
-            if getattr(self, option) < 1:
-                raise UserError(f"run.{option} is {getattr(self, option)}: set it to 1 or more")
+        self.require_counts(accum_grad_iters=self.accum_grad_iters, log_freq=self.log_freq)
         self.amp_dtype = _amp_dtype(self.config.run_cfg.get("amp", False), self.device)
         self.compile_backend = _compile_backend(self.config.run_cfg.get("compile", False))
 
+    def require_counts(self, **options: Any) -> None:
+        """Raise UserError where one of these keys of ``run`` is no whole number above 0."""
+        for name, value in options.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(f"run.{name} is {value!r}: set it to a whole number, 1 or more")
+
     def setup_output_dir(self) -> None:
-        """Create the run's folder; a second run in one process may follow the first."""
+        """Claim the run's folder; a second run in one process may follow the first."""
+        self.job_id: str
+        go_on = self.resume_ckpt_path == AUTO and not self.evaluate_only
+        output_dir = Path(registry.get_path("library_root"), self.config.run_cfg.output_dir)
+        self.job_id = claim(output_dir, self.job_id, go_on).name
         for name in ("output_dir", "result_dir"):
             registry.mapping["paths"].pop(name, None)  # registering a name twice is an error
         super().setup_output_dir()
@@ -138,7 +141,7 @@ class PortableRunner(RunnerBase):
         is_trains: list[bool],
         collate_fns: list[Any],
         dataset_ratios: Any = None,
-    ) -> list[DataLoader[Any]]:
+    ) -> list[DataLoader[Any] | TrainLoader]:
         """Plain, seeded torch loaders, one per data set (LAVIS's own need CUDA)."""
         if dataset_ratios is not None:
             raise UserError("softmask_runner does not know run.train_dataset_ratios: remove it")
@@ -146,7 +149,7 @@ class PortableRunner(RunnerBase):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         run = self.config.run_cfg
         shard = self.use_distributed and run.get("use_dist_eval_sampler", True)
-        loaders = []
+        loaders: list[DataLoader[Any] | TrainLoader] = []
         for dataset, batch_size, is_train, collate_fn in zip(
             datasets, batch_sizes, is_trains, collate_fns, strict=True
         ):
@@ -158,7 +161,7 @@ class PortableRunner(RunnerBase):
             )
         return loaders
 
-    def loader(self, split: str) -> DataLoader[Any]:
+    def loader(self, split: str) -> Any:
         """The loader of a split.
 
         Raises:
@@ -177,7 +180,7 @@ class PortableRunner(RunnerBase):
         return loader
 
     @property
-    def train_loader(self) -> DataLoader[Any]:
+    def train_loader(self) -> TrainLoader:
         """The loader of the train split, of which one pass is an epoch."""
         if "train" not in self.train_splits:
             raise UserError("run.train_splits does not name 'train': add it, or set run.evaluate")
@@ -195,38 +198,6 @@ class PortableRunner(RunnerBase):
             return tensor.to(self.device, non_blocking=True)
 
         return apply_to_sample(copy, samples)
-
-    # ---- checkpoints: LAVIS's names and layout
-
-    @main_process
-    def _save_checkpoint(self, cur_epoch: int, is_best: bool = False) -> None:
-        content = {
-            "model": checkpoint.trained_state(self._model),
-            "optimizer": self.optimizer.state_dict(),
-            "config": self.config.to_dict(),
-            "scaler": self.scaler.state_dict() or None,
-            "epoch": cur_epoch,
-        }
-        name = "best" if is_best else cur_epoch
-        checkpoint.save(content, self.output_dir / f"checkpoint_{name}.pth")
-
-    def _load_weights(self, path: str | Path) -> dict[str, Any]:
-        content = checkpoint.load(path, self.device)
-        checkpoint.load_trained_state(self._model, content["model"], str(path))
-        return content
-
-    def _load_checkpoint(self, url_or_filename: str) -> None:
-        """Go on after the epoch of a checkpoint (random state and best score start afresh)."""
-        content = self._load_weights(url_or_filename)
-        self.start_epoch = content["epoch"] + 1
-        if self.start_epoch >= self.max_epoch:
-            raise UserError(
-                f"{url_or_filename} has all {self.max_epoch} epochs done: raise run.max_epoch"
-            )
-        self.optimizer.load_state_dict(content["optimizer"])
-        if self.scaler.is_enabled() and content.get("scaler"):
-            self.scaler.load_state_dict(content["scaler"])
-        logging.info("resumed from %s, going on with epoch %d", url_or_filename, self.start_epoch)
 
 
 def _compile_backend(compile: bool | str | None) -> str | None:

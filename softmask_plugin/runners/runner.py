@@ -11,25 +11,38 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lavis.common.dist_utils import get_world_size, is_main_process
-from omegaconf import OmegaConf
+from lavis.common.dist_utils import get_rank, get_world_size
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from softmask_plugin.errors import UserError
+from softmask_plugin.fixed_draws import seed_draws
+from softmask_plugin.models.distillation import MomentumDistillation
 from softmask_plugin.registry import register
-from softmask_plugin.runners.logs import LossMeter, RunLog, require_finite
-from softmask_plugin.runners.portable import PortableRunner
+from softmask_plugin.runners.bad_steps import gradient_norm
+from softmask_plugin.runners.checkpoint import BEST
+from softmask_plugin.runners.logs import require_finite
+from softmask_plugin.runners.meter import LossMeter
+from softmask_plugin.runners.peers import peers_needed
+from softmask_plugin.runners.resumable import ResumableRunner
+from softmask_plugin.runners.resume import read
+from softmask_plugin.runners.run_folder import release
 
 
 @register("runner", "softmask_runner")
-class SoftmaskRunner(PortableRunner):
+class SoftmaskRunner(ResumableRunner):
     """Train and evaluate a model on the task's data sets, by epochs.
 
     Options of ``run`` beyond those of LAVIS's ``runner_base``:
 
     - ``amp``: ``false``, ``true`` (fp16 on CUDA, bf16 on CPU), ``bf16`` or ``fp16``.
     - ``clip_grad_norm``: largest norm of the gradient; null (default) does not clip.
+    - ``resume_ckpt_path``: a checkpoint, or ``auto``: go on in the newest folder below
+      ``output_dir`` that has one and that no living process works in; without any, start.
+    - ``save_every_steps``: a checkpoint every so many optimizer steps, beside that of each epoch.
+    - ``keep_checkpoints``: how many of those to keep (2), beside the best; null: all.
+    - ``max_bad_steps``: a step whose losses or gradients are not finite is skipped; so many in a
+      row (10) end the run.
     - ``compile``: ``true`` compiles the image encoders with torch.compile, for GPUs (a CPU gains
       nothing); or the name of a backend of torch's. ``false`` by default.
     - ``find_unused_parameters``: as torch's DistributedDataParallel has it; false by default.
@@ -39,72 +52,88 @@ class SoftmaskRunner(PortableRunner):
     ``valid_splits`` picks the best checkpoint; ``evaluate: true`` evaluates the test splits only.
     """
 
-    def __init__(self, cfg: Any, task: Any, model: nn.Module, datasets: Any, job_id: str) -> None:
-        super().__init__(cfg=cfg, task=task, model=model, datasets=datasets, job_id=job_id)
-        self.step = 0  # optimizer steps taken since the run began
-        self.best_epoch: int | None = None
-        self.best_score = -math.inf
-        self.log = RunLog(self.output_dir)
-        if is_main_process():
-            OmegaConf.save(self.config.get_config(), self.output_dir / "config.yaml")
-            tokenizer: Any = getattr(model, "tokenizer", None)
-            if tokenizer is not None:  # a checkpoint is of no use without its vocabulary
-                tokenizer.save_vocabulary(str(self.output_dir))
-
     def train(self) -> dict[str, Any]:
         """Train, validate and test as the configuration says.
 
         Returns:
             Metrics by test split, as the task gave them; None for a split without metrics, and on
             all processes but the main one where the task reports there alone.
+
+        Raises:
+            UserError: too many steps in a row had to be skipped, a checkpoint cannot be read or
+                written, or another process of the job is gone.
         """
-        self.log_config()
+        try:
+            with peers_needed():
+                return self._train()
+        finally:
+            release(self.output_dir)
+
+    def _train(self) -> dict[str, Any]:
         if self.evaluate_only:
+            self.log_config()
             return self.evaluate(skip_reload=True)
-        if self.resume_ckpt_path is not None:
-            self._load_checkpoint(self.resume_ckpt_path)
-        self.step = self.start_epoch * self.steps_per_epoch
+        if isinstance(self._model, MomentumDistillation):
+            self._model.paced = True
+        self._resume()
         with self.log.progress(self.step, self.max_epoch * self.steps_per_epoch):
-            for epoch in range(self.start_epoch, self.max_epoch):
+            for epoch in range(self.progress.epoch, self.max_epoch):
                 self.log_stats(self.train_epoch(epoch), "train")
-                self._validate(epoch)
+                improved = self._validate(epoch)
+                self.progress.epoch, self.progress.taken = epoch + 1, 0
+                self.meter = LossMeter()
+                self._save_checkpoint(epoch, is_best=improved)
         # the other processes wait here for the main one's last checkpoint, and learn of it
-        best = _from_main_process(self.best_epoch)
+        best = _from_main_process(self.progress.best_epoch)
         return self.evaluate(self.max_epoch - 1 if best is None else "best")
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
-        """Train for one epoch; returns the learning rate and the means of all loss terms."""
-        loader: Any = self.train_loader
-        loader.sampler.set_epoch(epoch)
+        """Train for what is left of an epoch.
+
+        Returns:
+            The learning rate and the means of all loss terms, over the whole epoch.
+        """
+        loader, progress = self.train_loader, self.progress
         self.model.train()
-        batches, meter = iter(loader), LossMeter()
+        done = progress.taken // loader.step_items
+        end = done + loader.left(progress.taken)
+        batches = loader.batches(epoch, progress.taken)
         pairs, clock = 0, time.perf_counter()
-        with meter.watch(self._model):
-            for first in range(0, len(loader), self.accum_grad_iters):
-                group = range(first, min(first + self.accum_grad_iters, len(loader)))
+        with self.meter.watch(self._model):
+            for first in range(done, end, self.accum_grad_iters):
+                group = range(first, min(first + self.accum_grad_iters, end))
                 self.lr_scheduler.step(cur_epoch=epoch, cur_step=first // self.accum_grad_iters)
-                self._accumulate(batches, group, epoch, meter)
-                self._update()
+                self._step(self._accumulate(batches, group, epoch))
                 self.log.advance()
-                pairs += len(group) * loader.batch_size * get_world_size()
-                if self.step % self.log_freq == 0 or group.stop == len(loader):
-                    means, now = meter.drain(), time.perf_counter()
+                progress.taken += len(group) * loader.step_items
+                pairs += len(group) * loader.step_items
+                if self.step % self.log_freq == 0 or group.stop == end:
+                    means, now = self.meter.drain(), time.perf_counter()
                     self._log_training(epoch, means, pairs / (now - clock))
                     pairs, clock = 0, now
-        return {"lr": self._lr, **meter.means()}
+                if self.save_every and self.step % self.save_every == 0 and group.stop < end:
+                    self._save_checkpoint(epoch, step=self.step)
+        return {"lr": self._lr, **self.meter.means()}
 
-    def _accumulate(
-        self, batches: Iterator[Any], group: range, epoch: int, meter: LossMeter
-    ) -> None:
-        """Add up the gradient of the mean loss over the next batches, numbered ``group``."""
+    def _accumulate(self, batches: Iterator[Any], group: range, epoch: int) -> list[dict[str, Any]]:
+        """Add up the gradient of the mean loss over the next batches, numbered ``group``.
+
+        Where a loss is not finite, all gradients are NaN, so that every process learns of it with
+        the gradients that they exchange anyway.
+        """
+        taken = []
         for i in group:
+            seed_draws(int(self.config.run_cfg.seed), get_rank(), epoch, i)  # of dropout and others
             samples = self.to_device(next(batches))
             samples.update(epoch=epoch, num_iters_per_epoch=len(self.train_loader), iters=i)
             with self._gradient_exchange(wanted=i == group[-1]):
                 with self.autocast():
                     loss = self.task.train_step(model=self.model, samples=samples)
-                self.scaler.scale(loss / len(group)).backward()
-            meter.add("loss", loss)
+                self.meter.add("loss", loss)
+                verdict = torch.where(self.meter.finite(), 1.0, math.nan)
+                self.scaler.scale(loss / len(group) * verdict).backward()
+            taken.append(samples)
+        return taken
 
     def _gradient_exchange(self, wanted: bool) -> AbstractContextManager[None]:
         """Keep processes from exchanging gradients that are not complete yet."""
@@ -112,31 +141,47 @@ class SoftmaskRunner(PortableRunner):
             return self.model.no_sync()
         return nullcontext()
 
-    def _update(self) -> None:
-        """Take one optimizer step."""
+    def _step(self, batches: list[dict[str, Any]]) -> None:
+        """Take one optimizer step, or skip it where its numbers are not finite."""
         limit = self.config.run_cfg.get("clip_grad_norm", None)
-        if limit is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self._model.parameters(), float(limit))
-        self.scaler.step(self.optimizer)
+        self.scaler.unscale_(self.optimizer)
+        if limit is None:
+            norm = gradient_norm(self._model)
+        else:
+            norm = nn.utils.clip_grad_norm_(self._model.parameters(), float(limit))
+        self.step += 1
+        if math.isfinite(norm.item()):  # the one place in a step that waits for the device
+            self.scaler.step(self.optimizer)
+            if isinstance(self._model, MomentumDistillation):
+                self._model.advance()
+            self.meter.add("grad_norm", norm)
+            self.meter.keep()
+            self.bad_steps.kept()
+        else:
+            self._skip(batches)
         self.scaler.update()
         self.optimizer.zero_grad()
-        self.step += 1
+
+    def _skip(self, batches: list[dict[str, Any]]) -> None:
+        if isinstance(self._model, MomentumDistillation):
+            self._model.retract()
+        terms = self.meter.drop()
+        if self.scaler.is_enabled() and self.scaler.get_scale() > 1:
+            return  # fp16: the scaler finds a scale at which gradients do not overflow
+        self.bad_steps.skipped(
+            self.step, terms, batches, self._model, self.output_dir, self.config.to_dict()
+        )
 
     @property
     def _lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def _log_training(self, epoch: int, means: dict[str, float], pairs_per_s: float) -> None:
-        require_finite(
-            means,
-            f"training, epoch {epoch}, by step {self.step}",
-            "lower run.init_lr, lengthen run.warmup_steps or set run.clip_grad_norm=1",
-        )
         record = {"epoch": epoch, "step": self.step, "lr": self._lr, **means}
         temp = getattr(self._model, "temp", None)
         if isinstance(temp, Tensor):
             record["temp"] = temp.item()
+        record["skipped_steps"] = self.bad_steps.total
         self.log.training({**record, "pairs_per_s": round(pairs_per_s, 2)})
 
     def evaluate(self, cur_epoch: int | str = "best", skip_reload: bool = False) -> dict[str, Any]:
@@ -149,7 +194,8 @@ class SoftmaskRunner(PortableRunner):
         Returns:
             Metrics by split.
         """
-        results = super().evaluate(cur_epoch=cur_epoch, skip_reload=skip_reload) or {}
+        with peers_needed():
+            results = super().evaluate(cur_epoch=cur_epoch, skip_reload=skip_reload) or {}
         for split, metrics in results.items():
             self.log_stats(metrics, split)
         return results
@@ -167,7 +213,8 @@ class SoftmaskRunner(PortableRunner):
         self.model.eval()
         epoch = cur_epoch if isinstance(cur_epoch, int) else None
         if cur_epoch == "best" and not skip_reload:
-            epoch = self._load_weights(self.output_dir / "checkpoint_best.pth")["epoch"]
+            path = self.output_dir / f"checkpoint_{BEST}.pth"
+            epoch = read(path, self._model, self.device)["epoch"]
         self.task.before_evaluation(model=self._model, dataset=self.datasets[split_name])
         with self.autocast():
             results = self.task.evaluation(self._model, loader, **self._evaluation_options())
@@ -194,8 +241,13 @@ class SoftmaskRunner(PortableRunner):
             return {"cuda_enabled": self.cuda_enabled}
         return {}
 
-    def _validate(self, epoch: int) -> None:
-        """Evaluate the validation splits and save: the best epoch, or each if none has a score."""
+    def _validate(self, epoch: int) -> bool:
+        """Evaluate the validation splits.
+
+        Returns:
+            Whether this epoch is the best one so far (on the main process).
+        """
+        progress, improved = self.progress, False
         for i, split in enumerate(self.valid_splits):
             metrics = self.eval_epoch(split, epoch)
             if metrics is None:
@@ -203,12 +255,11 @@ class SoftmaskRunner(PortableRunner):
             if i == 0:
                 if "agg_metrics" not in metrics:
                     raise UserError(f"the task gives no 'agg_metrics' for '{split}' to choose by")
-                if metrics["agg_metrics"] > self.best_score:
-                    self.best_epoch, self.best_score = epoch, metrics["agg_metrics"]
-                    self._save_checkpoint(epoch, is_best=True)
-            self.log_stats({**metrics, "best_epoch": self.best_epoch}, split)
-        if self.best_epoch is None:
-            self._save_checkpoint(epoch)
+                if metrics["agg_metrics"] > progress.best_score:
+                    progress.best_epoch, progress.best_score = epoch, float(metrics["agg_metrics"])
+                    improved = True
+            self.log_stats({**metrics, "best_epoch": progress.best_epoch}, split)
+        return improved
 
 
 def _from_main_process(value: Any) -> Any:

@@ -1,0 +1,113 @@
+"""Steps whose numbers are not finite: skipped, counted, named, and in the end kept to look at."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lavis.common.dist_utils import get_rank, is_main_process
+from torch import Tensor, nn
+
+from softmask_plugin.errors import UserError
+
+Batches = Sequence[dict[str, Any]]
+ADVICE = "lower run.init_lr, lengthen run.warmup_steps or set run.clip_grad_norm=1"
+SHOWN = 8  # samples named in a message
+IDS = ("instance_id", "image_id")  # of a sample, in the order in which they say most
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """The norm of all gradients of a model, a float32 scalar; not finite if one of them is not."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norms = torch._foreach_norm(grads)
+    return torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
+
+
+@dataclass
+class BadSteps:
+    """Counts steps that were skipped because a loss or gradient was NaN or infinite.
+
+    Attributes:
+        limit: so many in a row end the run.
+        total, in_a_row: how many there were.
+    """
+
+    limit: int
+    total: int = 0
+    in_a_row: int = 0
+
+    def skipped(
+        self,
+        step: int,
+        terms: Mapping[str, float],
+        batches: Batches,
+        model: nn.Module,
+        folder: Path,
+        config: dict[str, Any],
+    ) -> None:
+        """Tell of a skipped step, which left no trace in ``model``.
+
+        Args:
+            step: its number in the run.
+            terms: this process's losses.
+            batches: this process's accumulated batches.
+            model: the model, with the step's gradients.
+            folder: where a file that reproduces the step goes, if it is the last one in a row.
+            config: of the run.
+
+        Raises:
+            UserError: it is one too many.
+        """
+        self.total += 1
+        self.in_a_row += 1
+        what, who = _blame(terms, model), _samples(batches)
+        # The process whose losses are bad has the samples; a bad gradient may be anyone's.
+        mine = is_main_process() or not all(map(math.isfinite, terms.values()))
+        if self.in_a_row < self.limit:
+            if mine:
+                logging.warning("skipped step %d: %s; samples %s", step, what, who)
+            return
+        file = folder / f"bad_step_{step}_rank{get_rank()}.pth"
+        if mine:
+            weights = {name: value.cpu() for name, value in model.state_dict().items()}
+            content = {"model": weights, "batches": list(batches), "step": step, "config": config}
+            torch.save({**content, "rank": get_rank()}, file)
+        raise UserError(
+            f"stopped: {self.in_a_row} steps in a row had numbers that are not finite, last step "
+            f"{step}: {what}; samples {who}; {ADVICE}"
+            + (f"; 'softmask replay {file}' repeats the step" if mine else "")
+        )
+
+    def kept(self) -> None:
+        """A step was taken."""
+        self.in_a_row = 0
+
+
+def _blame(terms: Mapping[str, float], model: nn.Module) -> str:
+    """The losses that are not finite, or else the gradients."""
+    losses = [f"{name} is {value}" for name, value in terms.items() if not math.isfinite(value)]
+    if losses:
+        return ", ".join(losses)
+    grads = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
+    bad = [name for name, grad in grads if not bool(grad.isfinite().all())]
+    if not bad:
+        return "the gradient's norm overflows"
+    return f"the gradient of {len(bad)} parameters is not finite, first {bad[0]}"
+
+
+def _samples(batches: Batches) -> str:
+    """The first samples' names, as the data set calls them."""
+    names = [str(name) for batch in batches for name in _names(batch)]
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" * (len(names) > SHOWN))
+
+
+def _names(batch: Mapping[str, Any]) -> list[Any]:
+    for key in IDS:
+        if (found := batch.get(key)) is not None:
+            return found.tolist() if isinstance(found, Tensor) else list(found)
+    return ["without names"]

@@ -1,0 +1,99 @@
+"""``softmask replay FILE``: a step that stopped a run, once more and looked at closely."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lavis.common.registry import registry
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from softmask_plugin.errors import UserError
+from softmask_plugin.fixed_draws import seed_draws
+from softmask_plugin.models.distillation import MomentumDistillation
+
+KEYS = {"model", "batches", "step", "rank", "config"}
+
+
+def replay(file: str | Path) -> list[str]:
+    """Repeat the forward and backward passes of a ``bad_step_*.pth``, on the CPU in float32.
+
+    Returns:
+        Lines for people: the losses of each batch, the first module whose output is not finite,
+        and the parameters whose gradients are not.
+
+    Raises:
+        UserError: the file is not of this kind, or its model cannot be built here.
+    """
+    content = _read(Path(file))
+    config = OmegaConf.create(content["config"])
+    model = registry.get_model_class(config.model.arch).from_config(_without_weights(config.model))
+    model.load_state_dict(content["model"])
+    if isinstance(model, MomentumDistillation):
+        model.paced = True
+    model.train()
+    lines = [
+        f"step {content['step']}, process {content['rank']}, {len(content['batches'])} batches"
+    ]
+    for batch in content["batches"]:
+        seed_draws(int(config.run.seed), content["rank"], batch["epoch"], batch["iters"])
+        with _first_bad_module(model) as found:
+            output = model(batch)
+        output["loss"].backward()
+        terms = {k: v.item() for k, v in output.items() if isinstance(v, Tensor) and v.ndim == 0}
+        lines.append("losses: " + ", ".join(f"{name} {value:.4g}" for name, value in terms.items()))
+        lines += [f"first output that is not finite: {name}" for name in found[:1]]
+        for key, value in batch.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                bad = (~value.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+                lines += [f"input '{key}' is not finite in sample {i} of the batch" for i in bad]
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    bad_grads = [name for name, grad in grads.items() if not bool(grad.isfinite().all())]
+    lines.append(f"gradients that are not finite: {len(bad_grads)} of {len(grads)} parameters")
+    return lines
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises nearly anything for a file of another kind
+        raise UserError(
+            f"{file} cannot be read ({type(error).__name__}): give the "
+            "bad_step_<step>_rank<n>.pth of a run's folder"
+        ) from error
+    if not isinstance(content, dict) or content.keys() != KEYS:
+        raise UserError(f"{file} is no bad_step_<step>_rank<n>.pth of a run's folder")
+    return content
+
+
+def _without_weights(model: Any) -> Any:
+    """The model's section, less what it would start from: all its weights are in the file."""
+    nothing = ("pretrained", "finetuned", "vit_weights", "bert_weights", "load_finetuned")
+    return OmegaConf.merge(model, {key: None for key in nothing if key in model})
+
+
+@contextmanager
+def _first_bad_module(model: nn.Module) -> Iterator[list[str]]:
+    """Collects the names of modules as they give the first outputs that are not finite."""
+    found: list[str] = []
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            tensors = output if isinstance(output, (tuple, list)) else [output]
+            if any(
+                isinstance(t, Tensor) and not bool(t.detach().isfinite().all()) for t in tensors
+            ):
+                found.append(name)
+
+        return hook
+
+    handles = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if name]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

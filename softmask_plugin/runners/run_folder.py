@@ -1,0 +1,100 @@
+"""A run's folder: one process's alone while it runs, and found again by a run that goes on."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from filelock import FileLock, Timeout
+from lavis.common.dist_utils import get_world_size, is_main_process
+
+from softmask_plugin.errors import UserError
+from softmask_plugin.runners.checkpoint import CheckpointFiles
+
+AUTO = "auto"  # of run.resume_ckpt_path: the newest run below run.output_dir that nobody works on
+
+# The kernel frees the lock of a process that is killed.
+_held: dict[Path, Any] = {}
+
+
+def claim(output_dir: Path, job_id: str, go_on: bool = False) -> Path:
+    """Return the folder of this run, which no other living process has; the same on every rank.
+
+    Args:
+        output_dir: what holds the folders of runs.
+        job_id: what to call a new one; a number is added where there is one of this name.
+        go_on: take the newest one that has a checkpoint instead, if there is any.
+
+    Raises:
+        UserError: no folder can be made there.
+    """
+    box: list[Path | UserError | None] = [None]
+    if is_main_process():
+        try:
+            box[0] = _claim(output_dir, job_id, go_on)
+        except UserError as error:
+            box[0] = error
+    if get_world_size() > 1:
+        dist.broadcast_object_list(box)
+    if isinstance(box[0], UserError):
+        raise box[0]
+    assert box[0] is not None
+    return box[0]
+
+
+def release(folder: Path) -> None:
+    """Let other processes have the folder."""
+    lock = _held.pop(folder, None)
+    if lock is not None:
+        lock.release()  # nothing, where it could not be locked
+
+
+def _claim(output_dir: Path, job_id: str, go_on: bool) -> Path:
+    if output_dir / job_id in _held:  # claimed earlier in this process
+        return output_dir / job_id
+    if go_on:
+        for folder in _with_checkpoints(output_dir):
+            if folder in _held or _lock(folder):
+                return folder
+            logging.info("%s belongs to a run that is under way", folder)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            folder = output_dir / (job_id if number == 1 else f"{job_id}-{number}")
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
+            _lock(folder)
+            return folder
+    except OSError as error:
+        raise UserError(
+            f"run.output_dir: {output_dir} cannot be written ({error.strerror}): name another "
+            "folder"
+        ) from error
+    raise AssertionError("unreachable")
+
+
+def _with_checkpoints(output_dir: Path) -> list[Path]:
+    """Folders of runs that have a checkpoint to go on from, the newest checkpoint first."""
+    found = []
+    for folder in output_dir.glob("*/"):
+        if files := CheckpointFiles(folder, None).newest_first():
+            found.append((files[0].stat().st_mtime_ns, folder))
+    return [folder for _, folder in sorted(found, reverse=True)]
+
+
+def _lock(folder: Path) -> bool:
+    """Lock a folder; False if another process has it."""
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        return False
+    except (OSError, NotImplementedError):  # some network file systems know no locks
+        logging.warning("%s cannot be locked: start no second run in it", folder)
+    _held[folder] = lock
+    return True

@@ -1,0 +1,227 @@
+"""Numbers that are not finite: where they may not get, and what the user is told."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+
+import pytest
+import torch
+from toys import ToyData, ToyModel, build, read_metrics, weights
+
+from softmask_plugin.cli import main
+from softmask_plugin.errors import UserError
+from softmask_plugin.runners.bad_steps import gradient_norm
+
+
+def spoiled(*indices, value=math.nan):
+    data = ToyData(42)
+    data.images[list(indices)] = value
+    return data
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_bad_sample_costs_one_step_and_is_named(tmp_path, caplog, value):
+    runner = build(tmp_path, splits={"train": spoiled(17, value=value)})
+    runner.train()
+    assert weights(runner.model).isfinite().all()
+    lines = read_metrics(runner.output_dir)
+    assert lines[-1]["skipped_steps"] == runner.bad_steps.total >= 1
+    assert all(math.isfinite(v) for line in lines for v in line.values() if isinstance(v, float))
+    told = [text for text in caplog.messages if text.startswith("skipped step")]
+    assert len(told) == runner.bad_steps.total
+    assert re.match(
+        r"skipped step \d+: loss_itc is (nan|inf), loss is (nan|inf); samples ", told[0]
+    )
+    assert "17" in told[0].partition("samples")[2].replace(",", " ").split()
+
+
+def test_a_skipped_step_leaves_no_trace(tmp_path):
+    """The optimizer takes the steps that it would take without the bad ones."""
+    runner = build(tmp_path, splits={"train": spoiled(17)}, max_epoch=1)
+    runner.train()
+    state = runner.optimizer.state_dict()["state"]
+    assert {int(each["step"]) for each in state.values()} == {9}
+    losses = [s["loss"] for s in runner.model.seen if math.isfinite(s["loss"])]
+    assert len(losses) == 9
+    log = (runner.output_dir / "log.txt").read_text().splitlines()
+    assert json.loads(log[-1])["train_loss"] == pytest.approx(sum(losses) / 9)
+
+
+class BadGradient(torch.autograd.Function):
+    """The identity, whose gradient is infinite."""
+
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, grad):
+        return grad * math.inf
+
+
+class FlakyModel(ToyModel):
+    """A gradient that is not finite while the loss is."""
+
+    def forward(self, samples):
+        output = super().forward(samples)
+        if self.training and len(self.seen) in (3, 4):
+            output["loss"] = BadGradient.apply(output["loss"])
+        return output
+
+
+def test_a_bad_gradient_is_a_bad_step(tmp_path, caplog):
+    runner = build(tmp_path, model=FlakyModel())
+    runner.train()
+    assert runner.bad_steps.total == 2 and weights(runner.model).isfinite().all()
+    assert "the gradient of 3 parameters is not finite, first temp" in caplog.text
+
+
+def test_an_accumulated_group_is_skipped_whole(tmp_path):
+    runner = build(tmp_path, splits={"train": spoiled(17)}, accum_grad_iters=5, max_epoch=1)
+    runner.train()
+    assert runner.bad_steps.total == 1
+    state = runner.optimizer.state_dict()["state"]
+    assert {int(each["step"]) for each in state.values()} == {1}
+
+
+def test_too_many_in_a_row_end_the_run(tmp_path):
+    runner = build(tmp_path, splits={"train": spoiled(*range(42))}, max_bad_steps=3)
+    with pytest.raises(UserError) as error:
+        runner.train()
+    message = str(error.value)
+    assert re.match(
+        r"stopped: 3 steps in a row .*, last step 3: loss_itc is nan, loss is nan; "
+        r"samples \d+, \d+, \d+, \d+; lower run.init_lr.*'softmask replay .*bad_step_3_rank0.pth'",
+        message,
+    )
+    assert "\n" not in message
+    assert not list(runner.output_dir.glob("checkpoint_*"))
+
+
+def test_bad_steps_are_counted_across_a_restart(tmp_path):
+    options = {"splits": {"train": spoiled(*range(42))}, "save_every_steps": 1, "max_bad_steps": 5}
+    first = build(tmp_path, **options)
+    first.bad_steps.limit = 2
+    with pytest.raises(UserError, match="2 steps in a row"):
+        first.train()
+    again = build(tmp_path, resume_ckpt_path="auto", **options)
+    with pytest.raises(UserError, match="5 steps in a row.*last step 5"):
+        again.train()
+
+
+@pytest.mark.parametrize("option", ["max_bad_steps", "keep_checkpoints", "save_every_steps"])
+@pytest.mark.parametrize("value", [0, -1, "many", 1.5, True])
+def test_counts_are_checked(tmp_path, option, value):
+    with pytest.raises(UserError, match=f"run.{option} is {value!r}: set it to a whole number"):
+        build(tmp_path, **{option: value})
+
+
+def test_the_norm_is_torchs():
+    model = torch.nn.Linear(3, 2)
+    model(torch.randn(4, 3)).square().sum().backward()
+    expected = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
+    torch.testing.assert_close(gradient_norm(model), expected)
+
+
+# ---- pretraining
+
+
+def poisoned(batch):
+    batch = copy.deepcopy(batch)
+    batch["image"][1, 0, 3, 3] = math.nan
+    return batch
+
+
+def step(runner, batch, i):
+    runner.meter = type(runner.meter)()
+    with runner.meter.watch(runner._model):
+        runner._step(runner._accumulate(iter([batch]), range(i, i + 1), 0))
+
+
+@pytest.fixture
+def pretraining(tmp_path, make_model):
+    def make(**options):
+        model = make_model(momentum=0.9, alpha=0.4)
+        runner = build(tmp_path, model=model, job_id="run", **options)
+        model.paced = True
+        runner.model.train()
+        return runner
+
+    return make
+
+
+def test_a_bad_image_reaches_neither_queues_nor_momentum_nor_optimizer(pretraining, make_batch):
+    good, bad = make_batch(4), poisoned(make_batch(4))
+    runner, twin = pretraining(), pretraining()
+    for each, batches in ((runner, [good, bad, bad, good]), (twin, [good, None, None, good])):
+        for i, batch in enumerate(batches):
+            if batch is not None:
+                step(each, copy.deepcopy(batch), i)
+    state, expected = runner._model.state_dict(), twin._model.state_dict()
+    for name, tensor in expected.items():
+        assert torch.equal(state[name], tensor), name
+    assert runner.bad_steps.total == 2 and int(state["queue_ptr"]) == 8
+    for one, other in zip(
+        runner.optimizer.state_dict()["state"].values(),
+        twin.optimizer.state_dict()["state"].values(),
+        strict=True,
+    ):
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_replay_finds_where_it_began(tmp_path, capsys):
+    """A run on scenes, where a block of the image encoder gives values of 1e30 and more."""
+    from softmask_plugin import launch
+
+    def explode(model, *_):
+        with torch.no_grad():
+            model.visual_encoder.blocks[1].mlp.fc1.weight.fill_(1e30)
+
+    original = launch.registry.get_model_class("softmask_pretrain").from_config.__func__
+
+    class Exploding:
+        @classmethod
+        def from_config(cls, config):
+            model = original(launch.registry.get_model_class("softmask_pretrain"), config)
+            explode(model)
+            return model
+
+    task = launch.setup_task
+    try:
+        launch.setup_task = lambda config: _with_model(task(config), Exploding)
+        options = ["datasets.scenes_pretrain.num.train=8", "run.batch_size_train=4"]
+        options += [f"run.output_dir={tmp_path}", "run.max_bad_steps=2", "run.max_epoch=1"]
+        with pytest.raises(UserError, match="2 steps in a row"):
+            launch.run("lavis_configs/projects/scenes/train/pretrain_tiny.yaml", options)
+    finally:
+        launch.setup_task = task
+    (file,) = tmp_path.glob("*/bad_step_2_rank0.pth")
+    assert main(["replay", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("losses: ") and "loss_itc nan" in line for line in lines)
+    assert (
+        "first output that is not finite: visual_encoder.blocks.2.norm1" in lines
+    )  # its variance overflows
+    (grads,) = [line for line in lines if line.startswith("gradients that are not finite")]
+    assert not grads.startswith("gradients that are not finite: 0 ")
+
+
+def _with_model(task, model):
+    task.build_model = lambda config: model.from_config(config.model_cfg)
+    return task
+
+
+@pytest.mark.parametrize("content", [b"", b"text", None])
+def test_replay_of_another_file_is_one_line(tmp_path, capsys, content):
+    file = tmp_path / "x.pth"
+    if content is None:
+        torch.save({"model": {}}, file)
+    else:
+        file.write_bytes(content)
+    assert main(["replay", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("softmask: error: ") and "bad_step_<step>" in error
+    assert error.count("\n") == 1

@@ -1,0 +1,59 @@
+"""Several processes; run as a script under torchrun, it is what each of them does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from toys import build, read_metrics, weights
+
+from softmask_plugin.launch import leave_distributed
+
+TWO_PROCESSES = {"accum_grad_iters": 2, "valid_splits": ["val"], "test_splits": ["test"]}
+
+
+def main(output_dir):
+    """What each process of the test below runs."""
+    dist.init_process_group("gloo")
+    runner = build(output_dir, batch_size_train=4, distributed=True, **TWO_PROCESSES)
+    runner.train()
+    everyone = [None, None]
+    model = runner.model.module
+    dist.all_gather_object(everyone, weights(model))
+    assert torch.equal(*everyone), "the ranks' weights differ"
+    if dist.get_rank() == 0:
+        torch.save(everyone[0], Path(output_dir) / "weights.pth")
+    del runner, model
+    leave_distributed()
+
+
+def test_two_processes_train_like_one(tmp_path):
+    """torchrun with gloo: same weights on both ranks, and those of one process with big batches."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, __file__, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+    alone = build(tmp_path, job_id="alone", batch_size_train=8, **TWO_PROCESSES)
+    alone.train()
+    together = torch.load(tmp_path / "weights.pth", weights_only=True)
+    torch.testing.assert_close(together, weights(alone.model), rtol=1e-12, atol=1e-12)
+
+    lines, expected = read_metrics(tmp_path / "job"), read_metrics(alone.output_dir)
+    assert [line["step"] for line in lines] == [line["step"] for line in expected] == [3, 4, 6]
+    for term in ("loss", "loss_itc", "loss_itm", "lr"):
+        assert [line[term] for line in lines] == pytest.approx([line[term] for line in expected])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
