@@ -100,6 +100,8 @@ def _samples(
 
 
 def _checked_bytes(path: Path) -> bytes:
+    if not path.is_file():  # a pipe is no image; reading one may hang
+        raise UnreadableImageError(f"{path}: no such file")
     try:
         data = path.read_bytes()
     except OSError as error:

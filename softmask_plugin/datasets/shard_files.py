@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from braceexpand import braceexpand
 from PIL import Image
@@ -28,7 +28,7 @@ INDEX = "index.json"
 INDEX_KIND = "wids-shard-index-v1"
 
 # Suffixes of the members that are read. "img" stands for any format, which Pillow finds out.
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "img")
+IMAGE_SUFFIXES = tuple("jpg jpeg png webp avif bmp gif jp2 ppm tif tiff img".split())
 CAPTION_SUFFIXES = ("json", "txt")
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
@@ -135,20 +135,40 @@ def read_shard(path: Path, defects: list[str]) -> Iterator[RawSample]:
 
     Args:
         path: the shard; a compressed one is read as well.
-        defects: is given a line for a shard that cannot be read to its end, and for a member that
-            occurs twice in a sample (of which the first counts).
+        defects: is given a line for a shard that cannot be read to its end or lacks one, and for a
+            member that occurs twice in a sample (of which the first counts).
     """
 
-    def note(error: Exception) -> bool:
+    def go_on(error: Exception) -> bool:
         defects.append(f"{path}: {_reason(error)}")
         return True
 
+    def stop(error: Exception) -> bool:
+        defects.append(f"{path}: {_reason(error)}, so the rest of it is skipped")
+        ends.append(error)
+        return False
+
+    ends: list[Exception] = []
     try:
         with path.open("rb") as file:
             source = [{"url": str(path), "stream": file}]
-            yield from group_by_keys(tar_file_expander(source, select_files=_wanted), handler=note)
-    except Exception as error:  # as decoders of images do, those of archives raise what they like
-        defects.append(f"{path}: {_reason(error)}, so the rest of it is skipped")
+            members = tar_file_expander(source, handler=stop, select_files=_wanted)
+            yield from group_by_keys(members, handler=go_on)
+            if not ends and _is_cut(file):
+                defects.append(f"{path}: its end mark is missing, it may have been cut short")
+    except OSError as error:
+        stop(error)
+
+
+def _is_cut(file: BinaryIO) -> bool:
+    """Whether an archive that is not compressed lacks the two empty blocks at its end.
+
+    Where one was cut between its members, or in a header, tarfile takes that for the end.
+    """
+    file.seek(257)
+    plain = file.read(5) == b"ustar"
+    file.seek(max(0, file.seek(0, os.SEEK_END) - 1024))
+    return plain and any(file.read())
 
 
 def _wanted(name: str) -> bool:

@@ -93,6 +93,7 @@ class ShardStream(wds.DataPipeline):
         self.seed = seed
         self.skipped = skipped or SkipLog()
         self.begun: dict[str, Any] | None = None
+        self.turn = 0
 
     def __len__(self) -> int:
         """Samples per epoch, over all processes."""
@@ -108,7 +109,7 @@ class ShardStream(wds.DataPipeline):
                 f"{readers} shards (softmask shards --per-shard)"
             )
 
-    def begin(self, state: dict[str, Any] | None) -> None:
+    def begin(self, state: dict[str, Any] | None, turn: int = 0) -> None:
         """Set where the next iteration starts; call it before a loader starts its workers.
 
         With as many readers as ``state`` was taken from, the stream goes on with the very next
@@ -118,6 +119,10 @@ class ShardStream(wds.DataPipeline):
 
         Args:
             state: what ``state`` returned; None: the very start.
+            turn: which of a process's workers gives the next batch: a loader always starts with its
+                first worker, so that one then reads as worker ``turn`` would have done. So many
+                batches of this process as were taken since its workers started, modulo their
+                number, make the batches come in the order in which they would have come.
 
         Raises:
             UserError: the state is of other shards, another seed or another shuffle buffer.
@@ -130,7 +135,7 @@ class ShardStream(wds.DataPipeline):
                         f"caption_shards.{what} is not what it was: set it back, or start a new "
                         "run from the checkpoint's weights (model.pretrained)"
                     )
-        self.begun = state
+        self.begun, self.turn = state, turn
 
     def state(self, positions: Tensor) -> dict[str, Any]:
         """What ``begin`` needs to go on after the samples that were taken: plain values only.
@@ -198,9 +203,9 @@ class ShardStream(wds.DataPipeline):
             UserError: fewer shards than readers, or a whole pass without a usable sample.
         """
         worker = get_worker_info()
-        workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
+        workers, number = (worker.num_workers, worker.id + self.turn) if worker else (1, 0)
         self.require(get_world_size(), workers)
-        reader, readers = get_rank() * workers + number, get_world_size() * workers
+        reader, readers = get_rank() * workers + number % workers, get_world_size() * workers
         start = self._start(readers)
         place = start.places[reader]
         for pass_ in count(place.pass_):
