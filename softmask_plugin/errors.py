@@ -10,7 +10,27 @@ from torch import Tensor
 
 
 class UserError(Exception):
-    """Something the user can mend. The command line prints its message without a traceback."""
+    """Something the user can mend. The command line prints its message without a traceback.
+
+    Args:
+        message: what is wrong, where, and what to do; kept as one line, see ``one_line``.
+    """
+
+    def __init__(self, message: str) -> None:
+        # A data loader raises what its worker raised anew, with the worker's traceback for message.
+        if message.startswith("Caught ") and "\nOriginal Traceback" in message:
+            message = message.rstrip().rpartition("\n")[2].partition(": ")[2]
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    r"""A text that shows as one line: what a terminal would obey or not show is spelt out.
+
+    >>> print(one_line("photos/\x1b[2J.jpg"))
+    photos/\x1b[2J.jpg
+    """
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(shown)
 
 
 def suggest(name: str, choices: Iterable[str], limit: int = 3) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from lavis.common.registry import registry
 
+from softmask_plugin.errors import one_line
+
 
 @dataclass(frozen=True)
 class SkipLog:
@@ -41,7 +43,7 @@ class SkipLog:
         """
         if self.muted or not names:
             return
-        names = [_one_line(name) for name in names]
+        names = [one_line(name) for name in names]
         place = ""
         if self.path is not None:
             known = set(self.path.read_text("utf-8").split("\n") if self.path.exists() else ())
@@ -53,7 +55,3 @@ class SkipLog:
         if names:
             first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             logging.warning("Skipped %d %s: %s%s", len(names), what, first, place)
-
-
-def _one_line(name: str) -> str:
-    return " ".join(name.splitlines()).encode("utf-8", "backslashreplace").decode("utf-8")
