@@ -70,6 +70,8 @@ def read_text(path: Path, kind: str) -> str:
         raise UserError(f"{path} is not UTF-8 text: save it as UTF-8 ({error.reason})") from error
     except OSError as error:
         raise UserError(f"cannot read the {kind} file {path}: {error.strerror}") from error
+    except ValueError as error:  # a path that none can have
+        raise UserError(f"cannot read the {kind} file {str(path)!r}: {error}") from error
 
 
 def read_json(path: Path, text: str) -> Any:
