@@ -30,6 +30,7 @@ STYLE: dict[Any, Any] = {
     "font.size": 9,
     "text.color": INK,
     "text.parse_math": False,  # a caption may hold any number of dollar signs
+    "text.usetex": False,  # nor may it command LaTeX, whatever the user's matplotlibrc says
     "axes.edgecolor": MUTED,
     "axes.labelcolor": MUTED,
     "axes.titlesize": 9.5,

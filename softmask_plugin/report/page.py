@@ -15,6 +15,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
+from softmask_plugin.errors import UserError
 from softmask_plugin.report.figures import INK, loss_curves
 
 TEMPLATE = "report.html.j2"
@@ -52,6 +53,9 @@ def write_report(
 
     Returns:
         The path written.
+
+    Raises:
+        UserError: it cannot be written.
     """
     retrieval = dict(metrics.get("retrieval", {"chance": {}}))
     train = [record for record in records if record.get("split") == "train"]
@@ -78,8 +82,11 @@ def write_report(
         environment=environment,
     )
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write the report {path} ({error.strerror})") from error
     return path
 
 
