@@ -8,6 +8,7 @@ from lavis.models.base_model import BaseModel
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from softmask_plugin.errors import UserError
 from softmask_plugin.models import weights
 from softmask_plugin.nn.bert import BertForMaskedLM, BertModel, BertShape
 from softmask_plugin.nn.tokens import Layout
@@ -54,6 +55,8 @@ class SoftMaskBase(BaseModel):
             UserError: an unknown key, a wrong value, or weights that cannot be had.
         """
         options = read_options(cls.OPTIONS, cfg)
+        if options.load_finetuned and options.finetuned is None:
+            raise UserError("model.load_finetuned is true, but model.finetuned names no checkpoint")
         model = cls(options)
         source = options.finetuned if options.load_finetuned else None
         if source is None and options.load_pretrained:

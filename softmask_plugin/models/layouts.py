@@ -17,8 +17,9 @@ from collections.abc import Iterable
 from torch import Tensor
 
 StateDict = dict[str, Tensor]
-WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 SUFFIXES = ("", "_m")  # online and momentum
+# Of DistributedDataParallel, around the whole, and of torch.compile, around any part
+_WRAPPER = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
 _LAYER = re.compile(r"^(text_encoder(?:_m)?\.encoder\.layer\.)(\d+)\.(.*)$")
 
 
@@ -44,9 +45,8 @@ def adapt(state: StateDict, own: Iterable[str], fusion_layer: int) -> StateDict:
 
 
 def _plain(key: str) -> str:
-    """Without wrappers' prefixes and without the ``bert.`` of an encoder with an MLM head."""
-    while key.startswith(WRAPPERS):
-        key = key.partition(".")[2]
+    """Without what wrappers add and without the ``bert.`` of an encoder with an MLM head."""
+    key = _WRAPPER.sub("", key)
     return re.sub(r"^(text_encoder(?:_m)?)\.bert\.", r"\1.", key)
 
 
