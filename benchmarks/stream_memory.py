@@ -162,8 +162,9 @@ def plot(result: Result, file: Path) -> None:
     axes = figure.subplots()
     axes.plot(result.samples, result.mib)
     axes.axvline(WARM_UP * result.samples[-1], color="grey", linestyle=":", label="warm-up")
-    axes.set(xlabel="samples streamed", ylabel="resident memory, MiB", ylim=(0, None))
-    axes.legend()
+    highest = 1.2 * max(result.mib)
+    axes.set(xlabel="samples streamed", ylabel="resident memory, MiB", ylim=(0, highest))
+    axes.legend(loc="lower right")
     figure.savefig(file, dpi=120)
 
 

@@ -190,8 +190,17 @@ def test_lavis_takes_the_stream(shards):
     chained = concat_datasets({"train": [make(shards)]})["train"]
     assert isinstance(chained, ChainDataset) and len(chained) == SHARDS * PER_SHARD
     assert isinstance(make(shards), wds.DataPipeline)
-    copy = pickle.loads(pickle.dumps(make(shards)))  # as workers that are not forked get it
-    assert ids(one_pass(copy)) == ids(one_pass(make(shards)))
+
+
+def test_workers_that_are_not_forked_know_the_other_processes(shards, as_rank):
+    as_rank(1, 2)
+    expected = ids(one_pass(make(shards)))
+    pickled = pickle.dumps(make(shards))
+    as_rank(0, 1)
+    copy = pickle.loads(pickled)
+    assert ids(one_pass(copy)) == expected
+    loader = DataLoader(copy, 4, num_workers=1, multiprocessing_context="fork")
+    assert next(iter(loader))["position"][0].tolist() == [1, 0, 0, 1, 2]
 
 
 # ---- resuming
@@ -380,6 +389,20 @@ def test_a_shard_cut_where_a_tar_may_end_is_named(tmp_path, cut):
     log = SkipLog(tmp_path / "skipped.log")
     assert len(one_pass(make([tmp_path / "0.tar"], skipped=log))) == cut // 2048
     assert "0.tar: its end mark is missing" in log.path.read_text()
+
+
+def test_of_a_member_that_occurs_twice_the_first_counts(tmp_path):
+    shard = write_tar(tmp_path / "0.tar", good("a"))
+    with tarfile.open(shard, "a") as tar:
+        for name, data in {"a.txt": b"another", **good("b")}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    log = SkipLog(tmp_path / "skipped.log")
+    samples = one_pass(make([shard], shuffle=0, skipped=log))
+    assert [s["text_input"] for s in samples] == ["picture a", "picture b"]
+    (named,) = log.path.read_text().splitlines()
+    assert named.startswith(f"{shard}: a.txt: duplicate")
 
 
 def test_a_compressed_shard_is_read(tmp_path):

@@ -94,6 +94,11 @@ class ShardStream(wds.DataPipeline):
         self.skipped = skipped or SkipLog()
         self.begun: dict[str, Any] | None = None
         self.turn = 0
+        self.process: tuple[int, int] | None = None  # rank and number; None: ask torch
+
+    def __getstate__(self) -> dict[str, Any]:
+        # workers that are not forked get a copy, and know nothing of the other processes
+        return {**self.__dict__, "process": self.process or (get_rank(), get_world_size())}
 
     def __len__(self) -> int:
         """Samples per epoch, over all processes."""
@@ -202,10 +207,11 @@ class ShardStream(wds.DataPipeline):
         Raises:
             UserError: fewer shards than readers, or a whole pass without a usable sample.
         """
+        rank, world = self.process or (get_rank(), get_world_size())
         worker = get_worker_info()
         workers, number = (worker.num_workers, worker.id + self.turn) if worker else (1, 0)
-        self.require(get_world_size(), workers)
-        reader, readers = get_rank() * workers + number % workers, get_world_size() * workers
+        self.require(world, workers)
+        reader, readers = rank * workers + number % workers, world * workers
         start = self._start(readers)
         place = start.places[reader]
         for pass_ in count(place.pass_):
