@@ -30,7 +30,10 @@ UNLISTED_KEYS = (
     "lr_decay_rate num_captions num_captions_fid num_patches prompt rank repetition_penalty "
     "report_metric resume_ckpt_path top_k top_p warmup_lr"
 ).split()
-RUNNER_KEYS = "clip_grad_norm compile find_unused_parameters".split()
+RUNNER_KEYS = (
+    "clip_grad_norm compile deterministic dist_timeout find_unused_parameters keep_checkpoints "
+    "max_bad_steps save_every_steps"
+).split()
 RERANK_KEYS = [field.name for field in fields(RerankOptions)]
 GROUNDING_KEYS = ["grounding_alpha"]
 RUN_KEYS = frozenset(

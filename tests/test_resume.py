@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from toys import ScriptedTask, ToyModel, ToyTask, build, read_metrics, weights
 
+from benchmarks.traces import differences, trace
 from softmask_plugin.errors import UserError
 
 
@@ -118,39 +121,8 @@ def interrupted(folder, after, **options):
     return runner.output_dir
 
 
-def trace(folder):
-    """All that a run leaves behind, less what depends on the clock and the folder's place."""
-    found = {}
-    for path in folder.glob("*.pth"):
-        content = torch.load(path, weights_only=True)
-        del content["config"], content["progress"]["seconds"], content["progress"]["logs"]
-        found[path.name] = content
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    clock = ("time", "pairs_per_s")
-    found["metrics"] = [{k: v for k, v in line.items() if k not in clock} for line in lines]
-    found["log"] = (folder / "log.txt").read_text().split("\n}\n")[1]
-    return found
-
-
 def assert_same(one, other):
-    assert one.keys() == other.keys()
-    for name, content in one.items():
-        assert_equal(content, other[name], name)
-
-
-def assert_equal(one, other, place):
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), place
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), place
-        for key in one:
-            assert_equal(one[key], other[key], f"{place}.{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), place
-        for i, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_equal(a, b, f"{place}[{i}]")
-    else:
-        assert one == other, place
+    assert not differences(trace(one), other)
 
 
 def test_interrupted_anywhere_a_run_ends_as_if_it_was_not(tmp_path):
@@ -158,7 +130,7 @@ def test_interrupted_anywhere_a_run_ends_as_if_it_was_not(tmp_path):
     whole = build(tmp_path / "whole", **OPTIONS)
     whole.train()
     expected = trace(whole.output_dir)
-    assert len(expected["metrics"]) > 9 and whole.progress.best_epoch is not None
+    assert len(expected["metrics.jsonl"]) > 9 and whole.progress.best_epoch is not None
     calls = len(whole.model.seen)
     for after in range(calls):
         folder = tmp_path / str(after)
@@ -169,7 +141,7 @@ def test_interrupted_anywhere_a_run_ends_as_if_it_was_not(tmp_path):
         again = build(folder, **OPTIONS)
         assert (again.output_dir == first) == has_checkpoint
         again.train()
-        assert_same(trace(again.output_dir), expected)
+        assert_same(again.output_dir, expected)
 
 
 def test_resuming_with_other_saving_times_changes_nothing_that_is_learnt(tmp_path):
@@ -188,7 +160,7 @@ def test_a_finished_run_is_tested_again(tmp_path):
     again = build(tmp_path, **OPTIONS)
     assert again.output_dir == first.output_dir
     assert again.train() == results
-    assert_same(trace(again.output_dir), expected)
+    assert_same(again.output_dir, expected)
 
 
 def test_the_last_checkpoints_are_kept(tmp_path):
@@ -237,7 +209,7 @@ def test_a_broken_checkpoint_is_refused_by_name_and_the_one_before_used(tmp_path
     refusals = [text for text in caplog.messages if text.startswith("refused")]
     assert len(refusals) == 1 and str(newest) in refusals[0] and "\n" not in refusals[0]
     assert f"resumed from {before}" in caplog.text
-    assert_same(trace(folder), trace(whole.output_dir))
+    assert_same(folder, trace(whole.output_dir))
 
 
 def test_no_usable_checkpoint_is_an_error(tmp_path):
@@ -310,3 +282,16 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     with runner.log.progress(0, 1), pytest.raises(KeyboardInterrupt):
         runner._save_checkpoint(1)
     assert path.read_bytes() == before
+
+
+def test_killed_at_random_moments_a_real_run_ends_as_if_it_was_not():
+    """SIGKILL, 20 times at least: in steps, evaluations and the writing of checkpoints."""
+    command = [sys.executable, "-m", "benchmarks.kills", "--kills", "20", "--workers", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kills, ended, differing = map(
+        int, re.match(r"killed (\d+) .*?; (\d+) runs ended, (\d+) diff", done.stdout).groups()
+    )
+    assert kills >= 20 and ended >= 1 and differing == 0
+    assert all(phase in done.stdout for phase in ("step", "evaluation", "checkpoint"))

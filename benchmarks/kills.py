@@ -1,0 +1,238 @@
+"""Kill a run again and again; it ends as if it had not been: ``python -m benchmarks.kills``.
+
+The model pretrains on rendered scenes, validates after each epoch and tests at the end. A parent
+process forks one that runs ``softmask train`` with ``run.resume_ckpt_path=auto``, sends it SIGKILL
+at a random moment, and starts the next, until one ends by itself. Then all that the run left
+(weights, momentum copies, queues, optimizer, schedule, best epoch, checkpoints, logs) is compared
+to the last bit with what a run left that was never killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
+
+import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
+
+# isort: split
+import torch
+
+from benchmarks.traces import differences, trace
+from softmask_plugin import launch
+from softmask_plugin.runners import SoftmaskRunner, checkpoint
+
+PROJECT = "lavis_configs/projects/scenes/train/retrieval_tiny.yaml"
+OPTIONS = {
+    "model.arch": "softmask_pretrain",
+    "model.queue_size": 48,
+    "model.alpha": 0.4,
+    "model.learn_temp": True,
+    "datasets.scenes_retrieval.num.train": 72,
+    "datasets.scenes_retrieval.num.val": 16,
+    "datasets.scenes_retrieval.num.test": 16,
+    "run.batch_size_train": 6,
+    "run.batch_size_eval": 8,
+    "run.accum_grad_iters": 2,
+    "run.max_epoch": 3,
+    "run.k_test": 4,
+    "run.log_freq": 2,
+    "run.save_every_steps": 2,
+    "run.resume_ckpt_path": "auto",
+}
+PHASES = ("start", "step", "evaluation", "checkpoint", "renaming", "between")
+
+
+@dataclass
+class Outcome:
+    """What came of it.
+
+    Attributes:
+        kills: by what the process was doing.
+        runs: that ended by themselves, each compared with one that was never killed.
+        lost: what was not the same, in words.
+        seconds: it took.
+    """
+
+    kills: Counter[str] = field(default_factory=Counter)
+    runs: int = 0
+    lost: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class Board:
+    """One byte that parent and child share: what the child is doing, an index of PHASES."""
+
+    def __init__(self) -> None:
+        self.memory = mmap.mmap(-1, 1)
+
+    @property
+    def phase(self) -> str:
+        """The name that it shows."""
+        return PHASES[self.memory[0]]
+
+    def show(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, during which the board shows ``name``."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            before, self.memory[0] = self.memory[0], PHASES.index(name)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.memory[0] = before or PHASES.index("between")
+
+        return call
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the trial; returns 1 if anything was lost."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200, help="default: %(default)s")
+    parser.add_argument("--workers", type=int, default=1, help="of the data loader; %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments; default: %(default)s")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # OpenMP's threads would not survive the fork
+    outcome = trial(args.kills, args.workers, args.seed)
+    counts = ", ".join(f"{name} {outcome.kills[name]}" for name in PHASES if outcome.kills[name])
+    print(
+        f"killed {outcome.kills.total()} times ({counts}); {outcome.runs} runs ended, "
+        f"{len(outcome.lost)} differences from a run that was never killed; {outcome.seconds:.0f} s"
+    )
+    print("\n".join(outcome.lost))
+    return 1 if outcome.lost else 0
+
+
+def trial(kills: int, workers: int, seed: int) -> Outcome:
+    """Kill so many processes, and compare each run that ends."""
+    began, outcome, moments = time.monotonic(), Outcome(), random.Random(seed)
+    with TemporaryDirectory() as name:
+        root = Path(name)
+        train = partial(run, workers=workers)
+        (status, _), lasted = timed(lambda: watched(root / "whole", train, None, moments))
+        if status != 0:
+            raise RuntimeError(tail(root / "whole"))
+        expected = trace(only(root / "whole"))
+        while outcome.kills.total() < kills or outcome.runs == 0:
+            folder = root / str(outcome.runs)
+            while True:
+                enough = outcome.kills.total() >= kills
+                # Half of the moments lie in a phase of its own, however short it is.
+                phase = None if moments.random() < 0.5 else moments.choice(PHASES[1:])
+                until = None if enough else (phase, moments.uniform(0, lasted / 3))
+                status, caught = watched(folder, train, until, moments)
+                if caught is None:
+                    break
+                outcome.kills[caught] += 1
+            if status != 0:
+                outcome.lost.append(f"run {outcome.runs} failed: {tail(folder)}")
+                break
+            folders = [path for path in folder.glob("*/") if any(path.glob("*.pth"))]
+            if len(folders) != 1:
+                outcome.lost.append(f"run {outcome.runs} is in {len(folders)} folders")
+            outcome.lost += differences(trace(folders[-1]), expected, f"run {outcome.runs}: ")
+            outcome.runs += 1
+    outcome.seconds = time.monotonic() - began
+    return outcome
+
+
+def watched(
+    folder: Path,
+    train: Callable[[Path], None],
+    until: tuple[str | None, float] | None,
+    moments: random.Random,
+) -> tuple[int, str | None]:
+    """Run in a process of its own, and kill it.
+
+    Args:
+        folder: for runs.
+        train: what the process does.
+        until: None: let it end. Otherwise a phase and seconds: kill it in that phase, after so
+            many seconds in which it may have come and gone; or, without a phase, after so many.
+        moments: random.
+
+    Returns:
+        The exit code and, if it was killed, what it was doing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    board = Board()
+    child = os.fork()
+    if child == 0:
+        obey(folder, board, train)
+    if until is not None:
+        phase, seconds = until
+        end = time.monotonic() + seconds
+        while not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            late = time.monotonic() >= end
+            if late and phase in (None, board.phase):
+                time.sleep(moments.uniform(0, 0.002))
+                os.kill(child, signal.SIGKILL)
+                break
+            time.sleep(0 if late else 0.001)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return -os.WTERMSIG(status), board.phase
+    return os.WEXITSTATUS(status), None
+
+
+def obey(folder: Path, board: Board, train: Callable[[Path], None]) -> None:
+    """What the child does; it never returns."""
+    code = 1
+    try:
+        log = os.open(folder / "output.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        signs = [
+            (SoftmaskRunner, "_step", "step"),
+            (SoftmaskRunner, "_accumulate", "step"),
+            (SoftmaskRunner, "eval_epoch", "evaluation"),
+            (checkpoint, "_serialize", "checkpoint"),
+            (checkpoint, "_write", "renaming"),
+        ]
+        for owner, name, phase in signs:
+            patch.object(owner, name, board.show(phase, getattr(owner, name))).start()
+        train(folder)
+        code = 0
+    except BaseException as error:
+        os.write(2, f"{type(error).__name__}: {error}\n".encode())
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def run(folder: Path, workers: int) -> None:
+    """Train as the command does."""
+    options = {**OPTIONS, "run.output_dir": folder, "run.num_workers": workers}
+    launch.run(PROJECT, [f"{key}={value}" for key, value in options.items()])
+
+
+def timed(function: Callable[[], Any]) -> tuple[Any, float]:
+    """Its result, and the seconds that it took."""
+    start = time.monotonic()
+    return function(), time.monotonic() - start
+
+
+def only(folder: Path) -> Path:
+    """The one run's folder in it."""
+    (found,) = folder.glob("*/")
+    return found
+
+
+def tail(folder: Path) -> str:
+    """The last that the processes said."""
+    return " | ".join((folder / "output.log").read_text().splitlines()[-3:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
