@@ -66,6 +66,7 @@ def build_tokenizer(source: str | None, vocab_size: int = 8192) -> BertTokenizer
         tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
         if not all(isinstance(token, str) for token in tokens):
             raise TypeError("a token is listed twice")
+        tokenizer("\u2603")  # an unknown word needs [UNK]
     except Exception as error:  # of a damaged file it may be of any kind
         if not is_list and isinstance(error, (OSError, ValueError)):
             raise UserError(
