@@ -143,7 +143,8 @@ class StreamLoader(TrainLoader):
         pin_memory: bool,
     ) -> None:
         self.dataset, self.batch_size = dataset, batch_size
-        self.positions: dict[int, Tensor] = {}  # by reader: its last sample of those taken
+        self.positions: dict[int, Tensor] = {}  # by reader: after its last sample of those taken
+        self.turn = 0  # the worker whose batch is next
         self.loader = DataLoader(
             dataset,
             batch_size=batch_size,
@@ -152,6 +153,7 @@ class StreamLoader(TrainLoader):
             pin_memory=pin_memory,
             generator=torch.Generator(),
         )
+        dataset.require(get_world_size(), max(num_workers, 1))
 
     def batches(self, epoch: int, taken: int) -> Iterator[Any]:
         """The batches that are left of an epoch; the stream goes on where it was left."""
@@ -159,21 +161,25 @@ class StreamLoader(TrainLoader):
         for batch in islice(self.loader, self.left(taken)):
             position = batch.pop("position")[-1]
             self.positions[int(position[0])] = position
+            self.turn = (self.turn + 1) % max(self.loader.num_workers, 1)
             yield batch
 
     def state(self) -> dict[str, Any] | None:
-        """How far the readers of all processes are."""
+        """How far the readers of all processes are, and whose turn it is (in each the same)."""
         mine = list(self.positions.values())
         everyone: list[Any] = [mine]
         if get_world_size() > 1:
             everyone = [None] * get_world_size()
             dist.all_gather_object(everyone, mine)
         rows = [row for rows in everyone for row in rows]
-        return self.dataset.state(torch.stack(rows) if rows else torch.empty(0, 4).long())
+        read = self.dataset.state(torch.stack(rows) if rows else torch.empty(0, 5).long())
+        return {"read": read, "turn": self.turn}
 
     def restore(self, state: dict[str, Any] | None) -> None:
         """Begin again where all readers were."""
-        self.dataset.begin(state)
+        read, turn = (state["read"], state["turn"]) if state else (None, 0)
+        self.turn = turn % max(self.loader.num_workers, 1)
+        self.dataset.begin(read, self.turn)
         self.positions = {}
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import itertools
 import logging
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import torch.distributed as dist
-from filelock import FileLock, Timeout
 from lavis.common.dist_utils import get_world_size, is_main_process
 
 from softmask_plugin.errors import UserError
@@ -16,8 +15,9 @@ from softmask_plugin.runners.checkpoint import CheckpointFiles
 
 AUTO = "auto"  # of run.resume_ckpt_path: the newest run below run.output_dir that nobody works on
 
-# The kernel frees the lock of a process that is killed.
-_held: dict[Path, Any] = {}
+# POSIX locks: the kernel frees those of a process that is killed, and the workers of its data
+# loader, which outlive it for some seconds, do not inherit them (as they would flock's).
+_held: dict[Path, IO[str]] = {}
 
 
 def claim(output_dir: Path, job_id: str, go_on: bool = False) -> Path:
@@ -47,9 +47,9 @@ def claim(output_dir: Path, job_id: str, go_on: bool = False) -> Path:
 
 def release(folder: Path) -> None:
     """Let other processes have the folder."""
-    lock = _held.pop(folder, None)
-    if lock is not None:
-        lock.release()  # nothing, where it could not be locked
+    file = _held.pop(folder, None)
+    if file is not None:
+        file.close()
 
 
 def _claim(output_dir: Path, job_id: str, go_on: bool) -> Path:
@@ -89,12 +89,15 @@ def _with_checkpoints(output_dir: Path) -> list[Path]:
 
 def _lock(folder: Path) -> bool:
     """Lock a folder; False if another process has it."""
-    lock = FileLock(folder / ".lock", timeout=0)
+    file = (folder / ".lock").open("w")
     try:
-        lock.acquire()
-    except Timeout:
+        import fcntl  # which Windows lacks
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
         return False
-    except (OSError, NotImplementedError):  # some network file systems know no locks
+    except (OSError, ImportError):  # some network file systems know no locks either
         logging.warning("%s cannot be locked: start no second run in it", folder)
-    _held[folder] = lock
+    _held[folder] = file
     return True
