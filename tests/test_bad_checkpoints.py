@@ -1,0 +1,285 @@
+"""Checkpoints of every bad kind: refused in one line that says which tensor, or loaded and told."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from transformers import BertConfig, BertForMaskedLM
+
+from softmask_plugin.errors import UserError
+from softmask_plugin.models import weights
+from softmask_plugin.models.pretrain import SoftMaskPretrain
+
+
+class Runs:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+def refused(model, path, message):
+    """The file is refused in one line that names it, and the model is left as it was."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UserError, match=message) as caught:
+        model.load_checkpoint(str(path))
+    assert "\n" not in str(caught.value) and path.name in str(caught.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def saved(path, state):
+    torch.save(state, path)
+    return path
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("kept", [0, 1, 4, 100, 0.5, -1], ids=str)
+def test_a_truncated_file(make_model, tmp_path, kept):
+    path = saved(tmp_path / "a.pth", make_model().state_dict())
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
+    refused(make_model(seed=1), path, "is no readable checkpoint")
+
+
+def test_damaged_bytes_are_refused_or_loaded_but_never_crash(make_model, tmp_path):
+    path = saved(tmp_path / "a.pth", make_model().state_dict())
+    content, generator = path.read_bytes(), torch.Generator().manual_seed(0)
+    model = make_model(seed=1)
+    for place in torch.randint(len(content), (60,), generator=generator).tolist():
+        damaged = bytearray(content)
+        damaged[place : place + 8] = bytes(8)
+        path.write_bytes(damaged)
+        try:
+            model.load_checkpoint(str(path))
+        except UserError as error:
+            assert "a.pth" in str(error)
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{}, [], None, 3, "text", {"model": {}}, {"model": None}, {1: torch.ones(2)}, torch.ones(3)],
+    ids=repr,
+)
+def test_a_file_without_tensors_of_a_model(make_model, tmp_path, content):
+    path = saved(tmp_path / "a.pth", content)
+    refused(make_model(), path, "has no tensor that fits this model: is it a checkpoint")
+
+
+# ---- tensors
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    "name", ["vision_proj.weight", "text_encoder.bert.embeddings.LayerNorm.bias", "image_queue"]
+)
+def test_a_weight_that_is_not_finite_is_refused_by_name(make_model, tmp_path, name, value):
+    state = make_model().state_dict()
+    state[name] = state[name].clone()
+    state[name].view(-1)[-1] = value
+    refused(
+        make_model(seed=1),
+        saved(tmp_path / "a.pth", {"model": state}),
+        f"'{name}' holds NaN or infinite values: take an earlier checkpoint",
+    )
+
+
+ODD = {
+    "sparse": lambda tensor: tensor.to_sparse(),
+    "on no device": lambda tensor: tensor.to("meta"),
+    "complex": lambda tensor: tensor * 1j,
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_a_tensor_of_another_kind_is_refused_by_name(make_model, tmp_path, kind):
+    state = make_model().state_dict()
+    state["vision_proj.bias"] = ODD[kind](state["vision_proj.bias"])
+    path = saved(tmp_path / "a.pth", state)
+    refused(make_model(seed=1), path, "'vision_proj.bias' is no plain tensor of real numbers")
+
+
+@pytest.mark.parametrize(
+    "embedding",
+    [torch.ones(3), torch.ones(0), torch.ones(1, 8, 48), torch.ones(1, 5, 48, dtype=torch.long)],
+    ids=lambda tensor: f"{tuple(tensor.shape)} {tensor.dtype}",
+)
+def test_position_embeddings_of_no_image(make_model, tmp_path, embedding):
+    state = {**make_model().state_dict(), "visual_encoder.pos_embed": embedding}
+    path = saved(tmp_path / "a.pth", state)
+    refused(make_model(seed=1), path, r"'visual_encoder.pos_embed' of shape \(.* no square image")
+
+
+@pytest.mark.parametrize("pointer", [-1, 24, 10**9])
+def test_a_position_outside_of_the_queue(make_model, tmp_path, pointer):
+    state = {**make_model().state_dict(), "queue_ptr": torch.tensor([pointer])}
+    path = saved(tmp_path / "a.pth", state)
+    refused(make_model(seed=1), path, f"'queue_ptr' is {pointer}, outside of its queue")
+
+
+def test_other_shapes_are_left_out_and_warned_of(make_model, tmp_path, caplog):
+    state = make_model().state_dict()
+    state["vision_proj.weight"] = torch.ones(3, 3)
+    model = make_model(seed=1)
+    before = model.vision_proj.weight.clone()
+    model.load_checkpoint(str(saved(tmp_path / "a.pth", state)))
+    (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
+    loaded = f"loaded {len(state) - 1} of {len(state)} tensors"
+    assert loaded in record.getMessage() and "; other shape: vision_proj" in record.getMessage()
+    assert torch.equal(model.vision_proj.weight, before)
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda key: f"module.{key}",
+        lambda key: f"_orig_mod.{key}",
+        lambda key: f"module._orig_mod.{key}",
+        lambda key: key.replace("encoder.", "encoder._orig_mod.", 1),
+    ],
+    ids=["DistributedDataParallel", "torch.compile", "both", "compiled parts"],
+)
+def test_names_that_wrappers_changed(make_model, tmp_path, rename):
+    state = make_model().state_dict()
+    path = saved(tmp_path / "a.pth", {"model": {rename(key): v for key, v in state.items()}})
+    model = make_model(seed=1)
+    model.load_checkpoint(str(path))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+# ---- code
+
+
+@pytest.fixture(params=["", "1"], ids=["as a rule", "torch told to run code"])
+def anything_goes(request, monkeypatch):
+    """An environment in which torch reads any object, unless asked not to."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", request.param)
+
+
+def evil(path, marker, how):
+    """A file that makes the folder ``marker`` when its objects are unpickled."""
+    if how == "zip":
+        torch.save({"model": {"temp": torch.ones(())}, "config": Runs(marker)}, path)
+    elif how == "legacy":
+        torch.save({"a": Runs(marker)}, path, _use_new_zipfile_serialization=False)
+    else:
+        path.write_bytes(pickle.dumps({"model": Runs(marker)}))
+    return str(path)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.usefixtures("anything_goes")
+@pytest.mark.parametrize("how", ["zip", "legacy", "pickle"])
+@pytest.mark.parametrize("key", ["pretrained", "finetuned", "vit_weights", "bert_weights"])
+def test_no_weights_of_a_yaml_run_code(make_model, tmp_path, key, how):
+    marker, folder = tmp_path / "ran", tmp_path / "bert"
+    folder.mkdir()
+    name = "pytorch_model.bin" if key == "bert_weights" else "a.pth"
+    file = evil(folder / name, marker, how)
+    BertConfig().save_pretrained(folder)
+    section = {**OmegaConf.structured(make_model().options)}
+    section[key] = str(folder) if key == "bert_weights" else file
+    section["load_finetuned"] = key == "finetuned"
+    with pytest.raises(UserError, match=f"{name} is no readable checkpoint .*run code"):
+        SoftMaskPretrain.from_config(OmegaConf.create(section))
+    assert not marker.exists()
+
+
+def test_code_runs_where_the_yaml_trusts_the_file(make_model, tmp_path):
+    """So the marker above would be seen."""
+    marker = tmp_path / "ran"
+    file = evil(tmp_path / "a.pth", marker, "zip")
+    section = {**OmegaConf.structured(make_model().options), "pretrained": file}
+    SoftMaskPretrain.from_config(OmegaConf.create({**section, "trust_checkpoint": True}))
+    assert marker.exists()
+
+
+# ---- a BERT's own file
+
+
+def bert_of(model) -> BertForMaskedLM:
+    shape = model.text_encoder.shape
+    return BertForMaskedLM(
+        BertConfig(
+            vocab_size=shape.vocab_size,
+            hidden_size=shape.width,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            intermediate_size=shape.intermediate,
+            max_position_embeddings=shape.max_positions,
+        )
+    )
+
+
+@pytest.mark.parametrize("release", ["first", "without its head", "now"])
+def test_the_keys_of_every_release_of_bert(make_model, tmp_path, release):
+    model = make_model()
+    bert = bert_of(model)
+    state = bert.state_dict()
+    if release == "first":
+        names = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+        for new, old in names.items():
+            state = {key.replace(new, old): tensor for key, tensor in state.items()}
+    elif release == "without its head":
+        state = {key.removeprefix("bert."): t for key, t in state.items() if "cls." not in key}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    weights.initialise(model, vit=None, bert=str(tmp_path))
+    own, theirs = model.text_encoder.state_dict(), bert.state_dict()
+    shared = [name for name in own.keys() & theirs.keys() if release == "now" or "cls" not in name]
+    assert len(shared) > 80
+    assert all(torch.equal(own[name], theirs[name]) for name in shared)
+
+
+def test_a_bert_in_safetensors(make_model, tmp_path):
+    pytest.importorskip("safetensors")
+    from safetensors.torch import save_file
+
+    model = make_model()
+    state = {key: tensor.clone() for key, tensor in bert_of(model).state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    weights.initialise(model, vit=None, bert=str(tmp_path))
+    own = model.text_encoder.state_dict()
+    assert all(torch.equal(own[name], state[name]) for name in own.keys() & state.keys())
+    (tmp_path / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(UserError, match="model.safetensors is no readable checkpoint"):
+        weights.initialise(model, vit=None, bert=str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"PK\x03\x04", "nan"], ids=repr)
+def test_a_damaged_bert_gets_one_line(make_model, tmp_path, content):
+    model = make_model()
+    if content == "nan":
+        bert = bert_of(model)
+        with torch.no_grad():
+            bert.bert.embeddings.LayerNorm.bias.fill_(float("nan"))
+        torch.save(bert.state_dict(), tmp_path / "pytorch_model.bin")
+        message = "'bert.embeddings.LayerNorm.bias' holds NaN"
+    else:
+        (tmp_path / "pytorch_model.bin").write_bytes(content)
+        message = "pytorch_model.bin is no readable checkpoint"
+    with pytest.raises(UserError, match=message) as caught:
+        weights.initialise(model, vit=None, bert=str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_vit_that_is_not_finite_is_refused_by_name(make_model, tmp_path):
+    state = make_model().visual_encoder.state_dict()
+    state["norm.weight"] = state["norm.weight"] + float("inf")
+    with pytest.raises(UserError, match=r"vit.pth: 'norm.weight' holds NaN or infinite"):
+        weights.initialise(make_model(), str(saved(tmp_path / "vit.pth", state)), None)
+
+
+def test_finetuned_weights_that_are_not_named(make_model):
+    section = {**OmegaConf.structured(make_model().options), "load_finetuned": True}
+    with pytest.raises(UserError, match="load_finetuned is true, but model.finetuned names no"):
+        SoftMaskPretrain.from_config(OmegaConf.create(section))
