@@ -238,6 +238,7 @@ class ContrastOptions(ModelOptions):
         _within("itc.gamma", self.itc.gamma, 0, inf)
         _within("itc.weight", self.itc.weight, 0, inf)
         _within("itm_weight", self.itm_weight, 0, inf)
+        _within("soft_mask.start_iter", mask.start_iter, 0, inf)
         _within("soft_mask.weight", mask.weight, 0, inf)
         _within("temp", self.temp, 0.001, 0.5)
         _within("queue_size", self.queue_size, 0, inf)

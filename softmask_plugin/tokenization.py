@@ -55,9 +55,11 @@ def build_tokenizer(source: str | None, vocab_size: int = 8192) -> BertTokenizer
             "of their run), or the train split's file to make one from"
         )
     path = SCENES_VOCABULARY if source == "scenes" else Path(source)
-    if path.suffix in SUFFIXES and path.is_file():
+    is_list = path.suffix == ".txt"
+    if (is_list or path.suffix in SUFFIXES) and not path.is_file():
+        raise UserError(f"no tokenizer '{source}' (model.tokenizer): there is no such file")
+    if path.suffix in SUFFIXES:
         return _vocabulary_of(path, vocab_size)
-    is_list = path.suffix == ".txt" and path.is_file()
     try:
         if is_list:
             tokenizer = BertTokenizerFast(vocab_file=str(path), do_lower_case=True)
