@@ -207,9 +207,10 @@ def test_code_runs_where_the_yaml_trusts_the_file(make_model, tmp_path):
 # ---- a BERT's own file
 
 
-def bert_of(model) -> BertForMaskedLM:
+def bert_of(model, folder) -> BertForMaskedLM:
+    """A BERT of the model's shape, whose description lies in the folder."""
     shape = model.text_encoder.shape
-    return BertForMaskedLM(
+    bert = BertForMaskedLM(
         BertConfig(
             vocab_size=shape.vocab_size,
             hidden_size=shape.width,
@@ -219,12 +220,14 @@ def bert_of(model) -> BertForMaskedLM:
             max_position_embeddings=shape.max_positions,
         )
     )
+    bert.config.save_pretrained(folder)
+    return bert
 
 
 @pytest.mark.parametrize("release", ["first", "without its head", "now"])
 def test_the_keys_of_every_release_of_bert(make_model, tmp_path, release):
     model = make_model()
-    bert = bert_of(model)
+    bert = bert_of(model, tmp_path)
     state = bert.state_dict()
     if release == "first":
         names = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
@@ -245,7 +248,7 @@ def test_a_bert_in_safetensors(make_model, tmp_path):
     from safetensors.torch import save_file
 
     model = make_model()
-    state = {key: tensor.clone() for key, tensor in bert_of(model).state_dict().items()}
+    state = {key: tensor.clone() for key, tensor in bert_of(model, tmp_path).state_dict().items()}
     save_file(state, tmp_path / "model.safetensors")
     weights.initialise(model, vit=None, bert=str(tmp_path))
     own = model.text_encoder.state_dict()
@@ -258,8 +261,8 @@ def test_a_bert_in_safetensors(make_model, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"{}", b"PK\x03\x04", "nan"], ids=repr)
 def test_a_damaged_bert_gets_one_line(make_model, tmp_path, content):
     model = make_model()
+    bert = bert_of(model, tmp_path)
     if content == "nan":
-        bert = bert_of(model)
         with torch.no_grad():
             bert.bert.embeddings.LayerNorm.bias.fill_(float("nan"))
         torch.save(bert.state_dict(), tmp_path / "pytorch_model.bin")

@@ -158,18 +158,23 @@ def read_bert(name: str) -> StateDict:
     Raises:
         UserError: there is no such model, or its file holds other objects than tensors.
     """
-    missing: Exception | None = None
-    for file in BERT_FILES:
-        try:
-            path = cached_file(name, file)
-        except (OSError, ValueError) as error:
-            missing = error
-            continue
-        return {_modern(key): tensor for key, tensor in read_state_dict(str(path)).items()}
-    raise UserError(
-        f"no BERT '{name}' (model.bert_weights) in a local folder, on the Hugging Face hub "
-        "or in its cache: null starts from random weights"
-    ) from missing
+    try:
+        cached_file(name, "config.json")  # if not even this is to be had, one wait is enough
+        path = _first_file(name)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no BERT '{name}' (model.bert_weights) in a local folder, on the Hugging Face hub "
+            "or in its cache: null starts from random weights"
+        ) from error
+    return {_modern(key): tensor for key, tensor in read_state_dict(path).items()}
+
+
+def _first_file(name: str) -> str:
+    first, second = BERT_FILES
+    try:
+        return str(cached_file(name, first))
+    except (OSError, ValueError):
+        return str(cached_file(name, second))
 
 
 def _modern(key: str) -> str:
