@@ -54,7 +54,7 @@ def texts(model: SoftMaskPretrain, captions: str | None, count: int) -> list[str
         found = [c for item in read_captions(captions, "val") for c in item.captions]
         return [found[i % len(found)] for i in range(count)]
     generator = torch.Generator().manual_seed(0)
-    words = [w for w in model.tokenizer.get_vocab() if w.isalpha()]
+    words = sorted(w for w in model.tokenizer.get_vocab() if w.isalpha())
 
     def draw(high: int) -> int:
         return int(torch.randint(high, (1,), generator=generator))

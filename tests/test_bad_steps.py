@@ -172,6 +172,29 @@ def test_a_bad_image_reaches_neither_queues_nor_momentum_nor_optimizer(pretraini
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+def test_accumulated_batches_move_queue_and_momentum_once(pretraining, make_batch):
+    runner = pretraining(accum_grad_iters=3)
+    before = copy.deepcopy(runner._model.state_dict())
+    batches = [make_batch(size) for size in (2, 3, 4)]
+    with runner.meter.watch(runner._model):
+        runner._step(runner._accumulate(iter(copy.deepcopy(batches)), range(3), 0))
+    after = copy.deepcopy(runner._model.state_dict())
+    assert int(after["queue_ptr"]) == 9
+    name = "text_encoder.bert.encoder.layer.4.output.dense.weight"
+    slow = name.replace("text_encoder", "text_encoder_m")
+    assert not torch.equal(after[name], before[name])
+    torch.testing.assert_close(after[slow], before[slow].lerp(after[name], 1 - 0.9))
+
+    queue = after["image_queue"]  # features by the momentum model as it was before the step
+    with torch.no_grad():
+        model = runner._model
+        model.load_state_dict(before)
+        for batch, columns in zip(batches, (slice(0, 2), slice(2, 5), slice(5, 9)), strict=True):
+            states = model.visual_encoder_m(batch["image"])
+            feats = torch.nn.functional.normalize(model.vision_proj_m(states[:, 0]), dim=-1)
+            torch.testing.assert_close(queue[:, columns], feats.T)
+
+
 def test_replay_finds_where_it_began(tmp_path, capsys):
     """A run on scenes, where a block of the image encoder gives values of 1e30 and more."""
     from softmask_plugin import launch

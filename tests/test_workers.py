@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -53,6 +54,21 @@ def test_two_processes_train_like_one(tmp_path):
     assert [line["step"] for line in lines] == [line["step"] for line in expected] == [3, 4, 6]
     for term in ("loss", "loss_itc", "loss_itm", "lr"):
         assert [line[term] for line in lines] == pytest.approx([line[term] for line in expected])
+
+
+def test_two_and_four_processes_agree_with_each_other_and_with_one(tmp_path):
+    """All that ``python -m benchmarks.workers`` compares; it names what is not as it should be."""
+    command = [sys.executable, "-m", "benchmarks.workers", "--steps", "4"]
+    done = subprocess.run(
+        [*command, "--json", str(tmp_path / "findings.json")],
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    findings = json.loads((tmp_path / "findings.json").read_text())
+    assert len(findings) >= 16 and all(finding["good"] for finding in findings)
+    assert {finding["processes"] for finding in findings} >= {2, 4}
 
 
 if __name__ == "__main__":

@@ -39,8 +39,9 @@ def replay(file: str | Path) -> list[str]:
     lines = [
         f"step {content['step']}, process {content['rank']}, {len(content['batches'])} batches"
     ]
-    for batch in content["batches"]:
-        seed_draws(int(config.run.seed), content["rank"], batch["epoch"], batch["iters"])
+    for i, batch in enumerate(content["batches"]):
+        number = batch["iters"] * config.run.get("accum_grad_iters", 1) + i  # within the epoch
+        seed_draws(int(config.run.seed), content["rank"], batch["epoch"], number)
         with _first_bad_module(model) as found:
             output = model(batch)
         output["loss"].backward()

@@ -48,7 +48,8 @@ class SoftmaskRunner(ResumableRunner):
     - ``find_unused_parameters``: as torch's DistributedDataParallel has it; false by default.
 
     Differences from it, on purpose: gradients of ``accum_grad_iters`` batches are averaged, not
-    summed, and ``warmup_steps`` and ``log_freq`` count optimizer steps; the first of
+    summed, and ``warmup_steps``, ``log_freq`` and the ``iters`` that models are told count
+    optimizer steps; the first of
     ``valid_splits`` picks the best checkpoint; ``evaluate: true`` evaluates the test splits only.
     """
 
@@ -122,10 +123,14 @@ class SoftmaskRunner(ResumableRunner):
         the gradients that they exchange anyway.
         """
         taken = []
+        place = {
+            "epoch": epoch,
+            "iters": group.start // self.accum_grad_iters,  # optimizer steps, as the schedule's
+            "num_iters_per_epoch": self.steps_per_epoch,
+        }
         for i in group:
             seed_draws(int(self.config.run_cfg.seed), get_rank(), epoch, i)  # of dropout and others
-            samples = self.to_device(next(batches))
-            samples.update(epoch=epoch, num_iters_per_epoch=len(self.train_loader), iters=i)
+            samples = {**self.to_device(next(batches)), **place}
             with self._gradient_exchange(wanted=i == group[-1]):
                 with self.autocast():
                     loss = self.task.train_step(model=self.model, samples=samples)

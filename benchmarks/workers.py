@@ -1,0 +1,350 @@
+"""Several processes against one: ``python -m benchmarks.workers``.
+
+Two and four gloo processes train the small model with softmask_runner. What must be the same on
+every rank, or the same as on a single process, is compared; collective operations are counted; a
+process is killed, another one hangs, and the others must end in bounded time and say why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
+
+# isort: split
+import torch
+import torch.distributed as dist
+from lavis.common.config import Config
+from lavis.datasets.datasets.base_dataset import BaseDataset
+from lavis.tasks.base_task import BaseTask
+from omegaconf import OmegaConf
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.material import SMALL, texts
+from benchmarks.ranks import on_ranks
+from softmask_plugin.models.classification import SoftMaskClassification
+from softmask_plugin.models.pretrain import SoftMaskPretrain
+from softmask_plugin.options import ClassificationOptions, PretrainOptions, read_options
+from softmask_plugin.runners import SoftmaskRunner
+
+STILL = {"dropout": 0.0, "attention_dropout": 0.0}
+RUN: dict[str, Any] = {
+    **{"device": "cpu", "seed": 7, "max_epoch": 1, "init_lr": 1e-3, "min_lr": 1e-4},
+    **{"weight_decay": 0.02, "lr_sched": "softmask_cosine_lr", "num_workers": 0, "log_freq": 2},
+    **{"train_splits": ["train"], "save_every_steps": 2, "keep_checkpoints": None},
+}
+PATIENCE = 5.0  # seconds that a process waits for one that hangs
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A row of the table: what was compared, with how many processes, and what came out.
+
+    Attributes:
+        what: was compared.
+        processes: how many.
+        found: in words.
+        good: whether it is as it should be.
+    """
+
+    what: str
+    processes: int
+    found: str
+    good: bool
+
+
+class Pairs(BaseDataset):
+    """Random images with captions and labels, the same everywhere."""
+
+    def __init__(self, size: int, captions: list[str]) -> None:
+        super().__init__()
+        self.annotation = [{} for _ in range(size)]
+        generator = torch.Generator().manual_seed(3)
+        side = SMALL["image_size"]
+        self.images = torch.randn(size, 3, side, side, generator=generator)
+        self.captions = captions
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {
+            "image": self.images[index],
+            "text_input": self.captions[index % len(self.captions)],
+            "image_id": index,
+            "label": index % 2,
+        }
+
+
+def pretrain(**changes: Any) -> SoftMaskPretrain:
+    """The small model, with a queue that steps do not divide."""
+    torch.manual_seed(0)
+    bert = {**SMALL["bert"], **STILL}
+    given = {**SMALL, "tokenizer": "scenes", "bert": bert, "queue_size": 50, "momentum": 0.9}
+    return SoftMaskPretrain(read_options(PretrainOptions, {**given, **changes}))
+
+
+def classifier() -> SoftMaskClassification:
+    """The small model whose loss is a mean over samples that know nothing of each other."""
+    torch.manual_seed(0)
+    bert = {**SMALL["bert"], **STILL}
+    sizes = {key: SMALL[key] for key in ("image_size", "vit")}
+    given = {**sizes, "bert": bert, "tokenizer": "scenes", "num_classes": 2, "momentum": 0.9}
+    return SoftMaskClassification(read_options(ClassificationOptions, given))
+
+
+def run(model: Any, folder: Path, size: int, batch: int, job: str = "run", **more: Any) -> Any:
+    """A runner over ``size`` pairs."""
+    options = {**RUN, "output_dir": str(folder), "batch_size_train": batch, **more}
+    config = Config.__new__(Config)
+    config.config = OmegaConf.create({"run": options, "model": {}, "datasets": {}})
+    data = {"pairs": {"train": Pairs(size, texts(model, None, 16))}}
+    return SoftmaskRunner(config, BaseTask(), model, data, job)
+
+
+def each_step(runner: Any) -> Iterator[list[Any]]:
+    """Take the steps of an epoch one by one; yields each one's batches, after it."""
+    runner._model.paced = True
+    runner.model.train()
+    batches = runner.train_loader.batches(0, 0)
+    with runner.meter.watch(runner._model):
+        for first in range(0, len(runner.train_loader), runner.accum_grad_iters):
+            group = range(first, first + runner.accum_grad_iters)
+            taken = runner._accumulate(batches, group, 0)
+            yield taken
+            runner._step(taken)
+
+
+# ---- what is compared
+
+
+def same_on_every_rank(processes: int, steps: int) -> Finding:
+    """Weights, momentum copies and queues, after each of so many steps."""
+
+    def rank(number: int) -> list[str]:
+        differing = []
+        with TemporaryDirectory() as folder:
+            size = steps * processes * 3 + 1  # the last item is left over
+            runner = run(pretrain(), Path(folder), size, 3)
+            torch.manual_seed(number)  # as the host seeds its ranks
+            runner._model.image_queue.normal_()
+            for _ in each_step(runner):
+                differing += _differing(runner._model.state_dict())
+            differing += _differing(runner._model.state_dict())
+            pointer = int(runner._model.queue_ptr)
+            if pointer != steps * processes * 3 % 50:
+                differing.append(f"the queue is at {pointer}")
+        return differing
+
+    ended = on_ranks(processes, rank)
+    bad = [str(end.result or end.error) for end in ended if end.result != []]
+    what = f"weights, momentum copies and queues on every rank, after each of {steps} steps"
+    return Finding(what, processes, "; ".join(bad) or "identical", not bad)
+
+
+def _differing(state: dict[str, Tensor]) -> list[str]:
+    """Names of tensors that this rank has otherwise than rank 0."""
+    found = []
+    for name, tensor in state.items():
+        first = tensor.clone()
+        dist.broadcast(first, src=0)
+        if not torch.equal(first, tensor):
+            found.append(name)
+    return found
+
+
+def gradients_of_joined_batch(processes: int) -> Finding:
+    """Where samples know nothing of each other: the gradients of one process with all of them."""
+    together = on_ranks(processes, lambda rank: _gradients(classifier, 3, 1))[0]
+    (alone,) = on_ranks(1, lambda rank: _gradients(classifier, 3 * processes, 1))
+    what = "gradients of softmask_classification against one process with the joined batch"
+    return _compared(what, processes, together, alone)
+
+
+def gradients_of_shares(processes: int) -> Finding:
+    """Of pretraining, where contrast and negatives are drawn within a process: their mean."""
+    together = on_ranks(processes, lambda rank: _gradients(pretrain, 3, 1))[0]
+
+    def alone(_: int) -> dict[str, Tensor]:
+        parts = [_gradients(pretrain, 3, 1, part=(rank, processes)) for rank in range(processes)]
+        return {name: torch.stack([p[name] for p in parts]).mean(dim=0) for name in parts[0]}
+
+    (mean,) = on_ranks(1, alone)
+    what = "gradients of softmask_pretrain against the mean of its shares on one process"
+    return _compared(what, processes, together, mean)
+
+
+def accumulated(processes: int) -> Finding:
+    """Two accumulated batches against one of twice the size, momentum and queue included."""
+    whole = on_ranks(processes, lambda rank: _gradients(classifier, 4, 1))[0]
+    halves = on_ranks(processes, lambda rank: _gradients(classifier, 2, 2))[0]
+    what = "gradients of two accumulated batches against one of twice the size"
+    return _compared(what, processes, whole, halves)
+
+
+def _gradients(
+    build: Any, batch: int, accumulate: int, part: tuple[int, int] | None = None
+) -> dict[str, Tensor]:
+    """The gradients of a first step; ``part``: those of one rank of so many, without the others."""
+    with TemporaryDirectory() as folder:
+        size = 48  # the same data and order, however they are shared
+        if part is None:
+            runner = run(build(), Path(folder), size, batch, accum_grad_iters=accumulate)
+            next(each_step(runner))
+            model = runner._model
+        else:
+            model = _share(build(), size, batch, part)
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _share(model: Any, size: int, batch: int, part: tuple[int, int]) -> Any:
+    """Forward and backward of what a rank of several would do."""
+    from softmask_plugin.fixed_draws import seed_draws
+
+    data, (rank, processes) = Pairs(size, texts(model, None, 16)), part
+    generator = torch.Generator().manual_seed(RUN["seed"])
+    order = torch.randperm(size, generator=generator).tolist()
+    samples = data.collater([data[i] for i in order[rank::processes][:batch]])
+    samples.update(epoch=0, iters=0, num_iters_per_epoch=size // (batch * processes))
+    seed_draws(RUN["seed"], rank, 0, 0)
+    model.paced = True
+    model.train()(samples)["loss"].backward()
+    return model
+
+
+def _compared(what: str, processes: int, one: Any, other: Any) -> Finding:
+    if one.error or other.error:
+        return Finding(what, processes, one.error or other.error, False)
+    scale = max(float(grad.abs().max()) for grad in other.result.values())
+    worst = max(float((one.result[k] - g).abs().max()) for k, g in other.result.items()) / scale
+    same = one.result.keys() == other.result.keys() and worst < 1e-5
+    return Finding(what, processes, f"largest difference {worst:.1e} of the largest one", same)
+
+
+def collectives(processes: int) -> Finding:
+    """What processes say to each other in a step after the first, of one batch and of three."""
+
+    def rank(_: int) -> list[dict[str, int]]:
+        counts = []
+        for accumulate in (1, 3):
+            with TemporaryDirectory() as folder:
+                size = 3 * 3 * accumulate * processes
+                runner = run(pretrain(), Path(folder), size, 3, accum_grad_iters=accumulate)
+                steps = each_step(runner)
+                next(steps), next(steps)
+                with profile(activities=[ProfilerActivity.CPU]) as record:
+                    next(steps)  # the end of the second step, and the third's passes
+                names = [e.name for e in record.events() if e.name.startswith("gloo:")]
+                counts.append(dict(Counter(names)))
+        return counts
+
+    one, three = on_ranks(processes, rank)[0].result
+    said = ", ".join(f"{count} {name.removeprefix('gloo:')}" for name, count in one.items())
+    what = "operations between processes in a step, of one batch and of three accumulated ones"
+    kinds = {"gloo:all_reduce", "gloo:all_gather"}  # gradients; features for the queues
+    return Finding(what, processes, f"{said}, both", one == three and one.keys() == kinds)
+
+
+def another_number(before: int, after: int) -> Finding:
+    """A run interrupted within an epoch goes on with another number of processes."""
+    with TemporaryDirectory() as name:
+        folder, items = Path(name), 28
+
+        def train(stop: int | None) -> list[int]:
+            seen: list[int] = []
+            runner = run(pretrain(), folder, items, 2, resume_ckpt_path="auto")
+
+            def note(_: Any, args: Any) -> None:
+                if stop is not None and runner.step == stop:
+                    raise KeyboardInterrupt
+                seen.extend(args[0]["image_id"].tolist())
+
+            runner.model.register_forward_pre_hook(note)
+            try:
+                runner.train()
+            except KeyboardInterrupt:
+                dist.barrier()
+            return seen
+
+        first = on_ranks(before, lambda rank: train(2))
+        second = on_ranks(after, lambda rank: train(None))
+        errors = [end.error for end in (*first, *second) if end.error]
+        seen = sorted(i for end in (*first, *second) for i in end.result or ())
+        last = torch.load(next(folder.glob("*/checkpoint_0.pth")), weights_only=True)
+    whole = seen == list(range(items)) and not errors and last["progress"]["epoch"] == 1
+    found = errors[0] if errors else f"{len(set(seen))} of {items} items of the epoch, each once"
+    return Finding(f"resumed with {after} processes", before, found, whole)
+
+
+def gone(processes: int, how: str) -> Finding:
+    """The last process is killed, or hangs, after its first step."""
+
+    def rank(number: int) -> None:
+        with TemporaryDirectory() as folder:
+            runner = run(pretrain(), Path(folder), 3 * processes * 4, 3)
+
+            def fail(*_: Any) -> None:
+                if number == processes - 1 and runner.step == 1:
+                    if how == "killed":
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    time.sleep(3 * PATIENCE)
+                    os._exit(1)
+
+            runner.model.register_forward_pre_hook(fail)
+            runner.train()
+
+    *others, last = on_ranks(processes, rank, patience=PATIENCE)
+    told = all("lost another one" in end.error and "\n" not in end.error for end in others)
+    waited = max(end.seconds for end in others)
+    what = f"a process is {how}" if how == "killed" else f"a process {how}"
+    found = f"the others end within {waited:.0f} s, {'each in' if told else 'NOT in'} one line"
+    return Finding(what, processes, found, told and waited < 3 * PATIENCE and last.status != 0)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run all comparisons; returns 1 if one is not as it should be."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=40, help="default: %(default)s")
+    parser.add_argument("--json", type=Path, help="write the findings to this file")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # threads would not survive the fork
+    findings = list(examine(args.steps))
+    if args.json:
+        args.json.write_text(json.dumps([asdict(finding) for finding in findings], indent=2))
+    return 0 if all(finding.good for finding in findings) else 1
+
+
+def examine(steps: int) -> Iterator[Finding]:
+    """Compare with two and with four processes, and tell as it goes."""
+    checks = [
+        check
+        for n in (2, 4)
+        for check in (
+            (same_on_every_rank, n, steps),
+            (gradients_of_joined_batch, n),
+            (gradients_of_shares, n),
+            (accumulated, n),
+            (collectives, n),
+            (gone, n, "killed"),
+        )
+    ]
+    checks += [(another_number, 2, 1), (another_number, 1, 4), (another_number, 4, 2)]
+    checks += [(gone, 2, "hangs")]
+    for function, *args in checks:
+        finding = function(*args)
+        mark = "ok " if finding.good else "BAD"
+        print(f"{mark} {finding.processes} processes: {finding.what}: {finding.found}", flush=True)
+        yield finding
+
+
+if __name__ == "__main__":
+    sys.exit(main())
