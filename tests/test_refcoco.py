@@ -159,6 +159,13 @@ def test_files_that_do_not_belong_together(release):
         build()
 
 
+@pytest.mark.parametrize("image", ["/etc/passwd", "../secret.jpg", "C:\\a.jpg"])
+def test_an_image_outside_of_the_folder(release, image):
+    write("data/refcoco+_test.json", [{**expression(2, "woman"), "image": image}])
+    with pytest.raises(UserError, match="does not lie below the images folder"):
+        build()
+
+
 def test_wrong_keys(release):
     with pytest.raises(UserError, match=f"datasets.{NAME}.dets: did you mean 'detections'"):
         build("dets=x.json")

@@ -26,6 +26,7 @@ import numpy as np
 
 from softmask_plugin.datasets.folder import Annotation, FolderBuilder, FolderDataset
 from softmask_plugin.datasets.skip_log import SkipLog
+from softmask_plugin.datasets.table_files import image_name
 from softmask_plugin.errors import UserError
 from softmask_plugin.paths import shipped
 from softmask_plugin.registry import register
@@ -143,12 +144,14 @@ def annotate(file: Path, known: KnownBoxes) -> Annotation:
     """Read a file of expressions and add their boxes.
 
     Raises:
-        UserError: there is no such file, or an entry is laid out differently or has no boxes.
+        UserError: there is no such file, or an entry is laid out differently, has no boxes, or
+            names an image outside of the images folder.
     """
     rows, annotation = read_json(file, ALBEF), []
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
         try:
-            item = {"image": row["image"], "text": row["text"], **known.of(row["ref_id"])}
+            image = image_name(row["image"])
+            item = {"image": image, "text": row["text"], **known.of(row["ref_id"])}
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{file}, entry {number}, or what the other files say of it, is laid out "
