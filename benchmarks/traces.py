@@ -15,7 +15,7 @@ def trace(folder: Path) -> dict[str, Any]:
     """All that a run leaves behind, less what depends on the clock and the folder's place.
 
     Args:
-        folder: of the run: every checkpoint, ``metrics.jsonl`` and the host's ``log.txt`` are read.
+        folder: of the run; every checkpoint, ``metrics.jsonl`` and the host's logs are read.
     """
     found: dict[str, Any] = {}
     for path in sorted(folder.glob("*.pth")):
@@ -25,6 +25,8 @@ def trace(folder: Path) -> dict[str, Any]:
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     found["metrics.jsonl"] = [{k: v for k, v in x.items() if k not in CLOCK} for x in lines]
     found["log.txt"] = (folder / "log.txt").read_text().split("\n}\n")[1]  # behind the config
+    scores = folder / "evaluate.txt"
+    found["evaluate.txt"] = scores.read_text() if scores.exists() else ""
     return found
 
 

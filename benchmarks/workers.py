@@ -28,6 +28,7 @@ import torch.distributed as dist
 from lavis.common.config import Config
 from lavis.datasets.datasets.base_dataset import BaseDataset
 from lavis.tasks.base_task import BaseTask
+from lavis.tasks.multimodal_classification import MultimodalClassificationTask
 from omegaconf import OmegaConf
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -43,7 +44,12 @@ STILL = {"dropout": 0.0, "attention_dropout": 0.0}
 RUN: dict[str, Any] = {
     **{"device": "cpu", "seed": 7, "max_epoch": 1, "init_lr": 1e-3, "min_lr": 1e-4},
     **{"weight_decay": 0.02, "lr_sched": "softmask_cosine_lr", "num_workers": 0, "log_freq": 2},
-    **{"train_splits": ["train"], "save_every_steps": 2, "keep_checkpoints": None},
+    **{
+        "batch_size_eval": 2,
+        "train_splits": ["train"],
+        "save_every_steps": 2,
+        "keep_checkpoints": None,
+    },
 }
 PATIENCE = 5.0  # seconds that a process waits for one that hangs
 
@@ -82,6 +88,7 @@ class Pairs(BaseDataset):
             "text_input": self.captions[index % len(self.captions)],
             "image_id": index,
             "label": index % 2,
+            "instance_id": str(index),
         }
 
 
@@ -107,7 +114,8 @@ def run(model: Any, folder: Path, size: int, batch: int, job: str = "run", **mor
     options = {**RUN, "output_dir": str(folder), "batch_size_train": batch, **more}
     config = Config.__new__(Config)
     config.config = OmegaConf.create({"run": options, "model": {}, "datasets": {}})
-    data = {"pairs": {"train": Pairs(size, texts(model, None, 16))}}
+    pairs = Pairs(size, texts(model, None, 16))
+    data = {"pairs": {"train": pairs, "val": pairs}}
     return SoftmaskRunner(config, BaseTask(), model, data, job)
 
 
@@ -254,6 +262,48 @@ def collectives(processes: int) -> Finding:
     return Finding(what, processes, f"{said}, both", one == three and one.keys() == kinds)
 
 
+def bad_on_one(processes: int) -> Finding:
+    """A NaN in one image of the last process: none takes that step, and its queue stays clean."""
+
+    def rank(number: int) -> list[Any]:
+        with TemporaryDirectory() as folder:
+            runner = run(pretrain(), Path(folder), 3 * processes * 4, 3)
+
+            def spoil(_: Any, args: Any) -> None:
+                if number == processes - 1 and runner.step == 1:
+                    args[0]["image"][0, 0, 0, 0] = torch.nan
+
+            runner.model.register_forward_pre_hook(spoil)
+            runner.train()
+            state = runner._model.state_dict()
+            broken = [name for name, value in state.items() if not bool(value.isfinite().all())]
+            return [runner.bad_steps.total, int(state["queue_ptr"]), broken + _differing(state)]
+
+    ended = on_ranks(processes, rank)
+    expected = [1, 3 * processes * 3 % 50, []]
+    bad = [end.error or str(end.result) for end in ended if end.result != expected]
+    what = "a NaN in an image of one process"
+    return Finding(what, processes, "; ".join(bad) or "all skip that step, none other", not bad)
+
+
+def uneven_evaluation(processes: int) -> Finding:
+    """Accuracy on items that processes do not divide, by LAVIS's task, against one process."""
+    with TemporaryDirectory() as folder:
+
+        def rank(_: int) -> float | None:
+            runner = run(classifier(), Path(folder), 13, 2)
+            runner.task = MultimodalClassificationTask()
+            scores = runner.eval_epoch("val", "best", skip_reload=True)
+            return float(scores["acc"]) if scores else None
+
+        together, alone = on_ranks(processes, rank)[0], on_ranks(1, rank)[0]
+    what = "accuracy on 13 items in batches of 2 against one process"
+    if together.error or alone.error:
+        return Finding(what, processes, together.error or alone.error, False)
+    found = f"{together.result:.4f} and {alone.result:.4f}"
+    return Finding(what, processes, found, together.result == alone.result)
+
+
 def another_number(before: int, after: int) -> Finding:
     """A run interrupted within an epoch goes on with another number of processes."""
     with TemporaryDirectory() as name:
@@ -334,6 +384,8 @@ def examine(steps: int) -> Iterator[Finding]:
             (gradients_of_shares, n),
             (accumulated, n),
             (collectives, n),
+            (bad_on_one, n),
+            (uneven_evaluation, n),
             (gone, n, "killed"),
         )
     ]

@@ -13,6 +13,7 @@ import torch
 from lavis.common.registry import registry
 from lavis.models.albef_models import compute_sim_matrix
 from lavis.tasks.retrieval import RetrievalTask
+from torch.utils.data import DistributedSampler
 
 from benchmarks.baseline import albef_retrieval
 from softmask_plugin.errors import UserError
@@ -200,3 +201,10 @@ def test_candidates_are_the_best_of_each_row():
     similarity = torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.2, 0.1]])
     assert candidates(similarity, 2).tolist() == [[False, True, True], [True, True, False]]
     assert candidates(similarity, 9).all()
+
+
+def test_a_part_of_the_gallery_in_each_process_is_refused(make_model, gallery):
+    """What run.use_dist_eval_sampler would do in several processes: recalls of a part."""
+    gallery.sampler = DistributedSampler(gallery.dataset.image, num_replicas=2, rank=0)
+    with pytest.raises(UserError, match="set run.use_dist_eval_sampler=false"):
+        ours(make_model().eval(), gallery, 3)

@@ -18,6 +18,7 @@ from lavis.common.dist_utils import (
     is_main_process,
 )
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 from tqdm import tqdm
 
 from softmask_plugin.errors import UserError, require_finite_scores, suggest
@@ -126,7 +127,16 @@ class Reranker:
 
     def encode_images(self, data_loader: Any) -> tuple[dict[int, Tensor], Tensor]:
         """States (S, width) of this rank's share of the images, on the CPU, by their index; and
-        unit features of all, (M, embed_dim)."""
+        unit features of all, (M, embed_dim).
+
+        Raises:
+            UserError: each process would see a part of the gallery only.
+        """
+        if isinstance(getattr(data_loader, "sampler", None), DistributedSampler):
+            raise UserError(
+                "retrieval ranks the whole gallery, of which each process would see a part: set "
+                "run.use_dist_eval_sampler=false"
+            )
         states, feats, count = {}, [], 0
         for samples in progress_bar(data_loader, desc="images", unit="batch"):
             image = self.model.visual_encoder(samples["image"].to(self.model.device))

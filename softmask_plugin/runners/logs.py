@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lavis.common.dist_utils import is_main_process
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -26,7 +27,7 @@ class RunLog:
         folder: the run's output folder.
     """
 
-    NAMES = ("metrics.jsonl", "log.txt")  # ours and LAVIS's
+    NAMES = ("metrics.jsonl", "log.txt", "evaluate.txt")  # ours, and LAVIS's
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -100,5 +101,5 @@ class RunLog:
 def require_finite(values: Mapping[str, Any], where: str, advice: str) -> None:
     """Raise UserError, naming the place and the remedy, if one of the numbers is inf or nan."""
     for name, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, (float, np.floating)) and not math.isfinite(value):
             raise UserError(f"{where}: '{name}' is {value}: {advice}")
