@@ -65,7 +65,7 @@ CONTENT = (
 @example(".json", b"1" * 5000)  # longer than Python turns into a number
 @example(".csv", b'image,caption\na.jpg,"' + b"x" * 200_000 + b'"')
 @example(".json", b'[{"image": "a", "question": "b", "answer": {"c": 5e-324, "d": 1e9}}]')
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_a_file_gives_usable_items_or_a_user_error(tmp_path_factory, reader, suffix, content):
     path = tmp_path_factory.getbasetemp() / f"any{suffix}"
     path.write_bytes(content)
