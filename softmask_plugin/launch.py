@@ -24,6 +24,7 @@ from lavis.common.logger import setup_logger
 from lavis.common.registry import registry
 from lavis.tasks import setup_task
 from omegaconf import DictConfig, OmegaConf
+from torch.distributed.rendezvous import rendezvous
 
 from softmask_plugin import config_check
 from softmask_plugin.errors import UserError
@@ -116,13 +117,31 @@ def init_distributed(run_cfg: DictConfig) -> None:
         if cuda:
             torch.cuda.set_device(run_cfg.gpu)
         if not dist.is_initialized():
-            patience = timedelta(seconds=float(run_cfg.get("dist_timeout", 1800)))
-            dist.init_process_group(run_cfg.dist_backend, timeout=patience)
+            join_group(run_cfg.dist_backend, float(run_cfg.get("dist_timeout", 1800)))
             setup_for_distributed(run_cfg.rank == 0)
     elif "SLURM_PROCID" in os.environ and run_cfg.get("world_size", 1) > 1:
         init_distributed_mode(run_cfg)
     else:
         run_cfg.distributed = False
+
+
+def join_group(backend: str, patience: float) -> None:
+    """Join the process group that the environment describes (torchrun's variables).
+
+    A torchrun that starts its processes again may hand them the store in which the addresses of
+    the dead ones still are; half of the restarts then hung (gloo, torch 2.13). So each attempt has
+    names of its own.
+
+    Args:
+        backend: gloo or nccl.
+        patience: seconds that a process waits for another one.
+    """
+    timeout = timedelta(seconds=patience)
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    names = dist.PrefixStore(f"softmask attempt {attempt}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=names, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def leave_distributed() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,15 +14,24 @@ import torch
 import torch.distributed as dist
 from toys import build, read_metrics, weights
 
-from softmask_plugin.launch import leave_distributed
+from benchmarks.traces import differences, trace
+from softmask_plugin.launch import join_group, leave_distributed
 
-TWO_PROCESSES = {"accum_grad_iters": 2, "valid_splits": ["val"], "test_splits": ["test"]}
+TWO_PROCESSES = {
+    "resume_ckpt_path": "auto",
+    "save_every_steps": 2,
+    "accum_grad_iters": 2,
+    "valid_splits": ["val"],
+    "test_splits": ["test"],
+}
 
 
-def main(output_dir):
-    """What each process of the test below runs."""
-    dist.init_process_group("gloo")
+def main(output_dir, fragile=False):
+    """What each process of the tests below runs."""
+    join_group("gloo", 60)
     runner = build(output_dir, batch_size_train=4, distributed=True, **TWO_PROCESSES)
+    if fragile:
+        runner.model.register_forward_pre_hook(lambda *_: die_once(runner, Path(output_dir)))
     runner.train()
     everyone = [None, None]
     model = runner.model.module
@@ -33,19 +43,34 @@ def main(output_dir):
     leave_distributed()
 
 
-def test_two_processes_train_like_one(tmp_path):
-    """torchrun with gloo: same weights on both ranks, and those of one process with big batches."""
+def die_once(runner, folder):
+    """The second process is killed in its fourth step, the first time."""
+    if dist.get_rank() == 1 and runner.step == 4 and not (folder / "died").exists():
+        (folder / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def torchrun(folder, *arguments, restarts=0):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, __file__, str(tmp_path)],
+    return subprocess.run(
+        [*command, f"--max-restarts={restarts}", __file__, str(folder), *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,
     )
+
+
+def test_two_processes_train_like_one(tmp_path):
+    """torchrun with gloo: same weights on both ranks, and those of one process with big batches.
+
+    Also after one of them was killed, where torchrun starts both again.
+    """
+    done = torchrun(tmp_path)
     assert done.returncode == 0, done.stderr
 
-    alone = build(tmp_path, job_id="alone", batch_size_train=8, **TWO_PROCESSES)
+    options = {**TWO_PROCESSES, "resume_ckpt_path": None}
+    alone = build(tmp_path, job_id="alone", batch_size_train=8, **options)
     alone.train()
     together = torch.load(tmp_path / "weights.pth", weights_only=True)
     torch.testing.assert_close(together, weights(alone.model), rtol=1e-12, atol=1e-12)
@@ -54,6 +79,12 @@ def test_two_processes_train_like_one(tmp_path):
     assert [line["step"] for line in lines] == [line["step"] for line in expected] == [3, 4, 6]
     for term in ("loss", "loss_itc", "loss_itm", "lr"):
         assert [line[term] for line in lines] == pytest.approx([line[term] for line in expected])
+
+    again = torchrun(tmp_path / "again", "fragile", restarts=1)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "again" / "died").exists()
+    assert torch.equal(torch.load(tmp_path / "again" / "weights.pth"), together)
+    assert not differences(trace(tmp_path / "again" / "job"), trace(tmp_path / "job"))
 
 
 def test_two_and_four_processes_agree_with_each_other_and_with_one(tmp_path):
@@ -72,4 +103,4 @@ def test_two_and_four_processes_agree_with_each_other_and_with_one(tmp_path):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], fragile="fragile" in sys.argv)
