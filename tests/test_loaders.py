@@ -22,6 +22,14 @@ def test_too_little_data(tmp_path):
         build(tmp_path, test_splits=["dev"]).evaluate("best", True)
 
 
+@pytest.mark.parametrize("splits", [{"test_splits": ["tset"]}, {"valid_splits": ["vla"]}])
+def test_a_split_that_is_not_there_is_told_before_training(tmp_path, splits):
+    runner = build(tmp_path, **splits)
+    with pytest.raises(UserError, match="no data set has a '(tset|vla)' split"):
+        runner.train()
+    assert not runner.model.seen
+
+
 def test_data_sets_are_concatenated(tmp_path):
     runner = build(tmp_path)
     runner.datasets["more"] = {"train": ToyData(18)}

@@ -76,6 +76,8 @@ class SoftmaskRunner(ResumableRunner):
             return self.evaluate(skip_reload=True)
         if isinstance(self._model, MomentumDistillation):
             self._model.paced = True
+        for split in (*self.valid_splits, *self.test_splits):
+            self.loader(split)  # a mistake here should not come to light after the training
         self._resume()
         with self.log.progress(self.step, self.max_epoch * self.steps_per_epoch):
             for epoch in range(self.progress.epoch, self.max_epoch):
