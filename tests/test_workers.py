@@ -29,18 +29,20 @@ TWO_PROCESSES = {
 def main(output_dir, fragile=False):
     """What each process of the tests below runs."""
     join_group("gloo", 60)
-    runner = build(output_dir, batch_size_train=4, distributed=True, **TWO_PROCESSES)
-    if fragile:
-        runner.model.register_forward_pre_hook(lambda *_: die_once(runner, Path(output_dir)))
-    runner.train()
     everyone = [None, None]
-    model = runner.model.module
-    dist.all_gather_object(everyone, weights(model))
+    dist.all_gather_object(everyone, train(Path(output_dir), fragile))
     assert torch.equal(*everyone), "the ranks' weights differ"
     if dist.get_rank() == 0:
         torch.save(everyone[0], Path(output_dir) / "weights.pth")
-    del runner, model
     leave_distributed()
+
+
+def train(output_dir, fragile):
+    runner = build(output_dir, batch_size_train=4, distributed=True, **TWO_PROCESSES)
+    if fragile:
+        runner.model.register_forward_pre_hook(lambda *_: die_once(runner, output_dir))
+    runner.train()
+    return weights(runner.model.module)
 
 
 def die_once(runner, folder):
