@@ -51,6 +51,7 @@ CURVES = {
     "loss_itm": "Matching (ITM)",
     "loss_mlm": "Masked words (MLM)",
     "loss_soft": "Soft-masked matching",
+    "grad_norm": "Gradient norm",
     "temp": "Temperature",
     "lr": "Learning rate",
     "pairs_per_s": "Pairs per second",
@@ -64,7 +65,7 @@ HIDDEN = np.array([0.13, 0.14, 0.17])  # what a wholly hidden patch turns to
 
 
 def loss_curves(records: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw every loss term, the temperature, the learning rate and the speed against the step.
+    """Draw each loss term, gradient norm, temperature, learning rate and speed against the step.
 
     Args:
         records: the lines of ``metrics.jsonl``; those of other splits than ``train`` are ignored.
