@@ -25,12 +25,13 @@ from benchmarks.material import SMALL, build, photos, texts, write_jpegs
 from softmask_plugin import launch
 from softmask_plugin.models.pretrain import SoftMaskPretrain
 from softmask_plugin.runners.runner import SoftmaskRunner
+from softmask_plugin.tokenization import CaptionReader
 
 BASE = "lavis_configs/projects/captions_folder/train/pretrain_base.yaml"
-# Whose time counts for which part. `read` tokenizes, within forward.
+# Whose time counts for which part; captions are read within forward.
 PARTS = {
     "forward": (SoftMaskPretrain, "forward"),
-    "tokenize": (SoftMaskPretrain, "read"),
+    "tokenize": (CaptionReader, "read"),
     "backward": (torch.Tensor, "backward"),
     "optimizer": (torch.optim.AdamW, "step"),
     "epoch": (SoftmaskRunner, "train_epoch"),
