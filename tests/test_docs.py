@@ -1,0 +1,48 @@
+"""The docs site builds without a warning, and its reference is whole."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+
+from softmask_plugin import options
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "DISABLE_MKDOCS_2_WARNING": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_the_reference_has_every_option_and_every_shipped_file(site):
+    reference = (site / "yaml" / "options" / "index.html").read_text()
+    for kind in vars(options).values():
+        if is_dataclass(kind):
+            assert all(f"<code>{field.name}</code>" in reference for field in fields(kind)), kind
+    for folder in ("datasets", "projects"):
+        page = (site / "yaml" / folder / "index.html").read_text()
+        for file in (ROOT / "lavis_configs" / folder).rglob("*.yaml"):
+            assert file.relative_to(ROOT).as_posix() in page
+
+
+def test_the_api_shows_public_docstrings(site):
+    page = (site / "api" / "soft_mask" / "index.html").read_text()
+    assert "Word-conditional Grad-CAM of a matching score." in page
+    assert "normalize" in page and "_" + "mixed_targets" not in page
+    assert (site / "api" / "models" / "pretrain" / "index.html").is_file()
