@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -120,21 +121,24 @@ def trial(kills: int, workers: int, seed: int) -> Outcome:
     with TemporaryDirectory() as name:
         root = Path(name)
         train = partial(run, workers=workers)
-        (status, _), lasted = timed(lambda: watched(root / "whole", train, None, moments))
+        (status, _), lasted = timed(lambda: watched(root / "whole", train, None))
         if status != 0:
             raise RuntimeError(tail(root / "whole"))
         expected = trace(only(root / "whole"))
+        targets = cycle(PHASES[1:5])  # every other kill lies in one of these, however short it is
+        target = next(targets)
         while outcome.kills.total() < kills or outcome.runs == 0:
             folder = root / str(outcome.runs)
             while True:
-                enough = outcome.kills.total() >= kills
-                # Half of the moments lie in a phase of its own, however short it is.
-                phase = None if moments.random() < 0.5 else moments.choice(PHASES[1:])
-                until = None if enough else (phase, moments.uniform(0, lasted / 3))
-                status, caught = watched(folder, train, until, moments)
+                done = outcome.kills.total()
+                phase = target if done % 2 else None
+                until = None if done >= kills else (phase, moments.uniform(0, lasted / 3))
+                status, caught = watched(folder, train, until)
                 if caught is None:
                     break
                 outcome.kills[caught] += 1
+                if caught == target:
+                    target = next(targets)
             if status != 0:
                 outcome.lost.append(f"run {outcome.runs} failed: {tail(folder)}")
                 break
@@ -151,7 +155,6 @@ def watched(
     folder: Path,
     train: Callable[[Path], None],
     until: tuple[str | None, float] | None,
-    moments: random.Random,
 ) -> tuple[int, str | None]:
     """Run in a process of its own, and kill it.
 
@@ -160,7 +163,6 @@ def watched(
         train: what the process does.
         until: None: let it end. Otherwise a phase and seconds: kill it in that phase, after so
             many seconds in which it may have come and gone; or, without a phase, after so many.
-        moments: random.
 
     Returns:
         The exit code and, if it was killed, what it was doing.
@@ -176,7 +178,6 @@ def watched(
         while not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             late = time.monotonic() >= end
             if late and phase in (None, board.phase):
-                time.sleep(moments.uniform(0, 0.002))
                 os.kill(child, signal.SIGKILL)
                 break
             time.sleep(0 if late else 0.001)
