@@ -23,9 +23,19 @@ if not _problems:
     compat.patch()
 
     from softmask_plugin import datasets, models, processors, runners, tasks  # noqa: F401
+    from softmask_plugin.explain_files import ImageExplanation, explain_image
     from softmask_plugin.losses import FocalITCLoss
     from softmask_plugin.registry import get_loss_class, list_losses, register_loss
+    from softmask_plugin.trained import load_trained
 
-    __all__ = ["FocalITCLoss", "get_loss_class", "list_losses", "register_loss"]
+    __all__ = [
+        "FocalITCLoss",
+        "ImageExplanation",
+        "explain_image",
+        "get_loss_class",
+        "list_losses",
+        "load_trained",
+        "register_loss",
+    ]
 elif find_spec("lavis") is not None:
     warnings.warn(f"nothing is registered with LAVIS: {_problems[0]}", stacklevel=2)

@@ -15,6 +15,7 @@ from softmask_plugin.errors import UserError
 EXAMPLES = """\
 examples:
   softmask demo                        train a tiny model on rendered scenes, write a report
+  softmask explain --image dog.jpg --caption "a dog on a sofa" --checkpoint checkpoint_best.pth
   softmask configs                     list the YAML files that come with the plugin
   softmask shards --captions train.json --images photos --out shards
   softmask train --cfg-path my.yaml --options run.max_epoch=5 model.model_type=tiny
@@ -71,6 +72,39 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output-dir", default="outputs/demo", help="default: %(default)s")
     _add_options(command)
     command.set_defaults(run=_demo)
+
+    text = "show where in an image each word of a caption looks, and what masking it does"
+    command = commands.add_parser("explain", help=text, description=text)
+    command.add_argument("--image", required=True, metavar="FILE")
+    command.add_argument("--caption", required=True, metavar="TEXT")
+    for option, value, help_text in (
+        ("--checkpoint", "FILE", "a file or URL; one of a run says itself what model it is of"),
+        ("--model", "ARCH", "of a checkpoint that does not, such as ALBEF.pth"),
+        ("--type", "TYPE", "of that model, such as base"),
+    ):
+        command.add_argument(option, metavar=value, help=help_text)
+    command.add_argument(
+        "--word",
+        action="append",
+        metavar="W",
+        help="a word to explain, may be given again; default: every word of the caption",
+    )
+    command.add_argument(
+        "-o",
+        "--output",
+        default="explanation.png",
+        metavar="FILE",
+        help="the figure, a .png, .pdf or .svg; default: %(default)s",
+    )
+    command.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="write words, scores and maps as JSON as well; without FILE to the standard output",
+    )
+    _add_options(command)
+    command.set_defaults(run=_explain)
 
     text = "tell what is installed, registered and usable here, and what to do about problems"
     command = commands.add_parser("doctor", help=text, description=text)
@@ -139,6 +173,21 @@ def _demo(args: argparse.Namespace) -> int:
     from softmask_plugin import demo
 
     demo.main(output_dir=args.output_dir, options=args.options)
+    return 0
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from softmask_plugin import explain_files
+    from softmask_plugin.trained import load_trained
+
+    explain_files.require_format(args.output)
+    trained = load_trained(args.checkpoint, args.model, args.type, args.options)
+    found = explain_files.explain_image(args.image, args.caption, trained, args.word)
+    figure = found.save(args.output)
+    if args.json is not None:
+        found.write_json(args.json)
+    if args.json != "-":
+        print(f"{found.table()}\n\nFigure: {figure}")
     return 0
 
 

@@ -78,7 +78,7 @@ def read_config(path: Path, options: Sequence[str] = ()) -> DictConfig:
     Raises:
         UserError: at the first thing found wrong.
     """
-    overrides = _parse_options(options)
+    overrides = parse_options(options)
     try:
         loaded = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
@@ -102,12 +102,13 @@ def read_config(path: Path, options: Sequence[str] = ()) -> DictConfig:
     return config
 
 
-def _parse_options(options: Sequence[str]) -> DictConfig:
+def parse_options(options: Sequence[str], sections: Sequence[str] = SECTIONS) -> DictConfig:
+    """Read overrides of the form "section.key=value"; UserError where one is not of it."""
     for option in options:
         key, equals, _ = option.partition("=")
         if not equals or "." not in key:
             raise UserError(f"--options: '{option}' is not of the form section.key=value")
-        _known(f"--options: section '{key.split('.')[0]}'", key.split(".")[0], SECTIONS)
+        _known(f"--options: section '{key.split('.')[0]}'", key.split(".")[0], sections)
     try:
         return OmegaConf.from_dotlist(list(options))
     except (YAMLError, OmegaConfBaseException) as error:

@@ -11,6 +11,7 @@ from torch import Tensor
 from softmask_plugin.errors import require_finite_scores
 from softmask_plugin.nn.image_memory import View
 from softmask_plugin.soft_mask import keep_factors, normalize
+from softmask_plugin.tokenization import Captions
 from softmask_plugin.word_maps import Pairs, map_words
 
 if TYPE_CHECKING:
@@ -74,10 +75,9 @@ def _explain_one(model: AlignedBase, image: Tensor, caption: str) -> Explanation
         hidden = model.bert.fuse(copies, pairs.memory, (view,), copies.layout.cls_only)
         masked_scores = model.match(hidden.cls).float().softmax(dim=-1)[:, 1]
     require_finite_scores("a heat map or its score", cams, found.score, masked_scores)
-    ids, word_ids = pairs.captions.ids[0].tolist(), pairs.captions.words[0].tolist()
     return Explanation(
         caption=caption,
-        words=_words(model, ids, word_ids),
+        words=_words(model, pairs.captions),
         cams=cams.cpu(),
         masks=masks.view_as(cams).cpu(),
         score=found.score.item(),
@@ -85,7 +85,13 @@ def _explain_one(model: AlignedBase, image: Tensor, caption: str) -> Explanation
     )
 
 
-def _words(model: AlignedBase, ids: list[int], word_ids: list[int]) -> list[str]:
+def words_of(model: AlignedBase, text: str) -> list[str]:
+    """The words of a processed text as the model reads them, in order."""
+    return _words(model, model.reader.read([text]))
+
+
+def _words(model: AlignedBase, caption: Captions) -> list[str]:
+    ids, word_ids = caption.ids[0].tolist(), caption.words[0].tolist()
     words: dict[int, str] = {}
     for token, word in zip(model.tokenizer.convert_ids_to_tokens(ids), word_ids, strict=True):
         if word >= 0:

@@ -1,11 +1,12 @@
 """A run as one page to look at: curves, recalls against chance, and where each word looks."""
 
 from softmask_plugin.pointing import pointing_game, swapped
-from softmask_plugin.report.figures import loss_curves, word_panel
+from softmask_plugin.report.figures import Shown, loss_curves, word_panel, word_panels
 from softmask_plugin.report.page import write_report
 from softmask_plugin.report.records import constant_guess, read_metrics, retrieval_chance
 
 __all__ = [
+    "Shown",
     "constant_guess",
     "loss_curves",
     "pointing_game",
@@ -13,5 +14,6 @@ __all__ = [
     "retrieval_chance",
     "swapped",
     "word_panel",
+    "word_panels",
     "write_report",
 ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -59,7 +60,9 @@ CURVES = {
 
 # Measures of a word panel, in inches: a picture's width, and what lies between and around pictures.
 CELL, GAP, LABEL, TITLE, GAUGE = 1.4, 0.09, 0.26, 0.22, 0.4
-PIXELS = 192  # pictures are enlarged to this width, so that a 64-pixel scene prints well
+LINE = 0.17  # of a line of a caption
+COLUMNS = 7  # words side by side: a caption of 30 then has the shape of a page
+PIXELS = 192  # pictures are scaled to this width, so that a 64-pixel scene looks well on a page
 COLOUR_MAP = "inferno"
 HIDDEN = np.array([0.13, 0.14, 0.17])  # what a wholly hidden patch turns to
 
@@ -104,6 +107,24 @@ def _curve(axes: Axes, title: str, points: list[tuple[float, float]]) -> None:
     axes.tick_params(length=0)
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What a panel shows of one pair.
+
+    Attributes:
+        image: (H, W, 3) uint8.
+        explanation: what the model makes of the image and its caption.
+        words: which of ``explanation.words``, one column each.
+        boxes: the ground truth, ``(word index, (x0, y0, x1, y1) in [0, 1], role)``; a shown word's
+            box is outlined.
+    """
+
+    image: np.ndarray
+    explanation: Explanation
+    words: Sequence[int]
+    boxes: Collection[tuple[int, Box, str]] = ()
+
+
 def word_panel(
     image: np.ndarray,
     explanation: Explanation,
@@ -113,45 +134,90 @@ def word_panel(
     """Draw an image, and for some words their heat map, their soft mask and what it does.
 
     Args:
-        image: (H, W, 3) uint8.
-        explanation: what the model makes of the image and its caption.
-        words: which of ``explanation.words`` to show, one column each.
-        boxes: the ground truth, ``(word index, (x0, y0, x1, y1) in [0, 1], role)``; a shown word's
-            box is outlined.
+        image, explanation, words, boxes: see :class:`Shown`.
 
     Returns:
         The image and its caption on the left; in each column the heat map (brightest at its own
         peak), the image with each patch darkened as far as the mask hides it, and the match score
-        with the mask as a bar beside the score without it as a tick.
+        with the mask as a bar beside the score without it as a tick. The columns of more than
+        ``COLUMNS`` words are wrapped into rows.
     """
-    picture = _enlarge(image)
-    side = CELL * picture.shape[0] / picture.shape[1]  # height of a picture
-    box_of = {index: box for index, box, _ in boxes}
-    width = CELL + LABEL + len(words) * (CELL + GAP) - GAP
-    height = TITLE + 2 * side + GAP + GAUGE
+    return word_panels([Shown(image, explanation, words, boxes)])
+
+
+def word_panels(pairs: Sequence[Shown], pixels: int = PIXELS) -> Figure:
+    """Draw several pairs below each other, each as :func:`word_panel` does.
+
+    Args:
+        pairs: what to draw, one at least.
+        pixels: width to which each picture is scaled; of the figure's 1.4 inches.
+    """
+    rows_of = [_rows(pair.words) for pair in pairs]
+    sides = [CELL * pair.image.shape[0] / pair.image.shape[1] for pair in pairs]
+    strips = [TITLE + 2 * side + GAP + GAUGE for side in sides]  # heights of one row of words
+    longest = max(len(row) for rows in rows_of for row in rows)
+    width = CELL + LABEL + longest * (CELL + GAP) - GAP
+    height = sum(len(rows) * strip for rows, strip in zip(rows_of, strips, strict=True))
+    top = 0.0
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width, height))
-        figure.set_label(explanation.caption)
-
-        def place(x: float, y: float, h: float = side) -> Axes:
-            """Add axes one picture wide, their top left corner x, y inches from the figure's."""
-            return figure.add_axes((x / width, 1 - (y + h) / height, CELL / width, h / height))
-
-        top, below = TITLE, TITLE + side + GAP
-        _picture(place(0, top), picture)
-        _caption(place(0, below), explanation)
-        for y, label in ((top, "heat map"), (below, "soft mask")):
-            at = ((CELL + 0.6 * LABEL) / width, 1 - (y + side / 2) / height)
-            figure.text(*at, label, color=MUTED, rotation=90, ha="center", va="center")
-        for column, word in enumerate(words):
-            x, box = CELL + LABEL + column * (CELL + GAP), box_of.get(word)
-            heat = place(x, top)
-            heat.set_title(explanation.words[word], loc="center", pad=4)
-            _picture(heat, heat_overlay(picture, explanation.cams[word].numpy()), box)
-            _picture(place(x, below), soft_masked(picture, explanation.masks[word].numpy()), box)
-            masked_score = float(explanation.masked_scores[word])
-            _gauge(place(x, below + side, GAUGE), explanation.score, masked_score)
+        figure.set_label("; ".join(pair.explanation.caption for pair in pairs))
+        for pair, rows, side, strip in zip(pairs, rows_of, sides, strips, strict=True):
+            picture = _scale(pair.image, pixels)
+            _subject(figure, pair, picture, top, side, len(rows) * strip - TITLE - side - GAP)
+            for row in rows:
+                _word_columns(figure, pair, row, picture, top, side)
+                top += strip
     return figure
+
+
+def _rows(words: Sequence[int]) -> list[Sequence[int]]:
+    """Words in rows of about the same length; one row where there is none."""
+    count = max(1, -(-len(words) // COLUMNS))
+    length = max(1, -(-len(words) // count))
+    return [words[first : first + length] for first in range(0, max(1, len(words)), length)]
+
+
+def _place(figure: Figure, x: float, y: float, height: float) -> Axes:
+    """Add axes one picture wide, their top left corner x, y inches from the figure's."""
+    width, whole = figure.get_size_inches()
+    return figure.add_axes((x / width, 1 - (y + height) / whole, CELL / width, height / whole))
+
+
+def _subject(
+    figure: Figure, pair: Shown, picture: np.ndarray, top: float, side: float, room: float
+) -> None:
+    """The image, and below it, in ``room`` inches, the match score and the caption."""
+    _picture(_place(figure, 0, top + TITLE, side), picture)
+    axes = _place(figure, 0, top + TITLE + side + GAP, room)
+    axes.set_axis_off()
+    score = f"match {pair.explanation.score:.2f}"
+    axes.text(0, 1 - 0.02 / room, score, color=ACCENT, weight="bold", va="top")
+    lines = textwrap.wrap(
+        pair.explanation.caption, 21, max_lines=max(1, int(room / LINE) - 2), placeholder=" …"
+    )
+    axes.text(0, 1 - 1.4 * LINE / room, "\n".join(lines), va="top", linespacing=1.35)
+
+
+def _word_columns(
+    figure: Figure, pair: Shown, row: Sequence[int], picture: np.ndarray, top: float, side: float
+) -> None:
+    explanation = pair.explanation
+    box_of = {index: box for index, box, _ in pair.boxes}
+    heat_top, mask_top = top + TITLE, top + TITLE + side + GAP
+    width, height = figure.get_size_inches()
+    for y, label in ((heat_top, "heat map"), (mask_top, "soft mask")) if row else ():
+        at = ((CELL + 0.6 * LABEL) / width, 1 - (y + side / 2) / height)
+        figure.text(*at, label, color=MUTED, rotation=90, ha="center", va="center")
+    for column, word in enumerate(row):
+        x, box = CELL + LABEL + column * (CELL + GAP), box_of.get(word)
+        heat = _place(figure, x, heat_top, side)
+        heat.set_title(explanation.words[word], loc="center", pad=4)
+        _picture(heat, heat_overlay(picture, explanation.cams[word].numpy()), box)
+        masked = soft_masked(picture, explanation.masks[word].numpy())
+        _picture(_place(figure, x, mask_top, side), masked, box)
+        masked_score = float(explanation.masked_scores[word])
+        _gauge(_place(figure, x, mask_top + side, GAUGE), explanation.score, masked_score)
 
 
 def heat_overlay(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:
@@ -171,8 +237,8 @@ def soft_masked(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return (1 - hidden) * picture + hidden * HIDDEN
 
 
-def _enlarge(image: np.ndarray) -> np.ndarray:
-    size = (PIXELS, round(PIXELS * image.shape[0] / image.shape[1]))
+def _scale(image: np.ndarray, pixels: int) -> np.ndarray:
+    size = (pixels, round(pixels * image.shape[0] / image.shape[1]))
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)) / 255
 
 
@@ -184,13 +250,6 @@ def _picture(axes: Axes, picture: np.ndarray, box: Box | None = None) -> None:
         for colour, linewidth in (("black", 2.0), ("white", 1.0)):  # seen on light and on dark
             frame = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=colour, lw=linewidth)
             axes.add_patch(frame)
-
-
-def _caption(axes: Axes, explanation: Explanation) -> None:
-    axes.set_axis_off()
-    lines = textwrap.wrap(explanation.caption, 21, max_lines=5, placeholder=" …")
-    axes.text(0, 0.95, "\n".join(lines), va="top", linespacing=1.35)
-    axes.text(0, 0.05, f"match {explanation.score:.2f}", color=ACCENT, weight="bold")
 
 
 def _gauge(axes: Axes, score: float, masked_score: float) -> None:

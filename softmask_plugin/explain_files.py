@@ -1,0 +1,177 @@
+"""From a picture and a caption to what each word refers to, as a figure and as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from softmask_plugin.datasets.images import open_rgb, to_rgb
+from softmask_plugin.errors import UserError, suggest
+from softmask_plugin.explain import Explanation, explain, words_of
+from softmask_plugin.models.aligned import AlignedBase
+from softmask_plugin.trained import Trained, load_trained
+
+if TYPE_CHECKING:  # matplotlib takes a second to import, and only figures need it
+    from matplotlib.figure import Figure
+
+FORMATS = (".png", ".pdf", ".svg")
+PRINTED: dict[Any, Any] = {"pdf.fonttype": 42}  # letters that a PDF's reader can search and select
+DPI = 250
+PIXELS = 350  # of a picture, 1.4 inches wide: as many as the DPI shows
+
+
+@dataclass(frozen=True)
+class ImageExplanation(Explanation):
+    """An explanation, and the picture that it is of.
+
+    Attributes:
+        image: the picture as it was given, (H, W, 3) uint8. The model saw it squeezed to a square,
+            so that a map's rows and columns divide this picture's height and width evenly.
+    """
+
+    image: np.ndarray
+
+    def figure(self) -> Figure:
+        """For each word the heat map over the picture, the soft mask, and the scores."""
+        from softmask_plugin.report import Shown, word_panels
+
+        return word_panels([Shown(self.image, self, range(len(self.words)))], PIXELS)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the figure; the name's suffix says whether as PNG, PDF or SVG.
+
+        Raises:
+            UserError: another suffix, or the file cannot be written.
+        """
+        import matplotlib as mpl
+
+        path = require_format(path)
+        figure = self.figure()
+        undated = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with mpl.rc_context(PRINTED):
+                figure.savefig(
+                    path, dpi=DPI, metadata=undated.get(path.suffix), bbox_inches="tight"
+                )
+        except OSError as error:
+            raise UserError(f"cannot write the figure {path} ({error.strerror})") from error
+        return path
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON; maps are lists of rows, from the top."""
+        return {
+            "caption": self.caption,
+            "score": self.score,
+            "image_size": list(self.image.shape[:2]),
+            "grid": list(self.cams.shape[1:]),
+            "words": [
+                {
+                    "word": word,
+                    "masked_score": self.masked_scores[i].item(),
+                    "heat_map": self.cams[i].tolist(),
+                    "soft_mask": self.masks[i].tolist(),
+                }
+                for i, word in enumerate(self.words)
+            ],
+        }
+
+    def table(self) -> str:
+        """The scores as text: that of the match, then of each word's masked match."""
+        width = max((len(word) for word in self.words), default=0)
+        return "\n".join(
+            [
+                f"match {self.score:.3f}: {self.caption}",
+                *(
+                    f"  {word:<{width}}  {masked:.3f} when it is masked"
+                    for word, masked in zip(self.words, self.masked_scores.tolist(), strict=True)
+                ),
+            ]
+        )
+
+    def write_json(self, path: str | Path) -> None:
+        """Write :meth:`as_dict` as JSON into a file, or with ``-`` to the standard output.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        text = json.dumps(self.as_dict()) + "\n"
+        if str(path) == "-":
+            sys.stdout.write(text)
+            return
+        try:
+            Path(path).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {path} ({error.strerror})") from error
+
+
+def explain_image(
+    image: str | Path | Image.Image | np.ndarray,
+    caption: str,
+    model: Trained | AlignedBase | str | Path | None = None,
+    words: Sequence[str] | None = None,
+) -> ImageExplanation:
+    """Explain how a picture matches a caption: where each word looks, and what masking it does.
+
+    Args:
+        image: a file, a PIL image, or an array (H, W, 3) uint8.
+        caption: any text; the model's text processor cleans it.
+        model: a checkpoint (file or URL); a model with a matching head, with the default
+            processors; or what :func:`softmask_plugin.trained.load_trained` gave, for many calls.
+        words: those of the caption to explain, wherever they stand; None: all.
+
+    Raises:
+        UserError: the image or the checkpoint cannot be read, the caption lacks one of the words,
+            or a score is NaN or infinite.
+    """
+    picture = _open(image)
+    if model is None or isinstance(model, (str, Path)):
+        model = load_trained(model)
+    elif isinstance(model, AlignedBase):
+        model = Trained.of(model)
+    cleaned = model.text_processor(caption)
+    (found,) = explain(model.model, model.image_processor(picture)[None], [cleaned])
+    if words is not None:
+        found = _only(found, [w for each in words for w in _read(model, each, found.words)])
+    parts = {field.name: getattr(found, field.name) for field in fields(found)}
+    return ImageExplanation(**parts, image=np.asarray(picture))
+
+
+def require_format(path: str | Path) -> Path:
+    """Return the path of a figure; UserError where its suffix is none of ``FORMATS``."""
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise UserError(f"the figure's name '{path}' must end with {', '.join(FORMATS)}")
+    return path
+
+
+def _open(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
+    if isinstance(image, (str, Path)):
+        return open_rgb(image)
+    return to_rgb(Image.fromarray(image) if isinstance(image, np.ndarray) else image)
+
+
+def _read(model: Trained, word: str, known: Sequence[str]) -> list[str]:
+    """A word as the model reads it, which may make several of it."""
+    read = words_of(model.model, model.text_processor(word))
+    if not read or not set(read) <= set(known):
+        raise UserError(f"the caption as the model reads it lacks '{word}': {suggest(word, known)}")
+    return read
+
+
+def _only(found: Explanation, words: Sequence[str]) -> Explanation:
+    kept = [i for i, word in enumerate(found.words) if word in words]
+    return replace(
+        found,
+        words=[found.words[i] for i in kept],
+        cams=found.cams[kept],
+        masks=found.masks[kept],
+        masked_scores=found.masked_scores[kept],
+    )

@@ -1,0 +1,215 @@
+"""softmask explain: a checkpoint finds its own model, words and figures, mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+import softmask_plugin
+from softmask_plugin import cli, trained
+from softmask_plugin.errors import UserError
+from softmask_plugin.explain import explain
+from softmask_plugin.models.matching import SoftMaskImageTextMatching
+from softmask_plugin.models.pretrain import SoftMaskPretrain
+from softmask_plugin.models.vqa import SoftMaskVqa
+from softmask_plugin.trained import Trained, load_trained
+
+CAPTION = "A small red circle, above a large blue star!"
+WORDS = "a small red circle above a large blue star".split()
+MEAN, STD = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
+
+
+@pytest.fixture
+def photo(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def save(model, folder, *, arch="softmask_pretrain", within=True, **section):
+    """A checkpoint as a run leaves it: with its configuration, and its vocabulary beside it."""
+    config = {
+        "model": {**OmegaConf.to_container(OmegaConf.structured(model.options)), "arch": arch},
+        "datasets": {"mine": {"vis_processor": {"train": {"mean": MEAN, "std": STD}}}},
+        "run": {},
+    }
+    config["model"] |= {"tokenizer": "gone.json", "pretrained": "gone.pth", **section}
+    content = {"model": model.state_dict(), "optimizer": {}, "epoch": 0}
+    torch.save(content | ({"config": config} if within else {}), folder / "checkpoint_0.pth")
+    model.tokenizer.save_vocabulary(str(folder))
+    OmegaConf.save(config, folder / "config.yaml")
+    return folder / "checkpoint_0.pth"
+
+
+@pytest.fixture
+def checkpoint(make_model, tmp_path):
+    return save(make_model(), tmp_path)
+
+
+@pytest.mark.parametrize("within", [True, False])
+def test_a_checkpoint_says_itself_what_it_is_of(make_model, tmp_path, photo, within):
+    model = make_model()
+    found = softmask_plugin.explain_image(photo, CAPTION, save(model, tmp_path, within=within))
+    pixels = Image.open(photo).resize((32, 32), Image.Resampling.BICUBIC)
+    pixels = (torch.from_numpy(np.array(pixels)) / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    (expected,) = explain(model, pixels.permute(2, 0, 1)[None], [" ".join(WORDS)])
+    assert found.words == WORDS and found.caption == " ".join(WORDS)
+    assert found.score == pytest.approx(expected.score, abs=1e-6)
+    torch.testing.assert_close(found.masks, expected.masks, atol=1e-4, rtol=1e-4)
+    assert found.image.shape == (40, 60, 3)
+
+
+@pytest.mark.parametrize("kind", ["path", "picture", "array"])
+def test_images_and_models_of_every_kind(make_other, photo, kind):
+    model = make_other(SoftMaskImageTextMatching)
+    picture = Image.open(photo)
+    image = {"path": photo, "picture": picture, "array": np.asarray(picture)}[kind]
+    found = softmask_plugin.explain_image(image, CAPTION, model)
+    again = softmask_plugin.explain_image(photo, CAPTION, Trained.of(model))
+    assert torch.equal(found.cams, again.cams) and found.score == again.score
+
+
+def test_named_words_alone_wherever_they_stand(make_model, photo):
+    model = make_model()
+    whole = softmask_plugin.explain_image(photo, CAPTION, model)
+    found = softmask_plugin.explain_image(photo, CAPTION, model, words=["A", "Star!"])
+    assert found.words == ["a", "a", "star"]
+    assert torch.equal(found.cams, whole.cams[[0, 5, 8]])
+    assert torch.equal(found.masked_scores, whole.masked_scores[[0, 5, 8]])
+    with pytest.raises(UserError, match="lacks 'cirle': did you mean 'circle'"):
+        softmask_plugin.explain_image(photo, CAPTION, model, words=["cirle"])
+    with pytest.raises(UserError, match="lacks '!'"):
+        softmask_plugin.explain_image(photo, CAPTION, model, words=["!"])
+
+
+def test_a_checkpoint_cannot_say_that_it_is_to_be_trusted(make_model, tmp_path):
+    path = save(make_model(), tmp_path, trust_checkpoint=True, vit_weights="deit")
+    options = load_trained(path).model.options
+    assert options.trust_checkpoint is False and options.vit_weights is None
+    assert load_trained(
+        path, options=["model.trust_checkpoint=true"]
+    ).model.options.trust_checkpoint
+
+
+def test_bare_weights_of_lavis_albef(make_model, albef_twin, tmp_path, photo):
+    model = make_model()
+    twin = albef_twin(model).eval()
+    torch.save({"model": twin.state_dict()}, tmp_path / "ALBEF.pth")
+    options = [
+        f"model.{key}={value}"
+        for key, value in {
+            "image_size": 32,
+            "vit": "{patch_size: 8, width: 48, depth: 2, heads: 3}",
+            "bert": "{width: 32, layers: 5, heads: 4, intermediate: 64, max_positions: 40}",
+            "embed_dim": 16,
+        }.items()
+    ]
+    named = ("softmask_image_text_matching", "tiny", options)
+    found = softmask_plugin.explain_image(
+        photo, CAPTION, load_trained(tmp_path / "ALBEF.pth", *named)
+    )
+    assert found.score == pytest.approx(
+        softmask_plugin.explain_image(photo, CAPTION, model).score, abs=1e-5
+    )
+    with pytest.raises(UserError, match="does not say what model it is of: give --model"):
+        load_trained(tmp_path / "ALBEF.pth")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "give --checkpoint FILE"),
+        ({"checkpoint": "nowhere.pth"}, "no checkpoint at nowhere.pth"),
+        ({"model_type": "tiny"}, "give --model as well"),
+        ({"arch": "softmask_pretrian", "model_type": "tiny"}, "did you mean 'softmask_pretrain'"),
+        ({"arch": "softmask_pretrain", "model_type": "tyni"}, "did you mean 'tiny'"),
+        ({"arch": "softmask_vqa", "model_type": "tiny"}, "no model 'softmask_vqa' with a matching"),
+        ({"arch": "softmask_pretrain", "model_type": "tiny"}, "comes without weights"),
+        (
+            {"arch": "softmask_pretrain", "model_type": "tiny", "options": ["run.seed=1"]},
+            "section 'run'",
+        ),
+    ],
+)
+def test_mistakes(monkeypatch, arguments, message):
+    monkeypatch.setattr(trained, "DEFAULT", None)
+    with pytest.raises(UserError, match=message):
+        load_trained(**arguments)
+
+
+def test_a_model_without_a_matching_head(make_other, tmp_path):
+    model = make_other(SoftMaskVqa, bert={"layers": 8})
+    with pytest.raises(UserError, match="no model 'softmask_vqa' with a matching head"):
+        load_trained(save(model, tmp_path, arch="softmask_vqa"))
+
+
+def test_without_a_checkpoint_the_default_type(monkeypatch, make_model, tmp_path):
+    path = save(make_model(), tmp_path)
+    config = {"model": OmegaConf.load(tmp_path / "config.yaml").model, "preprocess": {}}
+    config["model"] |= {"pretrained": str(path), "tokenizer": "scenes"}
+    OmegaConf.save(config, tmp_path / "type.yaml")
+    types = {"trained": str(tmp_path / "type.yaml")}
+    monkeypatch.setattr(SoftMaskPretrain, "PRETRAINED_MODEL_CONFIG_DICT", types)
+    monkeypatch.setattr(trained, "DEFAULT", ("softmask_pretrain", "trained"))
+    assert isinstance(load_trained().model, SoftMaskPretrain)
+
+
+# ---- the command
+
+
+def command(photo, checkpoint, *more):
+    given = ["explain", "--image", str(photo), "--caption", CAPTION]
+    return cli.main([*given, "--checkpoint", str(checkpoint), *more])
+
+
+@pytest.mark.parametrize(
+    ("suffix", "start"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml")]
+)
+def test_the_command_writes_figure_and_json(photo, checkpoint, tmp_path, capsys, suffix, start):
+    figure, file = tmp_path / "new" / f"out{suffix}", tmp_path / "out.json"
+    assert command(photo, checkpoint, "-o", str(figure), "--json", str(file)) == 0
+    assert figure.read_bytes().startswith(start)
+    found = json.loads(file.read_text())
+    assert found["grid"] == [4, 4] and found["image_size"] == [40, 60]
+    assert [each["word"] for each in found["words"]] == WORDS
+    for each in found["words"]:
+        assert np.shape(each["heat_map"]) == np.shape(each["soft_mask"]) == (4, 4)
+        assert 0 <= each["masked_score"] <= 1
+    out = capsys.readouterr().out
+    assert f"match {found['score']:.3f}: {' '.join(WORDS)}" in out and str(figure) in out
+
+
+def test_json_on_the_standard_output_is_alone_there(photo, checkpoint, tmp_path, capsys):
+    more = ["-o", str(tmp_path / "a.svg"), "--word", "star", "--json"]
+    assert command(photo, checkpoint, *more) == 0
+    (word,) = json.loads(capsys.readouterr().out)["words"]
+    assert word["word"] == "star"
+
+
+def test_the_same_pair_gives_the_same_file(photo, checkpoint, tmp_path):
+    files = [tmp_path / "a.pdf", tmp_path / "b.pdf"]
+    for file in files:
+        command(photo, checkpoint, "-o", str(file))
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("-o", "a.gif"), "must end with .png, .pdf, .svg"),
+        (("--word", "sta"), "did you mean 'star'"),
+        (("--image", "none.jpg"), "none.jpg"),
+        (("--json", "no/such/folder.json"), "cannot write no/such/folder.json"),
+        (("--options", "model.image_sise=32"), "did you mean 'image_size'"),
+    ],
+)
+def test_a_mistake_gets_one_line(photo, checkpoint, tmp_path, monkeypatch, capsys, more, message):
+    monkeypatch.chdir(tmp_path)
+    assert command(photo, checkpoint, *more) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and message in error[0]
