@@ -32,7 +32,7 @@ UNLISTED_KEYS = (
 ).split()
 RUNNER_KEYS = (
     "clip_grad_norm compile deterministic dist_timeout find_unused_parameters keep_checkpoints "
-    "max_bad_steps save_every_steps"
+    "max_bad_steps panel_every save_every_steps tensorboard wandb"
 ).split()
 RERANK_KEYS = [field.name for field in fields(RerankOptions)]
 GROUNDING_KEYS = ["grounding_alpha"]

@@ -22,6 +22,7 @@ COUNTS = {
     "log_freq": (1, inf),
     "num_workers": (0, inf),
     "warmup_steps": (0, inf),
+    "panel_every": (1, inf),
     "seed": (0, 2**32 - 1),
 }
 AMOUNTS = ("init_lr", "min_lr", "weight_decay", "clip_grad_norm")  # numbers >= 0
@@ -36,6 +37,10 @@ def check_run_values(run: DictConfig) -> None:
             _check_count(where, value, *COUNTS[str(key)])
         elif key in AMOUNTS:
             _check_amount(where, value)
+        elif key == "tensorboard" and not isinstance(value, bool):
+            raise UserError(f"{where} is {value!r}: it must be true or false")
+        elif key == "wandb" and not isinstance(value, (bool, str)):
+            raise UserError(f"{where} is {value!r}: it must be true, false or a project's name")
         elif key in SPLITS and not _lists_names(value):
             raise UserError(f"{where} is {value!r}: it must be a list of names, such as [val]")
     if not isinstance(run.output_dir, str):

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl and the progress bar."""
+"""What a run tells: metrics.jsonl, the boards and the progress bar."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from softmask_plugin.errors import UserError
+from softmask_plugin.runners.boards import Boards
 
 
 class RunLog:
@@ -25,12 +26,14 @@ class RunLog:
 
     Args:
         folder: the run's output folder.
+        boards: get the lines of metrics.jsonl too.
     """
 
     NAMES = ("metrics.jsonl", "log.txt", "evaluate.txt")  # ours, and LAVIS's
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, boards: Boards) -> None:
         self._folder = folder
+        self._boards = boards
         self._path = folder / "metrics.jsonl"
         self.seconds = 0.0  # of training, before the progress that is shown
 
@@ -59,10 +62,15 @@ class RunLog:
         return self.seconds + time.monotonic() - self._start
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl (on the main process)."""
+        """Append one line to metrics.jsonl, and show it (on the main process)."""
         if is_main_process():
             with self._path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
+            self._boards.write(record)
+
+    def close(self) -> None:
+        """Close the boards, when the run ends."""
+        self._boards.close()
 
     @contextmanager
     def progress(self, done: int, total: int) -> Iterator[None]:
@@ -75,6 +83,7 @@ class RunLog:
             dynamic_ncols=True,
             disable=None if is_main_process() else True,  # None: quiet where there is no terminal
         )
+        self._boards.began = done
         self._done, self._total, self._start = done, total, time.monotonic()
         with logging_redirect_tqdm(), self._bar:
             yield

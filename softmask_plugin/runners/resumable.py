@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from pathlib import Path
@@ -14,9 +15,12 @@ from torch import nn
 from softmask_plugin.errors import UserError
 from softmask_plugin.runners import checkpoint
 from softmask_plugin.runners.bad_steps import BadSteps
+from softmask_plugin.runners.boards import Boards
 from softmask_plugin.runners.checkpoint import CheckpointFiles
+from softmask_plugin.runners.environment import environment
 from softmask_plugin.runners.logs import RunLog
 from softmask_plugin.runners.meter import LossMeter
+from softmask_plugin.runners.panels import MaskPanels
 from softmask_plugin.runners.portable import PortableRunner
 from softmask_plugin.runners.resume import Progress, find, read
 from softmask_plugin.runners.run_folder import AUTO
@@ -33,6 +37,8 @@ class ResumableRunner(PortableRunner):
         meter: the losses of the epoch under way.
         bad_steps: those that were skipped.
         files: the checkpoints of the run's folder.
+        log: metrics.jsonl, boards and progress bar.
+        panels: pictures of what the soft mask hides.
     """
 
     def __init__(self, cfg: Any, task: Any, model: nn.Module, datasets: Any, job_id: str) -> None:
@@ -43,13 +49,22 @@ class ResumableRunner(PortableRunner):
         self.meter = LossMeter()
         max_bad_steps, keep = run.get("max_bad_steps", 10), run.get("keep_checkpoints", 2)
         self.save_every = run.get("save_every_steps", None)
-        counts = {"keep_checkpoints": keep, "save_every_steps": self.save_every}
+        panel_every = run.get("panel_every", None)
+        counts = {
+            "keep_checkpoints": keep,
+            "save_every_steps": self.save_every,
+            "panel_every": panel_every,
+        }
         counts = {name: value for name, value in counts.items() if value is not None}
         self.require_counts(max_bad_steps=max_bad_steps, **counts)
         self.bad_steps = BadSteps(limit=max_bad_steps)
         self.files = CheckpointFiles(self.output_dir, keep)
-        self.log = RunLog(self.output_dir)
+        boards = Boards(self.output_dir, self.config.to_dict())
+        self.log = RunLog(self.output_dir, boards)
+        self.panels = MaskPanels(self.output_dir / "masks", panel_every, model, boards)
         if is_main_process():
+            ran_on = json.dumps(environment(self.device), indent=2) + "\n"
+            (self.output_dir / "environment.json").write_text(ran_on, encoding="utf-8")
             OmegaConf.save(self.config.get_config(), self.output_dir / "config.yaml")
             tokenizer: Any = getattr(model, "tokenizer", None)
             if tokenizer is not None:  # a checkpoint is of no use without its vocabulary

@@ -27,6 +27,7 @@ from softmask_plugin.runners.peers import peers_needed
 from softmask_plugin.runners.resumable import ResumableRunner
 from softmask_plugin.runners.resume import read
 from softmask_plugin.runners.run_folder import release
+from softmask_plugin.runners.statistics import queue_statistics, watch_masks
 
 
 @register("runner", "softmask_runner")
@@ -45,6 +46,10 @@ class SoftmaskRunner(ResumableRunner):
       row (10) end the run.
     - ``compile``: ``true`` compiles the image encoders with torch.compile, for GPUs (a CPU gains
       nothing); or the name of a backend of torch's. ``false`` by default.
+    - ``panel_every``: a picture of what the soft mask hides, in ``masks/step_<n>.png``, every so
+      many optimizer steps and at the end of each epoch; null (default): never.
+    - ``tensorboard``: whether to write for TensorBoard too, where it is installed; true by default.
+    - ``wandb``: ``true``, or a project's name, for Weights & Biases too; false by default.
     - ``find_unused_parameters``: as torch's DistributedDataParallel has it; false by default.
 
     Differences from it, on purpose: gradients of ``accum_grad_iters`` batches are averaged, not
@@ -68,6 +73,7 @@ class SoftmaskRunner(ResumableRunner):
             with peers_needed():
                 return self._train()
         finally:
+            self.log.close()
             release(self.output_dir)
 
     def _train(self) -> dict[str, Any]:
@@ -102,7 +108,7 @@ class SoftmaskRunner(ResumableRunner):
         end = done + loader.left(progress.taken)
         batches = loader.batches(epoch, progress.taken)
         pairs, clock = 0, time.perf_counter()
-        with self.meter.watch(self._model):
+        with self.meter.watch(self._model), watch_masks(self._model, self.meter):
             for first in range(done, end, self.accum_grad_iters):
                 group = range(first, min(first + self.accum_grad_iters, end))
                 self.lr_scheduler.step(cur_epoch=epoch, cur_step=first // self.accum_grad_iters)
@@ -114,6 +120,7 @@ class SoftmaskRunner(ResumableRunner):
                     means, now = self.meter.drain(), time.perf_counter()
                     self._log_training(epoch, means, pairs / (now - clock))
                     pairs, clock = 0, now
+                self.panels.after(self._model, self.step, epoch_ends=group.stop == end)
                 if self.save_every and self.step % self.save_every == 0 and group.stop < end:
                     self._save_checkpoint(epoch, step=self.step)
         return {"lr": self._lr, **self.meter.means()}
@@ -133,6 +140,7 @@ class SoftmaskRunner(ResumableRunner):
         for i in group:
             seed_draws(int(self.config.run_cfg.seed), get_rank(), epoch, i)  # of dropout and others
             samples = {**self.to_device(next(batches)), **place}
+            self.panels.see(samples)
             with self._gradient_exchange(wanted=i == group[-1]):
                 with self.autocast():
                     loss = self.task.train_step(model=self.model, samples=samples)
@@ -188,6 +196,9 @@ class SoftmaskRunner(ResumableRunner):
         temp = getattr(self._model, "temp", None)
         if isinstance(temp, Tensor):
             record["temp"] = temp.item()
+        step_items = self.train_loader.step_items * self.accum_grad_iters
+        entered = (self.step - self.bad_steps.total) * step_items
+        record |= queue_statistics(self._model, entered)
         record["skipped_steps"] = self.bad_steps.total
         self.log.training({**record, "pairs_per_s": round(pairs_per_s, 2)})
 

@@ -1,0 +1,75 @@
+"""What a run tells of its soft masks and its queues, beside the losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softmask_plugin.runners.meter import LossMeter
+
+
+@contextmanager
+def watch_masks(model: nn.Module, meter: LossMeter) -> Iterator[None]:
+    """Within: count the statistics of the masks of every forward of ``model`` that has any."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Mapping) and output.get("keep") is not None:
+            for name, value in mask_statistics(output["keep"], output["word"]).items():
+                meter.add(name, value)
+
+    handle = model.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def mask_statistics(keep: Tensor, word: Tensor) -> dict[str, Tensor]:
+    """Describe the masks of a batch, on its device and without waiting for it.
+
+    Args:
+        keep: factor of each image token, (B, 1 + patches), [CLS] first.
+        word: the picked word of each caption, (B,), -1 where there was none to pick.
+
+    Returns:
+        Scalars: ``mask_hidden``, the mean share of the image that is hidden; ``mask_spread``, the
+        entropy of what is hidden as a share of the largest possible, 0 for a single patch and 1 for
+        all patches alike, over the captions with a mask; ``mask_no_word``, the share of captions
+        without a word to pick.
+    """
+    hidden = 1 - keep[:, 1:].float()
+    total = hidden.sum(dim=1, keepdim=True)
+    entropy = torch.special.entr(hidden / total.clamp_min(1e-12)).sum(dim=1)
+    masked = (total > 0).sum().clamp_min(1)
+    return {
+        "mask_hidden": hidden.mean(),
+        "mask_spread": entropy.sum() / masked / math.log(max(2, hidden.shape[1])),
+        "mask_no_word": (word < 0).float().mean(),
+    }
+
+
+def queue_statistics(model: nn.Module, entered: int) -> dict[str, float]:
+    """Describe a model's feature queues; nothing for a model without any. Waits for the device.
+
+    Args:
+        model: its ``image_queue`` and ``text_queue`` are unit vectors, (width, size).
+        entered: features that the run has put into each.
+
+    Returns:
+        ``queue_filled``, the share of a queue that the run has written; ``queue_image_mean`` and
+        ``queue_text_mean``, the length of the mean feature: near 0 where features spread in all
+        directions, 1 where they have collapsed into one.
+    """
+    found = {}
+    for name in ("image", "text"):
+        queue = getattr(model, f"{name}_queue", None)
+        if isinstance(queue, Tensor) and queue.shape[1] > 0:
+            found["queue_filled"] = min(1.0, entered / queue.shape[1])
+            found[f"queue_{name}_mean"] = queue.float().mean(dim=1).norm().item()
+    return found
