@@ -18,6 +18,7 @@ examples:
   softmask explain --image dog.jpg --caption "a dog on a sofa" --checkpoint checkpoint_best.pth
   softmask configs                     list the YAML files that come with the plugin
   softmask shards --captions train.json --images photos --out shards
+  softmask ablate --plan lavis_configs/ablation/small.yaml
   softmask train --cfg-path my.yaml --options run.max_epoch=5 model.model_type=tiny
   softmask evaluate --cfg-path my.yaml --options model.pretrained=outputs/.../checkpoint_best.pth
   torchrun --nproc_per_node=8 -m softmask_plugin.train --cfg-path my.yaml
@@ -106,6 +107,33 @@ def _parser() -> argparse.ArgumentParser:
     _add_options(command)
     command.set_defaults(run=_explain)
 
+    text = "train a plan's variants over seeds at equal budget, and tell what each is worth"
+    command = commands.add_parser("ablate", help=text, description=text)
+    for option, kind, help_text in (
+        ("--plan", str, "a YAML file, or a shipped one such as lavis_configs/ablation/scenes.yaml"),
+        ("--output-dir", str, "of all runs and the table, default: outputs/ablation/<plan>"),
+        ("--seeds", int, "how many of the plan's seeds, default: all"),
+        ("--jobs", int, "runs at the same time on a CPU, default: 1; with CUDA one per device"),
+        ("--baseline", str, "compare with this variant instead of the plan's baseline"),
+    ):
+        command.add_argument(option, type=kind, required=option == "--plan", help=help_text)
+    command.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="variants to run, default: all"
+    )
+    command.add_argument(
+        "--again", action="store_true", help="throw the results of these variants away first"
+    )
+    _add_options(command)
+    command.set_defaults(run=_ablate, jobs=1)
+
+    text = "write a run's folder as one page: curves, metrics, pictures of the masks, configuration"
+    command = commands.add_parser("report", help=text, description=text)
+    command.add_argument(
+        "run_dir", metavar="RUN_DIR", help="of a run under way, killed or finished"
+    )
+    command.add_argument("-o", "--output", metavar="FILE", help="default: RUN_DIR/report.html")
+    command.set_defaults(run=_report)
+
     text = "tell what is installed, registered and usable here, and what to do about problems"
     command = commands.add_parser("doctor", help=text, description=text)
     command.add_argument("--json", action="store_true", help="print JSON")
@@ -188,6 +216,29 @@ def _explain(args: argparse.Namespace) -> int:
         found.write_json(args.json)
     if args.json != "-":
         print(f"{found.table()}\n\nFigure: {figure}")
+    return 0
+
+
+def _ablate(args: argparse.Namespace) -> int:
+    from softmask_plugin.ablate import command
+
+    command.main(
+        args.plan,
+        output_dir=args.output_dir,
+        only=args.only,
+        seeds=args.seeds,
+        jobs=args.jobs,
+        again=args.again,
+        baseline=args.baseline,
+        options=args.options,
+    )
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from softmask_plugin import report
+
+    print(f"Report: {report.report_run(args.run_dir, args.output)}")
     return 0
 
 

@@ -58,15 +58,19 @@ def summary(file: Path) -> str:
 
 def find_config(cfg_path: str | Path) -> Path:
     """Return the file that ``cfg_path`` names: a file as such, else a shipped one."""
-    path = Path(cfg_path).expanduser()
+    return find_file("--cfg-path", cfg_path, shipped_configs())
+
+
+def find_file(option: str, name: str | Path, shipped: dict[str, Path]) -> Path:
+    """Return the file that an option of the command names: a file as such, else a shipped one."""
+    path = Path(name).expanduser()
     if path.is_file():
         return path
-    shipped = shipped_configs()
     if path.as_posix() in shipped:
         return shipped[path.as_posix()]
     siblings = [file.as_posix() for file in path.parent.glob("*.yaml")]
     hint = suggest(path.as_posix(), [*shipped, *siblings])
-    raise UserError(f"--cfg-path: there is no file '{cfg_path}': {hint}")
+    raise UserError(f"{option}: there is no file '{name}': {hint}")
 
 
 def read_config(path: Path, options: Sequence[str] = ()) -> DictConfig:

@@ -1,0 +1,1 @@
+"""``softmask ablate``: train variants over seeds at equal budget, and tell what each is worth."""

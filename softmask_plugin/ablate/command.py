@@ -1,0 +1,139 @@
+"""``softmask ablate``: train what a plan asks for and is not there yet, then write the table."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from softmask_plugin import config_check
+from softmask_plugin.ablate import plot
+from softmask_plugin.ablate.plan import Plan, read_plan
+from softmask_plugin.ablate.run import Job
+from softmask_plugin.ablate.table import as_plain, markdown, rows
+from softmask_plugin.ablate.workers import Done, slots, work
+from softmask_plugin.errors import UserError, suggest
+from softmask_plugin.stack import installed
+
+
+def main(
+    plan: str | Path,
+    output_dir: str | Path | None = None,
+    only: Sequence[str] = (),
+    seeds: int | None = None,
+    jobs: int = 1,
+    again: bool = False,
+    baseline: str | None = None,
+    options: Sequence[str] = (),
+) -> Path:
+    """Train and evaluate the variants of a plan, and write ``table.md``, ``.json`` and ``.png``.
+
+    What has a result already is not run again, and what was killed goes on where it was, so that
+    the same command goes on with an ablation, and afterwards only writes its table.
+
+    Args:
+        plan: a YAML file, or the name of a shipped one.
+        output_dir: gets all runs and the table; None: outputs/ablation/<plan>.
+        only: variants to run; none: all. The table has all that are measured.
+        seeds: how many of the plan's seeds to use; None: all.
+        jobs: runs at the same time on a CPU; with CUDA there is one per device.
+        again: first throw away the results of the variants to run.
+        baseline: the variant that the table compares with; None: the plan's.
+        options: overrides of every stage's configuration, each "section.key=value".
+
+    Returns:
+        The table in Markdown.
+
+    Raises:
+        UserError: a mistake in the plan or the arguments, or runs that failed; the others are
+            finished and in the table.
+    """
+    if jobs < 1:
+        raise UserError(f"--jobs is {jobs}: it must be at least 1")
+    read = read_plan(plan, options, seeds)
+    compared = baseline or read.baseline
+    for argument, names in (("--only", only), ("--baseline", [compared])):
+        for name in names:
+            if name not in read.variants:
+                hint = suggest(name, read.variants)
+                raise UserError(f"{argument}: the plan has no variant '{name}': {hint}")
+    folder = Path(output_dir or Path("outputs/ablation", read.name)).expanduser().absolute()
+    chosen = [name for name in read.variants if name in only or not only]
+    wanted = [Job(read, name, seed, folder) for name in chosen for seed in read.seeds]
+    if again:
+        for job in wanted:
+            shutil.rmtree(job.place(read.base).parent, ignore_errors=True)
+    failed = _run([job for job in wanted if job.unfinished], jobs, folder)
+    page = _write(read, folder, compared)
+    print(page.read_text(encoding="utf-8") + f"\nWritten: {page}, table.json and table.png")
+    if failed:
+        job, error = failed[0]
+        raise UserError(f"{len(failed)} of {len(wanted)} runs failed, first {job}: {error}")
+    return page
+
+
+def _run(jobs: Sequence[Job], at_once: int, folder: Path) -> list[tuple[Job, UserError]]:
+    """Run jobs, telling how far they are; returns those that failed."""
+    if not jobs:
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    failed, began = [], time.monotonic()
+    total = sum(len(job.unfinished) for job in jobs)
+    done, missed = 0, 0
+    for job, message in work(jobs, slots(_on_cuda(jobs[0].plan), at_once), folder):
+        if isinstance(message, Done):
+            continue
+        if isinstance(message, UserError):
+            missed += len(job.unfinished)
+            failed.append((job, message))
+            text = f"failed: {message}"
+        else:
+            stage, result = message
+            done += 1
+            metrics = [f"{name} {value:.4g}" for name, value in result.get("metrics", {}).items()]
+            text = ", ".join([stage.name, *metrics, f"{result['seconds']:.0f} s"])
+        left = (total - missed - done) * (time.monotonic() - began) / max(done, 1)
+        place = f"[{done + missed}/{total}, {tqdm.format_interval(left)} left]"
+        print(f"{place} {job}: {text}", flush=True)
+    return failed
+
+
+def _on_cuda(plan: Plan) -> bool:
+    options = plan.options(plan.baseline, plan.base)
+    config = config_check.read_config(config_check.find_config(plan.base.config), options)
+    return bool(config.run.device == "cuda")
+
+
+def _write(plan: Plan, folder: Path, baseline: str) -> Path:
+    table = rows(plan, folder, baseline)
+    if not any(row.measured for row in table):
+        raise UserError(f"nothing is measured in {folder} yet: see its worker_*.log")
+    content: dict[str, Any] = {
+        "plan": plan.name,
+        "baseline": baseline,
+        "seeds": plan.seeds,
+        "base": {"config": plan.base.config, "options": plan.base.options},
+        "metrics": plan.metrics,
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "python": platform.python_version(),
+            **installed(),
+        },
+        "rows": as_plain(table),
+    }
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    (folder / "table.json").write_text(text + "\n", encoding="utf-8")
+    plot.draw(table, plan.metrics, baseline).savefig(folder / "table.png", dpi=150)
+    page = folder / "table.md"
+    page.write_text(markdown(table, plan.metrics, baseline), encoding="utf-8")
+    return page

@@ -1,0 +1,154 @@
+"""The table: means over seeds, and what each variant is worth against the baseline."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from softmask_plugin.ablate.plan import Plan
+from softmask_plugin.ablate.run import Job
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One metric of one variant.
+
+    Attributes:
+        values: by seed.
+        mean, deviation: over the seeds; the standard deviation is that of a sample, None of a
+            single seed.
+        difference: mean over the seeds that both have of the variant's value less the baseline's;
+            None for the baseline itself, and where they share no seed.
+        error: standard error of that difference, paired by seed; None of a single seed.
+        wins, pairs: in how many of how many shared seeds the variant is above the baseline.
+    """
+
+    values: dict[int, float]
+    mean: float
+    deviation: float | None
+    difference: float | None = None
+    error: float | None = None
+    wins: int = 0
+    pairs: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant.
+
+    Attributes:
+        name: in the plan.
+        options: what it changes.
+        metrics: by the plan's names of them; those that no seed has are left out.
+        cost: seconds per step over the baseline's, mean over the seeds that both have; None where
+            there are none.
+        step_seconds: by seed.
+    """
+
+    name: str
+    options: tuple[str, ...]
+    metrics: dict[str, Measured] = field(default_factory=dict)
+    cost: float | None = None
+    step_seconds: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def measured(self) -> bool:
+        """Whether any seed is through any of its evaluation."""
+        return bool(self.metrics)
+
+
+def rows(plan: Plan, folder: Path, baseline: str) -> list[Row]:
+    """Read the results that there are, in the plan's order of variants.
+
+    Args:
+        plan: which variants, seeds, stages and metrics.
+        folder: the ablation's.
+        baseline: the variant to compare with.
+    """
+    found = {name: _results(plan, folder, name) for name in plan.variants}
+    other_values, other_seconds = found[baseline]
+    table = []
+    for name, (values, seconds) in found.items():
+        against = {} if name == baseline else other_values
+        metrics = {m: measure(v, against.get(m, {})) for m, v in values.items() if v}
+        shared = seconds.keys() & other_seconds.keys()
+        ratios = [seconds[seed] / other_seconds[seed] for seed in shared]
+        cost = statistics.fmean(ratios) if ratios else None
+        table.append(Row(name, plan.variants[name], metrics, cost, seconds))
+    return table
+
+
+def measure(values: Mapping[int, float], baseline: Mapping[int, float]) -> Measured:
+    """Mean and spread of values by seed, and their differences to the baseline's."""
+    differences = [values[seed] - baseline[seed] for seed in values if seed in baseline]
+    several = len(differences) > 1
+    return Measured(
+        values=dict(values),
+        mean=statistics.fmean(values.values()),
+        deviation=statistics.stdev(values.values()) if len(values) > 1 else None,
+        difference=statistics.fmean(differences) if differences else None,
+        error=statistics.stdev(differences) / math.sqrt(len(differences)) if several else None,
+        wins=sum(difference > 0 for difference in differences),
+        pairs=len(differences),
+    )
+
+
+def markdown(table: Sequence[Row], metrics: Sequence[str], baseline: str) -> str:
+    """Rows that are measured, a line each; below them the names of those that are not."""
+    head = ["variant", *metrics, "seeds", "time of a step"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in filter(lambda row: row.measured, table):
+        name = f"**{row.name}**" if row.name == baseline else row.name
+        seeds = max(len(each.values) for each in row.metrics.values())
+        cost = "" if row.cost is None else f"{row.cost:.2f}"
+        cells = [cell(row.metrics[m]) if m in row.metrics else "" for m in metrics]
+        lines.append("| " + " | ".join([name, *cells, str(seeds), cost]) + " |")
+    lines += [
+        "",
+        f"Mean ± standard deviation over seeds; in brackets the difference to {baseline} ± its "
+        "standard error, paired by seed, and in how many of the shared seeds it is above it. The "
+        f"time of a step is relative to {baseline}.",
+    ]
+    missing = [row.name for row in table if not row.measured]
+    if missing:
+        lines += ["", "Still to be measured: " + ", ".join(missing) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def cell(measured: Measured) -> str:
+    """One metric as text, as in "61.2 ± 1.3 (+2.4 ± 0.8, 3/3)"."""
+    digits = 3 if max(map(abs, measured.values.values())) <= 1 else 1  # a share, or percent
+    text = f"{measured.mean:.{digits}f}"
+    if measured.deviation is not None:
+        text += f" ± {measured.deviation:.{digits}f}"
+    if measured.difference is None:
+        return text
+    error = "" if measured.error is None else f" ± {measured.error:.{digits}f}"
+    wins = f"{measured.wins}/{measured.pairs}"
+    return f"{text} ({measured.difference:+.{digits}f}{error}, {wins})"
+
+
+def as_plain(table: Sequence[Row]) -> list[dict]:
+    """The rows for JSON."""
+    return [asdict(row) for row in table]
+
+
+Values = dict[str, dict[int, float]]
+
+
+def _results(plan: Plan, folder: Path, variant: str) -> tuple[Values, dict[int, float]]:
+    """Metrics of a variant by seed, and its seconds per step of pretraining by seed."""
+    values: Values = {metric: {} for metric in plan.metrics}
+    seconds: dict[int, float] = {}
+    for seed in plan.seeds:
+        job = Job(plan, variant, seed, folder)
+        for stage in plan.stages:
+            result = job.result(stage) or {}
+            if stage is plan.base and result:
+                seconds[seed] = result["step_seconds"]
+            for metric, value in result.get("metrics", {}).items():
+                values[f"{stage.name} {metric}"][seed] = value
+    return values, seconds
