@@ -1,14 +1,15 @@
-# make venv | demo | bench | tasks | soak | docs | test | lint | format, and venv-modern | test-modern for the second stack.
+# make venv | demo | bench | tasks | soak | assets | test | lint | format, and venv-modern | test-modern for the second stack.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-modern demo bench tasks soak docs test test-modern lint format
+.PHONY: help venv venv-modern demo bench tasks soak assets test test-modern lint format
 
 help:
 	@echo "make demo         pretrain a tiny SoftMask++ on rendered scenes, write a report"
 	@echo "make bench        speed and memory against LAVIS's own classes (BENCH=--small: a trial)"
 	@echo "make tasks        pretrain, then fine-tune and test every downstream task on scenes (15 minutes)"
 	@echo "make soak         kill runs, compare processes, stream for long (20 minutes)"
+	@echo "make assets       train the model that ships with the package anew (8 minutes)"
 	@echo "make docs         the docs site, into site/"
 	@echo "make test         lint, types and tests"
 	@echo "make test-modern  the tests with numpy 2 and transformers 4.51 (.venv-modern)"
@@ -47,6 +48,9 @@ soak: .venv/.installed
 	@.venv/bin/python -m benchmarks.kills
 	@.venv/bin/python -m benchmarks.workers
 	@.venv/bin/python -m benchmarks.stream_memory
+
+assets: .venv/.installed
+	@.venv/bin/python scripts/train_scenes_tiny.py
 
 docs: .venv/.installed
 	@NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true .venv/bin/mkdocs build --strict -q -d site

@@ -80,7 +80,8 @@ class ModelOptions:
 
     # Weights to start from. A checkpoint makes vit_weights and bert_weights moot.
     load_pretrained: bool = True  # whether to load `pretrained`, where it is given
-    pretrained: str | None = None  # checkpoint of ALBEF or of this plugin: path or URL
+    pretrained: str | None = None  # checkpoint of ALBEF or of this plugin: path, URL or
+    # "shipped:scenes_tiny", the tiny model that comes with the package
     load_finetuned: bool = False  # whether to load `finetuned` instead, LAVIS's key for evaluation
     finetuned: str | None = None
     trust_checkpoint: bool = False  # true: read pickled objects too, which can run any code

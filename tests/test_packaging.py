@@ -50,6 +50,7 @@ def test_the_wheel_holds_the_package_and_its_data_alone(wheel):
         for file in (ROOT / "lavis_configs").rglob("*.yaml")
     }
     assert configs
+    assert "softmask_plugin/assets/scenes_tiny.safetensors" in held
     assert {name for name in held if ".dist-info/" not in name} == source | configs
 
 

@@ -27,7 +27,8 @@ class SoftMaskFeatureExtractor(AlignedBase):
     OPTIONS = AlignedOptions
     PREDICTS_WORDS = True
     PRETRAINED_MODEL_CONFIG_DICT = {
-        name: shipped(f"models/softmask_feature_extractor_{name}.yaml") for name in ("base", "tiny")
+        name: shipped(f"models/softmask_feature_extractor_{name}.yaml")
+        for name in ("base", "tiny", "scenes_tiny")
     }
 
     @torch.no_grad()

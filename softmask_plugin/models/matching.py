@@ -24,7 +24,7 @@ class SoftMaskImageTextMatching(AlignedBase):
     OPTIONS = AlignedOptions
     PRETRAINED_MODEL_CONFIG_DICT = {
         name: shipped(f"models/softmask_image_text_matching_{name}.yaml")
-        for name in ("base", "coco", "flickr", "tiny")
+        for name in ("base", "coco", "flickr", "tiny", "scenes_tiny")
     }
 
     def forward(self, samples: dict[str, Any], match_head: str = "itm") -> Tensor:

@@ -73,6 +73,7 @@ class SoftMaskPretrain(ContrastiveBase):
     PRETRAINED_MODEL_CONFIG_DICT = {
         "base": shipped("models/softmask_pretrain_base.yaml"),
         "tiny": shipped("models/softmask_pretrain_tiny.yaml"),
+        "scenes_tiny": shipped("models/softmask_pretrain_scenes_tiny.yaml"),
     }
 
     def __init__(self, options: PretrainOptions) -> None:

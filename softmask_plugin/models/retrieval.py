@@ -38,7 +38,7 @@ class SoftMaskRetrieval(ContrastiveBase):
     OPTIONS = RetrievalOptions
     PRETRAINED_MODEL_CONFIG_DICT = {
         name: shipped(f"models/softmask_retrieval_{name}.yaml")
-        for name in ("coco", "flickr", "tiny")
+        for name in ("coco", "flickr", "tiny", "scenes_tiny")
     }
 
     def __init__(self, options: RetrievalOptions) -> None:

@@ -12,17 +12,21 @@ from typing import TYPE_CHECKING
 import torch
 from lavis.common.utils import is_url
 from lavis.models.vit import interpolate_pos_embed
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from softmask_plugin.download import fetch
-from softmask_plugin.errors import UserError
+from softmask_plugin.errors import UserError, suggest
 from softmask_plugin.models.layouts import StateDict, adapt
+from softmask_plugin.paths import PACKAGE
 
 if TYPE_CHECKING:
     from softmask_plugin.models.base import SoftMaskBase
 
 BERT_FILES = ("pytorch_model.bin", "model.safetensors")
+ASSETS = PACKAGE / "assets"
+SHIPPED = "shipped:"  # before the name of weights that come with the package
 DEIT_URL = "https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth"
 
 
@@ -35,7 +39,8 @@ def load(model: SoftMaskBase, url_or_filename: str, trusted: bool = False) -> No
 
     Args:
         model: the model.
-        url_or_filename: of the checkpoint; see ``layouts`` for what it may look like.
+        url_or_filename: of the checkpoint, or ``shipped:NAME`` for one that comes with the package;
+            see ``layouts`` for what it may look like.
         trusted: whether the file may run code, see ``read_state_dict``.
 
     Raises:
@@ -79,13 +84,13 @@ def read_state_dict(url_or_filename: str, trusted: bool = False) -> StateDict:
     """Read the tensors of a checkpoint, without running code that it may hold.
 
     Args:
-        url_or_filename: a file, or a URL that is downloaded once.
+        url_or_filename: a file, a URL that is downloaded once, or ``shipped:NAME``.
         trusted: read any pickled object, which can run any code; for files of your own only.
 
     Raises:
         UserError: no such file, or the file is no checkpoint of tensors.
     """
-    path = fetch(url_or_filename) if is_url(url_or_filename) else Path(url_or_filename)
+    path = _located(url_or_filename)
     if not path.is_file():
         raise UserError(f"no checkpoint at {url_or_filename}: give a file or a URL")
     if path.suffix == ".safetensors":
@@ -108,14 +113,23 @@ def read_state_dict(url_or_filename: str, trusted: bool = False) -> StateDict:
     }
 
 
+def _located(url_or_filename: str) -> Path:
+    """The file of a checkpoint, which need not be there unless it was shipped or downloaded."""
+    if is_url(url_or_filename):
+        return fetch(url_or_filename)
+    if not url_or_filename.startswith(SHIPPED):
+        return Path(url_or_filename)
+    name, files = url_or_filename.removeprefix(SHIPPED), ASSETS.glob("*.safetensors")
+    shipped = {file.stem: file for file in files}
+    if name not in shipped:
+        raise UserError(f"no weights '{name}' are shipped: {suggest(name, shipped)}")
+    return shipped[name]
+
+
 def _read_safetensors(path: Path) -> StateDict:
     """Read a file of a format that knows tensors only."""
     try:
-        from safetensors.torch import load_file
-
         return load_file(path)
-    except ImportError as error:  # transformers brings it along from 4.30 on
-        raise UserError(f"{path} cannot be read without safetensors: pip install it") from error
     except Exception as error:
         raise UserError(
             f"{path} is no readable checkpoint ({type(error).__name__}): it is cut short or of "

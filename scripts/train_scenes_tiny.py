@@ -1,0 +1,122 @@
+"""Train the model that ships with the package and write it to softmask_plugin/assets.
+
+    python scripts/train_scenes_tiny.py [--run FOLDER]   # or: make assets
+
+Trains on rendered scenes (some eight minutes on two idle cores), or takes a finished run of the
+same settings; keeps the online weights in half precision, and evaluates the file that it wrote on
+held-out scenes. How it was made and how good it is stands in the file's metadata and in a JSON file
+beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import save_file
+from torch import Tensor
+
+from softmask_plugin import launch, report
+from softmask_plugin.errors import UserError
+from softmask_plugin.explain import explain
+from softmask_plugin.models.features import SoftMaskFeatureExtractor
+from softmask_plugin.models.weights import ASSETS, read_state_dict
+from softmask_plugin.options import read_options
+from softmask_plugin.stack import installed
+
+TRAIN = "lavis_configs/projects/scenes/train/pretrain_tiny.yaml"
+OPTIONS = [
+    "datasets.scenes_pretrain.num.train=20000",
+    "run.max_epoch=4",
+    "model.soft_mask.negatives=true",  # else a mask alone raises the score of any caption
+]
+EVALUATE = "lavis_configs/projects/scenes/eval/retrieval_tiny.yaml"
+FILE = ASSETS / "scenes_tiny.safetensors"
+OUTPUT = Path("outputs/scenes_tiny")
+POINTED = 200  # scenes whose words play the pointing game
+
+
+def main() -> None:
+    """Train or take a run, export it, evaluate what was exported."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--run", type=Path, help="folder of a finished run of the same settings")
+    run = parser.parse_args().run
+    if run is None:
+        trained, _ = launch.run(TRAIN, [*OPTIONS, f"run.output_dir={OUTPUT / 'pretrain'}"])
+        run = trained.output_dir
+    config = config_of(run)
+    weights = online(read_state_dict(str(run / f"checkpoint_{config.run.max_epoch - 1}.pth")))
+
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    save_file(weights, OUTPUT / FILE.name)
+    about = {
+        "what": "softmask_pretrain of type tiny, trained on rendered scenes: online weights",
+        "command": shlex.join(["softmask", "train", "--cfg-path", TRAIN, "--options", *OPTIONS]),
+        "seed": config.run.seed,
+        "date": date.today().isoformat(),
+        "versions": {name: have for name, have in installed().items() if have},
+        "held out": evaluate(OUTPUT / FILE.name),
+    }
+    save_file(weights, FILE, {key: as_text(value) for key, value in about.items()})
+    about["bytes"] = FILE.stat().st_size
+    FILE.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(about, indent=2))
+
+
+def config_of(run: Path) -> DictConfig:
+    """The settings of a run, which must be those above."""
+    config = OmegaConf.load(run / "config.yaml")
+    assert isinstance(config, DictConfig)
+    wanted = launch.load_config(TRAIN, OPTIONS)
+    same = config.model == wanted.model_cfg and config.datasets == wanted.datasets_cfg
+    if not same or config.run.max_epoch != wanted.run_cfg.max_epoch:
+        raise UserError(f"{run} was trained with other settings than {TRAIN} {' '.join(OPTIONS)}")
+    return config
+
+
+def online(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the models that are used need, MLM head included: no momentum copies, no queues."""
+    section = OmegaConf.load(SoftMaskFeatureExtractor.PRETRAINED_MODEL_CONFIG_DICT["tiny"]).model
+    needed = SoftMaskFeatureExtractor(read_options(SoftMaskFeatureExtractor.OPTIONS, section))
+    half = {torch.float32: torch.float16}
+    return {
+        key: state[key].to(half.get(state[key].dtype), copy=True).contiguous()
+        for key in needed.state_dict()
+    }
+
+
+def evaluate(file: Path) -> dict[str, Any]:
+    """Retrieval, and the pointing game of the words' maps, on test scenes."""
+    options = [f"model.pretrained={file}", f"run.output_dir={OUTPUT / 'evaluate'}"]
+    runner, results = launch.run(EVALUATE, options, evaluate=True)
+    scenes, model = runner.dataloaders["test"].dataset, runner.unwrap_dist_model(runner.model)
+    own, other = [], []
+    for image in range(POINTED):
+        text = scenes.img2txt[image][0]
+        (found,) = explain(model, scenes[image]["image"][None], [scenes.text[text]])
+        boxes = scenes.boxes(text)
+        own += [(found.cams[word], box, role) for word, box, role in boxes]
+        other += [(found.cams[word], box, role) for word, box, role in report.swapped(boxes)]
+    return {
+        "images": len(scenes.image),
+        "texts": len(scenes.text),
+        "retrieval": results["test"] if results else {},
+        "retrieval_chance": report.retrieval_chance(scenes.img2txt),
+        "pointing": report.pointing_game(own),
+        "pointing_other": report.pointing_game(other),
+    }
+
+
+def as_text(value: Any) -> str:
+    """As a safetensors file keeps it: text alone."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+if __name__ == "__main__":
+    main()
