@@ -134,6 +134,25 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("-o", "--output", metavar="FILE", help="default: RUN_DIR/report.html")
     command.set_defaults(run=_report)
 
+    text = "write a run's folder as one page: curves, metrics, pictures of the masks, configuration"
+    command = commands.add_parser("report", help=text, description=text)
+    command.add_argument(
+        "run_dir", metavar="RUN_DIR", help="of a run under way, killed or finished"
+    )
+    command.add_argument("-o", "--output", metavar="FILE", help="default: RUN_DIR/report.html")
+    command.set_defaults(run=_report)
+
+    text = "click the words of a caption on a web page: where the model looks, what the mask hides"
+    command = commands.add_parser("app", help=text, description=text)
+    command.add_argument(
+        "--checkpoint", metavar="FILE", help="of a run, default: the model that comes along"
+    )
+    command.add_argument(
+        "--images", metavar="FOLDER", help="to search by text, default: rendered scenes"
+    )
+    command.add_argument("--port", type=int, default=8501, help="default: %(default)s")
+    command.set_defaults(run=_app)
+
     text = "tell what is installed, registered and usable here, and what to do about problems"
     command = commands.add_parser("doctor", help=text, description=text)
     command.add_argument("--json", action="store_true", help="print JSON")
@@ -239,6 +258,20 @@ def _report(args: argparse.Namespace) -> int:
     from softmask_plugin import report
 
     print(f"Report: {report.report_run(args.run_dir, args.output)}")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from softmask_plugin import report
+
+    print(f"Report: {report.report_run(args.run_dir, args.output)}")
+    return 0
+
+
+def _app(args: argparse.Namespace) -> int:
+    from softmask_plugin import app
+
+    app.serve(args.checkpoint, args.images, args.port)
     return 0
 
 

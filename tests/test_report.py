@@ -21,6 +21,7 @@ from softmask_plugin.report import (
     read_metrics,
     retrieval_chance,
     swapped,
+    validation_curves,
     word_panel,
     write_report,
 )
@@ -304,3 +305,12 @@ class TestPage:
 def test_a_constant_guess_is_right_as_often_as_the_most_frequent_truth():
     assert constant_guess(iter(["no", "yes", "no", "2"])) == 50.0
     assert constant_guess([1]) == 100.0
+
+
+def test_validation_curves_are_of_what_was_evaluated_again():
+    lines = [{"split": "val", "epoch": e, "step": 10 * e, "r1": 5.0 * e} for e in (1, 2)]
+    lines += [train_record(3), {"split": "test", "epoch": 1, "step": 10, "r1": 9.0}]
+    (axes,) = validation_curves(lines).axes
+    assert axes.get_title("left") == "val: r1"
+    np.testing.assert_allclose(axes.lines[0].get_xydata(), [[10, 5], [20, 10]])
+    assert not validation_curves(lines[1:]).axes

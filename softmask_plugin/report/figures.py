@@ -56,6 +56,13 @@ CURVES = {
     "temp": "Temperature",
     "lr": "Learning rate",
     "pairs_per_s": "Pairs per second",
+    "skipped_steps": "Skipped steps",
+    "mask_hidden": "Mask: share hidden",
+    "mask_spread": "Mask: spread",
+    "mask_no_word": "Captions without a word",
+    "queue_filled": "Queue: share written",
+    "queue_image_mean": "Queue: mean image feature",
+    "queue_text_mean": "Queue: mean text feature",
 }
 
 # Measures of a word panel, in inches: a picture's width, and what lies between and around pictures.
@@ -80,15 +87,46 @@ def loss_curves(records: Sequence[Mapping[str, Any]]) -> Figure:
     logged = {key for record in train for key, value in record.items() if value is not None}
     extra = sorted(key for key in logged - CURVES.keys() if key.startswith("loss"))
     keys = [key for key in CURVES if key in logged] + extra
+    series = {
+        CURVES.get(key, key): [(r["step"], r[key]) for r in train if r.get(key) is not None]
+        for key in keys
+    }
+    return _curves("Training curves", series)
+
+
+def validation_curves(records: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw each metric of the splits that were evaluated more than once against the step.
+
+    Args:
+        records: the lines of ``metrics.jsonl``; those of ``train`` are ignored.
+    """
+    series: dict[str, list[tuple[float, float]]] = {}
+    for record in records:
+        if record.get("split") != "train" and record.get("step") is not None:
+            for name, value in numbers_of(record).items():
+                series.setdefault(f"{record['split']}: {name}", []).append((record["step"], value))
+    return _curves("Validation curves", {k: v for k, v in series.items() if len(v) > 1})
+
+
+def numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics in a line of ``metrics.jsonl``, without where it belongs."""
+    return {
+        name: value
+        for name, value in record.items()
+        if name not in ("epoch", "step", "time") and isinstance(value, (int, float))
+    }
+
+
+def _curves(label: str, series: Mapping[str, list[tuple[float, float]]]) -> Figure:
+    """A small plot of the points (step, value) under each title."""
     columns = 4
-    rows = max(1, -(-len(keys) // columns))
+    rows = max(1, -(-len(series) // columns))
     with mpl.rc_context(STYLE):
         layout = ConstrainedLayoutEngine(wspace=0.06, hspace=0.1)
         figure = Figure(figsize=(11, 2.15 * rows), layout=layout)
-        figure.set_label("Training curves")
-        for position, key in enumerate(keys, start=1):
-            points = [(r["step"], r[key]) for r in train if r.get(key) is not None]
-            _curve(figure.add_subplot(rows, columns, position), CURVES.get(key, key), points)
+        figure.set_label(label)
+        for position, (title, points) in enumerate(series.items(), start=1):
+            _curve(figure.add_subplot(rows, columns, position), title, points)
     return figure
 
 
@@ -99,7 +137,7 @@ def _curve(axes: Axes, title: str, points: list[tuple[float, float]]) -> None:
     axes.set_title(title)
     axes.set_title(f"{values[-1]:.3g}", loc="right", color=ACCENT)
     if min(values) >= 0:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(bottom=0, top=None if max(values) > 0 else 1)
     axes.margins(x=0)
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(4))
@@ -194,7 +232,7 @@ def _subject(
     score = f"match {pair.explanation.score:.2f}"
     axes.text(0, 1 - 0.02 / room, score, color=ACCENT, weight="bold", va="top")
     lines = textwrap.wrap(
-        pair.explanation.caption, 21, max_lines=max(1, int(room / LINE) - 2), placeholder=" …"
+        pair.explanation.caption, 19, max_lines=max(1, int(room / LINE) - 2), placeholder=" …"
     )
     axes.text(0, 1 - 1.4 * LINE / room, "\n".join(lines), va="top", linespacing=1.35)
 

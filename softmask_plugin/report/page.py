@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from softmask_plugin.errors import UserError
-from softmask_plugin.report.figures import INK, loss_curves
+from softmask_plugin.report.figures import INK, loss_curves, numbers_of, validation_curves
 
 TEMPLATE = "report.html.j2"
 
@@ -29,6 +30,7 @@ def write_report(
     metrics: Mapping[str, Any],
     records: Sequence[Mapping[str, Any]],
     panels: Sequence[Figure] = (),
+    pictures: Sequence[tuple[str, bytes]] = (),
     config: Mapping[str, Any],
     environment: Mapping[str, object],
 ) -> Path:
@@ -46,8 +48,10 @@ def write_report(
             ``"images"``, ``"texts"``: how many were ranked.
             ``"pointing"``: what :func:`pointing_game` returns; ``"pointing_other"``: the same for
             the :func:`swapped` boxes.
+            ``"splits"``: by split, the line of ``metrics.jsonl`` that holds its metrics.
         records: the lines of ``metrics.jsonl``.
         panels: word panels; their labels become the pictures' alternative texts.
+        pictures: of the soft masks during training, (caption, PNG file's bytes).
         config: the merged configuration, shown as YAML in a folded section.
         environment: versions and devices by name, shown likewise.
 
@@ -77,6 +81,9 @@ def write_report(
         other=metrics.get("pointing_other", {}),
         training=_training(train) if train else None,
         curves=_svg(loss_curves(records)) if train else "",
+        validation=_svg(validation) if (validation := validation_curves(records)).axes else "",
+        splits=_table(metrics.get("splits", {})),
+        pictures=[(caption, base64.b64encode(png).decode()) for caption, png in pictures],
         panels=[_svg(panel) for panel in panels],
         config=OmegaConf.to_yaml(OmegaConf.create(dict(config))),
         environment=environment,
@@ -95,6 +102,20 @@ def _training(train: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "steps": train[-1]["step"],
         "time": timedelta(seconds=round(train[-1]["time"])),
         "speed": fmean(record["pairs_per_s"] for record in train),
+        "skipped": train[-1].get("skipped_steps", 0),
+    }
+
+
+def _table(splits: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Heads (split, epoch) and, by metric, a text for each of them."""
+    numbers = {split: numbers_of(record) for split, record in splits.items()}
+    names = dict.fromkeys(name for each in numbers.values() for name in each)
+    return {
+        "heads": [(split, record.get("epoch")) for split, record in splits.items()],
+        "rows": {
+            name: [f"{each[name]:.4g}" if name in each else "–" for each in numbers.values()]
+            for name in names
+        },
     }
 
 

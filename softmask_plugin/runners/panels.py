@@ -85,7 +85,7 @@ class MaskPanels:
             Shown(image, each, _telling(each.words))
             for image, each in zip(images, found, strict=True)
         ]
-        word_panels(pairs).savefig(path, dpi=DPI)
+        word_panels(pairs).savefig(path, dpi=DPI, bbox_inches="tight")
         return path
 
 

@@ -1,0 +1,95 @@
+"""``softmask report RUN_DIR``: the folder of any run as one page, even while it goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from softmask_plugin.errors import UserError
+from softmask_plugin.report.page import write_report
+from softmask_plugin.report.records import read_metrics
+
+PICTURES = 8  # of the masks, at most: the first, the last, and some between
+
+
+def report_run(run_dir: str | Path, path: str | Path | None = None) -> Path:
+    """Write the report of a run from what its folder holds.
+
+    Args:
+        run_dir: the folder, of a run under way, killed or finished, of any task.
+        path: the HTML file; None: ``report.html`` in the folder.
+
+    Returns:
+        The path written.
+
+    Raises:
+        UserError: it is no run's folder, a file in it is broken, or the report cannot be written.
+    """
+    folder = Path(run_dir)
+    config = _config(folder)
+    begun = (folder / "metrics.jsonl").exists() or not config
+    records = read_metrics(folder) if begun else []
+    return write_report(
+        folder / "report.html" if path is None else path,
+        title=f"{config.get('model', {}).get('arch', 'Run')} {folder.resolve().name}",
+        summary=_summary(config.get("run", {}), records),
+        metrics={"splits": _last_of_each_split(records)},
+        records=records,
+        pictures=_pictures(folder / "masks"),
+        config=config,
+        environment=_environment(folder),
+    )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The run's, {} where none was kept."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return {}
+    try:
+        config: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    return config if isinstance(config, dict) else {}
+
+
+def _environment(folder: Path) -> dict[str, object]:
+    path = folder / "environment.json"
+    if not path.is_file():
+        return {"unknown": "the run noted none"}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is not a JSON object: delete it") from error
+
+
+def _summary(run: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
+    """How far the run is."""
+    train = [record for record in records if record.get("split") == "train"]
+    if not train:
+        return "Nothing was trained." if records else "Nothing is logged yet."
+    last = train[-1]
+    done = f"The last line logged is of step {last['step']}, in epoch {last['epoch'] + 1}"
+    return f"{done} of {run['max_epoch']}." if "max_epoch" in run else f"{done}."
+
+
+def _last_of_each_split(records: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    return {record["split"]: record for record in records if record.get("split") != "train"}
+
+
+def _pictures(folder: Path) -> list[tuple[str, bytes]]:
+    """Some of the pictures in the order of their steps: (caption, PNG)."""
+    steps = sorted(
+        int(number)
+        for file in folder.glob("step_*.png")
+        if (number := file.stem.removeprefix("step_")).isdecimal()
+    )
+    count = min(PICTURES, len(steps))
+    shown = [steps[round(i * (len(steps) - 1) / max(1, count - 1))] for i in range(count)]
+    return [(f"After step {step}", (folder / f"step_{step}.png").read_bytes()) for step in shown]
