@@ -134,14 +134,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("-o", "--output", metavar="FILE", help="default: RUN_DIR/report.html")
     command.set_defaults(run=_report)
 
-    text = "write a run's folder as one page: curves, metrics, pictures of the masks, configuration"
-    command = commands.add_parser("report", help=text, description=text)
-    command.add_argument(
-        "run_dir", metavar="RUN_DIR", help="of a run under way, killed or finished"
-    )
-    command.add_argument("-o", "--output", metavar="FILE", help="default: RUN_DIR/report.html")
-    command.set_defaults(run=_report)
-
     text = "click the words of a caption on a web page: where the model looks, what the mask hides"
     command = commands.add_parser("app", help=text, description=text)
     command.add_argument(
@@ -251,13 +243,6 @@ def _ablate(args: argparse.Namespace) -> int:
         baseline=args.baseline,
         options=args.options,
     )
-    return 0
-
-
-def _report(args: argparse.Namespace) -> int:
-    from softmask_plugin import report
-
-    print(f"Report: {report.report_run(args.run_dir, args.output)}")
     return 0
 
 
