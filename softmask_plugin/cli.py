@@ -79,8 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--image", required=True, metavar="FILE")
     command.add_argument("--caption", required=True, metavar="TEXT")
     for option, value, help_text in (
-        ("--checkpoint", "FILE", "a file or URL; one of a run says itself what model it is of"),
-        ("--model", "ARCH", "of a checkpoint that does not, such as ALBEF.pth"),
+        (
+            "--checkpoint",
+            "FILE",
+            "a file or URL, of a run or other; default: the tiny model that comes along",
+        ),
+        ("--model", "ARCH", "of a checkpoint that no run left, such as ALBEF.pth"),
         ("--type", "TYPE", "of that model, such as base"),
     ):
         command.add_argument(option, metavar=value, help=help_text)

@@ -20,9 +20,10 @@ from softmask_plugin.config_check import parse_options
 from softmask_plugin.download import fetch
 from softmask_plugin.errors import UserError, suggest
 from softmask_plugin.models.aligned import AlignedBase
+from softmask_plugin.models.weights import read_state_dict
 
 # (model.arch, model.model_type) of the weights that are used where none are named; None: name some.
-DEFAULT: tuple[str, str] | None = None
+DEFAULT: tuple[str, str] | None = ("softmask_image_text_matching", "scenes_tiny")
 
 SECTIONS = ("model", "preprocess")  # that options may change
 # What a run's model section says of the weights that the run began with, and of trust in them: a
@@ -89,6 +90,8 @@ def load_trained(
             f"the type '{model_type}' of {arch} comes without weights: give --checkpoint FILE"
         )
     model = _model_class(config.model).from_config(config.model)
+    if file is not None:
+        _require_head(file, bool(config.model.get("trust_checkpoint", False)))
     processors = _processors(config.get("preprocess") or {}, model.options.image_size)
     return Trained(model.eval(), *processors)
 
@@ -98,6 +101,12 @@ def _local(checkpoint: str) -> Path:
     if not path.is_file():
         raise UserError(f"no checkpoint at {checkpoint}: give a file or a URL")
     return path
+
+
+def _require_head(file: Path, trusted: bool) -> None:
+    """Raise UserError where the head would be left as it was drawn, and so would the scores be."""
+    if not any("itm_head." in key for key in read_state_dict(str(file), trusted)):
+        raise UserError(f"{file} has no matching head (itm_head), so it tells no match of a pair")
 
 
 def _config_of(file: Path) -> DictConfig:

@@ -120,6 +120,20 @@ def test_bare_weights_of_lavis_albef(make_model, albef_twin, tmp_path, photo):
         load_trained(tmp_path / "ALBEF.pth")
 
 
+def test_weights_without_a_matching_head_are_refused(make_model, tmp_path):
+    path = save(make_model(), tmp_path)
+    content = torch.load(path, weights_only=True)
+    content["model"] = {k: v for k, v in content["model"].items() if "itm_head" not in k}
+    torch.save(content, path)
+    with pytest.raises(UserError, match="has no matching head"):
+        load_trained(path)
+
+
+def test_a_model_comes_along(photo, tmp_path):
+    found = softmask_plugin.explain_image(photo, CAPTION)
+    assert found.words == WORDS and found.cams.shape[1:] == (6, 6)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
