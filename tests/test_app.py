@@ -1,0 +1,175 @@
+"""The page of `softmask app`: as Streamlit runs it, and in a real browser where there is one."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from softmask_plugin import cli
+from softmask_plugin.datasets.scenes import captions, make_scenes
+from softmask_plugin.errors import UserError
+from softmask_plugin.explore import Gallery, load, readable_images, wrong_caption
+
+pytest.importorskip("streamlit", reason="streamlit is not installed")
+from streamlit.testing.v1 import AppTest
+
+from softmask_plugin import app
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def shown(images=None):
+    """The page, drawn once."""
+    code = f"from softmask_plugin.app import page; page(None, {images!r})"
+    drawn = AppTest.from_string(code, default_timeout=60).run()
+    assert not drawn.exception
+    return drawn
+
+
+def scores(drawn):
+    return [float(metric.value) for metric in drawn.metric]
+
+
+def press(drawn, label):
+    (button,) = (button for button in drawn.button if button.label == label)
+    button.click().run()
+    assert not drawn.exception
+
+
+def test_a_scene_comes_with_a_true_caption_and_a_word():
+    drawn = shown()
+    assert drawn.text_input("caption").value == captions(make_scenes("test", 1)[0])[0].text
+    match, masked = scores(drawn)
+    assert match > 0.8 and 0 <= masked <= 1
+    assert "masked" in drawn.metric[1].label
+
+
+def test_a_wrong_caption_does_not_match_and_the_true_one_comes_back():
+    drawn = shown()
+    press(drawn, "Wrong one")
+    assert scores(drawn)[0] < 0.2
+    press(drawn, "True one")
+    assert scores(drawn)[0] > 0.8
+    press(drawn, "Next scene")
+    assert drawn.text_input("caption").value == captions(make_scenes("test", 2)[1])[0].text
+
+
+@pytest.mark.parametrize("text", ["", "  ?!", "<script>alert(1)</script>", "café [x](y) $1$ `a`"])
+def test_any_caption_is_taken(text):
+    drawn = shown()
+    drawn.text_input("caption").set_value(text).run()
+    assert not drawn.exception and not drawn.error
+    assert bool(drawn.metric) == bool(re.search(r"\w", text))
+
+
+def test_an_image_of_ones_own_waits_for_its_file():
+    drawn = shown()
+    drawn.radio("source").set_value(app.UPLOAD).run()
+    assert not drawn.exception and not drawn.metric
+    assert drawn.text_input("caption").value == ""
+
+
+def test_a_folder_is_searched(tmp_path):
+    for name in ("a.png", "[b](x).png"):
+        Image.fromarray(np.zeros((20, 30, 3), dtype=np.uint8)).save(tmp_path / name)
+    (tmp_path / "c.png").write_bytes(b"no image")
+    drawn = shown(str(tmp_path))
+    assert sorted(text.value for text in drawn.text) == ["[b](x).png", "a.png"]
+    assert any("1 more could not be read" in caption.value for caption in drawn.caption)
+    with pytest.raises(UserError, match="no image that can be read in .*empty"):
+        (tmp_path / "empty").mkdir()
+        readable_images(tmp_path / "empty", 9)
+    with pytest.raises(UserError, match="no folder .*none"):
+        readable_images(tmp_path / "none", 9)
+
+
+def test_search_finds_the_scene_that_is_described():
+    from softmask_plugin.datasets.scene_render import render
+
+    scenes = make_scenes("test", 40)
+    gallery = Gallery(load(), (render(scene, 60) for scene in scenes), batch=16)
+    for wanted in (0, 17, 39):
+        hits = gallery.search(captions(scenes[wanted])[0].text, count=3)
+        assert hits[0].index == wanted and hits[0].rank == 1 and len(hits) == 3
+        assert wrong_caption(scenes[wanted]) not in {c.text for c in captions(scenes[wanted])}
+
+
+def test_text_is_escaped():
+    assert app.plain("a:red[b] <i>`$x\n") == r"a\:red\[b\] \<i\>\`\$x\\n"
+    words = ["a", "star", "a"]
+    assert len({app._label(words, i) for i in range(3)}) == 3  # Streamlit tells words by labels
+
+
+def test_a_taken_port_or_missing_folder_is_one_line(capsys, tmp_path):
+    with socket.socket() as taken:
+        taken.bind((app.ADDRESS, 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert cli.main(["app", "--port", port]) == 2
+        assert f"port {port} is taken" in capsys.readouterr().err
+    assert cli.main(["app", "--images", str(tmp_path / "none")]) == 2
+    assert "no folder" in capsys.readouterr().err
+
+
+@pytest.fixture
+def address(tmp_path):
+    """Of a served page, in a process of its own."""
+    with socket.socket() as free:
+        free.bind((app.ADDRESS, 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "softmask_plugin.cli", "app", "--port", str(port)]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(app.Path(app.__file__).parents[1])},
+            stdout=log,
+            stderr=log,
+        )
+    url, patience = f"http://{app.ADDRESS}:{port}", time.monotonic() + 90
+    try:
+        while True:
+            try:
+                urlopen(f"{url}/_stcore/health", timeout=5).close()
+                break
+            except OSError:
+                assert server.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < patience
+                time.sleep(0.5)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome is installed")
+def test_a_click_on_a_word_changes_picture_and_score(address):
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with sync_api.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        tab = browser.new_page()
+        tab.goto(address)
+        label, seen = tab.get_by_text(re.compile("Match with .* masked")), []
+        for word in ("ring", "red", "small"):
+            tab.get_by_role("radio", name=word, exact=True).or_(
+                tab.get_by_role("button", name=word, exact=True)
+            ).first.click(timeout=60000)
+            tab.get_by_text(f"Match with “{word}” masked").wait_for(timeout=30000)
+            tab.wait_for_timeout(1500)
+            pictures = tab.locator("img").evaluate_all("all => all.map(one => one.src)")
+            seen.append((label.inner_text(), pictures[1:3], pictures[0]))
+        browser.close()
+    # The scene stays; words have maps and masks of their own
+    assert len({text for text, _, _ in seen}) == 3
+    assert len({picture for _, maps, _ in seen for picture in maps}) == 6
+    assert len({scene for *_, scene in seen}) == 1
