@@ -2,10 +2,11 @@
 
     python examples/explain_words.py [--checkpoint FILE] [--output words.png]
 
-Without a checkpoint it takes the newest that `make demo` left. Prints the probability of a match,
+Without a checkpoint it takes the shipped model. Prints the probability of a match,
 and for each word of the caption that probability with the word's soft mask applied; draws the words
-that name something. A match can grow more likely under a mask: in training, masked images come with
-true captions alone (unless `model.soft_mask.negatives` is set).
+that name something. A model that was trained without
+`model.soft_mask.negatives` finds any match more likely under a mask: it saw masked images with true
+captions alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import numpy as np
 import softmask_plugin  # noqa: F401  (first: registers the models, and makes LAVIS import)
 
 # isort: split
-from demo_checkpoint import newest_checkpoint
 from lavis.models import load_model_and_preprocess
 
 from softmask_plugin.datasets.scene_render import render
@@ -28,15 +28,14 @@ from softmask_plugin.report import word_panel
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--checkpoint")
+    parser.add_argument("--checkpoint", default="shipped:scenes_tiny")
     parser.add_argument("--output", default="words.png")
     given = parser.parse_args()
-    checkpoint = given.checkpoint or newest_checkpoint()
 
     model, vis, txt = load_model_and_preprocess(
         "softmask_image_text_matching", "tiny", is_eval=True
     )
-    model.load_checkpoint(checkpoint)
+    model.load_checkpoint(given.checkpoint)
 
     (scene,) = make_scenes("test", 1)
     caption = captions(scene)[0]

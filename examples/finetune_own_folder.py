@@ -3,8 +3,8 @@
     python examples/finetune_own_folder.py [--data IMAGES TRAIN.json TEST.json]
         [--checkpoint FILE] [--options run.max_epoch=2 ...]
 
-IMAGES is a folder. Without data it renders scenes with three things into outputs/own; the demo's
-model has seen two at a time only. Without a checkpoint it takes the newest that `make demo` left.
+IMAGES is a folder. Without data it renders scenes with three things into outputs/own; the shipped
+model has seen two at a time only. Without a checkpoint it takes the shipped model.
 Prints the percentage of images whose caption ranks first (and among the first ten), and of captions
 whose image does. The run is described by finetune_own_folder.yaml, beside this file.
 """
@@ -16,8 +16,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from demo_checkpoint import newest_checkpoint
-
 from softmask_plugin import launch
 from softmask_plugin.datasets.scene_render import render
 from softmask_plugin.datasets.scenes import captions, make_scenes
@@ -28,14 +26,13 @@ YAML = Path(__file__).with_suffix(".yaml")
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", nargs=3, metavar=("IMAGES", "TRAIN", "TEST"))
-    parser.add_argument("--checkpoint")
+    parser.add_argument("--checkpoint", default="shipped:scenes_tiny")
     parser.add_argument("--options", nargs="*", default=[])
     given = parser.parse_args()
-    checkpoint = given.checkpoint or newest_checkpoint()
     images, train, test = given.data or save_scenes(Path("outputs/own/data"))
 
     options = [
-        f"model.pretrained={checkpoint}",
+        f"model.pretrained={given.checkpoint}",
         f"datasets.captions_folder.images={images}",
         f"datasets.captions_folder.captions.train={train}",
         f"datasets.captions_folder.captions.test={test}",

@@ -2,7 +2,7 @@
 
     python examples/score_pairs.py [--checkpoint FILE]
 
-Without a checkpoint it takes the newest that `make demo` left. Prints three captions and, for each
+Without a checkpoint it takes the shipped model. Prints three captions and, for each
 of the three scenes they belong to, its scores with all of them: the diagonal should win.
 """
 
@@ -14,7 +14,6 @@ import softmask_plugin  # noqa: F401  (first: registers the models, and makes LA
 
 # isort: split
 import torch
-from demo_checkpoint import newest_checkpoint
 from lavis.models import load_model_and_preprocess
 
 from softmask_plugin.datasets.scene_render import render
@@ -23,14 +22,13 @@ from softmask_plugin.datasets.scenes import captions, make_scenes
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--checkpoint")
+    parser.add_argument("--checkpoint", default="shipped:scenes_tiny")
     given = parser.parse_args()
-    checkpoint = given.checkpoint or newest_checkpoint()
 
     model, vis, txt = load_model_and_preprocess(
         "softmask_image_text_matching", "tiny", is_eval=True
     )
-    model.load_checkpoint(checkpoint)
+    model.load_checkpoint(given.checkpoint)
 
     scenes = make_scenes("test", 3)
     images = torch.stack([vis["eval"](render(scene, 60)) for scene in scenes])

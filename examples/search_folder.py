@@ -3,7 +3,7 @@
     python examples/search_folder.py [--images FOLDER] [--query "a red circle"] [--checkpoint FILE]
 
 Without a folder it searches 200 rendered scenes, whose files are named by what they show; without a
-checkpoint it takes the newest that `make demo` left. Prints the five most similar images with their
+checkpoint it takes the shipped model. Prints the five most similar images with their
 cosines, best first.
 """
 
@@ -18,7 +18,6 @@ import softmask_plugin  # noqa: F401  (first: registers the models, and makes LA
 
 # isort: split
 import torch
-from demo_checkpoint import newest_checkpoint
 from lavis.models import load_model_and_preprocess
 
 from softmask_plugin.datasets.images import open_rgb
@@ -30,16 +29,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--images", type=Path)
     parser.add_argument("--query", default="a red circle above a blue star")
-    parser.add_argument("--checkpoint")
+    parser.add_argument("--checkpoint", default="shipped:scenes_tiny")
     given = parser.parse_args()
-    checkpoint = given.checkpoint or newest_checkpoint()
 
     if given.images is not None:
-        search(given.images, given.query, checkpoint)
+        search(given.images, given.query, given.checkpoint)
     else:
         with TemporaryDirectory() as folder:
             save_scenes(Path(folder))
-            search(Path(folder), given.query, checkpoint)
+            search(Path(folder), given.query, given.checkpoint)
 
 
 def search(folder: Path, query: str, checkpoint: str) -> None:
