@@ -10,6 +10,7 @@ from lavis.common.registry import registry
 from omegaconf import DictConfig, OmegaConf
 
 from softmask_plugin import config_check, launch
+from softmask_plugin.ablate.plan import read_plan, shipped_plans
 from softmask_plugin.options import read_options
 from softmask_plugin.paths import CONFIGS
 from softmask_plugin.tokenization import build_tokenizer
@@ -105,6 +106,24 @@ def test_every_registered_type_has_a_project_or_an_example():
     trained = {OmegaConf.load(path).model.arch for path in PROJECTS.values()}
     ours = {name for name in registry.list_models() if name.startswith("softmask_")}
     assert ours - trained == {"softmask_feature_extractor"}
+
+
+@pytest.mark.parametrize("name", shipped_plans())
+def test_every_option_of_a_plan_is_accepted(name):
+    plan = read_plan(name)  # reads the configuration of every run, and its model's options
+    for variant in plan.variants:
+        config = launch.load_config(plan.base.config, plan.options(variant, plan.base))
+        for data, section in config.datasets_cfg.items():
+            registry.get_builder_class(data)(section).build_processors()
+
+
+@pytest.mark.parametrize("name", shipped_plans())
+def test_a_plan_says_what_each_variant_tests(name):
+    lines = shipped_plans()[name].read_text("utf-8").splitlines()
+    lines = lines[lines.index("variants:") :]
+    named = [i for i, line in enumerate(lines) if re.match(r"  \w+:", line)]
+    assert len(named) == len(read_plan(name).variants)
+    assert all(lines[i - 1].startswith("  # ") for i in named)
 
 
 @pytest.mark.parametrize("file", EVERY_FILE, ids=lambda file: str(file.relative_to(CONFIGS)))

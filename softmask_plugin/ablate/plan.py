@@ -19,6 +19,7 @@ from softmask_plugin.options import ModelOptions, read_options
 from softmask_plugin.paths import CONFIGS
 
 PRETRAIN = "pretrain"  # the stage that a plan's `base` is
+PRETRAINED = "PRETRAINED"  # in an option of another stage: the folder of that run
 
 # Metrics of the tasks whose names are known before they run, the larger the better.
 METRICS = {
@@ -44,7 +45,8 @@ class Stage:
     Attributes:
         name: of its folder and, before that of a metric, in the table.
         config: a YAML file, or the name of a shipped one.
-        options: overrides of it, each "section.key=value".
+        options: overrides of it, each "section.key=value"; a value that starts with PRETRAINED/
+            names a file in the folder of the variant's pretraining, such as its vocab.txt.
         metrics: which of its task's metrics to keep.
         train: whether it fine-tunes before it is tested.
         pretrained: whether ``model.pretrained`` is the variant's last checkpoint.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from softmask_plugin import launch, report
-from softmask_plugin.ablate.plan import Plan, Stage
+from softmask_plugin.ablate.plan import PRETRAINED, Plan, Stage
 from softmask_plugin.errors import UserError, suggest
 
 RESULT = "result.json"
@@ -76,7 +76,7 @@ def _run(job: Job, stage: Stage) -> dict[str, Any]:
     if stage is not base:
         pretrained = job.result(base) or {}
         folder = job.place(base) / pretrained["run"]
-        options = [option.replace("{pretrained}", str(folder)) for option in options]
+        options = [option.replace(f"={PRETRAINED}/", f"={folder}/") for option in options]
         if stage.pretrained:
             options.append(f"model.pretrained={folder / pretrained['checkpoint']}")
     if stage.train:

@@ -77,7 +77,7 @@ class Worker:
         """Its next message; an error where it died."""
         try:
             return self.pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             self.process.join()
             return UserError(
                 f"its process died with exit code {self.process.exitcode}: was it killed for want "

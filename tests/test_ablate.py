@@ -1,0 +1,259 @@
+"""softmask ablate: plans and their mistakes, runs that go on, the table and its arithmetic."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+from softmask_plugin import cli
+from softmask_plugin.ablate import command, plot, table, workers
+from softmask_plugin.ablate.plan import read_plan, shipped_plans
+from softmask_plugin.ablate.run import Job
+from softmask_plugin.ablate.workers import Slot
+from softmask_plugin.errors import UserError
+
+SMALL = "lavis_configs/ablation/small.yaml"
+EVALUATE = "lavis_configs/projects/scenes/eval/retrieval_tiny.yaml"
+
+
+def small_plan(**changes):
+    """The content of the shipped trial, without its fine-tuning."""
+    content = yaml.safe_load(shipped_plans()[SMALL].read_text())
+    content["evaluate"] = content["evaluate"][:1]
+    return {**content, **changes}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a plan: ``write(seeds=[1], ...)`` returns its path."""
+
+    def save(**changes):
+        file = tmp_path / "mine.yaml"
+        file.write_text(yaml.safe_dump(small_plan(**changes), sort_keys=False))
+        return file
+
+    return save
+
+
+# ---- plans
+
+
+def test_a_plan_says_what_each_run_is_given(write):
+    variants = {"albef": [], "deep": ["model.bert.layers=6", "model.itc.gamma=1"]}
+    plan = read_plan(write(variants=variants, seeds=[3, 5, 7]), ["run.num_workers=0"], seeds=2)
+    assert plan.name == "mine" and plan.seeds == (3, 5)
+    assert plan.metrics == ["retrieval txt_r1", "retrieval img_r1"]
+    pretrain, retrieval = plan.stages
+    assert pretrain.train and not retrieval.train and retrieval.pretrained
+    assert plan.options("deep", pretrain) == [*pretrain.options, *variants["deep"]]
+    assert "run.num_workers=0" in pretrain.options and "run.num_workers=0" in retrieval.options
+    # Other stages must have the model's shape, and nothing else of a variant's
+    assert plan.options("deep", retrieval) == [*retrieval.options, "model.bert.layers=6"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sedes": [1]}, "unknown key 'sedes' of the plan: did you mean 'seeds'"),
+        ({"base": {}}, "base has no 'config'"),
+        ({"base": {"config": "nowhere.yaml"}}, "there is no file 'nowhere.yaml'"),
+        ({"seeds": [1, 1]}, "list whole numbers, each once"),
+        ({"seeds": 3}, "seeds is 3: it must be a list"),
+        ({"baseline": "albf"}, "did you mean 'albef'"),
+        ({"variants": []}, "variants must be a section"),
+        ({"variants": {"albef": None}}, "variants.albef is None"),
+        ({"variants": {"albef": [], "a/b": []}}, "'a/b' is no name"),
+        ({"variants": {"albef": ["run.max_epoch=9"]}}, "another budget"),
+        ({"variants": {"albef": ["datasets.scenes_pretrain.num.train=9"]}}, "another budget"),
+        ({"variants": {"albef": ["model.itc.gama=1"]}}, "did you mean 'gamma'"),
+        ({"variants": {"albef": ["model.soft_mask.layer=3"]}}, "stage 'pretrain'"),
+        ({"evaluate": [{"name": "a", "config": EVALUATE}]}, "has no 'metrics'"),
+        ({"evaluate": [{"name": "a", "config": EVALUATE, "metrics": ["r1"]}]}, "metric 'r1'"),
+        (
+            {"evaluate": [{"name": "a", "config": EVALUATE, "metrics": ["txt_r1"]}] * 2},
+            "two stages are called 'a'",
+        ),
+        ({"evaluate": [{"name": "a", "confg": EVALUATE}]}, "did you mean 'config'"),
+        (
+            {"evaluate": [{"name": "a", "config": EVALUATE, "metrics": ["txt_r1"], "train": 1}]},
+            "it must be true or false",
+        ),
+    ],
+)
+def test_a_mistake_in_a_plan_gets_one_line(write, changes, message):
+    file = write(**changes)
+    with pytest.raises(UserError) as caught:
+        read_plan(file)
+    assert message in str(caught.value) and str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_variant_named_twice_is_told(tmp_path):
+    file = tmp_path / "twice.yaml"
+    file.write_text("variants:\n  a: []\n  a: []\n")
+    with pytest.raises(UserError, match="not valid YAML.*duplicate key a"):
+        read_plan(file)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plan", "lavis_configs/ablation/scene.yaml"], "did you mean"),
+        (["--plan", SMALL, "--only", "soft_msk"], "did you mean 'soft_mask'"),
+        (["--plan", SMALL, "--baseline", "all"], "--baseline: the plan has no variant 'all'"),
+        (["--plan", SMALL, "--seeds", "9"], "the plan has 2 seeds"),
+        (["--plan", SMALL, "--jobs", "0"], "--jobs is 0"),
+    ],
+)
+def test_a_mistake_on_the_command_line_gets_one_line(arguments, message, capsys, tmp_path):
+    assert cli.main(["ablate", *arguments, "--output-dir", str(tmp_path)]) == 2
+    (error,) = capsys.readouterr().err.splitlines()[-1:]
+    assert error.startswith("softmask: error: ") and message in error
+
+
+# ---- runs
+
+
+def test_an_ablation_goes_on_past_a_variant_that_fails_and_is_not_run_twice(
+    write, tmp_path, capsys, monkeypatch
+):
+    bad = ["datasets.scenes_pretrain.objects=7"]  # which the data set refuses once it is built
+    variants = {"albef": [], "bad": bad, "gamma": ["model.itc.gamma=1"]}
+    plan, folder = write(variants=variants, seeds=[0]), tmp_path / "out"
+    with pytest.raises(UserError, match="1 of 3 runs failed, first bad, seed 0: .*objects"):
+        command.main(plan, folder, jobs=2)
+    shown = capsys.readouterr().out
+    assert "gamma, seed 0: retrieval, txt_r1" in shown and "Still to be measured: bad." in shown
+    content = json.loads((folder / "table.json").read_text())
+    rows = {row["name"]: row for row in content["rows"]}
+    assert not rows["bad"]["metrics"] and rows["gamma"]["cost"] > 0
+    assert rows["gamma"]["metrics"]["retrieval txt_r1"]["pairs"] == 1
+    assert (folder / "table.png").stat().st_size > 5000
+    assert "softmask_plugin" not in shown  # what the runs print is in the workers' logs
+
+    # All that is asked for is there: the table alone is written again
+    monkeypatch.setattr(command, "work", None)
+    page = (folder / "table.md").read_text()
+    (folder / "table.md").unlink()
+    assert command.main(plan, folder, only=["albef", "gamma"]).read_text() == page
+    against = command.main(plan, folder, only=["albef"], baseline="gamma").read_text()
+    assert "**gamma**" in against
+
+    # What is there is of other options
+    with pytest.raises(UserError, match="another config or options"):
+        command.main(plan, folder, only=["gamma"], options=["run.log_freq=2"])
+    with pytest.raises(TypeError):  # with --again it would be run
+        command.main(plan, folder, only=["gamma"], options=["run.log_freq=2"], again=True)
+    assert not (folder / "gamma" / "seed_0").exists() and (folder / "albef" / "seed_0").exists()
+
+
+def test_a_killed_ablation_goes_on(write, tmp_path):
+    """The killed one's workers end with it, so that their runs can be taken up."""
+    plan, folder = write(variants={"albef": []}), tmp_path / "out"
+    asked = [sys.executable, "-m", "softmask_plugin.cli", "ablate", "--plan", str(plan)]
+    asked += ["--output-dir", str(folder), "--jobs", "2"]
+    first = subprocess.Popen(asked, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert first.stdout is not None
+        assert "pretrain" in first.stdout.readline()
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        until_no_process_is_left(first.pid)
+    finally:
+        if first.poll() is None:
+            os.killpg(first.pid, signal.SIGKILL)
+    results = {file: file.stat().st_mtime_ns for file in folder.rglob("result.json")}
+    assert 1 <= len(results) < 4
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len([*folder.rglob("result.json")]) == 4
+    assert all(file.stat().st_mtime_ns == then for file, then in results.items())
+    assert "| **albef** |" in (folder / "table.md").read_text()
+
+
+def until_no_process_is_left(group):
+    """Wait until the group's processes are gone, or are zombies that nobody waits for."""
+    for _ in range(100):
+        listed = subprocess.run(
+            ["ps", "-o", "stat=", "-g", str(group)], capture_output=True, text=True
+        )
+        if all(line.startswith("Z") for line in listed.stdout.split("\n") if line):
+            return
+        time.sleep(0.1)
+    raise AssertionError(listed.stdout)
+
+
+def test_one_process_per_cuda_device(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert workers.slots(cuda=True, jobs=1) == [Slot(4, "0"), Slot(4, "1")]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert [slot.device for slot in workers.slots(cuda=True, jobs=1)] == ["3", "5"]
+    assert workers.slots(cuda=False, jobs=3) == [Slot(2)] * 3
+    assert workers.slots(cuda=False, jobs=99)[0] == Slot(1)
+
+
+def test_a_worker_that_dies_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "_serve", die)
+    job = Job(read_plan(SMALL), "albef", 0, tmp_path)
+    ((told, error),) = workers.work([job], [Slot(1)], tmp_path)
+    assert told is job and "died with exit code 9" in str(error)
+
+
+def die(*_):
+    os._exit(9)
+
+
+# ---- the table
+
+
+def test_the_arithmetic_of_a_row():
+    found = table.measure({0: 3.0, 1: 5.0, 2: 10.0}, {0: 2.0, 1: 6.0, 3: 50.0})
+    assert found.mean == 6 and found.deviation == pytest.approx(math.sqrt(13))
+    assert (found.difference, found.wins, found.pairs) == (0.0, 1, 2)  # +1 and -1
+    assert found.error == pytest.approx(1.0)  # sqrt(2) / sqrt(2)
+    alone = table.measure({0: 3.0}, {})
+    assert alone.deviation is None and alone.difference is None and alone.error is None
+
+
+def rows_of(**values):
+    """Rows with one metric, in percent, over seeds 0, 1, ...; the first is the baseline."""
+    by_name = {name: dict(enumerate(row)) for name, row in values.items()}
+    first, against = next(iter(by_name.items()))
+    return [
+        table.Row(
+            name,
+            (),
+            {"r1": table.measure(row, {} if name == first else against)} if row else {},
+            cost=1.5,
+        )
+        for name, row in by_name.items()
+    ]
+
+
+def test_the_table_in_markdown():
+    rows = rows_of(albef=[40.0, 42.0], soft=[44.0, 43.0], late=[])
+    lines = table.markdown(rows, ["r1"], "albef").splitlines()
+    assert lines[0] == "| variant | r1 | seeds | time of a step |"
+    assert lines[2] == "| **albef** | 41.0 ± 1.4 | 2 | 1.50 |"
+    assert lines[3] == "| soft | 43.5 ± 0.7 (+2.5 ± 1.5, 2/2) | 2 | 1.50 |"
+    assert lines[-1] == "Still to be measured: late."
+    assert table.cell(table.measure({0: 0.51}, {0: 0.5})) == "0.510 (+0.010, 1/1)"
+
+
+def test_the_plot_has_each_measured_row_and_the_baselines_band():
+    figure = plot.draw(rows_of(albef=[40.0, 42.0], soft=[44.0, 43.0], late=[]), ["r1"], "albef")
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["albef", "soft"]
+    (band,) = axes.patches
+    assert band.get_x() == pytest.approx(41 - math.sqrt(2))
