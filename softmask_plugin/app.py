@@ -40,6 +40,10 @@ EXPLAINED = """
 Training plays this game with a word of each caption: the match has to hold although the most
 telling part is dimmed, so the model learns to look at the rest as well.
 """
+OF_THE_SHIPPED = """
+The tiny model that comes along tells true captions from wrong ones well. Its maps find the things
+in a scene, but as often the other thing as the one that the word names.
+"""
 
 
 def serve(checkpoint: str | None, images: str | None, port: int) -> None:
@@ -132,7 +136,7 @@ def _look(checkpoint: str | None) -> None:
         image, picture = _scene(checkpoint) if source == SCENE else _uploaded()
         if picture is not None:
             st.image(picture, width="stretch")
-        st.markdown(EXPLAINED)
+        st.markdown(EXPLAINED + (OF_THE_SHIPPED if checkpoint is None else ""))
     with right:
         caption = _caption(source == SCENE)
         words = _trained(checkpoint).text_processor(caption)
