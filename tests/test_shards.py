@@ -15,6 +15,7 @@ import sys
 import tarfile
 from itertools import islice, product, takewhile
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 
 import numpy as np
@@ -752,5 +753,6 @@ def test_memory_stays_flat_over_a_long_stream(tmp_path):
     result = json.loads((tmp_path / "stream_memory.json").read_text())
     assert result["samples"][-1] == 4000 and result["broken"] == 4
     assert result["growth"] < 8  # MiB; the images alone, decoded, are 100
-    assert result["mib"][-1] - result["mib"][len(result["mib"]) // 2] < 3
+    half = len(result["mib"]) // 2  # medians: a single reading is off by some MiB at times
+    assert median(result["mib"][half:]) - median(result["mib"][:half]) < 3
     assert (tmp_path / "stream_memory.png").stat().st_size > 1000
