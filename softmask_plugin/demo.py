@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from lavis.tasks.retrieval import RetrievalTask
 from matplotlib.figure import Figure
 
@@ -19,7 +17,7 @@ from softmask_plugin.datasets.scene_builders import SceneEvalDataset
 from softmask_plugin.datasets.scene_render import render
 from softmask_plugin.explain import Explanation, explain
 from softmask_plugin.models.rerank import Reranker
-from softmask_plugin.stack import installed
+from softmask_plugin.runners.environment import environment
 
 TRAIN = "lavis_configs/projects/scenes/train/pretrain_tiny.yaml"
 EVALUATE = "lavis_configs/projects/scenes/eval/retrieval_tiny.yaml"
@@ -69,12 +67,7 @@ def main(output_dir: str | Path = "outputs/demo", options: list[str] | None = No
         records=records,
         panels=_panels(scenes, explained),
         config=trained.config.to_dict(),
-        environment={
-            "python": platform.python_version(),
-            "processor": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            **installed(),
-        },
+        environment=environment(trained.device),
     )
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     _say(page, metrics)

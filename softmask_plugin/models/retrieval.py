@@ -19,12 +19,15 @@ from softmask_plugin.registry import register
 
 @dataclass
 class RetrievalOutput(ModelOutput):
-    """Losses of a step (scalars; ``loss_soft`` is None where the soft mask is off)."""
+    """Losses of a step (scalars), and what the mask did, see ``PretrainOutput``; ``loss_soft``,
+    ``keep`` and ``word`` are None where the soft mask is off."""
 
     loss: Tensor | None = None
     loss_itc: Tensor | None = None
     loss_itm: Tensor | None = None
     loss_soft: Tensor | None = None
+    keep: Tensor | None = None
+    word: Tensor | None = None
 
 
 @register("model", "softmask_retrieval")
@@ -67,7 +70,7 @@ class SoftMaskRetrieval(ContrastiveBase):
         loss_itc, similarity = self.contrast(online, slow, alpha, ids)
 
         draws, memory = Draws(torch.initial_seed(), step), self.bert.remember(online.image)
-        pairs, _ = self.pair_up(
+        pairs, hidden = self.pair_up(
             online.text, memory, words, layout.cls_only, similarity, draws, step
         )
         fused = pairs.fuse(self.bert, memory)
@@ -76,7 +79,14 @@ class SoftMaskRetrieval(ContrastiveBase):
         loss = option.itc.weight * loss_itc + option.itm_weight * loss_itm
         if loss_soft is not None:
             loss = loss + option.soft_mask.weight * option.itm_weight * loss_soft
-        return RetrievalOutput(loss=loss, loss_itc=loss_itc, loss_itm=loss_itm, loss_soft=loss_soft)
+        return RetrievalOutput(
+            loss=loss,
+            loss_itc=loss_itc,
+            loss_itm=loss_itm,
+            loss_soft=loss_soft,
+            keep=hidden.keep,
+            word=hidden.word,
+        )
 
 
 NO_IMAGE = -100  # what the queue of image ids holds at first, as LAVIS's does
