@@ -49,13 +49,14 @@ def write(tmp_path):
 
 def test_a_plan_says_what_each_run_is_given(write):
     variants = {"albef": [], "deep": ["model.bert.layers=6", "model.itc.gamma=1"]}
-    plan = read_plan(write(variants=variants, seeds=[3, 5, 7]), ["run.num_workers=0"], seeds=2)
+    given = ["run.num_workers=0", "datasets.scenes_retrieval.objects=1"]
+    plan = read_plan(write(variants=variants, seeds=[3, 5, 7]), given, seeds=2)
     assert plan.name == "mine" and plan.seeds == (3, 5)
     assert plan.metrics == ["retrieval txt_r1", "retrieval img_r1"]
     pretrain, retrieval = plan.stages
     assert pretrain.train and not retrieval.train and retrieval.pretrained
     assert plan.options("deep", pretrain) == [*pretrain.options, *variants["deep"]]
-    assert "run.num_workers=0" in pretrain.options and "run.num_workers=0" in retrieval.options
+    assert pretrain.options[-1] == given[0] and retrieval.options[-2:] == (*given,)
     # Other stages must have the model's shape, and nothing else of a variant's
     assert plan.options("deep", retrieval) == [*retrieval.options, "model.bert.layers=6"]
 
@@ -110,6 +111,10 @@ def test_a_variant_named_twice_is_told(tmp_path):
         (["--plan", "lavis_configs/ablation/scene.yaml"], "did you mean"),
         (["--plan", SMALL, "--only", "soft_msk"], "did you mean 'soft_mask'"),
         (["--plan", SMALL, "--baseline", "all"], "--baseline: the plan has no variant 'all'"),
+        (
+            ["--plan", SMALL, "--options", "datasets.scenes_pretrian.seed=1"],
+            "did you mean 'scenes_pretrain'",
+        ),
         (["--plan", SMALL, "--seeds", "9"], "the plan has 2 seeds"),
         (["--plan", SMALL, "--jobs", "0"], "--jobs is 0"),
     ],
@@ -248,7 +253,8 @@ def test_the_table_in_markdown():
     assert lines[2] == "| **albef** | 41.0 ± 1.4 | 2 | 1.50 |"
     assert lines[3] == "| soft | 43.5 ± 0.7 (+2.5 ± 1.5, 2/2) | 2 | 1.50 |"
     assert lines[-1] == "Still to be measured: late."
-    assert table.cell(table.measure({0: 0.51}, {0: 0.5})) == "0.510 (+0.010, 1/1)"
+    shares = table.markdown(rows_of(albef=[0.5], soft=[0.51]), ["r1"], "albef")
+    assert "| soft | 0.510 (+0.010, 1/1) | 1 | 1.50 |" in shares
 
 
 def test_the_plot_has_each_measured_row_and_the_baselines_band():

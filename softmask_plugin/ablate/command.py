@@ -47,7 +47,8 @@ def main(
         jobs: runs at the same time on a CPU; with CUDA there is one per device.
         again: first throw away the results of the variants to run.
         baseline: the variant that the table compares with; None: the plan's.
-        options: overrides of every stage's configuration, each "section.key=value".
+        options: overrides of every stage's configuration, each "section.key=value"; those of a
+            data set go to the stages that read it.
 
     Returns:
         The table in Markdown.

@@ -110,7 +110,8 @@ def read_plan(name: str | Path, options: Sequence[str] = (), seeds: int | None =
 
     Args:
         name: a YAML file, or the name of a shipped one.
-        options: overrides of the configuration of every stage, after those of the plan.
+        options: overrides of the configuration of every stage, after those of the plan; those of
+            a data set go to the stages that read it.
         seeds: how many of the plan's seeds to use; None: all.
 
     Raises:
@@ -123,8 +124,8 @@ def read_plan(name: str | Path, options: Sequence[str] = (), seeds: int | None =
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     try:
-        plan = _plan(path.stem, plain, tuple(options))
-        plan = replace(plan, seeds=_first(plan.seeds, seeds))
+        plan = _plan(path.stem, plain)
+        plan = replace(_with(plan, options), seeds=_first(plan.seeds, seeds))
         for variant in plan.variants:
             _check_runs(plan, variant)
     except UserError as error:
@@ -132,13 +133,13 @@ def read_plan(name: str | Path, options: Sequence[str] = (), seeds: int | None =
     return plan
 
 
-def _plan(name: str, content: Any, options: tuple[str, ...]) -> Plan:
+def _plan(name: str, content: Any) -> Plan:
     needed = ("base", "seeds", "baseline", "variants", "evaluate")
     content = _keys("the plan", content, needed, needed)
     base = _keys("base", content["base"], ("config", "options"), ("config",))
     stages: dict[str, Stage] = {}
     for place, section in enumerate(_list("evaluate", content["evaluate"], dict)):
-        stage = _stage(f"evaluate[{place}]", section, options)
+        stage = _stage(f"evaluate[{place}]", section)
         if stage.name in (PRETRAIN, *stages):
             raise UserError(f"evaluate: two stages are called '{stage.name}': rename one")
         stages[stage.name] = stage
@@ -154,7 +155,7 @@ def _plan(name: str, content: Any, options: tuple[str, ...]) -> Plan:
         raise UserError(f"seeds is {[*seeds]}: list whole numbers, each once")
     return Plan(
         name=name,
-        base=Stage(PRETRAIN, str(base["config"]), (*_options("base", base), *options), train=True),
+        base=Stage(PRETRAIN, str(base["config"]), _options("base", base), train=True),
         seeds=seeds,
         baseline=content["baseline"],
         variants=named,
@@ -162,7 +163,34 @@ def _plan(name: str, content: Any, options: tuple[str, ...]) -> Plan:
     )
 
 
-def _stage(where: str, section: Any, options: tuple[str, ...]) -> Stage:
+def _with(plan: Plan, options: Sequence[str]) -> Plan:
+    """The plan with further options for its stages."""
+    read = {stage.name: _data_sets(stage) for stage in plan.stages}
+    for option in options:
+        name = _data_set(option)
+        if name is not None and not any(name in names for names in read.values()):
+            known = {each for names in read.values() for each in names}
+            raise UserError(
+                f"--options: no stage reads the data set {name}: {suggest(name, known)}"
+            )
+
+    def extended(stage: Stage) -> Stage:
+        own = [o for o in options if _data_set(o) in (None, *read[stage.name])]
+        return replace(stage, options=(*stage.options, *own))
+
+    return replace(plan, base=extended(plan.base), evaluate=tuple(map(extended, plan.evaluate)))
+
+
+def _data_sets(stage: Stage) -> list[str]:
+    return [*map(str, OmegaConf.load(config_check.find_config(stage.config)).datasets)]
+
+
+def _data_set(option: str) -> str | None:
+    section, *name = option.partition("=")[0].split(".")[:2]
+    return name[0] if section == "datasets" and name else None
+
+
+def _stage(where: str, section: Any) -> Stage:
     known = [each.name for each in fields(Stage)]
     section = _keys(where, section, known, ("name", "config", "metrics"))
     for key in ("train", "pretrained"):
@@ -174,7 +202,7 @@ def _stage(where: str, section: Any, options: tuple[str, ...]) -> Stage:
     return Stage(
         name=_name(where, section["name"]),
         config=str(section["config"]),
-        options=(*_options(where, section), *options),
+        options=_options(where, section),
         metrics=metrics,
         train=section.get("train", False),
         pretrained=section.get("pretrained", True),

@@ -100,11 +100,12 @@ def markdown(table: Sequence[Row], metrics: Sequence[str], baseline: str) -> str
     """Rows that are measured, a line each; below them the names of those that are not."""
     head = ["variant", *metrics, "seeds", "time of a step"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    digits = {metric: _digits(table, metric) for metric in metrics}
     for row in filter(lambda row: row.measured, table):
         name = f"**{row.name}**" if row.name == baseline else row.name
         seeds = max(len(each.values) for each in row.metrics.values())
         cost = "" if row.cost is None else f"{row.cost:.2f}"
-        cells = [cell(row.metrics[m]) if m in row.metrics else "" for m in metrics]
+        cells = [cell(row.metrics[m], digits[m]) if m in row.metrics else "" for m in metrics]
         lines.append("| " + " | ".join([name, *cells, str(seeds), cost]) + " |")
     lines += [
         "",
@@ -118,9 +119,14 @@ def markdown(table: Sequence[Row], metrics: Sequence[str], baseline: str) -> str
     return "\n".join(lines) + "\n"
 
 
-def cell(measured: Measured) -> str:
+def _digits(table: Sequence[Row], metric: str) -> int:
+    """Decimal places of a column: three for shares, one for percent."""
+    found = [row.metrics[metric] for row in table if metric in row.metrics]
+    return 3 if all(abs(value) <= 1 for each in found for value in each.values.values()) else 1
+
+
+def cell(measured: Measured, digits: int = 1) -> str:
     """One metric as text, as in "61.2 ± 1.3 (+2.4 ± 0.8, 3/3)"."""
-    digits = 3 if max(map(abs, measured.values.values())) <= 1 else 1  # a share, or percent
     text = f"{measured.mean:.{digits}f}"
     if measured.deviation is not None:
         text += f" ± {measured.deviation:.{digits}f}"

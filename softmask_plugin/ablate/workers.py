@@ -73,6 +73,14 @@ class Worker:
         self.job = job
         self.pipe.send(job)
 
+    def end(self) -> None:
+        """End the process, in the middle of a job where it has one."""
+        if self.job is not None:
+            self.process.terminate()
+        elif self.process.is_alive():
+            self.pipe.send(None)
+        self.process.join()
+
     def receive(self) -> Message:
         """Its next message; an error where it died."""
         try:
@@ -120,8 +128,7 @@ def work(jobs: Sequence[Job], slots: Sequence[Slot], folder: Path) -> Iterator[t
                 yield job, message
     finally:
         for worker in workers.values():
-            worker.process.terminate()
-            worker.process.join()
+            worker.end()
 
 
 @contextmanager
@@ -145,8 +152,7 @@ def _serve(pipe: Connection, threads: int, log: Path) -> None:
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    while True:
-        job = pipe.recv()
+    for job in iter(pipe.recv, None):
         try:
             for stage in run(job):
                 pipe.send(stage)
