@@ -60,11 +60,14 @@ lint: .venv/.installed
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
 
+# Each process of the tests takes a core, so torch's threads would only get in their way.
+TESTS = OMP_NUM_THREADS=1 $(1)/bin/pytest -n auto --dist loadfile
+
 test: lint
-	@.venv/bin/pytest
+	@$(call TESTS,.venv)
 
 test-modern: .venv-modern/.installed
-	@.venv-modern/bin/pytest
+	@$(call TESTS,.venv-modern)
 
 format: .venv/.installed
 	@.venv/bin/ruff check --fix .
