@@ -72,7 +72,8 @@ def main(
     if again:
         for job in wanted:
             shutil.rmtree(job.place(read.base).parent, ignore_errors=True)
-    failed = _run([job for job in wanted if job.unfinished], jobs, folder)
+            job.cost_file.unlink(missing_ok=True)
+    failed = _run([job for job in wanted if not job.is_done], jobs, folder)
     page = _write(read, folder, compared)
     print(page.read_text(encoding="utf-8") + f"\nWritten: {page}, table.json and table.png")
     if failed:

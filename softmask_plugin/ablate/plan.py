@@ -279,6 +279,8 @@ def _check_runs(plan: Plan, variant: str) -> None:
                 read_options(schema, config.model_cfg)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+        if stage.train and config.run_cfg.get("runner") != "softmask_runner":
+            raise UserError(f"{where}: run.runner must be softmask_runner, which resumes by itself")
         known = METRICS.get(config.run_cfg.task)
         for metric in stage.metrics:
             if known is not None and metric not in known:

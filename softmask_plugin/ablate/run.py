@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softmask_plugin import launch, report
+from softmask_plugin import launch
+from softmask_plugin.ablate.cost import relative_cost
 from softmask_plugin.ablate.plan import PRETRAINED, Plan, Stage
 from softmask_plugin.errors import UserError, suggest
 
 RESULT = "result.json"
+COST = "cost.json"
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,20 @@ class Job:
         """The stages that have no result yet."""
         return [stage for stage in self.plan.stages if self.result(stage) is None]
 
+    @property
+    def cost_file(self) -> Path:
+        """What a step of the variant costs, the same for all seeds."""
+        return self.folder / self.variant / COST
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is nothing left to do: the first seed's job measures the cost as well."""
+        return not self.unfinished and (self.seed != self.plan.seeds[0] or self.cost_file.is_file())
+
 
 def run(job: Job) -> Iterator[tuple[Stage, dict[str, Any]]]:
-    """Run the unfinished stages of a job, and give each one's result as soon as it is written.
+    """Run the unfinished stages of a job, and give each one's result as soon as it is written; then
+    measure what a step costs, where that is the job's part.
 
     A stage that was killed goes on from its last checkpoint.
     """
@@ -68,6 +80,8 @@ def run(job: Job) -> Iterator[tuple[Stage, dict[str, Any]]]:
         result = _run(job, stage)
         _write(job.place(stage) / RESULT, result)
         yield stage, result
+    if not job.is_done:
+        _write(job.cost_file, {"step_time": relative_cost(job.plan, job.variant)})
 
 
 def _run(job: Job, stage: Stage) -> dict[str, Any]:
@@ -90,23 +104,10 @@ def _run(job: Job, stage: Stage) -> dict[str, Any]:
         "seconds": round(time.monotonic() - began, 1),  # since it last went on
     }
     if stage.train:
-        result["step_seconds"] = step_seconds(runner)
         result["checkpoint"] = f"checkpoint_{runner.max_epoch - 1}.pth"
     if stage.metrics:
         result["metrics"] = _metrics(stage, results or {})
     return result
-
-
-def step_seconds(runner: Any) -> float:
-    """Seconds of an optimizer step: the lower quartile of what the run's log lines tell.
-
-    Whatever else the machine does makes steps slower, never quicker.
-    """
-    lines = [line for line in report.read_metrics(runner.output_dir) if line["split"] == "train"]
-    run = runner.config.run_cfg
-    items = run.batch_size_train * run.get("accum_grad_iters", 1) * run.get("world_size", 1)
-    seconds = sorted(items / line["pairs_per_s"] for line in lines)
-    return statistics.quantiles(seconds, n=4)[0] if len(seconds) > 1 else seconds[0]
 
 
 def _metrics(stage: Stage, results: dict[str, Any]) -> dict[str, float]:

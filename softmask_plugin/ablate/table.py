@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -43,16 +44,13 @@ class Row:
         name: in the plan.
         options: what it changes.
         metrics: by the plan's names of them; those that no seed has are left out.
-        cost: seconds per step over the baseline's, mean over the seeds that both have; None where
-            there are none.
-        step_seconds: by seed.
+        cost: seconds of a step of pretraining over the baseline's; None where it is not measured.
     """
 
     name: str
     options: tuple[str, ...]
     metrics: dict[str, Measured] = field(default_factory=dict)
     cost: float | None = None
-    step_seconds: dict[int, float] = field(default_factory=dict)
 
     @property
     def measured(self) -> bool:
@@ -69,15 +67,14 @@ def rows(plan: Plan, folder: Path, baseline: str) -> list[Row]:
         baseline: the variant to compare with.
     """
     found = {name: _results(plan, folder, name) for name in plan.variants}
-    other_values, other_seconds = found[baseline]
+    costs = {name: _cost(plan, folder, name) for name in plan.variants}
     table = []
-    for name, (values, seconds) in found.items():
-        against = {} if name == baseline else other_values
+    for name, values in found.items():
+        against = {} if name == baseline else found[baseline]
         metrics = {m: measure(v, against.get(m, {})) for m, v in values.items() if v}
-        shared = seconds.keys() & other_seconds.keys()
-        ratios = [seconds[seed] / other_seconds[seed] for seed in shared]
-        cost = statistics.fmean(ratios) if ratios else None
-        table.append(Row(name, plan.variants[name], metrics, cost, seconds))
+        cost, other = costs[name], costs[baseline]
+        relative = None if cost is None or other is None else cost / other
+        table.append(Row(name, plan.variants[name], metrics, relative))
     return table
 
 
@@ -142,19 +139,18 @@ def as_plain(table: Sequence[Row]) -> list[dict]:
     return [asdict(row) for row in table]
 
 
-Values = dict[str, dict[int, float]]
-
-
-def _results(plan: Plan, folder: Path, variant: str) -> tuple[Values, dict[int, float]]:
-    """Metrics of a variant by seed, and its seconds per step of pretraining by seed."""
-    values: Values = {metric: {} for metric in plan.metrics}
-    seconds: dict[int, float] = {}
+def _results(plan: Plan, folder: Path, variant: str) -> dict[str, dict[int, float]]:
+    """Metrics of a variant, each by seed."""
+    values: dict[str, dict[int, float]] = {metric: {} for metric in plan.metrics}
     for seed in plan.seeds:
         job = Job(plan, variant, seed, folder)
         for stage in plan.stages:
-            result = job.result(stage) or {}
-            if stage is plan.base and result:
-                seconds[seed] = result["step_seconds"]
-            for metric, value in result.get("metrics", {}).items():
+            for metric, value in (job.result(stage) or {}).get("metrics", {}).items():
                 values[f"{stage.name} {metric}"][seed] = value
-    return values, seconds
+    return values
+
+
+def _cost(plan: Plan, folder: Path, variant: str) -> float | None:
+    """Time of a step over that of the plan's own baseline."""
+    file = Job(plan, variant, plan.seeds[0], folder).cost_file
+    return json.loads(file.read_text())["step_time"] if file.is_file() else None

@@ -1,0 +1,75 @@
+"""What a step of a variant costs: timed in turns with the baseline's, in one process."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from softmask_plugin import launch
+from softmask_plugin.ablate.plan import Plan
+from softmask_plugin.models.distillation import MomentumDistillation
+
+ROUNDS = 15  # steps of each that count
+
+
+def relative_cost(plan: Plan, variant: str, rounds: int = ROUNDS) -> float:
+    """Seconds of a pretraining step, its data's included, over the baseline's.
+
+    The two take turns, so that whatever else the machine does slows both alike. A first step of
+    each is not counted. A mask that starts later (``soft_mask.start_iter``) is not on in these.
+
+    Returns:
+        The median over the rounds.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        own, other = (Stepper(plan, name, Path(folder)) for name in (variant, plan.baseline))
+        ratios = [own.seconds() / other.seconds() for _ in range(rounds + 1)]
+    return statistics.median(ratios[1:])
+
+
+class Stepper:
+    """Takes optimizer steps on successive batches as a variant's pretraining does.
+
+    Args:
+        plan: what is trained how.
+        variant: which of its variants.
+        folder: gets the folder of a run of no epoch, which builds all that a step needs.
+    """
+
+    def __init__(self, plan: Plan, variant: str, folder: Path) -> None:
+        options = [*plan.options(variant, plan.base), f"run.output_dir={folder}", "run.max_epoch=0"]
+        self.runner: Any = launch.run(plan.base.config, options)[0]
+        self.runner.model.train()
+        loader = self.runner.train_loader
+        self.batches = itertools.chain.from_iterable(
+            loader.batches(epoch, 0) for epoch in itertools.count()
+        )
+        self.place = {"epoch": 0, "iters": 0, "num_iters_per_epoch": self.runner.steps_per_epoch}
+
+    def seconds(self) -> float:
+        """Take a step; return its duration."""
+        runner, began = self.runner, _now()
+        samples = {**runner.to_device(next(self.batches)), **self.place}
+        with runner.autocast():
+            loss = runner.task.train_step(model=runner.model, samples=samples)
+        runner.scaler.scale(loss).backward()
+        runner.scaler.step(runner.optimizer)
+        runner.scaler.update()
+        runner.optimizer.zero_grad()
+        model = runner.unwrap_dist_model(runner.model)
+        if isinstance(model, MomentumDistillation):
+            model.advance()
+        return _now() - began
+
+
+def _now() -> float:
+    """The clock in seconds, once a GPU has done all that was asked of it."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
