@@ -199,7 +199,7 @@ def obey(folder: Path, board: Board, train: Callable[[Path], None]) -> None:
             (SoftmaskRunner, "_accumulate", "step"),
             (SoftmaskRunner, "eval_epoch", "evaluation"),
             (checkpoint, "_serialize", "checkpoint"),
-            (checkpoint, "_write", "renaming"),
+            (checkpoint, "write_whole", "renaming"),
         ]
         for owner, name, phase in signs:
             patch.object(owner, name, board.show(phase, getattr(owner, name))).start()

@@ -39,6 +39,7 @@ from softmask_plugin.models.classification import SoftMaskClassification
 from softmask_plugin.models.pretrain import SoftMaskPretrain
 from softmask_plugin.options import ClassificationOptions, PretrainOptions, read_options
 from softmask_plugin.runners import SoftmaskRunner
+from softmask_plugin.runners.meter import loss_terms
 
 STILL = {"dropout": 0.0, "attention_dropout": 0.0}
 RUN: dict[str, Any] = {
@@ -124,7 +125,7 @@ def each_step(runner: Any) -> Iterator[list[Any]]:
     runner._model.paced = True
     runner.model.train()
     batches = runner.train_loader.batches(0, 0)
-    with runner.meter.watch(runner._model):
+    with runner.meter.watch(runner._model, loss_terms):
         for first in range(0, len(runner.train_loader), runner.accum_grad_iters):
             group = range(first, first + runner.accum_grad_iters)
             taken = runner._accumulate(batches, group, 0)

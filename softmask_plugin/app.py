@@ -18,10 +18,10 @@ from softmask_plugin.datasets.scene_render import render
 from softmask_plugin.datasets.scenes import Scene, captions, make_scenes
 from softmask_plugin.errors import UserError, one_line
 from softmask_plugin.explain import Explanation, explain
-from softmask_plugin.explore import Gallery, load, readable_images, wrong_caption
+from softmask_plugin.explore import Gallery, readable_images, wrong_caption
 from softmask_plugin.report.figures import heat_overlay, soft_masked
 from softmask_plugin.tokenization import FUNCTION_WORDS
-from softmask_plugin.trained import Trained
+from softmask_plugin.trained import Trained, load_trained
 
 ADDRESS = "127.0.0.1"  # others on the network see the page only if the user forwards it
 SCENES = 200  # held-out scenes, to look into and to search
@@ -57,7 +57,7 @@ def serve(checkpoint: str | None, images: str | None, port: int) -> None:
     Raises:
         UserError: the port is taken, or the checkpoint or the folder cannot be used.
     """
-    load(checkpoint)
+    load_trained(checkpoint)
     if images is not None:
         readable_images(Path(images), limit=1)
     with socket.socket() as probe:
@@ -99,7 +99,7 @@ def plain(text: str) -> str:
 
 @st.cache_resource(show_spinner="Loading the model ...")
 def _trained(checkpoint: str | None) -> Trained:
-    return load(checkpoint)
+    return load_trained(checkpoint)
 
 
 @st.cache_resource

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -83,10 +84,8 @@ def read_config(path: Path, options: Sequence[str] = ()) -> DictConfig:
         UserError: at the first thing found wrong.
     """
     overrides = parse_options(options)
-    try:
+    with valid_yaml(path):
         loaded = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {_one_line(error)}") from error
     try:
         _check_sections(loaded)
         config: Any = OmegaConf.merge(loaded, overrides)
@@ -104,6 +103,15 @@ def read_config(path: Path, options: Sequence[str] = ()) -> DictConfig:
             f"{_one_line(error)} (in {path}{' or --options' if options else ''})"
         ) from None
     return config
+
+
+@contextmanager
+def valid_yaml(path: Path) -> Iterator[None]:
+    """Within: what goes wrong with a YAML file becomes one line that names it."""
+    try:
+        yield
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {_one_line(error)}") from error
 
 
 def parse_options(options: Sequence[str], sections: Sequence[str] = SECTIONS) -> DictConfig:

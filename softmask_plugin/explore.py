@@ -1,4 +1,4 @@
-"""What the app shows, apart from its page: the model, wrong captions, search by text."""
+"""What the app shows, apart from its page: wrong captions, search by text."""
 
 from __future__ import annotations
 
@@ -14,20 +14,9 @@ from softmask_plugin.datasets.images import UnreadableImageError, open_rgb
 from softmask_plugin.datasets.scenes import COLOURS, Scene, captions
 from softmask_plugin.errors import UserError, require_finite_scores
 from softmask_plugin.models.rerank import Reranker
-from softmask_plugin.trained import Trained, load_trained
+from softmask_plugin.trained import Trained
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
-
-def load(checkpoint: str | None = None) -> Trained:
-    """The shipped model, or that of a checkpoint.
-
-    Raises:
-        UserError: the checkpoint cannot be read, or does not say what model it is of.
-    """
-    if checkpoint is not None:
-        return load_trained(checkpoint)
-    return load_trained(arch="softmask_image_text_matching", model_type="scenes_tiny")
 
 
 def wrong_caption(scene: Scene) -> str:

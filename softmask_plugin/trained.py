@@ -11,12 +11,10 @@ import torch
 from lavis.common.registry import registry
 from lavis.common.utils import is_url
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 from torch import Tensor
-from yaml import YAMLError
 
-from softmask_plugin.config_check import parse_options
+from softmask_plugin.config_check import parse_options, valid_yaml
 from softmask_plugin.download import fetch
 from softmask_plugin.errors import UserError, suggest
 from softmask_plugin.models.aligned import AlignedBase
@@ -137,10 +135,8 @@ def _config_beside(file: Path) -> Any:
     path = file.parent / "config.yaml"
     if not path.is_file():
         return None
-    try:
+    with valid_yaml(path):
         content: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     return content if isinstance(content, dict) and "model" in content else None
 
 

@@ -18,7 +18,8 @@ from PIL import Image
 from softmask_plugin import cli
 from softmask_plugin.datasets.scenes import captions, make_scenes
 from softmask_plugin.errors import UserError
-from softmask_plugin.explore import Gallery, load, readable_images, wrong_caption
+from softmask_plugin.explore import Gallery, readable_images, wrong_caption
+from softmask_plugin.trained import load_trained
 
 pytest.importorskip("streamlit", reason="streamlit is not installed")
 from streamlit.testing.v1 import AppTest
@@ -97,7 +98,7 @@ def test_search_finds_the_scene_that_is_described():
     from softmask_plugin.datasets.scene_render import render
 
     scenes = make_scenes("test", 40)
-    gallery = Gallery(load(), (render(scene, 60) for scene in scenes), batch=16)
+    gallery = Gallery(load_trained(), (render(scene, 60) for scene in scenes), batch=16)
     for wanted in (0, 17, 39):
         hits = gallery.search(captions(scenes[wanted])[0].text, count=3)
         assert hits[0].index == wanted and hits[0].rank == 1 and len(hits) == 3

@@ -14,6 +14,7 @@ from toys import ToyData, ToyModel, build, read_metrics, weights
 from softmask_plugin.cli import main
 from softmask_plugin.errors import UserError
 from softmask_plugin.runners.bad_steps import gradient_norm
+from softmask_plugin.runners.meter import loss_terms
 
 
 def spoiled(*indices, value=math.nan):
@@ -137,7 +138,7 @@ def poisoned(batch):
 
 def step(runner, batch, i):
     runner.meter = type(runner.meter)()
-    with runner.meter.watch(runner._model):
+    with runner.meter.watch(runner._model, loss_terms):
         runner._step(runner._accumulate(iter([batch]), range(i, i + 1), 0))
 
 
@@ -176,7 +177,7 @@ def test_accumulated_batches_move_queue_and_momentum_once(pretraining, make_batc
     runner = pretraining(accum_grad_iters=3)
     before = copy.deepcopy(runner._model.state_dict())
     batches = [make_batch(size) for size in (2, 3, 4)]
-    with runner.meter.watch(runner._model):
+    with runner.meter.watch(runner._model, loss_terms):
         runner._step(runner._accumulate(iter(copy.deepcopy(batches)), range(3), 0))
     after = copy.deepcopy(runner._model.state_dict())
     assert int(after["queue_ptr"]) == 9

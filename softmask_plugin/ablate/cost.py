@@ -13,7 +13,6 @@ import torch
 
 from softmask_plugin import launch
 from softmask_plugin.ablate.plan import Plan
-from softmask_plugin.models.distillation import MomentumDistillation
 
 ROUNDS = 15  # steps of each that count
 
@@ -50,21 +49,11 @@ class Stepper:
         self.batches = itertools.chain.from_iterable(
             loader.batches(epoch, 0) for epoch in itertools.count()
         )
-        self.place = {"epoch": 0, "iters": 0, "num_iters_per_epoch": self.runner.steps_per_epoch}
 
     def seconds(self) -> float:
         """Take a step; return its duration."""
         runner, began = self.runner, _now()
-        samples = {**runner.to_device(next(self.batches)), **self.place}
-        with runner.autocast():
-            loss = runner.task.train_step(model=runner.model, samples=samples)
-        runner.scaler.scale(loss).backward()
-        runner.scaler.step(runner.optimizer)
-        runner.scaler.update()
-        runner.optimizer.zero_grad()
-        model = runner.unwrap_dist_model(runner.model)
-        if isinstance(model, MomentumDistillation):
-            model.advance()
+        runner._step(runner._accumulate(self.batches, range(runner.accum_grad_iters), 0))
         return _now() - began
 
 

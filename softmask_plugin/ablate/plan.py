@@ -10,8 +10,6 @@ from typing import Any
 
 from lavis.common.registry import registry
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from softmask_plugin import config_check, launch
 from softmask_plugin.errors import UserError, suggest
@@ -118,11 +116,9 @@ def read_plan(name: str | Path, options: Sequence[str] = (), seeds: int | None =
         UserError: at the first thing found wrong.
     """
     path = config_check.find_file("--plan", name, shipped_plans())
-    try:
+    with config_check.valid_yaml(path):
         content = OmegaConf.load(path)
         plain = OmegaConf.to_container(content) if isinstance(content, DictConfig) else None
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     try:
         plan = _plan(path.stem, plain)
         plan = replace(_with(plan, options), seeds=_first(plan.seeds, seeds))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from softmask_plugin import launch
 from softmask_plugin.ablate.cost import relative_cost
 from softmask_plugin.ablate.plan import PRETRAINED, Plan, Stage
 from softmask_plugin.errors import UserError, suggest
+from softmask_plugin.whole_files import write_whole
 
 RESULT = "result.json"
 COST = "cost.json"
@@ -119,10 +119,5 @@ def _metrics(stage: Stage, results: dict[str, Any]) -> dict[str, float]:
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
-    """Write a file whole or not at all."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as out:
-        out.write(json.dumps(content, indent=2) + "\n")
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, file)
+    text = json.dumps(content, indent=2) + "\n"
+    write_whole(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))

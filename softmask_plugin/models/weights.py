@@ -63,7 +63,7 @@ def load(model: SoftMaskBase, url_or_filename: str, trusted: bool = False) -> No
         raise UserError(
             f"{url_or_filename} has no tensor that fits this model: is it a checkpoint?"
         )
-    _require_sound(fitting, url_or_filename)
+    require_sound(fitting, url_or_filename)
     if "queue_ptr" in fitting:
         _require_position(int(fitting["queue_ptr"]), own["image_queue"], url_or_filename)
     model.load_state_dict(fitting, strict=False)
@@ -214,7 +214,7 @@ def _resized(embedding: Tensor, encoder: nn.Module, name: str) -> Tensor:
         ) from error
 
 
-def _require_sound(state: Mapping[str, Tensor], source: str) -> None:
+def require_sound(state: Mapping[str, Tensor], source: str) -> None:
     """Raise UserError at a tensor that would poison whatever is computed from it."""
     for name, tensor in state.items():
         special = tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized
@@ -236,7 +236,7 @@ def _load_matching(module: nn.Module, state: StateDict, name: str) -> None:
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     if not fitting:
         raise UserError(f"{name} has no tensor that fits the encoder it is for")
-    _require_sound(fitting, name)
+    require_sound(fitting, name)
     module.load_state_dict(fitting, strict=False)
     logging.info("%s: %d of %d tensors of the encoder", name, len(fitting), len(own))
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
+from softmask_plugin.config_check import valid_yaml
 from softmask_plugin.errors import UserError
 from softmask_plugin.report.page import write_report
 from softmask_plugin.report.records import read_metrics
@@ -52,10 +51,8 @@ def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.yaml"
     if not path.is_file():
         return {}
-    try:
+    with valid_yaml(path):
         config: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     return config if isinstance(config, dict) else {}
 
 

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from softmask_plugin.errors import UserError
+from softmask_plugin.models.weights import require_sound
+from softmask_plugin.whole_files import LEFTOVERS, write_whole
 
 BEST = "best"
 _NAME = re.compile(r"checkpoint_(\d+)(?:_(\d+))?\.pth")
@@ -47,8 +48,7 @@ def load_trained_state(model: nn.Module, state: dict[str, Tensor], source: str) 
         if value.shape != own[name].shape:
             shapes = f"{tuple(value.shape)}, not {tuple(own[name].shape)}"
             raise UserError(f"{source} is of another model: '{name}' is {shapes}")
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise UserError(f"{source} is broken: '{name}' holds NaN or infinite numbers")
+    require_sound(state, source)
     model.load_state_dict(state, strict=False)
 
 
@@ -79,10 +79,10 @@ class CheckpointFiles:
             self._remove_leftovers()
             if is_best:
                 best = self.folder / f"checkpoint_{BEST}.pth"
-                _write(best, lambda temporary: _serialize(content, temporary))
-                _write(path, lambda temporary: _link(best, temporary))
+                write_whole(best, lambda temporary: _serialize(content, temporary))
+                write_whole(path, lambda temporary: _link(best, temporary))
             else:
-                _write(path, lambda temporary: _serialize(content, temporary))
+                write_whole(path, lambda temporary: _serialize(content, temporary))
             for old in self.newest_first()[self.keep :] if self.keep else ():
                 old.unlink()
         except (OSError, RuntimeError) as error:  # a full disk: torch's writer raises the latter
@@ -108,11 +108,11 @@ class CheckpointFiles:
         name = f"checkpoint_{BEST}.pth"
         if not (folder / name).is_file():
             return False
-        _write(self.folder / name, lambda temporary: _link(folder / name, temporary))
+        write_whole(self.folder / name, lambda temporary: _link(folder / name, temporary))
         return True
 
     def _remove_leftovers(self) -> None:
-        for half in self.folder.glob(".*.tmp"):  # of a process that was killed
+        for half in self.folder.glob(LEFTOVERS):  # of a process that was killed
             half.unlink()
 
 
@@ -148,20 +148,8 @@ def _name(epoch: int, step: int | None) -> str:
     return f"checkpoint_{epoch}.pth" if step is None else f"checkpoint_{epoch}_{step}.pth"
 
 
-def _write(path: Path, make: Callable[[Path], None]) -> None:
-    """Make a file under another name, on the disk, and only then give it its own."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        make(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)  # the new name
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _serialize(content: dict[str, Any], path: Path) -> None:
     torch.save(content, path)
-    _sync(path)
 
 
 def _link(source: Path, path: Path) -> None:
@@ -170,15 +158,6 @@ def _link(source: Path, path: Path) -> None:
         os.link(source, path)
     except OSError:
         shutil.copyfile(source, path)
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _frozen(model: nn.Module) -> set[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from lavis.common.dist_utils import get_world_size
 from torch import Tensor, nn
 
 Totals = dict[str, tuple[float, int]]  # by name: sum and count
+Describe = Callable[[Mapping[str, Any]], Mapping[str, Tensor]]  # of a model's output: scalars
 
 
 class LossMeter:
@@ -33,13 +34,13 @@ class LossMeter:
         self._step.append((name, value.detach().float()))
 
     @contextmanager
-    def watch(self, model: nn.Module) -> Iterator[None]:
-        """Count each loss term (``loss_*``, 0-dim) of the output of every forward of ``model``."""
+    def watch(self, model: nn.Module, *describe: Describe) -> Iterator[None]:
+        """Count what each of ``describe`` makes of the output of every forward of ``model``."""
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Mapping):
-                for name, value in output.items():
-                    if name.startswith("loss_") and isinstance(value, Tensor) and value.ndim == 0:
+                for terms in describe:
+                    for name, value in terms(output).items():
                         self.add(name, value)
 
         handle = model.register_forward_hook(hook)
@@ -97,6 +98,15 @@ class LossMeter:
     def means(self) -> dict[str, float]:
         """Means of all that was drained."""
         return _means(self._drained)
+
+
+def loss_terms(output: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The loss terms of a model's output: ``loss_*``, 0-dim."""
+    return {
+        name: value
+        for name, value in output.items()
+        if name.startswith("loss_") and isinstance(value, Tensor) and value.ndim == 0
+    }
 
 
 def _add_up(totals: Totals, more: Mapping[str, tuple[float, int]]) -> None:

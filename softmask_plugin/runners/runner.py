@@ -22,12 +22,12 @@ from softmask_plugin.registry import register
 from softmask_plugin.runners.bad_steps import gradient_norm
 from softmask_plugin.runners.checkpoint import BEST
 from softmask_plugin.runners.logs import require_finite
-from softmask_plugin.runners.meter import LossMeter
+from softmask_plugin.runners.meter import LossMeter, loss_terms
 from softmask_plugin.runners.peers import peers_needed
 from softmask_plugin.runners.resumable import ResumableRunner
 from softmask_plugin.runners.resume import read
 from softmask_plugin.runners.run_folder import release
-from softmask_plugin.runners.statistics import queue_statistics, watch_masks
+from softmask_plugin.runners.statistics import mask_terms, queue_statistics
 
 
 @register("runner", "softmask_runner")
@@ -108,7 +108,7 @@ class SoftmaskRunner(ResumableRunner):
         end = done + loader.left(progress.taken)
         batches = loader.batches(epoch, progress.taken)
         pairs, clock = 0, time.perf_counter()
-        with self.meter.watch(self._model), watch_masks(self._model, self.meter):
+        with self.meter.watch(self._model, loss_terms, mask_terms):
             for first in range(done, end, self.accum_grad_iters):
                 group = range(first, min(first + self.accum_grad_iters, end))
                 self.lr_scheduler.step(cur_epoch=epoch, cur_step=first // self.accum_grad_iters)

@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from softmask_plugin.runners.meter import LossMeter
 
-
-@contextmanager
-def watch_masks(model: nn.Module, meter: LossMeter) -> Iterator[None]:
-    """Within: count the statistics of the masks of every forward of ``model`` that has any."""
-
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Mapping) and output.get("keep") is not None:
-            for name, value in mask_statistics(output["keep"], output["word"]).items():
-                meter.add(name, value)
-
-    handle = model.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+def mask_terms(output: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The statistics of the masks in a model's output; nothing where it has none."""
+    if output.get("keep") is None:
+        return {}
+    return mask_statistics(output["keep"], output["word"])
 
 
 @torch.no_grad()
