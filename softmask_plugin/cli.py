@@ -287,8 +287,9 @@ def _replay(args: argparse.Namespace) -> int:
 
 def _configs(args: argparse.Namespace) -> int:
     from softmask_plugin import config_check
+    from softmask_plugin.ablate.plan import shipped_plans
 
-    shipped = config_check.shipped_configs()
+    shipped = {**config_check.shipped_configs(), **shipped_plans()}
     width = max(map(len, shipped), default=0)
     for name, file in shipped.items():
         print(f"{name:<{width}}  {config_check.summary(file)}".rstrip())

@@ -17,6 +17,7 @@ from PIL import Image
 
 import softmask_plugin.__main__ as script_runner
 from softmask_plugin import cli, config_check, doctor, launch, stack
+from softmask_plugin.ablate.plan import shipped_plans
 from softmask_plugin.errors import UserError
 
 RUN = {
@@ -268,7 +269,7 @@ def test_lavis_own_files_pass_the_checks():
 def test_configs_lists_the_shipped_files(capsys):
     assert cli.main(["configs"]) == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert names == list(config_check.shipped_configs())
+    assert names == [*config_check.shipped_configs(), *shipped_plans()]
 
 
 # ---- doctor

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import time
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from softmask_plugin.ablate.run import Job
 from softmask_plugin.ablate.table import as_plain, markdown, rows
 from softmask_plugin.ablate.workers import Done, slots, work
 from softmask_plugin.errors import UserError, suggest
-from softmask_plugin.stack import installed
+from softmask_plugin.runners.environment import environment
 
 
 def main(
@@ -68,7 +67,8 @@ def main(
                 raise UserError(f"{argument}: the plan has no variant '{name}': {hint}")
     folder = Path(output_dir or Path("outputs/ablation", read.name)).expanduser().absolute()
     chosen = [name for name in read.variants if name in only or not only]
-    wanted = [Job(read, name, seed, folder) for name in chosen for seed in read.seeds]
+    # Seed by seed, so that an ablation that is broken off has compared all of its rows.
+    wanted = [Job(read, name, seed, folder) for seed in read.seeds for name in chosen]
     if again:
         for job in wanted:
             shutil.rmtree(job.place(read.base).parent, ignore_errors=True)
@@ -90,7 +90,8 @@ def _run(jobs: Sequence[Job], at_once: int, folder: Path) -> list[tuple[Job, Use
     failed, began = [], time.monotonic()
     total = sum(len(job.unfinished) for job in jobs)
     done, missed = 0, 0
-    for job, message in work(jobs, slots(_on_cuda(jobs[0].plan), at_once), folder):
+    cuda = _device(jobs[0].plan).type == "cuda"
+    for job, message in work(jobs, slots(cuda, at_once), folder):
         if isinstance(message, Done):
             continue
         if isinstance(message, UserError):
@@ -108,29 +109,25 @@ def _run(jobs: Sequence[Job], at_once: int, folder: Path) -> list[tuple[Job, Use
     return failed
 
 
-def _on_cuda(plan: Plan) -> bool:
+def _device(plan: Plan) -> torch.device:
     options = plan.options(plan.baseline, plan.base)
     config = config_check.read_config(config_check.find_config(plan.base.config), options)
-    return bool(config.run.device == "cuda")
+    return torch.device(config.run.device)
 
 
 def _write(plan: Plan, folder: Path, baseline: str) -> Path:
     table = rows(plan, folder, baseline)
     if not any(row.measured for row in table):
         raise UserError(f"nothing is measured in {folder} yet: see its worker_*.log")
+    machine = environment(_device(plan))
+    del machine["threads"], machine["processes"]  # of this command, not of the runs
     content: dict[str, Any] = {
         "plan": plan.name,
         "baseline": baseline,
         "seeds": plan.seeds,
         "base": {"config": plan.base.config, "options": plan.base.options},
         "metrics": plan.metrics,
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "python": platform.python_version(),
-            **installed(),
-        },
+        "machine": {"cores": os.cpu_count(), **machine},
         "rows": as_plain(table),
     }
     text = json.dumps(content, indent=2, ensure_ascii=False)
