@@ -22,6 +22,7 @@ from softmask_plugin.ablate.workers import Slot
 from softmask_plugin.errors import UserError
 
 SMALL = "lavis_configs/ablation/small.yaml"
+SCENES = ("scenes", "scenes_tasks")
 EVALUATE = "lavis_configs/projects/scenes/eval/retrieval_tiny.yaml"
 
 
@@ -59,6 +60,14 @@ def test_a_plan_says_what_each_run_is_given(write):
     assert pretrain.options[-1] == given[0] and retrieval.options[-2:] == (*given,)
     # Other stages must have the model's shape, and nothing else of a variant's
     assert plan.options("deep", retrieval) == [*retrieval.options, "model.bert.layers=6"]
+
+
+def test_the_plans_of_scenes_can_share_a_folder():
+    evaluation, tasks = (read_plan(f"lavis_configs/ablation/{name}.yaml") for name in SCENES)
+    assert tasks.base == evaluation.base and tasks.baseline == evaluation.baseline
+    assert tasks.variants.items() <= evaluation.variants.items()
+    names = [stage.name for plan in (evaluation, tasks) for stage in plan.evaluate]
+    assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize(
@@ -139,17 +148,17 @@ def test_an_ablation_goes_on_past_a_variant_that_fails_and_is_not_run_twice(
         command.main(plan, folder, jobs=2)
     shown = capsys.readouterr().out
     assert "gamma, seed 0: retrieval, txt_r1" in shown and "Still to be measured: bad." in shown
-    content = json.loads((folder / "table.json").read_text())
+    content = json.loads((folder / "mine.json").read_text())
     rows = {row["name"]: row for row in content["rows"]}
     assert not rows["bad"]["metrics"] and rows["gamma"]["cost"] > 0
     assert rows["gamma"]["metrics"]["retrieval txt_r1"]["pairs"] == 1
-    assert (folder / "table.png").stat().st_size > 5000
+    assert (folder / "mine.png").stat().st_size > 5000
     assert "softmask_plugin" not in shown  # what the runs print is in the workers' logs
 
     # All that is asked for is there: the table alone is written again
     monkeypatch.setattr(command, "work", None)
-    page = (folder / "table.md").read_text()
-    (folder / "table.md").unlink()
+    page = (folder / "mine.md").read_text()
+    (folder / "mine.md").unlink()
     assert command.main(plan, folder, only=["albef", "gamma"]).read_text() == page
     against = command.main(plan, folder, only=["albef"], baseline="gamma").read_text()
     assert "**gamma**" in against
@@ -183,7 +192,7 @@ def test_a_killed_ablation_goes_on(write, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert len([*folder.rglob("result.json")]) == 4
     assert all(file.stat().st_mtime_ns == then for file, then in results.items())
-    assert "| **albef** |" in (folder / "table.md").read_text()
+    assert "| **albef** |" in (folder / "mine.md").read_text()
 
 
 def until_no_process_is_left(group):

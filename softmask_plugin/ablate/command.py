@@ -33,10 +33,11 @@ def main(
     baseline: str | None = None,
     options: Sequence[str] = (),
 ) -> Path:
-    """Train and evaluate the variants of a plan, and write ``table.md``, ``.json`` and ``.png``.
+    """Train and evaluate the variants of a plan, and write ``<plan>.md``, ``.json`` and ``.png``.
 
     What has a result already is not run again, and what was killed goes on where it was, so that
-    the same command goes on with an ablation, and afterwards only writes its table.
+    the same command goes on with an ablation, and afterwards only writes its table. Plans with the
+    same ``base`` may share a folder, and with it their pretraining.
 
     Args:
         plan: a YAML file, or the name of a shipped one.
@@ -75,7 +76,7 @@ def main(
             job.cost_file.unlink(missing_ok=True)
     failed = _run([job for job in wanted if not job.is_done], jobs, folder)
     page = _write(read, folder, compared)
-    print(page.read_text(encoding="utf-8") + f"\nWritten: {page}, table.json and table.png")
+    print(page.read_text(encoding="utf-8") + f"\nWritten: {page}, .json and .png")
     if failed:
         job, error = failed[0]
         raise UserError(f"{len(failed)} of {len(wanted)} runs failed, first {job}: {error}")
@@ -131,8 +132,8 @@ def _write(plan: Plan, folder: Path, baseline: str) -> Path:
         "rows": as_plain(table),
     }
     text = json.dumps(content, indent=2, ensure_ascii=False)
-    (folder / "table.json").write_text(text + "\n", encoding="utf-8")
-    plot.draw(table, plan.metrics, baseline).savefig(folder / "table.png", dpi=150)
-    page = folder / "table.md"
+    page = folder / f"{plan.name}.md"
+    page.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+    plot.draw(table, plan.metrics, baseline).savefig(page.with_suffix(".png"), dpi=150)
     page.write_text(markdown(table, plan.metrics, baseline), encoding="utf-8")
     return page
