@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+import scipy.stats
 import torch
 import yaml
 
@@ -235,10 +236,21 @@ def die(*_):
 def test_the_arithmetic_of_a_row():
     found = table.measure({0: 3.0, 1: 5.0, 2: 10.0}, {0: 2.0, 1: 6.0, 3: 50.0})
     assert found.mean == 6 and found.deviation == pytest.approx(math.sqrt(13))
-    assert (found.difference, found.wins, found.pairs) == (0.0, 1, 2)  # +1 and -1
-    assert found.error == pytest.approx(1.0)  # sqrt(2) / sqrt(2)
+    assert found.differences == {0: 1.0, 1: -1.0} and (found.difference, found.wins) == (0.0, 1)
     alone = table.measure({0: 3.0}, {})
-    assert alone.deviation is None and alone.difference is None and alone.error is None
+    assert alone.deviation is None and alone.difference is None and alone.interval is None
+
+
+def test_the_interval_of_a_difference_is_that_of_a_paired_t_test():
+    own, baseline = [3.0, 5.5, 10.0, 7.0], [2.0, 6.0, 7.5, 5.0]
+    found = table.measure(dict(enumerate(own)), dict(enumerate(baseline)))
+    low, high = scipy.stats.ttest_rel(own, baseline).confidence_interval(0.95)
+    assert (low + high) / 2 == pytest.approx(found.difference)
+    assert (high - low) / 2 == pytest.approx(found.interval)
+    assert not found.tells  # 1.25 +- 2.1
+    for offset in (9, -9):
+        moved = {seed: value + offset for seed, value in enumerate(own)}
+        assert table.measure(moved, dict(enumerate(baseline))).tells
 
 
 def rows_of(**values):
@@ -261,15 +273,24 @@ def test_the_table_in_markdown():
     lines = table.markdown(rows, ["r1"], "albef").splitlines()
     assert lines[0] == "| variant | r1 | seeds | time of a step |"
     assert lines[2] == "| **albef** | 41.0 ± 1.4 | 2 | 1.50 |"
-    assert lines[3] == "| soft | 43.5 ± 0.7 (+2.5 ± 1.5, 2/2) | 2 | 1.50 |"
+    # Student's t of one degree of freedom: 12.7 standard errors of 1.5
+    assert lines[3] == "| soft | 43.5 ± 0.7 (+2.5 ± 19.1, 2/2) | 2 | 1.50 |"
     assert lines[-1] == "Still to be measured: late."
+    clear = table.markdown(rows_of(albef=[40.0, 42.0], soft=[50.0, 52.1]), ["r1"], "albef")
+    assert "| soft | 51.0 ± 1.5 (**+10.1 ± 0.6**, 2/2) | 2 | 1.50 |" in clear
     shares = table.markdown(rows_of(albef=[0.5], soft=[0.51]), ["r1"], "albef")
     assert "| soft | 0.510 (+0.010, 1/1) | 1 | 1.50 |" in shares
 
 
-def test_the_plot_has_each_measured_row_and_the_baselines_band():
-    figure = plot.draw(rows_of(albef=[40.0, 42.0], soft=[44.0, 43.0], late=[]), ["r1"], "albef")
-    (axes,) = figure.axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["albef", "soft"]
-    (band,) = axes.patches
-    assert band.get_x() == pytest.approx(41 - math.sqrt(2))
+def test_the_plot_shows_differences_with_their_intervals():
+    rows = rows_of(albef=[40.0, 42.0], soft=[44.0, 43.0], clear=[50.0, 52.1], late=[])
+    (axes,) = plot.draw(rows, ["r1"], "albef").axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["albef", "soft", "clear"]
+    assert axes.get_title(loc="left") == "r1, albef: 41"
+    soft, clear = axes.containers
+    for bar, mean, half in ((soft, 2.5, 19.06), (clear, 10.05, 0.635)):
+        dot, _, (line,) = bar
+        assert dot.get_xdata()[0] == pytest.approx(mean)
+        (low, _), (high, _) = line.get_segments()[0]
+        assert (high - low) / 2 == pytest.approx(half, abs=0.01)
+    assert soft[0].get_color() != clear[0].get_color()  # whose interval leaves out zero

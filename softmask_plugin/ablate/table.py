@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from scipy.stats import t as student_t
+
 from softmask_plugin.ablate.plan import Plan
 from softmask_plugin.ablate.run import Job
 
@@ -21,19 +23,26 @@ class Measured:
         values: by seed.
         mean, deviation: over the seeds; the standard deviation is that of a sample, None of a
             single seed.
-        difference: mean over the seeds that both have of the variant's value less the baseline's;
-            None for the baseline itself, and where they share no seed.
-        error: standard error of that difference, paired by seed; None of a single seed.
-        wins, pairs: in how many of how many shared seeds the variant is above the baseline.
+        differences: the variant's value less the baseline's, for each seed that both have; none
+            for the baseline itself.
+        difference: their mean.
+        interval: how far from it the 95% confidence interval of the mean reaches, by Student's t of
+            the differences; None of a single seed.
+        wins: in how many of these seeds the variant is above the baseline.
     """
 
     values: dict[int, float]
     mean: float
     deviation: float | None
+    differences: dict[int, float] = field(default_factory=dict)
     difference: float | None = None
-    error: float | None = None
+    interval: float | None = None
     wins: int = 0
-    pairs: int = 0
+
+    @property
+    def tells(self) -> bool:
+        """Whether the interval of the difference leaves out zero."""
+        return self.interval is not None and abs(self.difference or 0) > self.interval
 
 
 @dataclass(frozen=True)
@@ -80,17 +89,22 @@ def rows(plan: Plan, folder: Path, baseline: str) -> list[Row]:
 
 def measure(values: Mapping[int, float], baseline: Mapping[int, float]) -> Measured:
     """Mean and spread of values by seed, and their differences to the baseline's."""
-    differences = [values[seed] - baseline[seed] for seed in values if seed in baseline]
-    several = len(differences) > 1
+    differences = {seed: values[seed] - baseline[seed] for seed in values if seed in baseline}
     return Measured(
         values=dict(values),
         mean=statistics.fmean(values.values()),
         deviation=statistics.stdev(values.values()) if len(values) > 1 else None,
-        difference=statistics.fmean(differences) if differences else None,
-        error=statistics.stdev(differences) / math.sqrt(len(differences)) if several else None,
-        wins=sum(difference > 0 for difference in differences),
-        pairs=len(differences),
+        differences=differences,
+        difference=statistics.fmean(differences.values()) if differences else None,
+        interval=_interval([*differences.values()]) if len(differences) > 1 else None,
+        wins=sum(difference > 0 for difference in differences.values()),
     )
+
+
+def _interval(values: Sequence[float]) -> float:
+    """Half of the width of the 95% confidence interval of a mean."""
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return float(student_t.ppf(0.975, len(values) - 1)) * error
 
 
 def markdown(table: Sequence[Row], metrics: Sequence[str], baseline: str) -> str:
@@ -106,9 +120,10 @@ def markdown(table: Sequence[Row], metrics: Sequence[str], baseline: str) -> str
         lines.append("| " + " | ".join([name, *cells, str(seeds), cost]) + " |")
     lines += [
         "",
-        f"Mean ± standard deviation over seeds; in brackets the difference to {baseline} ± its "
-        "standard error, paired by seed, and in how many of the shared seeds it is above it. The "
-        f"time of a step is relative to {baseline}.",
+        f"Mean ± standard deviation over seeds; in brackets the difference to {baseline} ± half of "
+        "its 95% confidence interval (Student's t, paired by seed; bold where that leaves out "
+        "zero), and in how many of the shared seeds it is above it. The time of a step is relative "
+        f"to {baseline}.",
     ]
     missing = [row.name for row in table if not row.measured]
     if missing:
@@ -123,15 +138,18 @@ def _digits(table: Sequence[Row], metric: str) -> int:
 
 
 def cell(measured: Measured, digits: int = 1) -> str:
-    """One metric as text, as in "61.2 ± 1.3 (+2.4 ± 0.8, 3/3)"."""
+    """One metric as text, as in "61.2 ± 1.3 (+2.4 ± 3.4, 3/3)"."""
     text = f"{measured.mean:.{digits}f}"
     if measured.deviation is not None:
         text += f" ± {measured.deviation:.{digits}f}"
     if measured.difference is None:
         return text
-    error = "" if measured.error is None else f" ± {measured.error:.{digits}f}"
-    wins = f"{measured.wins}/{measured.pairs}"
-    return f"{text} ({measured.difference:+.{digits}f}{error}, {wins})"
+    difference = f"{measured.difference:+.{digits}f}"
+    if measured.interval is not None:
+        difference += f" ± {measured.interval:.{digits}f}"
+    if measured.tells:
+        difference = f"**{difference}**"
+    return f"{text} ({difference}, {measured.wins}/{len(measured.differences)})"
 
 
 def as_plain(table: Sequence[Row]) -> list[dict]:
