@@ -10,8 +10,10 @@ from dataclasses import fields
 import pytest
 import torch
 from omegaconf import OmegaConf
+from toy_shards import write_shards
 
 from benchmarks.baseline import albef_pretrain
+from softmask_plugin.datasets import shard_stream
 from softmask_plugin.models.pretrain import SoftMaskPretrain
 from softmask_plugin.options import PretrainOptions, read_options
 
@@ -106,3 +108,20 @@ def make_batch():
 def albef_twin():
     """LAVIS's AlbefPretrain of the same shape with the same weights: ``albef_twin(model)``."""
     return albef_pretrain
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """Shards of five samples with two captions each."""
+    return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture
+def as_rank(monkeypatch):
+    """Let the process pass for one of several: ``as_rank(rank, world)``."""
+
+    def set_rank(rank: int, world: int) -> None:
+        monkeypatch.setattr(shard_stream, "get_rank", lambda: rank)
+        monkeypatch.setattr(shard_stream, "get_world_size", lambda: world)
+
+    return set_rank
