@@ -6,10 +6,14 @@ import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work, and 
 
 # isort: split
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
+from lavis.common.registry import registry
 from omegaconf import OmegaConf
+from PIL import Image
+from toy_folders import COLOURS
 from toy_shards import write_shards
 
 from benchmarks.baseline import albef_pretrain
@@ -125,3 +129,16 @@ def as_rank(monkeypatch):
         monkeypatch.setattr(shard_stream, "get_world_size", lambda: world)
 
     return set_rank
+
+
+@pytest.fixture
+def colour_photos(tmp_path, monkeypatch):
+    """Four plain images in photos/ and a run's output folder; the process stands above."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(registry.mapping["paths"], "output_dir", str(tmp_path / "run"))
+    monkeypatch.setitem(registry.mapping["paths"], "result_dir", str(tmp_path / "run"))
+    for name in ("photos", "run"):
+        Path(name).mkdir()
+    for colour in COLOURS:
+        Image.new("RGB", (20, 16), colour).save(f"photos/{colour}.png")
+    return tmp_path
