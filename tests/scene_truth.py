@@ -1,0 +1,98 @@
+"""What is said about a scene and whether it is true, read without the code that wrote it."""
+
+import math
+import re
+
+import numpy as np
+
+from softmask_plugin.datasets.scenes import COLOURS, SHAPES
+
+HELDOUT = 0.125  # share of the compositions that training never shows
+DIRECTIONS = {
+    "to the left of": (-1, 0),
+    "to the right of": (1, 0),
+    "above": (0, -1),
+    "below": (0, 1),
+}
+NOUN = rf"(?:(small|large) )?(?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)}|thing)"
+
+
+def things_called(noun, things):
+    """All things that fit "red circle", "large thing", ..."""
+    size, colour, shape = re.fullmatch(NOUN, noun).groups()
+    wanted = {"size": size, "colour": colour, "shape": None if shape == "thing" else shape}
+    return [t for t in things if all(v in (None, getattr(t, k)) for k, v in wanted.items())]
+
+
+def lies(thing, how, anchor):
+    """Whether a thing lies within 45 degrees of a direction, seen from another."""
+    way = np.array([thing.x - anchor.x, thing.y - anchor.y])
+    return way @ DIRECTIONS[how] > math.cos(math.pi / 4) * np.linalg.norm(way)
+
+
+def meant(expression, things):
+    """All things that fit "the red circle" or "the thing above the red circle", and the anchor."""
+    related = re.fullmatch(rf"the thing ({'|'.join(DIRECTIONS)}) the (.+)", expression)
+    if related is None:
+        return things_called(expression.removeprefix("the "), things), None
+    (anchor,) = things_called(related[2], things)
+    return [t for t in things if t is not anchor and lies(t, related[1], anchor)], anchor
+
+
+def hidden_by(curtain, things):
+    """The one thing behind a curtain that touches no other."""
+    (x0, y0, x1, y1), behind = curtain, []
+    for thing in things:
+        a0, b0, a1, b1 = thing.box
+        if x0 <= a0 and y0 <= b0 and a1 <= x1 and b1 <= y1:
+            behind.append(thing)
+        else:
+            assert a1 <= x0 or x1 <= a0 or b1 <= y0 or y1 <= b0
+    (thing,) = behind
+    return thing
+
+
+def entailment_label(item):
+    expression, value = re.fullmatch(r"(the .+) is (?:an? )?(\w+)", item.text).groups()
+    (thing,), anchor = meant(expression, item.scene.things)
+    hidden = hidden_by(item.curtain, item.scene.things)
+    assert anchor is not hidden
+    if thing is hidden:
+        return "neutral"
+    assert value in COLOURS or value in SHAPES
+    return "entailment" if value in thing.composition else "contradiction"
+
+
+def nouns(text):
+    """The things that a statement or question names with an article."""
+    return [match[0].partition(" ")[2] for match in re.finditer(rf"\ban? {NOUN}", text)]
+
+
+def pair_truth(item):
+    """Whether a statement about two images is true."""
+    shown = [
+        [bool(things_called(noun, scene.things)) for noun in nouns(item.text)]
+        for scene in (item.left, item.right)
+    ]
+    (left, *left_second), (right, *right_second) = shown
+    if item.text.startswith("both images show"):
+        return left and right
+    if item.text.startswith("only one image shows"):
+        return left != right
+    (left_second,), (right_second,) = left_second, right_second
+    if item.text.startswith("one image shows"):
+        return (left and right_second) or (right and left_second)
+    assert item.text.startswith("the left image shows")
+    return left and right_second
+
+
+def answer(question):
+    """The answer to a question."""
+    text, things = question.text, question.scene.things
+    if asked := re.fullmatch(r"what (colour|shape|size) is (.+)", text):
+        (thing,), _ = meant(asked[2], things)
+        return getattr(thing, asked[1])
+    if asked := re.fullmatch(r"how many (.+) are there", text):
+        return str(len(things_called(asked[1].removesuffix("s"), things)))
+    (noun,) = nouns(re.fullmatch(r"is there (.+)", text)[0])
+    return "yes" if things_called(noun, things) else "no"
