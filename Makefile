@@ -1,8 +1,8 @@
-# make venv | demo | bench | tasks | soak | assets | test | lint | format, and venv-modern | test-modern for the second stack.
+# make venv | demo | bench | tasks | soak | assets | docs | test | lint | format, and venv-modern | test-modern for the second stack.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-modern demo bench tasks soak assets test test-modern lint format
+.PHONY: help venv venv-modern demo bench tasks soak assets docs test test-modern lint format
 
 help:
 	@echo "make demo         pretrain a tiny SoftMask++ on rendered scenes, write a report"

@@ -46,3 +46,8 @@ def test_the_api_shows_public_docstrings(site):
     assert "Word-conditional Grad-CAM of a matching score." in page
     assert "normalize" in page and "_" + "mixed_targets" not in page
     assert (site / "api" / "models" / "pretrain" / "index.html").is_file()
+
+
+def test_make_docs_builds_although_a_folder_has_its_name():
+    command = ["make", "-n", "-o", ".venv/.installed", "docs"]
+    assert "mkdocs build" in subprocess.check_output(command, cwd=ROOT, text=True)

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from importlib.metadata import distribution
 from pathlib import Path
 from zipfile import ZipFile
@@ -52,6 +53,18 @@ def test_the_wheel_holds_the_package_and_its_data_alone(wheel):
     assert configs
     assert "softmask_plugin/assets/scenes_tiny.safetensors" in held
     assert {name for name in held if ".dist-info/" not in name} == source | configs
+
+
+def test_the_source_archive_holds_what_its_tests_and_its_docs_read(tmp_path):
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout, so nothing says what the project is made of")
+    tracked = run("git", "ls-files", cwd=ROOT).stdout.splitlines()
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", str(tmp_path), cwd=ROOT)
+    (file,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(file) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    shown = {name for name in tracked if name[0] != "." and (ROOT / name).is_file()}
+    assert shown <= held, shown - held
 
 
 def test_the_installed_wheel_trains_on_a_shipped_config(wheel, tmp_path):
