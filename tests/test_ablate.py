@@ -16,8 +16,9 @@ import torch
 import yaml
 
 from softmask_plugin import cli
-from softmask_plugin.ablate import command, plot, table, workers
-from softmask_plugin.ablate.plan import read_plan, shipped_plans
+from softmask_plugin.ablate import command, cost, plot, table, workers
+from softmask_plugin.ablate.plan import shipped_plans
+from softmask_plugin.ablate.read import read_plan
 from softmask_plugin.ablate.run import Job
 from softmask_plugin.ablate.workers import Slot
 from softmask_plugin.errors import UserError
@@ -83,8 +84,15 @@ def test_the_plans_of_scenes_can_share_a_folder():
         ({"variants": []}, "variants must be a section"),
         ({"variants": {"albef": None}}, "variants.albef is None"),
         ({"variants": {"albef": [], "a/b": []}}, "'a/b' is no name"),
-        ({"variants": {"albef": ["run.max_epoch=9"]}}, "another budget"),
-        ({"variants": {"albef": ["datasets.scenes_pretrain.num.train=9"]}}, "another budget"),
+        ({"variants": {"albef": [], "b": ["run.max_epoch=9"]}}, "variants.b has another budget"),
+        (
+            {"variants": {"albef": [], "b": ["datasets.scenes_pretrain={num: {train: 9}}"]}},
+            "datasets.scenes_pretrain.num.train is 9 instead of 16",
+        ),
+        ({"variants": {"albef": ["run.seed=3"]}}, "run.seed is for the plan's seeds to say"),
+        ({"base": {"config": EVALUATE, "options": ["run.output_dir=x"]}}, "--output-dir to say"),
+        ({"evaluate": []}, "evaluate is empty"),
+        ({"evaluate": [{"name": "a", "config": EVALUATE, "metrics": []}]}, "metrics is empty"),
         ({"variants": {"albef": ["model.itc.gama=1"]}}, "did you mean 'gamma'"),
         ({"variants": {"albef": ["model.soft_mask.layer=3"]}}, "stage 'pretrain'"),
         ({"variants": {"albef": ["run.runner=runner_base"]}}, "run.runner must be softmask_runner"),
@@ -126,6 +134,7 @@ def test_a_variant_named_twice_is_told(tmp_path):
             ["--plan", SMALL, "--options", "datasets.scenes_pretrian.seed=1"],
             "did you mean 'scenes_pretrain'",
         ),
+        (["--plan", SMALL, "--options", "run.seed=9"], "--options: remove 'run.seed=9'"),
         (["--plan", SMALL, "--seeds", "9"], "the plan has 2 seeds"),
         (["--plan", SMALL, "--jobs", "0"], "--jobs is 0"),
     ],
@@ -151,8 +160,11 @@ def test_an_ablation_goes_on_past_a_variant_that_fails_and_is_not_run_twice(
     assert "gamma, seed 0: retrieval, txt_r1" in shown and "Still to be measured: bad." in shown
     content = json.loads((folder / "mine.json").read_text())
     rows = {row["name"]: row for row in content["rows"]}
-    assert not rows["bad"]["metrics"] and rows["gamma"]["cost"] > 0
-    assert rows["gamma"]["metrics"]["retrieval txt_r1"]["pairs"] == 1
+    assert not rows["bad"]["metrics"] and rows["albef"]["cost"] is None
+    low, median, high = rows["gamma"]["cost"]
+    assert 0 < low <= median <= high
+    assert [*rows["gamma"]["metrics"]["retrieval txt_r1"]["differences"]] == ["0"]
+    assert rows["gamma"]["ran_on"][0]["torch"] == torch.__version__
     assert (folder / "mine.png").stat().st_size > 5000
     assert "softmask_plugin" not in shown  # what the runs print is in the workers' logs
 
@@ -165,11 +177,66 @@ def test_an_ablation_goes_on_past_a_variant_that_fails_and_is_not_run_twice(
     assert "**gamma**" in against
 
     # What is there is of other options
-    with pytest.raises(UserError, match="another config or options"):
-        command.main(plan, folder, only=["gamma"], options=["run.log_freq=2"])
+    changed = ["model.soft_mask.strength=0.5"]
+    with pytest.raises(UserError, match=r"another config or options.*--only gamma --again"):
+        command.main(plan, folder, only=["gamma"], options=changed)
     with pytest.raises(TypeError):  # with --again it would be run
-        command.main(plan, folder, only=["gamma"], options=["run.log_freq=2"], again=True)
+        command.main(plan, folder, only=["gamma"], options=changed, again=True)
     assert not [*(folder / "gamma").iterdir()] and (folder / "albef" / "seed_0").exists()
+
+
+def done(job, value=50.0):
+    """Write results of a job as if it had run."""
+    for stage in job.plan.stages:
+        result = {"config": stage.config, "options": job.plan.options(job.variant, stage)}
+        result |= {"metrics": dict.fromkeys(stage.metrics, value), "environment": {"cores": 2}}
+        job.place(stage).mkdir(parents=True)
+        (job.place(stage) / "result.json").write_text(json.dumps(result))
+
+
+def test_a_row_of_other_options_is_left_out_of_the_table(write, tmp_path):
+    plan, changed = (
+        read_plan(write(variants={"albef": [], "gamma": [f"model.itc.gamma={gamma}"]}))
+        for gamma in (1, 2)
+    )
+    for seed in plan.seeds:
+        done(Job(plan, "albef", seed, tmp_path), 40.0)
+        done(Job(plan, "gamma", seed, tmp_path))
+    albef, gamma = table.rows(plan, tmp_path, "albef")
+    assert gamma.metrics["retrieval txt_r1"].difference == 10 and gamma.ran_on == [{"cores": 2}]
+    albef, gamma = rows = table.rows(changed, tmp_path, "albef")
+    assert albef.measured and not gamma.measured
+    assert "Left out: " in table.markdown(rows, changed.metrics, "albef")
+    assert "--only gamma --again" in table.markdown(rows, changed.metrics, "albef")
+    # Without its baseline a row is still told
+    _, gamma = table.rows(plan, tmp_path, "gamma")
+    assert gamma.measured and gamma.metrics["retrieval txt_r1"].difference is None
+
+
+def test_results_of_another_plan_are_not_thrown_away(write, tmp_path):
+    plan = write(variants={"albef": []})
+    other = tmp_path / "out" / "albef" / "seed_1" / "vqa"
+    other.mkdir(parents=True)
+    with pytest.raises(UserError, match="--again: .*seed_1 has results of another plan too.*vqa"):
+        command.main(plan, tmp_path / "out", again=True)
+    assert other.exists()
+
+
+def test_ctrl_c_says_how_to_go_on(write, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "work", interrupt)
+    with pytest.raises(UserError, match="interrupted: the same command goes on"):
+        command.main(write(variants={"albef": []}), tmp_path / "out")
+
+
+def test_a_step_is_timed_with_the_mask_on(write, tmp_path):
+    variant = ["model.soft_mask.enabled=true", "model.soft_mask.start_iter=250"]
+    plan = read_plan(write(variants={"albef": [], "late": variant}))
+    stepper = cost.Stepper(plan, "late", tmp_path)
+    assert stepper.runner._model.options.soft_mask.start_iter == 0
+    assert stepper.seconds() > 0
 
 
 def test_a_killed_ablation_goes_on(write, tmp_path):
@@ -223,7 +290,7 @@ def test_a_worker_that_dies_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "_serve", die)
     job = Job(read_plan(SMALL), "albef", 0, tmp_path)
     ((told, error),) = workers.work([job], [Slot(1)], tmp_path)
-    assert told is job and "died with exit code 9" in str(error)
+    assert told is job and "died with exit code 9" in str(error) and "worker_0.log" in str(error)
 
 
 def die(*_):
@@ -262,7 +329,7 @@ def rows_of(**values):
             name,
             (),
             {"r1": table.measure(row, {} if name == first else against)} if row else {},
-            cost=1.5,
+            cost=None if name == first else [1.41, 1.5, 1.62],
         )
         for name, row in by_name.items()
     ]
@@ -272,25 +339,26 @@ def test_the_table_in_markdown():
     rows = rows_of(albef=[40.0, 42.0], soft=[44.0, 43.0], late=[])
     lines = table.markdown(rows, ["r1"], "albef").splitlines()
     assert lines[0] == "| variant | r1 | seeds | time of a step |"
-    assert lines[2] == "| **albef** | 41.0 ± 1.4 | 2 | 1.50 |"
+    assert lines[2] == "| **albef** | 41.0 ± 1.4 | 2 |  |"
     # Student's t of one degree of freedom: 12.7 standard errors of 1.5
-    assert lines[3] == "| soft | 43.5 ± 0.7 (+2.5 ± 19.1, 2/2) | 2 | 1.50 |"
+    assert lines[3] == "| soft | 43.5 ± 0.7 (+2.5 ± 19.1, 2/2) | 2 | 1.50 (1.41 to 1.62) |"
     assert lines[-1] == "Still to be measured: late."
-    clear = table.markdown(rows_of(albef=[40.0, 42.0], soft=[50.0, 52.1]), ["r1"], "albef")
-    assert "| soft | 51.0 ± 1.5 (**+10.1 ± 0.6**, 2/2) | 2 | 1.50 |" in clear
+    clear = table.markdown(rows_of(albef=[40, 42, 41], soft=[50, 52, 51.3]), ["r1"], "albef")
+    assert "| soft | 51.1 ± 1.0 (**+10.1 ± 0.4**, 3/3) | 3 |" in clear
+    assert "Of these 1 intervals about 0 would" in clear
     shares = table.markdown(rows_of(albef=[0.5], soft=[0.51]), ["r1"], "albef")
-    assert "| soft | 0.510 (+0.010, 1/1) | 1 | 1.50 |" in shares
+    assert "| soft | 0.510 (+0.010, 1/1) | 1 |" in shares
 
 
 def test_the_plot_shows_differences_with_their_intervals():
-    rows = rows_of(albef=[40.0, 42.0], soft=[44.0, 43.0], clear=[50.0, 52.1], late=[])
+    rows = rows_of(albef=[40, 42, 41], soft=[44, 43, 42], clear=[50, 52, 51.3], late=[])
     (axes,) = plot.draw(rows, ["r1"], "albef").axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["albef", "soft", "clear"]
     assert axes.get_title(loc="left") == "r1, albef: 41"
     soft, clear = axes.containers
-    for bar, mean, half in ((soft, 2.5, 19.06), (clear, 10.05, 0.635)):
+    for bar, row in ((soft, rows[1]), (clear, rows[2])):
         dot, _, (line,) = bar
-        assert dot.get_xdata()[0] == pytest.approx(mean)
+        assert dot.get_xdata()[0] == pytest.approx(row.metrics["r1"].difference)
         (low, _), (high, _) = line.get_segments()[0]
-        assert (high - low) / 2 == pytest.approx(half, abs=0.01)
+        assert (high - low) / 2 == pytest.approx(row.metrics["r1"].interval)
     assert soft[0].get_color() != clear[0].get_color()  # whose interval leaves out zero

@@ -10,7 +10,8 @@ from lavis.common.registry import registry
 from omegaconf import DictConfig, OmegaConf
 
 from softmask_plugin import config_check, launch
-from softmask_plugin.ablate.plan import read_plan, shipped_plans
+from softmask_plugin.ablate.plan import shipped_plans
+from softmask_plugin.ablate.read import read_plan
 from softmask_plugin.options import read_options
 from softmask_plugin.paths import CONFIGS
 from softmask_plugin.tokenization import build_tokenizer

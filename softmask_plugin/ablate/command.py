@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ from tqdm import tqdm
 
 from softmask_plugin import config_check
 from softmask_plugin.ablate import plot
-from softmask_plugin.ablate.plan import Plan, read_plan
+from softmask_plugin.ablate.plan import Plan
+from softmask_plugin.ablate.read import read_plan
 from softmask_plugin.ablate.run import Job
 from softmask_plugin.ablate.table import as_plain, markdown, rows
 from softmask_plugin.ablate.workers import Done, slots, work
 from softmask_plugin.errors import UserError, suggest
-from softmask_plugin.runners.environment import environment
 
 
 def main(
@@ -71,16 +70,32 @@ def main(
     # Seed by seed, so that an ablation that is broken off has compared all of its rows.
     wanted = [Job(read, name, seed, folder) for seed in read.seeds for name in chosen]
     if again:
-        for job in wanted:
-            shutil.rmtree(job.place(read.base).parent, ignore_errors=True)
-            job.cost_file.unlink(missing_ok=True)
-    failed = _run([job for job in wanted if not job.is_done], jobs, folder)
+        _discard(wanted)
+    try:
+        failed = _run([job for job in wanted if not job.is_done], jobs, folder)
+    except KeyboardInterrupt:
+        raise UserError("interrupted: the same command goes on where it was") from None
     page = _write(read, folder, compared)
     print(page.read_text(encoding="utf-8") + f"\nWritten: {page}, .json and .png")
     if failed:
         job, error = failed[0]
         raise UserError(f"{len(failed)} of {len(wanted)} runs failed, first {job}: {error}")
     return page
+
+
+def _discard(jobs: Sequence[Job]) -> None:
+    """Throw away the results of jobs, unless they are another plan's as well."""
+    for job in jobs:
+        own = {stage.name for stage in job.plan.stages}
+        folder = job.place(job.plan.base).parent
+        others = sorted({each.name for each in folder.glob("*/")} - own)
+        if others:
+            raise UserError(
+                f"--again: {folder} has results of another plan too ({', '.join(others)}), which "
+                "its pretraining belongs to: delete it yourself, or name another --output-dir"
+            )
+    for job in jobs:
+        job.discard()
 
 
 def _run(jobs: Sequence[Job], at_once: int, folder: Path) -> list[tuple[Job, UserError]]:
@@ -120,15 +135,11 @@ def _write(plan: Plan, folder: Path, baseline: str) -> Path:
     table = rows(plan, folder, baseline)
     if not any(row.measured for row in table):
         raise UserError(f"nothing is measured in {folder} yet: see its worker_*.log")
-    machine = environment(_device(plan))
-    del machine["threads"], machine["processes"]  # of this command, not of the runs
     content: dict[str, Any] = {
         "plan": plan.name,
         "baseline": baseline,
         "seeds": plan.seeds,
-        "base": {"config": plan.base.config, "options": plan.base.options},
-        "metrics": plan.metrics,
-        "machine": {"cores": os.cpu_count(), **machine},
+        "stages": [asdict(stage) for stage in plan.stages],
         "rows": as_plain(table),
     }
     text = json.dumps(content, indent=2, ensure_ascii=False)

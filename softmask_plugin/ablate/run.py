@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from softmask_plugin import launch
 from softmask_plugin.ablate.cost import relative_cost
 from softmask_plugin.ablate.plan import PRETRAINED, Plan, Stage
 from softmask_plugin.errors import UserError, suggest
+from softmask_plugin.runners.environment import environment
 from softmask_plugin.whole_files import write_whole
 
 RESULT = "result.json"
@@ -41,10 +43,44 @@ class Job:
         Raises:
             UserError: the result is broken, or of other options than the plan's.
         """
-        file = self.place(stage) / RESULT
+        return self._read(self.place(stage) / RESULT, stage)
+
+    @property
+    def unfinished(self) -> list[Stage]:
+        """The stages that have no result yet."""
+        return [stage for stage in self.plan.stages if self.result(stage) is None]
+
+    @property
+    def cost(self) -> list[float] | None:
+        """What a step of the variant costs, see ``relative_cost``; None where it is not timed."""
+        found = self._read(self.cost_file, self.plan.base)
+        return None if found is None else found["step_time"]
+
+    @property
+    def cost_file(self) -> Path:
+        """Keeps the cost, which is the same for all seeds."""
+        return self.folder / self.variant / COST
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is nothing left to do: the first seed's job times a step as well."""
+        return not self.unfinished and not self.has_to_time
+
+    @property
+    def has_to_time(self) -> bool:
+        """Whether it is this job's part to time a step; the baseline's is the unit."""
+        first = self.seed == self.plan.seeds[0] and self.variant != self.plan.baseline
+        return first and self.cost is None
+
+    def discard(self) -> None:
+        """Throw away all of the variant's results with this seed, and its cost."""
+        shutil.rmtree(self.place(self.plan.base).parent, ignore_errors=True)
+        self.cost_file.unlink(missing_ok=True)
+
+    def _read(self, file: Path, stage: Stage) -> dict[str, Any] | None:
         if not file.is_file():
             return None
-        remedy = "start the row again with --again, or name another --output-dir"
+        remedy = f"start the row again with --only {self.variant} --again, or use another folder"
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
             asked = found["config"], found["options"]
@@ -53,21 +89,6 @@ class Job:
         if asked != (stage.config, self.plan.options(self.variant, stage)):
             raise UserError(f"{file} is of another config or options than the plan's: {remedy}")
         return found
-
-    @property
-    def unfinished(self) -> list[Stage]:
-        """The stages that have no result yet."""
-        return [stage for stage in self.plan.stages if self.result(stage) is None]
-
-    @property
-    def cost_file(self) -> Path:
-        """What a step of the variant costs, the same for all seeds."""
-        return self.folder / self.variant / COST
-
-    @property
-    def is_done(self) -> bool:
-        """Whether there is nothing left to do: the first seed's job measures the cost as well."""
-        return not self.unfinished and (self.seed != self.plan.seeds[0] or self.cost_file.is_file())
 
 
 def run(job: Job) -> Iterator[tuple[Stage, dict[str, Any]]]:
@@ -80,13 +101,14 @@ def run(job: Job) -> Iterator[tuple[Stage, dict[str, Any]]]:
         result = _run(job, stage)
         _write(job.place(stage) / RESULT, result)
         yield stage, result
-    if not job.is_done:
-        _write(job.cost_file, {"step_time": relative_cost(job.plan, job.variant)})
+    if job.has_to_time:
+        cost = {"step_time": relative_cost(job.plan, job.variant)}
+        _write(job.cost_file, {**_asked(job, job.plan.base), **cost})
 
 
 def _run(job: Job, stage: Stage) -> dict[str, Any]:
-    asked, base = job.plan.options(job.variant, stage), job.plan.base
-    options = [*asked, f"run.seed={job.seed}", f"run.output_dir={job.place(stage)}"]
+    asked, base = _asked(job, stage), job.plan.base
+    options = [*asked["options"], f"run.seed={job.seed}", f"run.output_dir={job.place(stage)}"]
     if stage is not base:
         pretrained = job.result(base) or {}
         folder = job.place(base) / pretrained["run"]
@@ -98,16 +120,21 @@ def _run(job: Job, stage: Stage) -> dict[str, Any]:
     began = time.monotonic()
     runner, results = launch.run(stage.config, options, evaluate=not stage.train)
     result: dict[str, Any] = {
-        "config": stage.config,
-        "options": asked,
+        **asked,
         "run": runner.output_dir.name,
         "seconds": round(time.monotonic() - began, 1),  # since it last went on
+        "environment": environment(runner.device),
     }
     if stage.train:
         result["checkpoint"] = f"checkpoint_{runner.max_epoch - 1}.pth"
     if stage.metrics:
         result["metrics"] = _metrics(stage, results or {})
     return result
+
+
+def _asked(job: Job, stage: Stage) -> dict[str, Any]:
+    """What a result is of."""
+    return {"config": stage.config, "options": job.plan.options(job.variant, stage)}
 
 
 def _metrics(stage: Stage, results: dict[str, Any]) -> dict[str, float]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from scipy.stats import t as student_t
 
 from softmask_plugin.ablate.plan import Plan
 from softmask_plugin.ablate.run import Job
+from softmask_plugin.errors import UserError
+
+FEWEST = 3  # seeds of which an interval is told
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,11 @@ class Measured:
 
     @property
     def tells(self) -> bool:
-        """Whether the interval of the difference leaves out zero."""
-        return self.interval is not None and abs(self.difference or 0) > self.interval
+        """Whether the interval of the difference leaves out zero; never of two seeds, whose
+        differences can be equal by chance."""
+        if self.difference is None or self.interval is None:
+            return False
+        return len(self.differences) >= FEWEST and abs(self.difference) > self.interval
 
 
 @dataclass(frozen=True)
@@ -53,13 +60,18 @@ class Row:
         name: in the plan.
         options: what it changes.
         metrics: by the plan's names of them; those that no seed has are left out.
-        cost: seconds of a step of pretraining over the baseline's; None where it is not measured.
+        cost: seconds of a step of pretraining over those of the plan's baseline, quartiles; None
+            where it is not measured.
+        ran_on: the environments of its runs, each once.
+        refused: why its results do not count, where they do not.
     """
 
     name: str
     options: tuple[str, ...]
     metrics: dict[str, Measured] = field(default_factory=dict)
-    cost: float | None = None
+    cost: list[float] | None = None
+    ran_on: list[dict[str, Any]] = field(default_factory=list)
+    refused: str | None = None
 
     @property
     def measured(self) -> bool:
@@ -75,15 +87,20 @@ def rows(plan: Plan, folder: Path, baseline: str) -> list[Row]:
         folder: the ablation's.
         baseline: the variant to compare with.
     """
-    found = {name: _results(plan, folder, name) for name in plan.variants}
-    costs = {name: _cost(plan, folder, name) for name in plan.variants}
+    against: dict[str, dict[int, float]] = {}
+    with suppress(UserError):  # which its own row tells
+        against = _by_seed(plan, folder, baseline)[0]
     table = []
-    for name, values in found.items():
-        against = {} if name == baseline else found[baseline]
-        metrics = {m: measure(v, against.get(m, {})) for m, v in values.items() if v}
-        cost, other = costs[name], costs[baseline]
-        relative = None if cost is None or other is None else cost / other
-        table.append(Row(name, plan.variants[name], metrics, relative))
+    for name, options in plan.variants.items():
+        try:
+            values, ran_on = _by_seed(plan, folder, name)
+            cost = Job(plan, name, plan.seeds[0], folder).cost
+        except UserError as error:
+            table.append(Row(name, options, refused=str(error)))
+            continue
+        other = {} if name == baseline else against
+        metrics = {m: measure(v, other.get(m, {})) for m, v in values.items() if v}
+        table.append(Row(name, options, metrics, cost, ran_on))
     return table
 
 
@@ -108,27 +125,41 @@ def _interval(values: Sequence[float]) -> float:
 
 
 def markdown(table: Sequence[Row], metrics: Sequence[str], baseline: str) -> str:
-    """Rows that are measured, a line each; below them the names of those that are not."""
+    """Rows that are measured, a line each; below them how to read them, and what is missing."""
     head = ["variant", *metrics, "seeds", "time of a step"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     digits = {metric: _digits(table, metric) for metric in metrics}
     for row in filter(lambda row: row.measured, table):
         name = f"**{row.name}**" if row.name == baseline else row.name
         seeds = max(len(each.values) for each in row.metrics.values())
-        cost = "" if row.cost is None else f"{row.cost:.2f}"
         cells = [cell(row.metrics[m], digits[m]) if m in row.metrics else "" for m in metrics]
-        lines.append("| " + " | ".join([name, *cells, str(seeds), cost]) + " |")
-    lines += [
-        "",
-        f"Mean ± standard deviation over seeds; in brackets the difference to {baseline} ± half of "
-        "its 95% confidence interval (Student's t, paired by seed; bold where that leaves out "
-        "zero), and in how many of the shared seeds it is above it. The time of a step is relative "
-        f"to {baseline}.",
-    ]
-    missing = [row.name for row in table if not row.measured]
+        lines.append("| " + " | ".join([name, *cells, str(seeds), _cost(row)]) + " |")
+    lines += ["", legend(table, baseline)]
+    missing = [row.name for row in table if not row.measured and row.refused is None]
     if missing:
         lines += ["", "Still to be measured: " + ", ".join(missing) + "."]
-    return "\n".join(lines) + "\n"
+    lines += ["", *(f"Left out: {row.refused}" for row in table if row.refused is not None)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def legend(table: Sequence[Row], baseline: str) -> str:
+    """How to read the table, and how many of its bold cells chance alone would give."""
+    intervals = [m for row in table for m in row.metrics.values() if len(m.differences) >= FEWEST]
+    return (
+        f"Mean ± standard deviation over seeds; in brackets the difference to {baseline} ± half of "
+        "its 95% confidence interval (Student's t, paired by seed) and in how many of the shared "
+        f"seeds it is above it; bold where the interval of {FEWEST} or more seeds leaves out zero. "
+        f"Of these {len(intervals)} intervals about {len(intervals) * 0.05:.0f} would do so by "
+        "chance. Time of a step: that of the plan's baseline is 1; median and quartiles of steps "
+        "in turns."
+    )
+
+
+def _cost(row: Row) -> str:
+    if row.cost is None:
+        return ""
+    low, median, high = row.cost
+    return f"{median:.2f} ({low:.2f} to {high:.2f})"
 
 
 def _digits(table: Sequence[Row], metric: str) -> int:
@@ -157,18 +188,18 @@ def as_plain(table: Sequence[Row]) -> list[dict]:
     return [asdict(row) for row in table]
 
 
-def _results(plan: Plan, folder: Path, variant: str) -> dict[str, dict[int, float]]:
-    """Metrics of a variant, each by seed."""
+def _by_seed(
+    plan: Plan, folder: Path, variant: str
+) -> tuple[dict[str, dict[int, float]], list[dict[str, Any]]]:
+    """Metrics of a variant, each by seed, and what its runs ran on."""
     values: dict[str, dict[int, float]] = {metric: {} for metric in plan.metrics}
+    ran_on: list[dict[str, Any]] = []
     for seed in plan.seeds:
         job = Job(plan, variant, seed, folder)
         for stage in plan.stages:
-            for metric, value in (job.result(stage) or {}).get("metrics", {}).items():
+            result = job.result(stage) or {}
+            for metric, value in result.get("metrics", {}).items():
                 values[f"{stage.name} {metric}"][seed] = value
-    return values
-
-
-def _cost(plan: Plan, folder: Path, variant: str) -> float | None:
-    """Time of a step over that of the plan's own baseline."""
-    file = Job(plan, variant, plan.seeds[0], folder).cost_file
-    return json.loads(file.read_text())["step_time"] if file.is_file() else None
+            if result and result["environment"] not in ran_on:
+                ran_on.append(result["environment"])
+    return values, ran_on

@@ -61,6 +61,7 @@ class Worker:
     def __init__(self, slot: Slot, log: Path) -> None:
         context = multiprocessing.get_context("spawn")
         self.job: Job | None = None
+        self.log = log
         self.pipe, theirs = context.Pipe()
         # Not a daemon: its runs have loader processes of their own
         self.process = context.Process(target=_serve, args=(theirs, slot.threads, log))
@@ -89,7 +90,7 @@ class Worker:
             self.process.join()
             return UserError(
                 f"its process died with exit code {self.process.exitcode}: was it killed for want "
-                "of memory?"
+                f"of memory? (its log: {self.log})"
             )
 
 
