@@ -98,11 +98,10 @@ def options_page() -> str:
     ]
     for node in ast.parse("\n".join(lines)).body:
         if isinstance(node, ast.ClassDef):
-            bases = ", ".join(f"`{ast.unparse(base)}`" for base in node.bases)
+            bases = ", ".join(section_link(base) for base in node.bases)
             parts.append(f"## {node.name}" + (f"\n\nBased on {bases}." if bases else ""))
             parts.append((ast.get_docstring(node) or "").replace("``", "`"))
-            rows = [row for row in fields(node, lines)]
-            if rows:
+            if rows := list(fields(node, lines)):
                 parts.append("| key | default | meaning |\n|---|---|---|\n" + "\n".join(rows))
     return "\n\n".join(parts) + "\n"
 
@@ -111,10 +110,22 @@ def fields(node: ast.ClassDef, lines: list[str]) -> Iterator[str]:
     """Table rows of a dataclass's fields."""
     for field in node.body:
         if isinstance(field, ast.AnnAssign) and field.value is not None:
-            default = ast.unparse(field.value)
-            if default.startswith("field("):
-                default = "see there"
-            yield f"| `{ast.unparse(field.target)}` | `{default}` | {comment(field, lines)} |"
+            key, meaning = ast.unparse(field.target), comment(field, lines)
+            yield f"| `{key}` | {default(field.annotation, field.value)} | {meaning} |"
+
+
+def default(kind: ast.expr, value: ast.expr) -> str:
+    """A field's default; of a section, where its own are, and those that are others here."""
+    if not isinstance(value, ast.Call):
+        return f"`{ast.unparse(value)}`"
+    factory = value.keywords[0].value  # field(default_factory=Class, or lambda: Class(key=other))
+    others = factory.body.keywords if isinstance(factory, ast.Lambda) else []
+    return ", ".join([section_link(kind), *(f"`{ast.unparse(other)}`" for other in others)])
+
+
+def section_link(name: ast.expr) -> str:
+    """A link to where the page has a dataclass."""
+    return f"[{ast.unparse(name)}](#{ast.unparse(name).lower()})"
 
 
 def comment(field: ast.AnnAssign, lines: list[str]) -> str:

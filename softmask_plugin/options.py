@@ -19,8 +19,8 @@ class VitOptions:
     patch_size: int = 16  # pixels
     width: int = 768  # channels of a token
     depth: int = 12  # blocks
-    heads: int = 12
-    mlp_ratio: float = 4.0
+    heads: int = 12  # of its attention; width must be a multiple
+    mlp_ratio: float = 4.0  # width of the MLP's hidden layer over `width`
 
 
 @dataclass
@@ -28,21 +28,21 @@ class BertOptions:
     """Text and multi-modal encoder; the defaults are BERT-base's."""
 
     vocab_size: int | None = 30522  # null: as many as the tokenizer has
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
+    width: int = 768  # channels of a token
+    layers: int = 12  # of both encoders together
+    heads: int = 12  # of its attention; width must be a multiple
     intermediate: int = 3072  # width of the feed-forward layer
     fusion_layer: int = 6  # the first layer with cross-attention
-    max_positions: int = 512
-    dropout: float = 0.1
-    attention_dropout: float = 0.1
+    max_positions: int = 512  # tokens that there are positions for; max_txt_len is at most this
+    dropout: float = 0.1  # chance of an activation to be dropped, 0 to 0.99
+    attention_dropout: float = 0.1  # chance of an attention weight to be dropped, 0 to 0.99
 
 
 @dataclass
 class SoftMaskOptions:
     """Innovation 1: text-driven soft mask for ITM."""
 
-    enabled: bool = True
+    enabled: bool = True  # whether ITM sees masked images too
     layer: int | None = None  # BERT layer that gives the map; null: the 3rd with cross-attention,
     # or the last but one. Not the last: ITM reads its [CLS] alone, so words have no gradient there.
     words: str = "uniform"  # which word is picked: uniform | content | energy
@@ -60,7 +60,7 @@ class ItcOptions:
 
     loss: str = "focal_itc"  # a name given to register_loss
     gamma: float = 2.0  # 0 is ALBEF's ITC
-    weight: float = 1.0
+    weight: float = 1.0  # of its term in the loss, 0 or more
 
 
 @dataclass
@@ -68,33 +68,33 @@ class TextOptions:
     """Innovation 3, text side: masked captions."""
 
     shared: bool = True  # one masked caption for all losses; false: ITC and ITM read clean text
-    mask_prob: float = 0.15  # chance of a token to be masked
+    mask_prob: float = 0.15  # chance of a token to be masked, 0 to 1
 
 
 @dataclass
 class ModelOptions:
     """What every model has (the ``model:`` section of a YAML)."""
 
-    arch: str = ""
-    model_type: str = "base"
+    arch: str = ""  # the model's name, such as softmask_pretrain
+    model_type: str = "base"  # which of its files in lavis_configs/models has the defaults
 
     # Weights to start from. A checkpoint makes vit_weights and bert_weights moot.
     load_pretrained: bool = True  # whether to load `pretrained`, where it is given
     pretrained: str | None = None  # checkpoint of ALBEF or of this plugin: path, URL or
     # "shipped:scenes_tiny", the tiny model that comes with the package
     load_finetuned: bool = False  # whether to load `finetuned` instead, LAVIS's key for evaluation
-    finetuned: str | None = None
+    finetuned: str | None = None  # checkpoint of a fine-tuned model: path, URL or "shipped:NAME"
     trust_checkpoint: bool = False  # true: read pickled objects too, which can run any code
     vit_weights: str | None = None  # "deit" (downloaded), a path or URL; null: random
     bert_weights: str | None = None  # a BERT of the hub or a local folder; null: random
 
     # Encoders
     image_size: int = 256  # pixels; the processors' image_size must be the same
-    vit: VitOptions = field(default_factory=VitOptions)
-    vit_drop_path_rate: float = 0.0
-    vit_layer_norm_epsilon: float = 1e-6
+    vit: VitOptions = field(default_factory=VitOptions)  # shape of the image encoder
+    vit_drop_path_rate: float = 0.0  # chance to skip the last block, 0 to 0.99; earlier: less
+    vit_layer_norm_epsilon: float = 1e-6  # added to variances, so that none is divided by zero
     vit_grad_ckpt: bool = False  # recompute image blocks in the backward pass: less memory
-    bert: BertOptions = field(default_factory=BertOptions)
+    bert: BertOptions = field(default_factory=BertOptions)  # shape of the text and fusion encoder
     tokenizer: str | None = "bert-base-uncased"  # or "scenes", a vocab.txt, a file of captions,
     # questions or statements to make one from, a folder
     max_txt_len: int = 30  # tokens, [CLS] and [SEP] included
@@ -164,8 +164,8 @@ class DistilledOptions(ModelOptions):
     """Models with a momentum copy that teaches them: soft targets beside the labels."""
 
     use_distill: bool = True  # false: no momentum copy at all, less time and memory
-    momentum: float = 0.995
-    alpha: float = 0.4  # weight of the momentum model's soft targets
+    momentum: float = 0.995  # share of itself that the momentum copy keeps in a step, 0 to 1
+    alpha: float = 0.4  # weight of the momentum model's soft targets, 0 to 1
     alpha_epochs: float = 1.0  # epochs over which alpha rises from 0
 
     def __post_init__(self) -> None:
@@ -179,8 +179,8 @@ class DistilledOptions(ModelOptions):
 class ClassificationOptions(DistilledOptions):
     """``softmask_classification``."""
 
-    max_txt_len: int = 40
-    num_classes: int = 3
+    max_txt_len: int = 40  # tokens, [CLS] and [SEP] included
+    num_classes: int = 3  # that pairs are sorted into: as many as the data has labels
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -191,16 +191,16 @@ class ClassificationOptions(DistilledOptions):
 class NlvrOptions(ClassificationOptions):
     """``softmask_nlvr`` and its pretraining step ``softmask_nlvr_pretrain``."""
 
-    num_classes: int = 2
-    alpha_epochs: float = 2.0
+    num_classes: int = 2  # false and true
+    alpha_epochs: float = 2.0  # epochs over which alpha rises from 0
 
 
 @dataclass
 class VqaOptions(DistilledOptions):
     """``softmask_vqa``."""
 
-    max_txt_len: int = 25  # of a question
-    label_smoothing: float = 0.1  # of an answer's words; LAVIS: 0.1, original ALBEF: 0
+    max_txt_len: int = 25  # tokens of a question, [CLS] and [SEP] included
+    label_smoothing: float = 0.1  # 0 to 1, of an answer's words; LAVIS: 0.1, original ALBEF: 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -212,19 +212,18 @@ class ContrastOptions(ModelOptions):
     """Models that learn by contrast and matching, with the soft mask and the focal loss."""
 
     # Contrast and momentum distillation
-    embed_dim: int = 256
-    queue_size: int = 65536
-    momentum: float = 0.995
-    temp: float = 0.07
+    embed_dim: int = 256  # of the features that ITC compares
+    queue_size: int = 65536  # earlier images, and as many texts, in ITC; 0: the batch alone
+    momentum: float = 0.995  # share of itself that the momentum copy keeps in a step, 0 to 1
+    temp: float = 0.07  # temperature of ITC's similarities, at first if it is learnt; 0.001 to 0.5
     learn_temp: bool = True  # false at learning rates far above 1e-4, which drive it to its clamp
-    alpha: float = 0.4  # weight of the momentum model's soft targets
+    alpha: float = 0.4  # weight of the momentum model's soft targets, 0 to 1
     alpha_epochs: float = 2.0  # epochs over which alpha rises from 0; LAVIS: 2, original ALBEF: 1
 
-    # Weight of the loss that has no section of its own
-    itm_weight: float = 1.0
+    itm_weight: float = 1.0  # of matching's term in the loss, 0 or more
 
-    soft_mask: SoftMaskOptions = field(default_factory=SoftMaskOptions)
-    itc: ItcOptions = field(default_factory=ItcOptions)
+    soft_mask: SoftMaskOptions = field(default_factory=SoftMaskOptions)  # of the images in ITM
+    itc: ItcOptions = field(default_factory=ItcOptions)  # the loss that contrasts images and texts
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -252,8 +251,8 @@ class ContrastOptions(ModelOptions):
 class PretrainOptions(ContrastOptions):
     """``softmask_pretrain``: all three innovations on."""
 
-    mlm_weight: float = 1.0
-    text: TextOptions = field(default_factory=TextOptions)
+    mlm_weight: float = 1.0  # of the term of predicted words in the loss, 0 or more
+    text: TextOptions = field(default_factory=TextOptions)  # how captions are masked
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -266,8 +265,10 @@ class RetrievalOptions(ContrastOptions):
     """``softmask_retrieval``: ALBEF's fine-tuning; the paper does not say whether its own has the
     soft mask and the focal loss, so both are off."""
 
-    soft_mask: SoftMaskOptions = field(default_factory=lambda: SoftMaskOptions(enabled=False))
-    itc: ItcOptions = field(default_factory=lambda: ItcOptions(gamma=0.0))
+    soft_mask: SoftMaskOptions = field(
+        default_factory=lambda: SoftMaskOptions(enabled=False)
+    )  # of the images in ITM
+    itc: ItcOptions = field(default_factory=lambda: ItcOptions(gamma=0.0))  # ALBEF's ITC
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass
@@ -13,6 +14,7 @@ import pytest
 from softmask_plugin import options
 
 ROOT = Path(__file__).parents[1]
+ROW = re.compile(r"<tr>\s*<td>(.*?)</td>\s*<td>(.*?)</td>\s*<td>(.*?)</td>\s*</tr>")
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,18 @@ def test_the_reference_has_every_option_and_every_shipped_file(site):
         page = (site / "yaml" / folder / "index.html").read_text()
         for file in (ROOT / "lavis_configs" / folder).rglob("*.yaml"):
             assert file.relative_to(ROOT).as_posix() in page
+
+
+def test_every_option_has_a_meaning_and_every_section_a_link(site):
+    page = (site / "yaml" / "options" / "index.html").read_text()
+    rows = ROW.findall(page)
+    own = [
+        key for kind in vars(options).values() if is_dataclass(kind) for key in kind.__annotations__
+    ]
+    assert [re.sub("<.*?>", "", key) for key, _, _ in rows] == own
+    assert all(all(cells) for cells in rows), rows
+    links = re.findall('<a href="#(.*?)"', "".join(default for _, default, _ in rows))
+    assert links and all(f'<h2 id="{link}">' in page for link in links)
 
 
 def test_the_api_shows_public_docstrings(site):
