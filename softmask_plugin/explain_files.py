@@ -116,29 +116,34 @@ def explain_image(
     image: str | Path | Image.Image | np.ndarray,
     caption: str,
     model: Trained | AlignedBase | str | Path | None = None,
-    words: Sequence[str] | None = None,
+    words: Sequence[str] | str | None = None,
+    arch: str | None = None,
+    model_type: str | None = None,
 ) -> ImageExplanation:
     """Explain how a picture matches a caption: where each word looks, and what masking it does.
 
     Args:
-        image: a file, a PIL image, or an array (H, W, 3) uint8.
+        image: a file, a PIL image, or an array (H, W, 3) or (H, W) of uint8.
         caption: any text; the model's text processor cleans it.
         model: a checkpoint (file or URL); a model with a matching head, with the default
             processors; or what :func:`softmask_plugin.trained.load_trained` gave, for many calls.
-        words: those of the caption to explain, wherever they stand; None: all.
+        words: the one or those of the caption to explain, wherever they stand; None: all.
+        arch, model_type: the model that a checkpoint without a configuration is of, such as
+            ``softmask_image_text_matching`` and ``base`` of ALBEF.pth.
 
     Raises:
-        UserError: the image or the checkpoint cannot be read, the caption lacks one of the words,
-            or a score is NaN or infinite.
+        UserError: the image or the checkpoint cannot be read, the model has no matching head, the
+            caption lacks one of the words, or a score is NaN or infinite.
     """
     picture = _open(image)
     if model is None or isinstance(model, (str, Path)):
-        model = load_trained(model)
-    elif isinstance(model, AlignedBase):
+        model = load_trained(model, arch, model_type)
+    elif not isinstance(model, Trained):
         model = Trained.of(model)
     cleaned = model.text_processor(caption)
     (found,) = explain(model.model, model.image_processor(picture)[None], [cleaned])
     if words is not None:
+        words = [words] if isinstance(words, str) else words
         found = _only(found, [w for each in words for w in _read(model, each, found.words)])
     parts = {field.name: getattr(found, field.name) for field in fields(found)}
     return ImageExplanation(**parts, image=np.asarray(picture))
@@ -155,7 +160,21 @@ def require_format(path: str | Path) -> Path:
 def _open(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
     if isinstance(image, (str, Path)):
         return open_rgb(image)
-    return to_rgb(Image.fromarray(image) if isinstance(image, np.ndarray) else image)
+    if isinstance(image, np.ndarray):
+        image = _of_array(image)
+    if not isinstance(image, Image.Image):
+        raise UserError(f"an image must be a file, a PIL image or an array, not {image!r:.80}")
+    return to_rgb(image)
+
+
+def _of_array(pixels: np.ndarray) -> Image.Image:
+    shaped = pixels.size > 0 and (pixels.ndim == 2 or pixels.shape[2:] == (3,))
+    if pixels.dtype != np.uint8 or not shaped:
+        raise UserError(
+            "an image as an array must be (H, W, 3) or (H, W) of uint8, 0 to 255, not "
+            f"{pixels.shape} of {pixels.dtype}"
+        )
+    return Image.fromarray(pixels)
 
 
 def _read(model: Trained, word: str, known: Sequence[str]) -> list[str]:

@@ -47,7 +47,16 @@ class Trained:
 
     @classmethod
     def of(cls, model: AlignedBase) -> Trained:
-        """A model that is there already, with the default processors."""
+        """A model that is there already, with the default processors.
+
+        Raises:
+            UserError: it is none of this plugin's with a matching head.
+        """
+        if not isinstance(model, AlignedBase):
+            raise UserError(
+                f"a {type(model).__name__} cannot be explained: give one of the models with a "
+                f"matching head, {', '.join(_with_head())}"
+            )
         return cls(model, *_processors({}, model.options.image_size))
 
 
@@ -71,7 +80,7 @@ def load_trained(
             of, or it has no matching head; an option is wrong.
     """
     if arch is None and model_type is not None:
-        raise UserError("a model type needs its model: give --model as well as --type")
+        raise UserError("a type needs its model: give --model with --type (arch with model_type)")
     if checkpoint is None and arch is None:
         if DEFAULT is None:
             raise UserError("there are no weights to use: give --checkpoint FILE")
@@ -85,7 +94,7 @@ def load_trained(
         config.model = OmegaConf.merge(config.model, own)
     elif not (config.model.get("pretrained") or config.model.get("finetuned")):
         raise UserError(
-            f"the type '{model_type}' of {arch} comes without weights: give --checkpoint FILE"
+            f"the type '{model_type}' of {arch} comes without weights: name a checkpoint of it"
         )
     model = _model_class(config.model).from_config(config.model)
     if file is not None:
@@ -112,8 +121,8 @@ def _config_of(file: Path) -> DictConfig:
     run = _config_within(file) or _config_beside(file)
     if run is None:
         raise UserError(
-            f"{file} does not say what model it is of: give --model ARCH --type TYPE, such as "
-            "--model softmask_image_text_matching --type base for ALBEF.pth"
+            f"{file} does not say what model it is of: give explain --model and --type (in Python "
+            "arch and model_type), softmask_image_text_matching and base for ALBEF.pth"
         )
     model = {key: value for key, value in run["model"].items() if key not in BEGINNING}
     if (vocabulary := file.parent / "vocab.txt").is_file():
@@ -150,12 +159,16 @@ def _config_of_type(arch: Any, model_type: str | None) -> DictConfig:
 
 
 def _model_class(model: DictConfig) -> Any:
-    classes = {name: registry.get_model_class(name) for name in registry.list_models()}
-    fitting = {name: each for name, each in classes.items() if issubclass(each, AlignedBase)}
-    arch = str(model.get("arch"))
+    fitting, arch = _with_head(), str(model.get("arch"))
     if arch not in fitting:
         raise UserError(f"no model '{arch}' with a matching head: {suggest(arch, fitting)}")
     return fitting[arch]
+
+
+def _with_head() -> dict[str, type[AlignedBase]]:
+    """The models of which the words can be explained, by name."""
+    classes = {name: registry.get_model_class(name) for name in registry.list_models()}
+    return {name: each for name, each in classes.items() if issubclass(each, AlignedBase)}
 
 
 def _processors(preprocess: Any, image_size: int) -> tuple[Any, Any]:

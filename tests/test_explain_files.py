@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from lavis.models.base_model import BaseModel
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -81,6 +82,8 @@ def test_named_words_alone_wherever_they_stand(make_model, photo):
     assert found.words == ["a", "a", "star"]
     assert torch.equal(found.cams, whole.cams[[0, 5, 8]])
     assert torch.equal(found.masked_scores, whole.masked_scores[[0, 5, 8]])
+    (star,) = softmask_plugin.explain_image(photo, CAPTION, model, words="star").words
+    assert star == "star"
     with pytest.raises(UserError, match="lacks 'cirle': did you mean 'circle'"):
         softmask_plugin.explain_image(photo, CAPTION, model, words=["cirle"])
     with pytest.raises(UserError, match="lacks '!'"):
@@ -116,8 +119,37 @@ def test_bare_weights_of_lavis_albef(make_model, albef_twin, tmp_path, photo):
     assert found.score == pytest.approx(
         softmask_plugin.explain_image(photo, CAPTION, model).score, abs=1e-5
     )
-    with pytest.raises(UserError, match="does not say what model it is of: give --model"):
+    with pytest.raises(UserError, match="does not say .*: give explain --model .*Python arch and"):
         load_trained(tmp_path / "ALBEF.pth")
+
+
+def test_a_checkpoint_s_model_is_named_in_python_as_on_the_command_line(photo, tmp_path):
+    named = ("softmask_image_text_matching", "scenes_tiny")
+    bare = tmp_path / "bare.pth"
+    torch.save({"model": load_trained(None, *named).model.state_dict()}, bare)
+    with pytest.raises(UserError, match="does not say what model it is of"):
+        softmask_plugin.explain_image(photo, CAPTION, bare)
+    found = softmask_plugin.explain_image(photo, CAPTION, bare, arch=named[0], model_type=named[1])
+    assert found.score == softmask_plugin.explain_image(photo, CAPTION).score
+
+
+@pytest.mark.parametrize("kind", ["vqa", "lavis", "other"])
+def test_a_model_that_cannot_be_explained_names_those_that_can(make_other, photo, kind):
+    if kind == "vqa":
+        model = make_other(SoftMaskVqa, bert={"layers": 8})
+    else:
+        model = {"lavis": BaseModel(), "other": {}}[kind]
+    with pytest.raises(UserError, match="cannot be explained: .*softmask_image_text_matching"):
+        softmask_plugin.explain_image(photo, CAPTION, model)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [np.random.rand(8, 8, 3), np.zeros((8, 8, 2), np.uint8), np.zeros((0, 8, 3), np.uint8), None],
+)
+def test_an_image_of_another_kind_is_refused(make_model, image):
+    with pytest.raises(UserError, match="an image .*must be .*, not "):
+        softmask_plugin.explain_image(image, CAPTION, make_model())
 
 
 def test_weights_without_a_matching_head_are_refused(make_model, tmp_path):
@@ -139,7 +171,7 @@ def test_a_model_comes_along(photo, tmp_path):
     [
         ({}, "give --checkpoint FILE"),
         ({"checkpoint": "nowhere.pth"}, "no checkpoint at nowhere.pth"),
-        ({"model_type": "tiny"}, "give --model as well"),
+        ({"model_type": "tiny"}, "give --model with --type"),
         ({"arch": "softmask_pretrian", "model_type": "tiny"}, "did you mean 'softmask_pretrain'"),
         ({"arch": "softmask_pretrain", "model_type": "tyni"}, "did you mean 'tiny'"),
         ({"arch": "softmask_vqa", "model_type": "tiny"}, "no model 'softmask_vqa' with a matching"),
