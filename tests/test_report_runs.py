@@ -10,6 +10,7 @@ from PIL import Image
 from test_report import Page, train_record
 
 from softmask_plugin import cli
+from softmask_plugin.config_check import shipped_configs
 from softmask_plugin.errors import UserError
 from softmask_plugin.report import report_run
 from softmask_plugin.report.run_report import PICTURES
@@ -97,6 +98,44 @@ def test_a_run_of_a_model_without_any_of_it(tmp_path):
     """LAVIS's runner keeps no configuration or environment."""
     write(tmp_path, [train_record(1)])
     assert "the run noted none" in report_run(tmp_path).read_text(encoding="utf-8")
+
+
+HINT = "There are no pictures of the masks: set run.panel_every."
+
+
+@pytest.mark.parametrize(
+    ("model", "run", "hinted"),
+    [
+        ({"arch": "softmask_pretrain"}, {}, True),
+        ({"arch": "softmask_pretrain"}, {"panel_every": None}, True),
+        ({"arch": "softmask_pretrain"}, {"panel_every": 50}, False),  # the first is yet to come
+        ({"arch": "softmask_pretrain", "soft_mask": {"enabled": False}}, {}, False),
+        ({"arch": "softmask_retrieval", "soft_mask": None}, {}, False),
+        ({"arch": "softmask_retrieval", "soft_mask": {"enabled": True}}, {}, True),
+        ({"arch": "softmask_vqa"}, {}, False),
+        ({"arch": "albef_pretrain"}, {}, False),
+    ],
+)
+def test_the_summary_says_how_to_get_pictures_of_masks(tmp_path, model, run, hinted):
+    OmegaConf.save({"model": model, "run": run}, tmp_path / "config.yaml")
+    write(tmp_path, [train_record(1)])
+    assert (HINT in report_run(tmp_path).read_text(encoding="utf-8")) is hinted
+    (tmp_path / "masks").mkdir()
+    Image.new("RGB", (2, 2)).save(tmp_path / "masks" / "step_1.png")
+    assert HINT not in report_run(tmp_path).read_text(encoding="utf-8")
+    (tmp_path / "masks" / "step_1.png").unlink()
+    write(tmp_path, TEST)  # an evaluation trains nothing, so it could make none
+    assert HINT not in report_run(tmp_path).read_text(encoding="utf-8")
+
+
+def test_full_size_pretraining_makes_pictures_of_its_masks():
+    configs = [OmegaConf.load(file) for file in shipped_configs().values()]
+    full = [
+        config.run
+        for config in configs
+        if (config.model.arch, config.model.model_type) == ("softmask_pretrain", "base")
+    ]
+    assert full and all(run.get("panel_every") for run in full)
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
 from softmask_plugin.config_check import valid_yaml
 from softmask_plugin.errors import UserError
+from softmask_plugin.options import ModelOptions, SoftMaskOptions
 from softmask_plugin.report.page import write_report
 from softmask_plugin.report.records import read_metrics
 
@@ -34,13 +36,14 @@ def report_run(run_dir: str | Path, path: str | Path | None = None) -> Path:
     config = _config(folder)
     begun = (folder / "metrics.jsonl").exists() or not config
     records = read_metrics(folder) if begun else []
+    pictures = _pictures(folder / "masks")
     return write_report(
         folder / "report.html" if path is None else path,
         title=f"{config.get('model', {}).get('arch', 'Run')} {folder.resolve().name}",
-        summary=_summary(config.get("run", {}), records),
+        summary=_summary(config, records, bool(pictures)),
         metrics={"splits": _last_of_each_split(records)},
         records=records,
-        pictures=_pictures(folder / "masks"),
+        pictures=pictures,
         config=config,
         environment=_environment(folder),
     )
@@ -66,14 +69,27 @@ def _environment(folder: Path) -> dict[str, object]:
         raise UserError(f"{path} is not a JSON object: delete it") from error
 
 
-def _summary(run: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
-    """How far the run is."""
+def _summary(
+    config: Mapping[str, Any], records: Sequence[Mapping[str, Any]], pictures: bool
+) -> str:
+    """How far the run is, and how to get pictures where it could make some but does not."""
+    run = config.get("run", {})
     train = [record for record in records if record.get("split") == "train"]
     if not train:
         return "Nothing was trained." if records else "Nothing is logged yet."
     last = train[-1]
     done = f"The last line logged is of step {last['step']}, in epoch {last['epoch'] + 1}"
-    return f"{done} of {run['max_epoch']}." if "max_epoch" in run else f"{done}."
+    done += f" of {run['max_epoch']}." if "max_epoch" in run else "."
+    if not pictures and run.get("panel_every") is None and _masks(config.get("model", {})):
+        done += " There are no pictures of the masks: set run.panel_every."
+    return done
+
+
+def _masks(model: Mapping[str, Any]) -> bool:
+    """Whether a ``model:`` section has a soft mask, by itself or by its model's defaults."""
+    options = getattr(registry.get_model_class(model.get("arch")), "OPTIONS", ModelOptions)
+    default = getattr(options(), "soft_mask", SoftMaskOptions(enabled=False))
+    return bool((model.get("soft_mask") or {}).get("enabled", default.enabled))
 
 
 def _last_of_each_split(records: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
