@@ -20,7 +20,6 @@ from softmask_plugin.errors import UserError, one_line
 from softmask_plugin.explain import Explanation, explain
 from softmask_plugin.explore import Gallery, readable_images, wrong_caption
 from softmask_plugin.report.figures import heat_overlay, soft_masked
-from softmask_plugin.tokenization import FUNCTION_WORDS
 from softmask_plugin.trained import Trained, load_trained
 
 ADDRESS = "127.0.0.1"  # others on the network see the page only if the user forwards it
@@ -200,11 +199,10 @@ def _next_scene() -> None:
 
 def _show(found: Explanation, picture: np.ndarray) -> None:
     """Let a word be clicked; show its maps and what its mask does to the match."""
-    naming = [i for i, word in enumerate(found.words) if word not in FUNCTION_WORDS]
     word = st.pills(
         "Click a word",
         range(len(found.words)),
-        default=naming[-1] if naming else 0,
+        default=found.naming[-1] if found.naming else 0,
         format_func=lambda index: _label(found.words, index),
         key=f"words of {found.caption}",
     )
@@ -224,7 +222,7 @@ def _show(found: Explanation, picture: np.ndarray) -> None:
     heat.image(heat_overlay(picture, found.cams[word].numpy()), width="stretch")
     heat.caption(f"Heat map of “{name}”: bright is where the model looks")
     mask.image(soft_masked(picture, found.masks[word].numpy()), width="stretch")
-    mask.caption("Soft mask: dark is what it hides from the model")
+    mask.caption(f"{found.mask_name.capitalize()}: dark is what it hides from the model")
 
 
 def _label(words: list[str], index: int) -> str:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from softmask_plugin.errors import require_finite_scores
 from softmask_plugin.nn.image_memory import View
-from softmask_plugin.soft_mask import keep_factors, normalize
-from softmask_plugin.tokenization import Captions
+from softmask_plugin.soft_mask import Kind, keep_factors, normalize
+from softmask_plugin.tokenization import FUNCTION_WORDS, Captions
 from softmask_plugin.word_maps import Pairs, map_words
 
 if TYPE_CHECKING:
@@ -26,9 +26,10 @@ class Explanation:
         caption: as given.
         words: its words, in order.
         cams: heat map of each word over the patch grid, (words, h, w), >= 0.
-        masks: share of each patch that the word's soft mask hides, (words, h, w), in [0, 1].
+        masks: share of each patch that the word's mask hides, (words, h, w), in [0, 1].
         score: probability of a match.
         masked_scores: probability of a match when one word's mask is applied, (words,).
+        kind, strength: of the masks, as ``soft_mask.kind`` and ``soft_mask.strength``.
     """
 
     caption: str
@@ -37,10 +38,29 @@ class Explanation:
     masks: Tensor
     score: float
     masked_scores: Tensor
+    kind: Kind
+    strength: float
+
+    @property
+    def mask_name(self) -> str:
+        """What a picture calls the mask: "soft mask", "hard mask × 0.5"."""
+        return f"{self.kind} mask" + (f" × {self.strength:g}" if self.strength != 1 else "")
+
+    @property
+    def naming(self) -> list[int]:
+        """Which words may name something in the image, to show where there is room for few.
+
+        Of ``soft_mask.words`` that is ``content``; ``uniform`` picks function words as well.
+        """
+        return [i for i, word in enumerate(self.words) if word not in FUNCTION_WORDS]
 
 
 def explain(model: AlignedBase, images: Tensor, captions: list[str]) -> list[Explanation]:
-    """Explain pairs with the maps that training uses.
+    """Explain pairs with the maps and the masks that training uses.
+
+    Kind and strength of the mask are the model's ``soft_mask`` options; the paper's, ``soft`` and
+    1, where these are off or the model has none. Of the kind ``random`` one draw is shown, the
+    same at every call.
 
     Args:
         model: one with a matching head; its mode is left as it was.
@@ -69,9 +89,11 @@ def _explain_one(model: AlignedBase, image: Tensor, caption: str) -> Explanation
     found = map_words(model, pairs)
     cams = found.maps[0]
     with torch.no_grad():
-        masks = normalize(cams.flatten(1))
+        kind, strength = _mask_of(model)
+        fixed = torch.Generator(cams.device).manual_seed(0)
+        keep = keep_factors(normalize(cams.flatten(1)), kind, strength, fixed)
         same = torch.zeros(len(cams), dtype=torch.long, device=cams.device)
-        view, copies = View(images=same, keep=keep_factors(masks)), pairs.text.take(same, trim=True)
+        view, copies = View(images=same, keep=keep), pairs.text.take(same, trim=True)
         hidden = model.bert.fuse(copies, pairs.memory, (view,), copies.layout.cls_only)
         masked_scores = model.match(hidden.cls).float().softmax(dim=-1)[:, 1]
     require_finite_scores("a heat map or its score", cams, found.score, masked_scores)
@@ -79,10 +101,18 @@ def _explain_one(model: AlignedBase, image: Tensor, caption: str) -> Explanation
         caption=caption,
         words=_words(model, pairs.captions),
         cams=cams.cpu(),
-        masks=masks.view_as(cams).cpu(),
+        masks=(1 - keep[:, 1:]).view_as(cams).cpu(),
         score=found.score.item(),
         masked_scores=masked_scores.cpu(),
+        kind=kind,
+        strength=strength,
     )
+
+
+def _mask_of(model: AlignedBase) -> tuple[Kind, float]:
+    """Kind and strength of the mask that a model trains with, or else the paper's."""
+    option = getattr(model.options, "soft_mask", None)
+    return (option.kind, option.strength) if option and option.enabled else ("soft", 1.0)
 
 
 def words_of(model: AlignedBase, text: str) -> list[str]:

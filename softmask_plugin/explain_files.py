@@ -72,6 +72,7 @@ class ImageExplanation(Explanation):
             "score": self.score,
             "image_size": list(self.image.shape[:2]),
             "grid": list(self.cams.shape[1:]),
+            "mask": {"kind": self.kind, "strength": self.strength},
             "words": [
                 {
                     "word": word,

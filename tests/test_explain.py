@@ -6,6 +6,10 @@ import pytest
 import torch
 
 from softmask_plugin.explain import explain
+from softmask_plugin.models.matching import SoftMaskImageTextMatching
+from softmask_plugin.models.pretrain import SoftMaskPretrain
+from softmask_plugin.models.retrieval import SoftMaskRetrieval
+from softmask_plugin.soft_mask import keep_factors, normalize
 
 CAPTION = "a small red circle above a large blue star"
 
@@ -80,6 +84,40 @@ def test_masks_are_those_of_training(make_model, make_batch):
     for row, each in enumerate(shown):
         mask = each.masks[out.word[row]].flatten()
         torch.testing.assert_close(1 - out.keep[row, 1:], mask, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cls", [SoftMaskPretrain, SoftMaskRetrieval])
+@pytest.mark.parametrize("kind", ["soft", "hard", "uniform"])
+def test_masks_are_of_the_kind_and_strength_of_training(make_other, images, cls, kind):
+    option = {"enabled": True, "kind": kind, "strength": 0.4}
+    (got,) = explain(make_other(cls, soft_mask=option), images[:1], [CAPTION])
+    keep = keep_factors(normalize(got.cams.flatten(1)), kind, 0.4)
+    torch.testing.assert_close(got.masks.flatten(1), 1 - keep[:, 1:])
+    assert (got.kind, got.strength, got.mask_name) == (kind, 0.4, f"{kind} mask × 0.4")
+
+
+def test_a_random_mask_is_one_draw_of_the_same_amounts(make_model, images):
+    model = make_model(soft_mask={"kind": "random"})
+    before = torch.get_rng_state()
+    (got,), (again,) = (explain(model, images[:1], [CAPTION]) for _ in range(2))
+    assert torch.equal(got.masks, again.masks) and torch.equal(torch.get_rng_state(), before)
+    hidden = normalize(got.cams.flatten(1))
+    assert not torch.equal(got.masks.flatten(1), hidden)
+    torch.testing.assert_close(got.masks.flatten(1).sort().values, hidden.sort().values)
+
+
+@pytest.mark.parametrize("cls", [SoftMaskPretrain, SoftMaskImageTextMatching])
+def test_a_model_that_trains_with_no_mask_shows_the_paper_s(make_other, images, cls):
+    off = {"soft_mask": {"enabled": False, "kind": "hard", "strength": 0.1}}
+    model = make_other(cls, **(off if cls is SoftMaskPretrain else {}))
+    (got,) = explain(model, images[:1], [CAPTION])
+    torch.testing.assert_close(got.masks.flatten(1), normalize(got.cams.flatten(1)))
+    assert got.mask_name == "soft mask"
+
+
+def test_words_that_may_name_something(model, images):
+    (got,) = explain(model, images[:1], [CAPTION])
+    assert [got.words[i] for i in got.naming] == "small red circle large blue star".split()
 
 
 def test_a_long_caption_shows_the_words_that_the_model_reads(make_model, images):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from softmask_plugin.errors import UserError
+from softmask_plugin.explain import Explanation
 from softmask_plugin.report import (
     constant_guess,
     loss_curves,
@@ -35,13 +36,11 @@ def train_record(step: int, **more: float | None) -> dict:
     return {"split": "train", "epoch": 0, "step": step, "time": step * 1.5, **values, **more}
 
 
-def explanation(caption: str = "a red star", side: int = 4) -> SimpleNamespace:
+def explanation(caption: str = "a red star", side: int = 4) -> Explanation:
     words = caption.split()
     cams = torch.rand(len(words), side, side, generator=torch.Generator().manual_seed(0))
     scores = torch.linspace(0.1, 0.9, len(words))
-    return SimpleNamespace(
-        caption=caption, words=words, cams=cams, masks=cams, score=0.95, masked_scores=scores
-    )
+    return Explanation(caption, words, cams, cams, 0.95, scores, "soft", 1.0)
 
 
 class TestReadMetrics:
@@ -213,6 +212,15 @@ class TestFigures:
         written = " ".join(text.get_text() for axes in figure.axes for text in axes.texts)
         assert "0.95 → 0.50" in written and "0.95 → 0.90" in written
         assert "0.95 → 0.10" not in written
+
+    def test_word_panel_names_the_mask_that_it_shows(self):
+        image = np.zeros((30, 20, 3), np.uint8)
+        for change, name in (
+            ({}, "soft mask"),
+            ({"kind": "random", "strength": 0.5}, "random mask × 0.5"),
+        ):
+            figure = word_panel(image, replace(explanation(), **change), [1])
+            assert [text.get_text() for text in figure.texts] == ["heat map", name]
 
 
 class Page(HTMLParser):

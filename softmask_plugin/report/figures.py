@@ -177,8 +177,8 @@ def word_panel(
     Returns:
         The image and its caption on the left; in each column the heat map (brightest at its own
         peak), the image with each patch darkened as far as the mask hides it, and the match score
-        with the mask as a bar beside the score without it as a tick. The columns of more than
-        ``COLUMNS`` words are wrapped into rows.
+        with the mask as a bar beside the score without it as a tick. The mask is called by its
+        kind and strength. The columns of more than ``COLUMNS`` words are wrapped into rows.
     """
     return word_panels([Shown(image, explanation, words, boxes)])
 
@@ -244,7 +244,7 @@ def _word_columns(
     box_of = {index: box for index, box, _ in pair.boxes}
     heat_top, mask_top = top + TITLE, top + TITLE + side + GAP
     width, height = figure.get_size_inches()
-    for y, label in ((heat_top, "heat map"), (mask_top, "soft mask")) if row else ():
+    for y, label in ((heat_top, "heat map"), (mask_top, explanation.mask_name)) if row else ():
         at = ((CELL + 0.6 * LABEL) / width, 1 - (y + side / 2) / height)
         figure.text(*at, label, color=MUTED, rotation=90, ha="center", va="center")
     for column, word in enumerate(row):

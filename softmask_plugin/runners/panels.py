@@ -17,7 +17,6 @@ from softmask_plugin.explain import Explanation, explain
 from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.processors.image import CLIP_MEAN, CLIP_STD
 from softmask_plugin.runners.boards import Boards
-from softmask_plugin.tokenization import FUNCTION_WORDS
 
 PAIRS, WORDS = 4, 5  # shown, and of each pair
 DPI = 140
@@ -25,7 +24,8 @@ DPI = 140
 
 class MaskPanels:
     """Draws ``step_<n>.png`` after some steps: the first pairs that the run trained on, as the
-    model in evaluation mode sees them, their heat maps, soft masks and scores.
+    model in evaluation mode sees them: for some words, function words left out, heat maps, masks
+    and scores.
 
     The pairs are kept in ``pairs.pth``, so that a run that goes on shows the same ones. Neither
     the model nor random draws are touched.
@@ -82,17 +82,11 @@ class MaskPanels:
         assert self._pairs is not None
         images = [_pixels(image) for image in self._pairs["image"]]
         pairs = [
-            Shown(image, each, _telling(each.words))
+            Shown(image, each, each.naming[:WORDS])
             for image, each in zip(images, found, strict=True)
         ]
         word_panels(pairs).savefig(path, dpi=DPI, bbox_inches="tight")
         return path
-
-
-def _telling(words: list[str]) -> list[int]:
-    """The first words that may name something in the image."""
-    telling = [i for i, word in enumerate(words) if word not in FUNCTION_WORDS]
-    return telling[:WORDS]
 
 
 def _pixels(image: Tensor) -> np.ndarray:
