@@ -17,7 +17,8 @@ from softmask_plugin.datasets.images import open_rgb
 from softmask_plugin.datasets.scene_render import render
 from softmask_plugin.datasets.scenes import Scene, captions, make_scenes
 from softmask_plugin.errors import UserError, one_line
-from softmask_plugin.explain import Explanation, explain
+from softmask_plugin.explain import Explanation
+from softmask_plugin.explain_files import explain_image
 from softmask_plugin.explore import Gallery, readable_images, wrong_caption
 from softmask_plugin.report.figures import heat_overlay, soft_masked
 from softmask_plugin.trained import Trained, load_trained
@@ -108,9 +109,7 @@ def _scenes() -> list[Scene]:
 
 @st.cache_data(max_entries=64, show_spinner=False)
 def _explained(checkpoint: str | None, image: Image.Image, caption: str) -> Explanation:
-    trained = _trained(checkpoint)
-    (explanation,) = explain(trained.model, trained.image_processor(image)[None], [caption])
-    return explanation
+    return explain_image(image, caption, _trained(checkpoint))
 
 
 @st.cache_resource(show_spinner="Encoding the images ...")
@@ -138,13 +137,12 @@ def _look(checkpoint: str | None) -> None:
         st.markdown(EXPLAINED + (OF_THE_SHIPPED if checkpoint is None else ""))
     with right:
         caption = _caption(source == SCENE)
-        words = _trained(checkpoint).text_processor(caption)
         if image is None:
             st.info("Choose an image on the left: it stays on this computer.")
-        elif not words:
+        elif not _trained(checkpoint).text_processor(caption):
             st.info("Type what the image shows, then press Enter.")
         else:
-            _show(_explained(checkpoint, image, words), np.asarray(picture) / 255)
+            _show(_explained(checkpoint, image, caption), np.asarray(picture) / 255)
 
 
 def _scene(checkpoint: str | None) -> tuple[Image.Image, Image.Image]:
@@ -199,6 +197,8 @@ def _next_scene() -> None:
 
 def _show(found: Explanation, picture: np.ndarray) -> None:
     """Let a word be clicked; show its maps and what its mask does to the match."""
+    if found.cut:
+        st.warning(f"The caption is too long for the model: {found.cut}.")
     word = st.pills(
         "Click a word",
         range(len(found.words)),

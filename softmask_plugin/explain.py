@@ -30,6 +30,7 @@ class Explanation:
         score: probability of a match.
         masked_scores: probability of a match when one word's mask is applied, (words,).
         kind, strength: of the masks, as ``soft_mask.kind`` and ``soft_mask.strength``.
+        read: the caption as far as the model read it: to its end, unless it is too long.
     """
 
     caption: str
@@ -40,6 +41,15 @@ class Explanation:
     masked_scores: Tensor
     kind: Kind
     strength: float
+    read: str
+
+    @property
+    def cut(self) -> str:
+        """What to say of a caption that was not read to its end; "" of any other."""
+        if self.read == self.caption:
+            return ""
+        read, given = len(self.read.split()), len(self.caption.split())
+        return f"only the first {read} of {given} words were read"
 
     @property
     def mask_name(self) -> str:
@@ -106,6 +116,7 @@ def _explain_one(model: AlignedBase, image: Tensor, caption: str) -> Explanation
         masked_scores=masked_scores.cpu(),
         kind=kind,
         strength=strength,
+        read=model.reader.beginning(caption),
     )
 
 

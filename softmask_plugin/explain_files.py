@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -16,10 +17,13 @@ from softmask_plugin.datasets.images import open_rgb, to_rgb
 from softmask_plugin.errors import UserError, suggest
 from softmask_plugin.explain import Explanation, explain, words_of
 from softmask_plugin.models.aligned import AlignedBase
+from softmask_plugin.processors.text import CaptionProcessor
 from softmask_plugin.trained import Trained, load_trained
 
 if TYPE_CHECKING:  # matplotlib takes a second to import, and only figures need it
     from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
 
 FORMATS = (".png", ".pdf", ".svg")
 PRINTED: dict[Any, Any] = {"pdf.fonttype": 42}  # letters that a PDF's reader can search and select
@@ -69,6 +73,7 @@ class ImageExplanation(Explanation):
         """As plain values, for JSON; maps are lists of rows, from the top."""
         return {
             "caption": self.caption,
+            "read": self.read,
             "score": self.score,
             "image_size": list(self.image.shape[:2]),
             "grid": list(self.cams.shape[1:]),
@@ -89,7 +94,7 @@ class ImageExplanation(Explanation):
         width = max((len(word) for word in self.words), default=0)
         return "\n".join(
             [
-                f"match {self.score:.3f}: {self.caption}",
+                f"match {self.score:.3f}: {self.read}" + (f" ... ({self.cut})" if self.cut else ""),
                 *(
                     f"  {word:<{width}}  {masked:.3f} when it is masked"
                     for word, masked in zip(self.words, self.masked_scores.tolist(), strict=True)
@@ -123,6 +128,9 @@ def explain_image(
 ) -> ImageExplanation:
     """Explain how a picture matches a caption: where each word looks, and what masking it does.
 
+    A caption that is too long for the model or its text processor is cut, which is logged as a
+    warning and told by the result's ``read``.
+
     Args:
         image: a file, a PIL image, or an array (H, W, 3) or (H, W) of uint8.
         caption: any text; the model's text processor cleans it.
@@ -143,6 +151,16 @@ def explain_image(
         model = Trained.of(model)
     cleaned = model.text_processor(caption)
     (found,) = explain(model.model, model.image_processor(picture)[None], [cleaned])
+    limit, processor = (
+        f"model.max_txt_len is {model.model.options.max_txt_len}",
+        model.text_processor,
+    )
+    if isinstance(processor, CaptionProcessor):
+        if found.read == cleaned:  # so that only the processor can have cut it
+            limit = f"its text processor's max_words is {processor.max_words}"
+        found = replace(found, caption=" ".join(processor.words(caption)))
+    if found.cut:
+        log.warning("%s (%s)", found.cut, limit)
     if words is not None:
         words = [words] if isinstance(words, str) else words
         found = _only(found, [w for each in words for w in _read(model, each, found.words)])

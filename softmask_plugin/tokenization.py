@@ -172,6 +172,18 @@ class CaptionReader:
         ids = batch["input_ids"]
         return Captions(ids, batch["attention_mask"].bool(), self.word_ids(ids))
 
+    def beginning(self, caption: str) -> str:
+        """As much of a caption as ``read`` does not cut off, in the caption's own spelling."""
+        batch = self.tokenizer(
+            plain := self._plain(caption),
+            truncation=True,
+            max_length=self.max_length,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+        first, *more = batch["offset_mapping"]
+        return plain[: first[-2][1]] if more else caption  # the last token is [SEP]
+
     def _plain(self, caption: str) -> str:
         """A caption that no special token is found in: "[MASK]" in a text is but its characters.
 

@@ -73,6 +73,13 @@ def test_any_caption_is_taken(text):
     assert bool(drawn.metric) == bool(re.search(r"\w", text))
 
 
+def test_a_long_caption_says_what_of_it_is_read():
+    drawn = shown()
+    assert not drawn.warning
+    drawn.text_input("caption").set_value("ring " * 35).run()
+    assert "only the first 28 of 35 words were read" in drawn.warning[0].value
+
+
 def test_an_image_of_ones_own_waits_for_its_file():
     drawn = shown()
     drawn.radio("source").set_value(app.UPLOAD).run()

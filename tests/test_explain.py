@@ -10,6 +10,7 @@ from softmask_plugin.models.matching import SoftMaskImageTextMatching
 from softmask_plugin.models.pretrain import SoftMaskPretrain
 from softmask_plugin.models.retrieval import SoftMaskRetrieval
 from softmask_plugin.soft_mask import keep_factors, normalize
+from softmask_plugin.tokenization import CaptionReader
 
 CAPTION = "a small red circle above a large blue star"
 
@@ -123,6 +124,24 @@ def test_words_that_may_name_something(model, images):
 def test_a_long_caption_shows_the_words_that_the_model_reads(make_model, images):
     (got,) = explain(make_model(max_txt_len=6), images[:1], [CAPTION])
     assert got.words == ["a", "small", "red", "circle"]
+    assert got.read == "a small red circle" and got.caption == CAPTION
+    assert got.cut == "only the first 4 of 9 words were read"
+
+
+@pytest.mark.parametrize(
+    ("caption", "read"),
+    [
+        ("A  Star,\n[MASK] of [SEP] rings", "A  Star,\n["),
+        ("a star, [MASK]", "a star, ["),
+        ("circlestar circlestar", "circlesta"),
+        ("", ""),
+        ("a star !", None),
+        ("a \u200b star \u200b", None),
+    ],
+)
+def test_what_is_read_of_a_caption_is_in_its_own_spelling(model, caption, read):
+    reader = CaptionReader(model.tokenizer, 6)
+    assert reader.beginning(caption) == (caption if read is None else read)
 
 
 def test_pieces_make_one_word(model, images):

@@ -90,6 +90,26 @@ def test_named_words_alone_wherever_they_stand(make_model, photo):
         softmask_plugin.explain_image(photo, CAPTION, model, words=["!"])
 
 
+@pytest.mark.parametrize(
+    ("tokens", "limit"),
+    [(12, "model.max_txt_len is 12"), (40, "its text processor's max_words is 30")],
+)
+def test_a_caption_that_is_cut_says_so_once(make_model, photo, caplog, tokens, limit):
+    words = [*WORDS, *["star"] * 25]
+    found = softmask_plugin.explain_image(photo, " ".join(words), make_model(max_txt_len=tokens))
+    count = min(tokens - 2, 30)
+    assert found.words == words[:count] and found.caption == " ".join(words)
+    assert found.as_dict()["read"] == found.read == " ".join(words[:count])
+    told = f"only the first {count} of 34 words were read"
+    assert caplog.messages == [f"{told} ({limit})"]
+    assert found.table().splitlines()[0].endswith(f"{found.read} ... ({told})")
+
+
+def test_a_caption_that_fits_is_read_to_its_end(make_model, photo, caplog):
+    found = softmask_plugin.explain_image(photo, CAPTION, make_model())
+    assert found.read == found.caption and not found.cut and not caplog.messages
+
+
 def test_a_checkpoint_cannot_say_that_it_is_to_be_trusted(make_model, tmp_path):
     path = save(make_model(), tmp_path, trust_checkpoint=True, vit_weights="deit")
     options = load_trained(path).model.options

@@ -40,7 +40,7 @@ def explanation(caption: str = "a red star", side: int = 4) -> Explanation:
     words = caption.split()
     cams = torch.rand(len(words), side, side, generator=torch.Generator().manual_seed(0))
     scores = torch.linspace(0.1, 0.9, len(words))
-    return Explanation(caption, words, cams, cams, 0.95, scores, "soft", 1.0)
+    return Explanation(caption, words, cams, cams, 0.95, scores, "soft", 1.0, caption)
 
 
 class TestReadMetrics:
@@ -212,6 +212,11 @@ class TestFigures:
         written = " ".join(text.get_text() for axes in figure.axes for text in axes.texts)
         assert "0.95 → 0.50" in written and "0.95 → 0.90" in written
         assert "0.95 → 0.10" not in written
+
+    def test_word_panel_shows_as_much_of_a_caption_as_was_read(self):
+        cut = replace(explanation(), caption="a red star above a ring")
+        figure = word_panel(np.zeros((30, 20, 3), np.uint8), cut, [1])
+        assert "a red star […]" in [text.get_text() for axes in figure.axes for text in axes.texts]
 
     def test_word_panel_names_the_mask_that_it_shows(self):
         image = np.zeros((30, 20, 3), np.uint8)

@@ -209,7 +209,7 @@ class Page(HTMLParser):
 def explanation(text: str) -> Explanation:
     words = text.split()
     maps = torch.rand(len(words), 2, 2)
-    return Explanation(text, words, maps, maps, 0.5, torch.rand(len(words)), "soft", 1.0)
+    return Explanation(text, words, maps, maps, 0.5, torch.rand(len(words)), "soft", 1.0, text)
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")

@@ -34,13 +34,17 @@ class CaptionProcessor(Processor):
         self.max_words = max_words
 
     def __call__(self, caption: Any) -> str:
-        """Clean one caption."""
+        """Clean one caption, and cut it."""
+        return " ".join(self.words(caption)[: self.max_words])
+
+    def words(self, caption: Any) -> list[str]:
+        """All words of a cleaned caption, those that a call would cut off too."""
         if caption is None or (isinstance(caption, float) and math.isnan(caption)):
-            return ""
+            return []
         if not isinstance(caption, (str, int, float)):
             raise UserError(f"{self.NAME}: text expected, got {type(caption).__name__}")
         text = str(caption).lower().translate(_CLEANING).replace("<person>", "person")
-        return " ".join(text.split()[: self.max_words])
+        return text.split()
 
 
 @register("processor", "softmask_question")

@@ -231,9 +231,8 @@ def _subject(
     axes.set_axis_off()
     score = f"match {pair.explanation.score:.2f}"
     axes.text(0, 1 - 0.02 / room, score, color=ACCENT, weight="bold", va="top")
-    lines = textwrap.wrap(
-        pair.explanation.caption, 19, max_lines=max(1, int(room / LINE) - 2), placeholder=" …"
-    )
+    caption = pair.explanation.read + (" […]" if pair.explanation.cut else "")
+    lines = textwrap.wrap(caption, 19, max_lines=max(1, int(room / LINE) - 2), placeholder=" …")
     axes.text(0, 1 - 1.4 * LINE / room, "\n".join(lines), va="top", linespacing=1.35)
 
 
