@@ -151,10 +151,8 @@ def explain_image(
         model = Trained.of(model)
     cleaned = model.text_processor(caption)
     (found,) = explain(model.model, model.image_processor(picture)[None], [cleaned])
-    limit, processor = (
-        f"model.max_txt_len is {model.model.options.max_txt_len}",
-        model.text_processor,
-    )
+    limit = f"model.max_txt_len is {model.model.options.max_txt_len}"
+    processor = model.text_processor
     if isinstance(processor, CaptionProcessor):
         if found.read == cleaned:  # so that only the processor can have cut it
             limit = f"its text processor's max_words is {processor.max_words}"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,15 +16,19 @@ from PIL import Image
 
 import softmask_plugin
 from softmask_plugin import cli, trained
+from softmask_plugin.datasets.scene_render import render
+from softmask_plugin.datasets.scenes import captions, make_scenes
 from softmask_plugin.errors import UserError
 from softmask_plugin.explain import explain
 from softmask_plugin.models.matching import SoftMaskImageTextMatching
 from softmask_plugin.models.pretrain import SoftMaskPretrain
 from softmask_plugin.models.vqa import SoftMaskVqa
+from softmask_plugin.registry import LOSSES
 from softmask_plugin.trained import Trained, load_trained
 
 CAPTION = "A small red circle, above a large blue star!"
 WORDS = "a small red circle above a large blue star".split()
+ROOT = Path(__file__).parents[1]
 MEAN, STD = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
 
 
@@ -279,3 +286,49 @@ def test_a_mistake_gets_one_line(photo, checkpoint, tmp_path, monkeypatch, capsy
     assert command(photo, checkpoint, *more) == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1 and message in error[0]
+
+
+# ---- what README shows
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """A folder that looks like a clone, to run what README says in."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def snippets(file, mention):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / file).read_text(encoding="utf-8"), re.S)
+    return [block for block in blocks if mention in block]
+
+
+def test_the_scene_of_the_examples_is_the_one_that_its_seed_gives():
+    shipped = np.asarray(Image.open(ROOT / "examples" / "scene.png"), dtype=int)
+    (scene,) = make_scenes("test", 1)
+    assert abs(shipped - np.asarray(render(scene, 224))).max() <= 2
+    for file in ("README.md", "examples/README.md"):
+        assert captions(scene)[0].text in (ROOT / file).read_text(encoding="utf-8")
+
+
+def test_the_explain_command_of_readme(clone, capsys):
+    (line,) = re.findall(r"^softmask (explain .*)$", (ROOT / "README.md").read_text(), re.M)
+    assert cli.main(shlex.split(line, comments=True)) == 0
+    score = re.search(r"match ([\d.]+): ", capsys.readouterr().out)
+    assert float(score[1]) > 0.9 and (clone / "words.png").is_file()
+
+
+def test_the_python_of_readme(clone):
+    (snippet,) = snippets("README.md", "explain_image")
+    names = {}
+    exec(snippet, names)
+    assert names["result"].score > 0.9 and (clone / "words.pdf").is_file()
+
+
+@pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md"])
+def test_the_loss_of_one_s_own_in_the_guides(file):
+    (snippet,) = snippets(file, "register_loss")
+    names = {"__name__": "a_user_s_script"}
+    exec(snippet, names)
+    assert LOSSES.pop("my_itc") is names["MyLoss"]
