@@ -2,11 +2,11 @@
 
     python examples/explain_words.py [--checkpoint FILE] [--output words.png]
 
-Without a checkpoint it takes the shipped model. Prints the probability of a match,
-and for each word of the caption that probability with the word's soft mask applied; draws the words
-that name something. A model that was trained without
-`model.soft_mask.negatives` finds any match more likely under a mask: it saw masked images with true
-captions alone.
+Without a checkpoint it takes the shipped model. Prints the probability of a match, and for each
+word of the caption that probability with the word's soft mask applied; draws the words that name
+something. A model trained with the soft mask, such as the shipped one, has learnt to match without
+what is hidden: its match hardly moves, and rather up than down. In a model trained without it, a
+fall says that the model relied on what is hidden.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ TRAIN = "lavis_configs/projects/scenes/train/pretrain_tiny.yaml"
 OPTIONS = [
     "datasets.scenes_pretrain.num.train=20000",
     "run.max_epoch=4",
-    "model.soft_mask.negatives=true",  # else a mask alone raises the score of any caption
+    "model.soft_mask.negatives=true",  # with true captions alone, a mask would speak for a match
 ]
 EVALUATE = "lavis_configs/projects/scenes/eval/retrieval_tiny.yaml"
 FILE = ASSETS / "scenes_tiny.safetensors"

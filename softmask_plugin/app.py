@@ -34,11 +34,12 @@ EXPLAINED = """
 
 - the **heat map** shows where the model looks for it, brightest where it looks most;
 - the **soft mask** dims just those patches. Where they are dark, the model no longer sees them;
-- the second number is the match **with the mask on**. Where it falls, the model relied on what is
-  hidden; where it stays, it had other evidence.
+- the second number is the match **with the mask on**.
 
 Training plays this game with a word of each caption: the match has to hold although the most
-telling part is dimmed, so the model learns to look at the rest as well.
+telling part is dimmed. So a model trained with the soft mask has learnt to match without what is
+hidden, and its match hardly moves. In a model trained without it, a fall says that the model
+relied on what is hidden.
 """
 OF_THE_SHIPPED = """
 The tiny model that comes along tells true captions from wrong ones well. Its maps find the things
