@@ -45,6 +45,14 @@ OF_THE_SHIPPED = """
 The tiny model that comes along tells true captions from wrong ones well. Its maps find the things
 in a scene, but as often the other thing as the one that the word names.
 """
+SHIPPED_READS = (
+    "The tiny model that comes along was trained on captions about two things, such as “a red ring "
+    "above a blue star”: with one thing alone the match is low."
+)
+SHIPPED_SEES = (
+    "The tiny model that comes along was trained on rendered scenes: of a photo its match means "
+    "nothing."
+)
 
 
 def serve(checkpoint: str | None, images: str | None, port: int) -> None:
@@ -132,12 +140,14 @@ def _look(checkpoint: str | None) -> None:
         source = st.radio(
             "Image", (SCENE, UPLOAD), key="source", horizontal=True, on_change=_start_caption
         )
-        image, picture = _scene(checkpoint) if source == SCENE else _uploaded()
+        image, picture = _scene(checkpoint) if source == SCENE else _uploaded(checkpoint)
         if picture is not None:
             st.image(picture, width="stretch")
         st.markdown(EXPLAINED + (OF_THE_SHIPPED if checkpoint is None else ""))
     with right:
         caption = _caption(source == SCENE)
+        if checkpoint is None:
+            st.caption(SHIPPED_READS)
         if image is None:
             st.info("Choose an image on the left: it stays on this computer.")
         elif not _trained(checkpoint).text_processor(caption):
@@ -155,9 +165,11 @@ def _scene(checkpoint: str | None) -> tuple[Image.Image, Image.Image]:
     return render(scene, _trained(checkpoint).model.options.image_size), render(scene, SHOWN)
 
 
-def _uploaded() -> tuple[Image.Image | None, Image.Image | None]:
+def _uploaded(checkpoint: str | None) -> tuple[Image.Image | None, Image.Image | None]:
     """Let an image be uploaded; as it is, and at the size that is shown."""
     file = st.file_uploader(f"An image, up to {UPLOAD_MB} MB", key="upload")
+    if checkpoint is None:
+        st.caption(SHIPPED_SEES)
     if file is None:
         return None, None
     if file.size > UPLOAD_MB * 2**20:

@@ -13,6 +13,8 @@ from urllib.request import urlopen
 
 import numpy as np
 import pytest
+import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 from softmask_plugin import cli
@@ -31,9 +33,9 @@ from softmask_plugin import app
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
-def shown(images=None):
+def shown(images=None, checkpoint=None):
     """The page, drawn once."""
-    code = f"from softmask_plugin.app import page; page(None, {images!r})"
+    code = f"from softmask_plugin.app import page; page({checkpoint!r}, {images!r})"
     drawn = AppTest.from_string(code, default_timeout=60).run()
     assert not drawn.exception
     return drawn
@@ -91,6 +93,24 @@ def test_a_long_caption_says_what_of_it_is_read():
     assert not drawn.warning
     drawn.text_input("caption").set_value("ring " * 35).run()
     assert "only the first 28 of 35 words were read" in drawn.warning[0].value
+
+
+def test_what_the_shipped_model_was_trained_on_is_said_at_caption_and_upload(tmp_path):
+    def told(drawn):
+        notes = [caption.value for caption in drawn.caption]
+        return app.SHIPPED_READS in notes, app.SHIPPED_SEES in notes
+
+    drawn = shown()
+    assert told(drawn) == (True, False)
+    assert told(drawn.radio("source").set_value(app.UPLOAD).run()) == (True, True)
+
+    model = load_trained().model  # as one of the user's own
+    section = {**OmegaConf.to_container(OmegaConf.structured(model.options)), "pretrained": None}
+    content = {"model": model.state_dict(), "config": {"model": section}}
+    torch.save(content, tmp_path / "mine.pth")
+    drawn = shown(checkpoint=str(tmp_path / "mine.pth"))
+    assert told(drawn) == (False, False)
+    assert told(drawn.radio("source").set_value(app.UPLOAD).run()) == (False, False)
 
 
 def test_an_image_of_ones_own_waits_for_its_file():
