@@ -7,8 +7,9 @@ imported: options and their comments are read as text, docstrings by mkdocstring
 from __future__ import annotations
 
 import ast
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import mkdocs_gen_files
@@ -31,8 +32,11 @@ def main() -> None:
     for guide in (ROOT / "docs").glob("*.md"):
         write(guide.name, at_home(guide))
     write("yaml/options.md", options_page())
+    write("yaml/run.md", run_page())
+    write("yaml/models.md", yaml_page("Models", "models", "of `model.arch` and `model.model_type`"))
     write("yaml/datasets.md", yaml_page("Data sets", "datasets", "of `datasets:`, with defaults"))
     write("yaml/projects.md", yaml_page("Projects", "projects", "for `--cfg-path`"))
+    write("yaml/ablation.md", yaml_page("Plans", "ablation", "for `softmask ablate --plan`"))
     for module in modules():
         name = ".".join(module.relative_to(ROOT).with_suffix("").parts)
         write(api_page(module), f"# `{name}`\n\n::: {name}\n")
@@ -101,26 +105,68 @@ def options_page() -> str:
             bases = ", ".join(section_link(base) for base in node.bases)
             parts.append(f"## {node.name}" + (f"\n\nBased on {bases}." if bases else ""))
             parts.append((ast.get_docstring(node) or "").replace("``", "`"))
-            if rows := list(fields(node, lines)):
-                parts.append("| key | default | meaning |\n|---|---|---|\n" + "\n".join(rows))
+            parts.append(table(fields(node, lines)))
     return "\n\n".join(parts) + "\n"
 
 
-def fields(node: ast.ClassDef, lines: list[str]) -> Iterator[str]:
-    """Table rows of a dataclass's fields."""
+def run_page() -> str:
+    """Every key of a run, from the table of them and the comments that divide it."""
+    source = (PACKAGE / "run_options.py").read_text("utf-8")
+    (keys,) = (
+        node.value
+        for node in ast.parse(source).body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Dict)
+    )
+    sections: dict[str, list[tuple[str, str, str]]] = {}
+    for key, entry in zip(keys.keys, keys.values, strict=True):
+        above = source.splitlines()[key.lineno - 2].strip()
+        if above.startswith("# "):
+            rows = sections[above[2:]] = []
+        default, meaning = entry.args[:2]
+        rows.append((key.value, literal(default), ast.literal_eval(meaning)))
+    lines = (PACKAGE / "models" / "rerank.py").read_text("utf-8").splitlines()
+    for node in ast.parse("\n".join(lines)).body:
+        if isinstance(node, ast.ClassDef) and node.name == "RerankOptions":
+            sections["Retrieval"] = [*fields(node, lines)]
+    parts = [
+        "# Options of a run",
+        "The `run:` section of a YAML, or `--options run.<key>=<value>`. Other keys are errors, "
+        "unless a task or runner of another package may read them.",
+        *(f"## {heading}\n\n{table(rows)}" for heading, rows in sections.items()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(rows: Iterable[tuple[str, str, str]]) -> str:
+    """Keys, defaults and meanings; nothing where there are none."""
+    lines = [f"| `{key}` | {default} | {meaning} |" for key, default, meaning in rows]
+    return "\n".join(["| key | default | meaning |", "|---|---|---|", *lines]) if lines else ""
+
+
+def fields(node: ast.ClassDef, lines: list[str]) -> Iterator[tuple[str, str, str]]:
+    """Rows for a dataclass's fields."""
     for field in node.body:
         if isinstance(field, ast.AnnAssign) and field.value is not None:
-            key, meaning = ast.unparse(field.target), comment(field, lines)
-            yield f"| `{key}` | {default(field.annotation, field.value)} | {meaning} |"
+            default = field_default(field.annotation, field.value)
+            yield ast.unparse(field.target), default, comment(field, lines)
 
 
-def default(kind: ast.expr, value: ast.expr) -> str:
+def field_default(kind: ast.expr, value: ast.expr) -> str:
     """A field's default; of a section, where its own are, and those that are others here."""
     if not isinstance(value, ast.Call):
-        return f"`{ast.unparse(value)}`"
+        return literal(value)
     factory = value.keywords[0].value  # field(default_factory=Class, or lambda: Class(key=other))
     others = factory.body.keywords if isinstance(factory, ast.Lambda) else []
-    return ", ".join([section_link(kind), *(f"`{ast.unparse(other)}`" for other in others)])
+    return ", ".join(
+        [section_link(kind), *(f"`{each.arg}`: {literal(each.value)}" for each in others)]
+    )
+
+
+def literal(value: ast.expr) -> str:
+    """A default as YAML has it; of a constant that is none, its name."""
+    if isinstance(value, ast.Name):
+        return value.id.lower().replace("_", " ")
+    return f"`{json.dumps(ast.literal_eval(value))}`"
 
 
 def section_link(name: ast.expr) -> str:

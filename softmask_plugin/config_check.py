@@ -9,40 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lavis.common.config import create_runner_config_validator
 from lavis.common.registry import registry
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from softmask_plugin.config_values import check_image_sizes, check_run_values, require_section
+from softmask_plugin.config_values import check_image_sizes, require_section
 from softmask_plugin.errors import UserError, suggest
 from softmask_plugin.models.rerank import RerankOptions
 from softmask_plugin.paths import CONFIGS
+from softmask_plugin.run_options import NEEDED, NEEDED_TO_TRAIN, RUN, setting
 
 SECTIONS = ("model", "datasets", "run")
 
-# Keys of the run section that LAVIS's validator lists (with their types), those that LAVIS's
-# runners, tasks and shipped YAML files use without listing them, those of softmask_runner, and
-# those of softmask_grounding.
-VALIDATOR = create_runner_config_validator().arguments
-UNLISTED_KEYS = (
-    "amp beta2 block_num cap_max_length cap_min_length dist_backend gpu internal_bsz_fid log_freq "
-    "lr_decay_rate num_captions num_captions_fid num_patches prompt rank repetition_penalty "
-    "report_metric resume_ckpt_path top_k top_p warmup_lr"
-).split()
-RUNNER_KEYS = (
-    "clip_grad_norm compile deterministic dist_timeout find_unused_parameters keep_checkpoints "
-    "max_bad_steps panel_every save_every_steps tensorboard wandb"
-).split()
-RERANK_KEYS = [field.name for field in fields(RerankOptions)]
-GROUNDING_KEYS = ["grounding_alpha"]
-RUN_KEYS = frozenset(
-    [*VALIDATOR, *UNLISTED_KEYS, *RUNNER_KEYS, *RERANK_KEYS, *GROUNDING_KEYS],
-)
+RUN_KEYS = frozenset([*RUN, *(field.name for field in fields(RerankOptions))])
 
-ALWAYS_NEEDED = "task device seed output_dir num_workers batch_size_train batch_size_eval".split()
-NEEDED_TO_TRAIN = "lr_sched init_lr min_lr weight_decay train_splits".split()
+ALWAYS_NEEDED = [key for key, known in RUN.items() if known.default == NEEDED]
+TO_TRAIN = [key for key, known in RUN.items() if known.default == NEEDED_TO_TRAIN]
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -169,31 +152,22 @@ def _check_dataset(name: str, dataset: Any) -> DictConfig:
 
 def _check_run(run: DictConfig) -> None:
     _needed(run, ALWAYS_NEEDED, "run")
-    runner = run.get("runner", "runner_base")
+    runner = setting(run, "runner")
     _known(f"run.task '{run.task}'", run.task, registry.list_tasks())
     _known(f"run.runner '{runner}'", runner, registry.list_runners())
     readers = (registry.get_task_class(run.task), registry.get_runner_class(runner))
     for key, value in run.items():
         if all(_is_known_package(reader) for reader in readers):
             _known(f"key run.{key!s}", key, RUN_KEYS)
-        _check_number(f"run.{key!s}", value, getattr(VALIDATOR.get(key), "type", None))
-    check_run_values(run)
+        if key in RUN:
+            RUN[str(key)].check(f"run.{key!s}", value)
     RerankOptions.of(run)  # checks its values
-    if not run.get("evaluate", False):
-        _needed(run, NEEDED_TO_TRAIN, "run")
+    if not setting(run, "evaluate"):
+        _needed(run, TO_TRAIN, "run")
         if "max_iters" not in run:  # which runner_iter counts instead of epochs
             _needed(run, ["max_epoch"], "run")
         _known(f"run.lr_sched '{run.lr_sched}'", run.lr_sched, registry.list_lr_schedulers())
     _check_device(run.device)
-
-
-def _check_number(where: str, value: Any, number: type | None) -> None:
-    if number not in (int, float) or value is None:
-        return
-    try:
-        number(value)
-    except (TypeError, ValueError):
-        raise UserError(f"{where} must be a number, not '{value}'") from None
 
 
 def _check_device(device: str) -> None:

@@ -28,6 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from softmask_plugin import config_check
 from softmask_plugin.errors import UserError
+from softmask_plugin.run_options import setting
 from softmask_plugin.runners.run_folder import AUTO, claim
 
 Results = dict[str, Mapping[str, Any]]
@@ -58,7 +59,7 @@ def run(
     cfg = load_config(cfg_path, options, evaluate)
     init_distributed(cfg.run_cfg)
     seed = int(cfg.run_cfg.seed)
-    deterministic = bool(cfg.run_cfg.get("deterministic", False))
+    deterministic = bool(setting(cfg.run_cfg, "deterministic"))
     seed_everything(seed, deterministic)
     setup_logger()
     cfg.pretty_print()
@@ -76,7 +77,7 @@ def run(
 
     # LAVIS's runner registers the two itself, and refuses to where they are known already.
     del paths["output_dir"], paths["result_dir"]
-    runner_class = registry.get_runner_class(cfg.run_cfg.get("runner", "runner_base"))
+    runner_class = registry.get_runner_class(setting(cfg.run_cfg, "runner"))
     runner = runner_class(cfg=cfg, job_id=folder.name, task=task, model=model, datasets=datasets)
     results = runner.evaluate(skip_reload=True) if evaluate else runner.train()
     return runner, results
@@ -117,9 +118,9 @@ def init_distributed(run_cfg: DictConfig) -> None:
         if cuda:
             torch.cuda.set_device(run_cfg.gpu)
         if not dist.is_initialized():
-            join_group(run_cfg.dist_backend, float(run_cfg.get("dist_timeout", 1800)))
+            join_group(run_cfg.dist_backend, float(setting(run_cfg, "dist_timeout")))
             setup_for_distributed(run_cfg.rank == 0)
-    elif "SLURM_PROCID" in os.environ and run_cfg.get("world_size", 1) > 1:
+    elif "SLURM_PROCID" in os.environ and setting(run_cfg, "world_size") > 1:
         init_distributed_mode(run_cfg)
     else:
         run_cfg.distributed = False

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lavis.common.config import create_runner_config_validator
 from omegaconf import OmegaConf
 
 from softmask_plugin import cli, config_check
@@ -57,10 +58,10 @@ VALUES = {
     f"{SCENES}.vis_processor=3": "vis_processor is 3: it must be a section",
     f"{SCENES}.vis_processor.eval=3": "vis_processor.eval is 3: it must be a section",
     f"{SCENES}.vis_processor.eval.image_size=big": "image_size must be a positive whole number",
-    "run.batch_size_train=four": "run.batch_size_train must be a number",
+    "run.batch_size_train=four": "run.batch_size_train is 'four': it must be a whole number",
     "run.batch_size_train=2.5": "run.batch_size_train is 2.5: it must be a whole number",
     "run.batch_size_train=true": "run.batch_size_train is True: it must be a whole number",
-    "run.batch_size_eval=[1]": "run.batch_size_eval must be a number, not '[1]'",
+    "run.batch_size_eval=[1]": "run.batch_size_eval is [1]: it must be a whole number",
     "run.log_freq=often": "run.log_freq is 'often': it must be a whole number of at least 1",
     "run.clip_grad_norm=yes": "run.clip_grad_norm is True: it must be a number >= 0",
     "run.train_splits=train": "run.train_splits is 'train': it must be a list of names",
@@ -113,6 +114,10 @@ def test_a_bad_value_ends_in_one_line(config, capsys, option):
 )
 def test_good_values_however_spelt(config, option):
     config_check.read_config(Path("my.yaml"), [option])
+
+
+def test_every_key_that_lavis_lists_is_known():
+    assert set(create_runner_config_validator().arguments) <= config_check.RUN_KEYS
 
 
 @pytest.mark.parametrize("schema", [PretrainOptions, RetrievalOptions])

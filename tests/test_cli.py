@@ -169,7 +169,7 @@ def test_a_missing_script_is_told(monkeypatch, capsys):
             "did you mean 'softmask_image_eval'",
         ),
         ("run.max_epochs=2", "did you mean 'max_epoch'"),
-        ("run.max_epoch=two", "run.max_epoch must be a number, not 'two'"),
+        ("run.max_epoch=two", "run.max_epoch is 'two': it must be a whole number of at least 0"),
         ("run.max_epoch=null", "run.max_epoch is missing"),
         ("run.task=retreival", "did you mean 'retrieval'"),
         ("run.runner=softmax_runner", "did you mean 'softmask_runner'"),

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 from softmask_plugin import options
+from softmask_plugin.ablate.plan import PRETRAINED, Plan, Stage
+from softmask_plugin.ablate.read import read_plan
+from softmask_plugin.config_check import RUN_KEYS
 
 ROOT = Path(__file__).parents[1]
 ROW = re.compile(r"<tr>\s*<td>(.*?)</td>\s*<td>(.*?)</td>\s*<td>(.*?)</td>\s*</tr>")
@@ -37,7 +40,7 @@ def test_the_reference_has_every_option_and_every_shipped_file(site):
     for kind in vars(options).values():
         if is_dataclass(kind):
             assert all(f"<code>{field.name}</code>" in reference for field in fields(kind)), kind
-    for folder in ("datasets", "projects"):
+    for folder in ("models", "datasets", "projects", "ablation"):
         page = (site / "yaml" / folder / "index.html").read_text()
         for file in (ROOT / "lavis_configs" / folder).rglob("*.yaml"):
             assert file.relative_to(ROOT).as_posix() in page
@@ -53,6 +56,25 @@ def test_every_option_has_a_meaning_and_every_section_a_link(site):
     assert all(all(cells) for cells in rows), rows
     links = re.findall('<a href="#(.*?)"', "".join(default for _, default, _ in rows))
     assert links and all(f'<h2 id="{link}">' in page for link in links)
+
+
+def test_every_key_of_a_run_has_a_meaning(site):
+    rows = ROW.findall((site / "yaml" / "run" / "index.html").read_text())
+    assert sorted(re.sub("<.*?>", "", key) for key, _, _ in rows) == sorted(RUN_KEYS)
+    assert all(all(cells) for cells in rows), rows
+
+
+def test_the_keys_of_a_plan_are_explained():
+    guide = (ROOT / "docs" / "plans.md").read_text()
+    explained = set(re.findall(r"^\| `(\w+)` \|", guide, re.M))
+    assert explained == {each.name for kind in (Plan, Stage) for each in fields(kind)}
+    assert f"`{PRETRAINED}/" in guide
+
+
+def test_the_plan_of_the_guide_is_one(tmp_path):
+    guide = (ROOT / "docs" / "plans.md").read_text()
+    (tmp_path / "mine.yaml").write_text(re.findall("```yaml\n(.*?)```", guide, re.S)[0])
+    assert read_plan(tmp_path / "mine.yaml").metrics == ["retrieval txt_r1", "retrieval img_r1"]
 
 
 def test_the_api_shows_public_docstrings(site):

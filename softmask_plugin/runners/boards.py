@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from softmask_plugin.errors import UserError
+from softmask_plugin.run_options import setting
 
 NO_NUMBERS = ("split", "epoch", "step", "time")  # keys of a record that say where it belongs
 PROJECT = "softmask"  # of Weights & Biases, where run.wandb names none
@@ -24,8 +25,7 @@ class Boards:
 
     Args:
         folder: of the run; TensorBoard's files go into its ``tensorboard``.
-        config: of the run, as plain values. Read of its section ``run``: ``tensorboard`` (true;
-            false: none) and ``wandb`` (false; true, or the name of a project).
+        config: of the run, as plain values; ``run.tensorboard`` and ``run.wandb`` choose.
 
     Attributes:
         began: optimizer steps taken before this process; what TensorBoard shows of later ones,
@@ -39,11 +39,11 @@ class Boards:
         self._folder, self._config = folder, config
         run = config.get("run", {})
         self.began = 0
-        self._wandb = run.get("wandb", False)
+        self._wandb = setting(run, "wandb")
         if self._wandb and find_spec("wandb") is None:
             raise UserError("run.wandb is set, but wandb is not installed: pip install wandb")
         self._makers: list[Callable[[], Any]] = []
-        if run.get("tensorboard", True) and find_spec("tensorboard") is not None:
+        if setting(run, "tensorboard") and find_spec("tensorboard") is not None:
             self._makers.append(self._tensorboard)
         if self._wandb:
             self._makers.append(self._weights_and_biases)

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from softmask_plugin.errors import UserError
+from softmask_plugin.run_options import setting
 from softmask_plugin.runners.loaders import TrainLoader, eval_loader, train_loader
 from softmask_plugin.runners.run_folder import AUTO, claim
 
@@ -38,8 +39,8 @@ class PortableRunner(RunnerBase):
         if self.cuda_enabled and not torch.cuda.is_available():
             raise UserError("run.device is 'cuda' but no CUDA card is usable: set run.device=cpu")
         self.require_counts(accum_grad_iters=self.accum_grad_iters, log_freq=self.log_freq)
-        self.amp_dtype = _amp_dtype(self.config.run_cfg.get("amp", False), self.device)
-        self.compile_backend = _compile_backend(self.config.run_cfg.get("compile", False))
+        self.amp_dtype = _amp_dtype(setting(self.config.run_cfg, "amp"), self.device)
+        self.compile_backend = _compile_backend(setting(self.config.run_cfg, "compile"))
 
     def require_counts(self, **options: Any) -> None:
         """Raise UserError where one of these keys of ``run`` is no whole number above 0."""
@@ -59,8 +60,8 @@ class PortableRunner(RunnerBase):
 
     @property
     def evaluate_only(self) -> bool:
-        """Whether training is skipped (``run.evaluate``, false where it is not given)."""
-        return bool(self.config.run_cfg.get("evaluate", False))
+        """Whether training is skipped (``run.evaluate``)."""
+        return bool(setting(self.config.run_cfg, "evaluate"))
 
     # ---- model
 
@@ -79,7 +80,7 @@ class PortableRunner(RunnerBase):
                 self._wrapped_model = DistributedDataParallel(
                     self._model,
                     device_ids=[torch.cuda.current_device()] if self.cuda_enabled else None,
-                    find_unused_parameters=self.config.run_cfg.get("find_unused_parameters", False),
+                    find_unused_parameters=setting(self.config.run_cfg, "find_unused_parameters"),
                 )
         return self._wrapped_model
 
@@ -125,9 +126,9 @@ class PortableRunner(RunnerBase):
                 iters_per_epoch=self.steps_per_epoch,
                 min_lr=self.min_lr,
                 init_lr=self.init_lr,
-                decay_rate=run.get("lr_decay_rate", None),
-                warmup_start_lr=run.get("warmup_lr", -1),
-                warmup_steps=run.get("warmup_steps", 0),
+                decay_rate=setting(run, "lr_decay_rate"),
+                warmup_start_lr=setting(run, "warmup_lr"),
+                warmup_steps=setting(run, "warmup_steps"),
             )
         return self._lr_sched
 
@@ -148,7 +149,7 @@ class PortableRunner(RunnerBase):
         # workers may start after a tokenizer was used, which it would remark on at every start
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         run = self.config.run_cfg
-        shard = self.use_distributed and run.get("use_dist_eval_sampler", True)
+        shard = self.use_distributed and setting(run, "use_dist_eval_sampler")
         loaders: list[DataLoader[Any] | TrainLoader] = []
         for dataset, batch_size, is_train, collate_fn in zip(
             datasets, batch_sizes, is_trains, collate_fns, strict=True

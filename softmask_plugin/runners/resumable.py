@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from softmask_plugin.errors import UserError
+from softmask_plugin.run_options import setting
 from softmask_plugin.runners import checkpoint
 from softmask_plugin.runners.bad_steps import BadSteps
 from softmask_plugin.runners.boards import Boards
@@ -47,9 +48,9 @@ class ResumableRunner(PortableRunner):
         self.step = 0  # optimizer steps since the run began, skipped ones included
         self.progress = Progress()
         self.meter = LossMeter()
-        max_bad_steps, keep = run.get("max_bad_steps", 10), run.get("keep_checkpoints", 2)
-        self.save_every = run.get("save_every_steps", None)
-        panel_every = run.get("panel_every", None)
+        max_bad_steps, keep = setting(run, "max_bad_steps"), setting(run, "keep_checkpoints")
+        self.save_every = setting(run, "save_every_steps")
+        panel_every = setting(run, "panel_every")
         counts = {
             "keep_checkpoints": keep,
             "save_every_steps": self.save_every,

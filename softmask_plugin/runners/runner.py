@@ -19,6 +19,7 @@ from softmask_plugin.errors import UserError
 from softmask_plugin.fixed_draws import seed_draws
 from softmask_plugin.models.distillation import MomentumDistillation
 from softmask_plugin.registry import register
+from softmask_plugin.run_options import setting
 from softmask_plugin.runners.bad_steps import gradient_norm
 from softmask_plugin.runners.checkpoint import BEST
 from softmask_plugin.runners.logs import require_finite
@@ -34,28 +35,12 @@ from softmask_plugin.runners.statistics import mask_terms, queue_statistics
 class SoftmaskRunner(ResumableRunner):
     """Train and evaluate a model on the task's data sets, by epochs.
 
-    Options of ``run`` beyond those of LAVIS's ``runner_base``:
+    Options of ``run``: :data:`softmask_plugin.run_options.RUN`.
 
-    - ``amp``: ``false``, ``true`` (fp16 on CUDA, bf16 on CPU), ``bf16`` or ``fp16``.
-    - ``clip_grad_norm``: largest norm of the gradient; null (default) does not clip.
-    - ``resume_ckpt_path``: a checkpoint, or ``auto``: go on in the newest folder below
-      ``output_dir`` that has one and that no living process works in; without any, start.
-    - ``save_every_steps``: a checkpoint every so many optimizer steps, beside that of each epoch.
-    - ``keep_checkpoints``: how many of those to keep (2), beside the best; null: all.
-    - ``max_bad_steps``: a step whose losses or gradients are not finite is skipped; so many in a
-      row (10) end the run.
-    - ``compile``: ``true`` compiles the image encoders with torch.compile, for GPUs (a CPU gains
-      nothing); or the name of a backend of torch's. ``false`` by default.
-    - ``panel_every``: a picture of what the soft mask hides, in ``masks/step_<n>.png``, every so
-      many optimizer steps and at the end of each epoch; null (default): never.
-    - ``tensorboard``: whether to write for TensorBoard too, where it is installed; true by default.
-    - ``wandb``: ``true``, or a project's name, for Weights & Biases too; false by default.
-    - ``find_unused_parameters``: as torch's DistributedDataParallel has it; false by default.
-
-    Differences from it, on purpose: gradients of ``accum_grad_iters`` batches are averaged, not
-    summed, and ``warmup_steps``, ``log_freq`` and the ``iters`` that models are told count
-    optimizer steps; the first of
-    ``valid_splits`` picks the best checkpoint; ``evaluate: true`` evaluates the test splits only.
+    Differences from LAVIS's ``runner_base``, on purpose: gradients of ``accum_grad_iters`` batches
+    are averaged, not summed, and ``warmup_steps``, ``log_freq`` and the ``iters`` that models are
+    told count optimizer steps; the first of ``valid_splits`` picks the best checkpoint;
+    ``evaluate: true`` evaluates the test splits only.
     """
 
     def train(self) -> dict[str, Any]:
@@ -158,7 +143,7 @@ class SoftmaskRunner(ResumableRunner):
 
     def _step(self, batches: list[dict[str, Any]]) -> None:
         """Take one optimizer step, or skip it where its numbers are not finite."""
-        limit = self.config.run_cfg.get("clip_grad_norm", None)
+        limit = setting(self.config.run_cfg, "clip_grad_norm")
         self.scaler.unscale_(self.optimizer)
         if limit is None:
             norm = gradient_norm(self._model)

@@ -23,6 +23,7 @@ from softmask_plugin.errors import UserError, require_finite_scores
 from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.pointing import Box, energy_inside, hits
 from softmask_plugin.registry import register
+from softmask_plugin.run_options import setting
 from softmask_plugin.word_maps import phrase_maps, word_maps
 
 NEEDED = ("box", "boxes", "group")  # of each entry of a data set's `annotation`
@@ -33,7 +34,7 @@ TIED = 1 - 1e-9  # scores no further apart than by rounding are equal
 class GroundingTask(BaseTask):
     """Find the thing that an expression refers to, by where its words' maps lie.
 
-    Of ``run`` it reads ``grounding_alpha`` (0.5): a candidate box scores the map's mass inside it
+    Of ``run`` it reads ``grounding_alpha``: a candidate box scores the map's mass inside it
     per ``area ** grounding_alpha``. 0 favours large boxes, 1 small ones.
 
     A data set for it has an attribute ``annotation``, a list of ``{"box": the true box, "boxes":
@@ -65,7 +66,7 @@ class GroundingTask(BaseTask):
     @classmethod
     def setup_task(cls, cfg: Any) -> GroundingTask:
         """Build the task from the ``run:`` section of a YAML."""
-        return cls(cfg.run_cfg.get("grounding_alpha", 0.5))
+        return cls(setting(cfg.run_cfg, "grounding_alpha"))
 
     def before_evaluation(self, model: Any, dataset: Any, **rest: Any) -> None:
         """Note the boxes of the data set that comes next."""
