@@ -64,8 +64,10 @@ def serve(checkpoint: str | None, images: str | None, port: int) -> None:
         port: of ``ADDRESS``.
 
     Raises:
-        UserError: the port is taken, or the checkpoint or the folder cannot be used.
+        UserError: the port is none or taken, or the checkpoint or the folder cannot be used.
     """
+    if not 1 <= port <= 65535:
+        raise UserError(f"--port is {port}: it must be 1 to 65535")
     load_trained(checkpoint)
     if images is not None:
         readable_images(Path(images), limit=1)

@@ -142,7 +142,7 @@ def explain_image(
 
     Raises:
         UserError: the image or the checkpoint cannot be read, the model has no matching head, the
-            caption lacks one of the words, or a score is NaN or infinite.
+            caption has no word or lacks one of those named, or a score is NaN or infinite.
     """
     picture = _open(image)
     if model is None or isinstance(model, (str, Path)):
@@ -150,6 +150,8 @@ def explain_image(
     elif not isinstance(model, Trained):
         model = Trained.of(model)
     cleaned = model.text_processor(caption)
+    if not words_of(model.model, cleaned):
+        raise UserError(f"the caption '{caption}' has no word to explain: say what the image shows")
     (found,) = explain(model.model, model.image_processor(picture)[None], [cleaned])
     limit = f"model.max_txt_len is {model.model.options.max_txt_len}"
     processor = model.text_processor

@@ -15,7 +15,7 @@ from transformers import BertTokenizerFast
 from softmask_plugin.datasets.caption_files import read_captions
 from softmask_plugin.datasets.question_files import read_questions
 from softmask_plugin.datasets.table_files import SUFFIXES, one_text, read_table
-from softmask_plugin.errors import UserError
+from softmask_plugin.errors import UserError, reason_of
 from softmask_plugin.paths import PACKAGE
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -75,10 +75,9 @@ def build_tokenizer(source: str | None, vocab_size: int = 8192) -> BertTokenizer
                 f"no tokenizer '{source}' (model.tokenizer): it is no vocab.txt, caption file or "
                 "local folder, and the Hugging Face hub or its cache does not have it"
             ) from error
-        reason = " ".join(str(error).split())
         raise UserError(
             f"{source} is no usable vocabulary (model.tokenizer): it must list every token once, "
-            f"{', '.join(SPECIAL_TOKENS)} among them ({reason})"
+            f"{', '.join(SPECIAL_TOKENS)} among them ({reason_of(error)})"
         ) from error
     return tokenizer
 

@@ -156,6 +156,9 @@ def test_a_taken_port_or_missing_folder_is_one_line(capsys, tmp_path):
         port = str(taken.getsockname()[1])
         assert cli.main(["app", "--port", port]) == 2
         assert f"port {port} is taken" in capsys.readouterr().err
+    for port in ("99999", "0", "-1"):
+        assert cli.main(["app", f"--port={port}"]) == 2
+        assert f"--port is {port}: it must be 1 to 65535" in capsys.readouterr().err
     assert cli.main(["app", "--images", str(tmp_path / "none")]) == 2
     assert "no folder" in capsys.readouterr().err
 

@@ -276,7 +276,10 @@ def test_the_same_pair_gives_the_same_file(photo, checkpoint, tmp_path):
     [
         (("-o", "a.gif"), "must end with .png, .pdf, .svg"),
         (("--word", "sta"), "did you mean 'star'"),
-        (("--image", "none.jpg"), "none.jpg"),
+        (("--image", "none.jpg"), "error: none.jpg: No such file or directory"),
+        (("--image", "."), "error: .: Is a directory"),
+        (("--caption", ""), "the caption '' has no word to explain"),
+        (("--caption", "!!!"), "the caption '!!!' has no word to explain"),
         (("--json", "no/such/folder.json"), "cannot write no/such/folder.json"),
         (("--options", "model.image_sise=32"), "did you mean 'image_size'"),
     ],
@@ -285,7 +288,8 @@ def test_a_mistake_gets_one_line(photo, checkpoint, tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     assert command(photo, checkpoint, *more) == 2
     error = capsys.readouterr().err.splitlines()
-    assert len(error) == 1 and message in error[0]
+    assert len(error) == 1 and message in error[0] and "Errno" not in error[0]
+    assert not (tmp_path / "explanation.png").exists() or "--json" in more
 
 
 # ---- what README shows

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from softmask_plugin.errors import UserError
+from softmask_plugin.errors import UserError, reason_of
 
 # More than this is refused before it is decoded: Pillow merely warns here, up to twice as many.
 MAX_PIXELS = 89_478_485
@@ -53,7 +53,9 @@ def open_rgb(
     except UnidentifiedImageError as error:  # whose own message may hold an address in memory
         raise UnreadableImageError(f"{path}: no image of a known format") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise UnreadableImageError(f"{path}: {str(error) or type(error).__name__}") from error
+        # The whole text of a system's error says the name once more.
+        reason = getattr(error, "strerror", None) or reason_of(error)
+        raise UnreadableImageError(f"{path}: {reason}") from error
 
 
 @cache

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softmask_plugin.errors import UserError
+from softmask_plugin.errors import UserError, reason_of
 from softmask_plugin.models.weights import require_sound
 from softmask_plugin.whole_files import LEFTOVERS, write_whole
 
@@ -88,7 +88,7 @@ class CheckpointFiles:
         except (OSError, RuntimeError) as error:  # a full disk: torch's writer raises the latter
             last = next((str(file) for file in self.newest_first()), "none")
             raise UserError(
-                f"cannot save {path} ({_one_line(error)}): make room, then go on with "
+                f"cannot save {path} ({reason_of(error)}): make room, then go on with "
                 f"run.resume_ckpt_path=auto; the last whole checkpoint: {last}"
             ) from error
         logging.info("saved %s", path)
@@ -162,7 +162,3 @@ def _link(source: Path, path: Path) -> None:
 
 def _frozen(model: nn.Module) -> set[str]:
     return {name for name, value in model.named_parameters() if not value.requires_grad}
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
