@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from softmask_plugin.config_values import check_image_sizes, require_section
-from softmask_plugin.errors import UserError, suggest
+from softmask_plugin.errors import UserError, reason_of, suggest
 from softmask_plugin.models.rerank import RerankOptions
 from softmask_plugin.paths import CONFIGS
 from softmask_plugin.run_options import NEEDED, NEEDED_TO_TRAIN, RUN, setting
@@ -83,7 +83,7 @@ def read_config(path: Path, options: Sequence[str] = ()) -> DictConfig:
         _check_run(config.run)
     except (UserError, OmegaConfBaseException) as error:
         raise UserError(
-            f"{_one_line(error)} (in {path}{' or --options' if options else ''})"
+            f"{reason_of(error)} (in {path}{' or --options' if options else ''})"
         ) from None
     return config
 
@@ -94,7 +94,7 @@ def valid_yaml(path: Path) -> Iterator[None]:
     try:
         yield
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {_one_line(error)}") from error
+        raise UserError(f"{path} is not valid YAML: {reason_of(error)}") from error
 
 
 def parse_options(options: Sequence[str], sections: Sequence[str] = SECTIONS) -> DictConfig:
@@ -107,7 +107,7 @@ def parse_options(options: Sequence[str], sections: Sequence[str] = SECTIONS) ->
     try:
         return OmegaConf.from_dotlist(list(options))
     except (YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"--options: {_one_line(error)}") from error
+        raise UserError(f"--options: {reason_of(error)}") from error
 
 
 def _check_sections(config: Any) -> None:
@@ -194,7 +194,3 @@ def _known(what: str, name: Any, choices: Iterable[Any]) -> None:
     choices = [str(choice) for choice in choices]
     if str(name) not in choices:
         raise UserError(f"unknown {what}: {suggest(name, choices)}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

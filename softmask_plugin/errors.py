@@ -34,12 +34,12 @@ def one_line(text: str) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    r"""What an exception says, in one line of at most 300 characters; its type where it is silent.
+    r"""What an exception says, in one line, or its type where it says nothing.
 
     >>> print(reason_of(ValueError("line 3:\n  no mapping")), reason_of(KeyError()))
     line 3: no mapping KeyError
     """
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def suggest(name: str, choices: Iterable[str], limit: int = 3) -> str:
