@@ -19,7 +19,8 @@ from benchmarks.traces import differences, trace
 from softmask_plugin import config_check
 from softmask_plugin.errors import UserError
 from softmask_plugin.models.vqa import SoftMaskVqa
-from softmask_plugin.runners import boards, panels
+from softmask_plugin.report import report_run
+from softmask_plugin.runners import boards, environment, panels
 from softmask_plugin.runners.statistics import mask_statistics, queue_statistics
 
 
@@ -288,6 +289,26 @@ def test_wrong_options(option, message):
 
 def test_the_environment_is_noted(tmp_path):
     runner = build(tmp_path)
-    noted = json.loads((runner.output_dir / "environment.json").read_text())
+    (noted,) = json.loads((runner.output_dir / "environment.json").read_text())
     assert noted["torch"] == torch.__version__ and noted["threads"] == torch.get_num_threads()
     assert noted["device"] == RUN["device"] and noted["processor"] and noted["processes"] == 1
+
+
+def test_a_run_keeps_what_it_began_on_and_each_later_change(tmp_path, monkeypatch):
+    device = torch.device("cpu")
+    for version in ("1", "1", "2", "1"):
+        monkeypatch.setattr(environment, "installed", lambda version=version: {"torch": version})
+        environment.note_environment(tmp_path, device)
+    assert [start["torch"] for start in environment.noted_environments(tmp_path)] == ["1", "2", "1"]
+    (tmp_path / "metrics.jsonl").touch()
+    assert "1, then 2, then 1" in report_run(tmp_path).read_text()
+
+
+def test_a_run_that_goes_on_keeps_its_notes(tmp_path, monkeypatch):
+    first = build(tmp_path, resume_ckpt_path="auto")
+    first.train()
+    monkeypatch.setattr(environment, "installed", lambda: {"torch": "9.9.9"})
+    again = build(tmp_path, resume_ckpt_path="auto")
+    assert again.output_dir == first.output_dir
+    noted = environment.noted_environments(again.output_dir)
+    assert [start["torch"] for start in noted] == [torch.__version__, "9.9.9"]

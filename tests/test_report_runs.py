@@ -142,7 +142,7 @@ def test_full_size_pretraining_makes_pictures_of_its_masks():
     ("file", "content", "message"),
     [
         ("config.yaml", "run: [", "config.yaml is not valid YAML"),
-        ("environment.json", "[1", "environment.json is not a JSON object"),
+        ("environment.json", "[1", "environment.json is not a JSON list of objects"),
     ],
 )
 def test_a_broken_file_is_named(folder, file, content, message):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
 from softmask_plugin.config_check import valid_yaml
-from softmask_plugin.errors import UserError
 from softmask_plugin.options import ModelOptions, SoftMaskOptions
 from softmask_plugin.report.page import write_report
 from softmask_plugin.report.records import read_metrics
+from softmask_plugin.runners.environment import noted_environments
 
 PICTURES = 8  # of the masks, at most: the first, the last, and some between
 
@@ -60,13 +60,13 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _environment(folder: Path) -> dict[str, object]:
-    path = folder / "environment.json"
-    if not path.is_file():
-        return {"unknown": "the run noted none"}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is not a JSON object: delete it") from error
+    """By name what the run was on, in turn where it went on on something else."""
+    starts = noted_environments(folder) or [{"unknown": "the run noted none"}]
+    kinds = dict.fromkeys(name for start in starts for name in start)
+    return {
+        kind: ", then ".join(value for value, _ in groupby(str(each.get(kind)) for each in starts))
+        for kind in kinds
+    }
 
 
 def _summary(

@@ -1,14 +1,19 @@
-"""What a run ran on: versions, processor, devices."""
+"""What a run ran on: versions, processor, devices, and how they changed from start to start."""
 
 from __future__ import annotations
 
+import json
 import platform
 from pathlib import Path
 
 import torch
 from lavis.common.dist_utils import get_world_size
 
+from softmask_plugin.errors import UserError
 from softmask_plugin.stack import installed
+from softmask_plugin.whole_files import write_whole
+
+FILE = "environment.json"  # in a run's folder: what it began on, and each later start on another
 
 
 def environment(device: torch.device) -> dict[str, object]:
@@ -23,6 +28,29 @@ def environment(device: torch.device) -> dict[str, object]:
         "processes": get_world_size(),
         **installed(),
     }
+
+
+def note_environment(folder: Path, device: torch.device) -> None:
+    """Add what this start of a run is on to those before it, unless nothing has changed."""
+    noted, now = noted_environments(folder), environment(device)
+    if noted[-1:] != [now]:
+        text = json.dumps([*noted, now], indent=2) + "\n"
+        write_whole(folder / FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def noted_environments(folder: Path) -> list[dict[str, object]]:
+    """What a run was on, in the order of its starts; empty where it noted nothing.
+
+    Raises:
+        UserError: the file is broken.
+    """
+    path = folder / FILE
+    try:
+        noted = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        # earlier versions kept the last start alone, without a list
+        return [dict(start) for start in ([noted] if isinstance(noted, dict) else noted)]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is not a JSON list of objects: delete it") from error
 
 
 def _processor() -> str:

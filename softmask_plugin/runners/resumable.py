@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from pathlib import Path
@@ -18,7 +17,7 @@ from softmask_plugin.runners import checkpoint
 from softmask_plugin.runners.bad_steps import BadSteps
 from softmask_plugin.runners.boards import Boards
 from softmask_plugin.runners.checkpoint import CheckpointFiles
-from softmask_plugin.runners.environment import environment
+from softmask_plugin.runners.environment import note_environment
 from softmask_plugin.runners.logs import RunLog
 from softmask_plugin.runners.meter import LossMeter
 from softmask_plugin.runners.panels import MaskPanels
@@ -64,8 +63,7 @@ class ResumableRunner(PortableRunner):
         self.log = RunLog(self.output_dir, boards)
         self.panels = MaskPanels(self.output_dir / "masks", panel_every, model, boards)
         if is_main_process():
-            ran_on = json.dumps(environment(self.device), indent=2) + "\n"
-            (self.output_dir / "environment.json").write_text(ran_on, encoding="utf-8")
+            note_environment(self.output_dir, self.device)
             OmegaConf.save(self.config.get_config(), self.output_dir / "config.yaml")
             tokenizer: Any = getattr(model, "tokenizer", None)
             if tokenizer is not None:  # a checkpoint is of no use without its vocabulary
