@@ -65,11 +65,11 @@ def _means(found: Sequence[Explanation]) -> tuple[float, float]:
 
 
 def checkpoints(folder: Path, only: Sequence[str]) -> dict[str, list[Path]]:
-    """The checkpoints of an ablation's variants, one for each seed."""
+    """The checkpoints of an ablation's variants, one for each seed; of all, or in this order."""
     found: dict[str, list[Path]] = {}
-    for file in sorted(folder.glob(f"*/seed_*/pretrain/{RESULT}")):
-        result, variant = json.loads(file.read_text(encoding="utf-8")), file.parts[-4]
-        if not only or variant in only:
+    for variant in only or sorted(each.name for each in folder.glob("*/")):
+        for file in sorted(folder.glob(f"{variant}/seed_*/pretrain/{RESULT}")):
+            result = json.loads(file.read_text(encoding="utf-8"))
             path = file.parent / result["run"] / result["checkpoint"]
             found.setdefault(variant, []).append(path)
     return found
