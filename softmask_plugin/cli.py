@@ -102,6 +102,13 @@ def _parser() -> argparse.ArgumentParser:
         help="the figure, a .png, .pdf or .svg; default: %(default)s",
     )
     command.add_argument(
+        "--width",
+        type=float,
+        metavar="INCHES",
+        help="of the figure, whose letters keep their size: 3.3 for a paper's column; default: as "
+        "many as its words need",
+    )
+    command.add_argument(
         "--json",
         nargs="?",
         const="-",
@@ -224,9 +231,10 @@ def _explain(args: argparse.Namespace) -> int:
     from softmask_plugin.trained import load_trained
 
     explain_files.require_format(args.output)
+    explain_files.require_width(args.width)
     trained = load_trained(args.checkpoint, args.model, args.type, args.options)
     found = explain_files.explain_image(args.image, args.caption, trained, args.word)
-    figure = found.save(args.output)
+    figure = found.save(args.output, args.width)
     if args.json is not None:
         found.write_json(args.json)
     if args.json != "-":

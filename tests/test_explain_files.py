@@ -264,6 +264,15 @@ def test_json_on_the_standard_output_is_alone_there(photo, checkpoint, tmp_path,
     assert word["word"] == "star"
 
 
+def test_a_figure_has_the_width_that_is_asked_for(photo, checkpoint, tmp_path, capsys):
+    for width, pixels in (("3.3", 990), ("7", 2100)):
+        figure = tmp_path / "a.png"
+        assert command(photo, checkpoint, "-o", str(figure), "--width", width) == 0
+        assert Image.open(figure).width == pixels
+    found = softmask_plugin.explain_image(photo, CAPTION, checkpoint)
+    assert Image.open(found.save(tmp_path / "b.png", width=3)).width == 900
+
+
 def test_the_same_pair_gives_the_same_file(photo, checkpoint, tmp_path):
     files = [tmp_path / "a.pdf", tmp_path / "b.pdf"]
     for file in files:
@@ -278,6 +287,8 @@ def test_the_same_pair_gives_the_same_file(photo, checkpoint, tmp_path):
         (("--word", "sta"), "did you mean 'star'"),
         (("--image", "none.jpg"), "error: none.jpg: No such file or directory"),
         (("--image", "."), "error: .: Is a directory"),
+        (("--width", "0.5"), "the figure's width is 0.5: it must be 2 to 40 inches"),
+        (("--width", "nan"), "the figure's width is nan: it must be 2 to 40 inches"),
         (("--caption", ""), "the caption '' has no word to explain"),
         (("--caption", "!!!"), "the caption '!!!' has no word to explain"),
         (("--json", "no/such/folder.json"), "cannot write no/such/folder.json"),

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from softmask_plugin.errors import UserError
 from softmask_plugin.explain import Explanation
 from softmask_plugin.report import (
+    Shown,
     constant_guess,
     loss_curves,
     pointing_game,
@@ -24,6 +25,7 @@ from softmask_plugin.report import (
     swapped,
     validation_curves,
     word_panel,
+    word_panels,
     write_report,
 )
 from softmask_plugin.report.figures import HIDDEN, heat_overlay, soft_masked
@@ -204,7 +206,7 @@ class TestFigures:
         figure = word_panel(image, explanation(), [1, 2], boxes)
         assert len(figure.axes) == 2 + 2 * 3
         titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
-        assert titles == ["red", "star"]
+        assert titles == ["match 0.95", "red", "star"]
         frames = [p for axes in figure.axes if axes.images for p in axes.patches]
         assert len(frames) == 2 * 2  # a black and a white one, on the heat map and on the mask
         for frame in frames:
@@ -216,16 +218,45 @@ class TestFigures:
     def test_word_panel_shows_as_much_of_a_caption_as_was_read(self):
         cut = replace(explanation(), caption="a red star above a ring")
         figure = word_panel(np.zeros((30, 20, 3), np.uint8), cut, [1])
-        assert "a red star […]" in [text.get_text() for axes in figure.axes for text in axes.texts]
+        assert "a red star […]" in [text.get_text() for text in figure.texts]
 
     def test_word_panel_names_the_mask_that_it_shows(self):
         image = np.zeros((30, 20, 3), np.uint8)
         for change, name in (
             ({}, "soft mask"),
-            ({"kind": "random", "strength": 0.5}, "random mask × 0.5"),
+            ({"kind": "random", "strength": 0.5}, "random mask\n× 0.5"),
         ):
             figure = word_panel(image, replace(explanation(), **change), [1])
-            assert [text.get_text() for text in figure.texts] == ["heat map", name]
+            assert {"heat map", name} <= {text.get_text() for text in figure.texts}
+
+    @pytest.mark.parametrize("width", [None, 2, 3.3])
+    @pytest.mark.parametrize("shape", [(60, 60), (10, 120), (120, 10)])
+    def test_a_word_panel_is_fit_to_print(self, width, shape):
+        """Nothing touches or leaves the page, letters keep their size, no page is endless."""
+        words = explanation("a photographer of a red star above extraordinarily black hearts")
+        words = replace(words, kind="random", strength=0.5, score=1.0)
+        shown = Shown(np.zeros((*shape, 3), np.uint8), words, range(4))
+        figure = word_panels([shown], width=width)
+        assert width is None or figure.get_figwidth() == pytest.approx(width)
+        assert figure.get_figheight() < 15  # where each of four words has a row of its own
+        texts = [
+            *figure.texts,
+            *(text for axes in figure.axes for text in (axes.title, *axes.texts)),
+        ]
+        texts = [text for text in texts if text.get_text()]
+        assert {text.get_fontsize() for text in texts if len(text.get_text()) < 12} == {6.5, 8}
+        figure.draw_without_rendering()
+        boxes = {text: text.get_window_extent() for text in texts}
+        for text, box in boxes.items():
+            assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, text
+            assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1, text
+        for (one, its_box), (other, box) in itertools.combinations(boxes.items(), 2):
+            assert not its_box.overlaps(box), (one, other)
+
+    def test_a_word_panel_says_what_its_colours_and_numbers_are(self):
+        figure = word_panel(np.zeros((30, 20, 3), np.uint8), explanation(), [1])
+        written = [text.get_text() for text in figure.texts]
+        assert {"0", "own max.", "match:\nplain → masked"} <= set(written)
 
 
 class Page(HTMLParser):

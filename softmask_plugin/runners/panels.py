@@ -85,7 +85,7 @@ class MaskPanels:
             Shown(image, each, each.naming[:WORDS])
             for image, each in zip(images, found, strict=True)
         ]
-        word_panels(pairs).savefig(path, dpi=DPI, bbox_inches="tight")
+        word_panels(pairs).savefig(path, dpi=DPI)
         return path
 
 
