@@ -20,7 +20,7 @@ from softmask_plugin.errors import UserError, one_line
 from softmask_plugin.explain import Explanation
 from softmask_plugin.explain_files import explain_image
 from softmask_plugin.explore import Gallery, readable_images, wrong_caption
-from softmask_plugin.report.figures import heat_overlay, soft_masked
+from softmask_plugin.report.word_panels import heat_overlay, soft_masked
 from softmask_plugin.trained import Trained, load_trained
 
 ADDRESS = "127.0.0.1"  # others on the network see the page only if the user forwards it

@@ -28,7 +28,7 @@ from softmask_plugin.report import (
     word_panels,
     write_report,
 )
-from softmask_plugin.report.figures import HIDDEN, heat_overlay, soft_masked
+from softmask_plugin.report.word_panels import HIDDEN, heat_overlay, soft_masked
 
 EVIL = """<script>alert("1")</script> --> $\\frac$ for $5 & more"""
 
