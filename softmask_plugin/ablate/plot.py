@@ -12,7 +12,7 @@ from softmask_plugin.ablate.table import Measured, Row
 from softmask_plugin.report.figures import ACCENT, MUTED, STYLE
 
 HEIGHT, WIDTH = 0.3, 2.6  # of a variant and of a metric, inches
-COLUMNS = 3  # metrics side by side
+COLUMNS = 3  # metrics side by side, at most
 
 
 def draw(table: Sequence[Row], metrics: Sequence[str], baseline: str) -> Figure:
@@ -24,8 +24,8 @@ def draw(table: Sequence[Row], metrics: Sequence[str], baseline: str) -> Figure:
     (base,) = (row for row in table if row.name == baseline)
     shown = [row for row in table if row.measured]
     with mpl.rc_context(STYLE):
-        across = min(COLUMNS, len(metrics))
-        down = -(-len(metrics) // across)
+        down = -(-len(metrics) // COLUMNS)
+        across = -(-len(metrics) // down)
         size = (1.6 + WIDTH * across, 0.6 + (0.7 + HEIGHT * len(shown)) * down)
         figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplots(down, across, sharey=True, squeeze=False).ravel()
