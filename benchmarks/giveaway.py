@@ -121,8 +121,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, default=200, help="default: %(default)s")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="for giveaway.json and .png")
     asked = parser.parse_args(argv)
-    sources = {"scenes_tiny": [None]} if asked.folder is None else {}
-    sources |= checkpoints(asked.folder, asked.only) if asked.folder else {}
+    shipped = {"scenes_tiny": [None]}
+    sources = checkpoints(asked.folder, asked.only) if asked.folder else shipped
     table = {
         name: [measure(load_trained(path), asked.scenes) for path in paths]
         for name, paths in sources.items()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 LEFTOVERS = ".*.tmp"  # what a killed process may leave in the folder
 
@@ -27,6 +29,12 @@ def write_whole(path: Path, make: Callable[[Path], object]) -> None:
         _sync(path.parent)  # the new name
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a small JSON file, indented, as :func:`write_whole` does."""
+    text = json.dumps(content, indent=2) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _sync(path: Path) -> None:

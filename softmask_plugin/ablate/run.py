@@ -15,7 +15,7 @@ from softmask_plugin.ablate.cost import relative_cost
 from softmask_plugin.ablate.plan import PRETRAINED, Plan, Stage
 from softmask_plugin.errors import UserError, suggest
 from softmask_plugin.runners.environment import environment
-from softmask_plugin.whole_files import write_whole
+from softmask_plugin.whole_files import write_json
 
 RESULT = "result.json"
 COST = "cost.json"
@@ -99,11 +99,11 @@ def run(job: Job) -> Iterator[tuple[Stage, dict[str, Any]]]:
     """
     for stage in job.unfinished:
         result = _run(job, stage)
-        _write(job.place(stage) / RESULT, result)
+        write_json(job.place(stage) / RESULT, result)
         yield stage, result
     if job.has_to_time:
         cost = {"step_time": relative_cost(job.plan, job.variant)}
-        _write(job.cost_file, {**_asked(job, job.plan.base), **cost})
+        write_json(job.cost_file, {**_asked(job, job.plan.base), **cost})
 
 
 def _run(job: Job, stage: Stage) -> dict[str, Any]:
@@ -143,8 +143,3 @@ def _metrics(stage: Stage, results: dict[str, Any]) -> dict[str, float]:
         if metric not in found:
             raise UserError(f"stage '{stage.name}' gave no '{metric}': {suggest(metric, found)}")
     return {metric: float(found[metric]) for metric in stage.metrics}
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2) + "\n"
-    write_whole(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))

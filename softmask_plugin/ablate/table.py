@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,21 +86,21 @@ def rows(plan: Plan, folder: Path, baseline: str) -> list[Row]:
         folder: the ablation's.
         baseline: the variant to compare with.
     """
-    against: dict[str, dict[int, float]] = {}
-    with suppress(UserError):  # which its own row tells
-        against = _by_seed(plan, folder, baseline)[0]
-    table = []
+    table: dict[str, Row] = {}
+    found: dict[str, dict[str, dict[int, float]]] = {}
     for name, options in plan.variants.items():
         try:
-            values, ran_on = _by_seed(plan, folder, name)
+            found[name], ran_on = _by_seed(plan, folder, name)
             cost = Job(plan, name, plan.seeds[0], folder).cost
+            table[name] = Row(name, options, cost=cost, ran_on=ran_on)
         except UserError as error:
-            table.append(Row(name, options, refused=str(error)))
-            continue
-        other = {} if name == baseline else against
-        metrics = {m: measure(v, other.get(m, {})) for m, v in values.items() if v}
-        table.append(Row(name, options, metrics, cost, ran_on))
-    return table
+            table[name] = Row(name, options, refused=str(error))
+    for name, row in table.items():
+        if row.refused is None:
+            other = {} if name == baseline else found.get(baseline, {})
+            metrics = {m: measure(v, other.get(m, {})) for m, v in found[name].items() if v}
+            table[name] = replace(row, metrics=metrics)
+    return [*table.values()]
 
 
 def measure(values: Mapping[int, float], baseline: Mapping[int, float]) -> Measured:

@@ -27,7 +27,7 @@ import numpy as np
 from softmask_plugin.datasets.folder import Annotation, FolderBuilder, FolderDataset
 from softmask_plugin.datasets.skip_log import SkipLog
 from softmask_plugin.datasets.table_files import image_name
-from softmask_plugin.errors import UserError
+from softmask_plugin.errors import UserError, reason_of
 from softmask_plugin.paths import shipped
 from softmask_plugin.registry import register
 
@@ -190,7 +190,7 @@ def read_plain_pickle(file: Path, source: str) -> Any:
     try:  # it is of Python 2, whose text may hold any bytes
         return _PlainUnpickler(content, encoding="latin-1").load()
     except Exception as error:  # the unpickler raises nearly anything for a file of another kind
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason_of(error)
         raise UserError(f"{file} is no pickle of plain lists, dicts and text: {reason}") from error
 
 

@@ -11,7 +11,7 @@ from lavis.common.dist_utils import get_world_size
 
 from softmask_plugin.errors import UserError
 from softmask_plugin.stack import installed
-from softmask_plugin.whole_files import write_whole
+from softmask_plugin.whole_files import write_json
 
 FILE = "environment.json"  # in a run's folder: what it began on, and each later start on another
 
@@ -34,8 +34,7 @@ def note_environment(folder: Path, device: torch.device) -> None:
     """Add what this start of a run is on to those before it, unless nothing has changed."""
     noted, now = noted_environments(folder), environment(device)
     if noted[-1:] != [now]:
-        text = json.dumps([*noted, now], indent=2) + "\n"
-        write_whole(folder / FILE, lambda path: path.write_text(text, encoding="utf-8"))
+        write_json(folder / FILE, [*noted, now])
 
 
 def noted_environments(folder: Path) -> list[dict[str, object]]:

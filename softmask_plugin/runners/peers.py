@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from lavis.common.dist_utils import get_rank, get_world_size
 
-from softmask_plugin.errors import UserError
+from softmask_plugin.errors import UserError, reason_of
 
 # What gloo and nccl say, in errors that have no class of their own.
 _LOST = re.compile(
@@ -33,7 +33,7 @@ def peers_needed() -> Iterator[None]:
     except RuntimeError as error:
         if get_world_size() == 1 or not _is_of_communication(error):
             raise
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)[:200]
         raise UserError(
             f"process {get_rank()} of {get_world_size()} lost another one, which ended or hangs "
             f"(its own message tells why; here: {reason}): restart the job with "
