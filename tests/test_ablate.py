@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from softmask_plugin import cli
-from softmask_plugin.ablate import command, cost, plot, table, workers
+from softmask_plugin.ablate import command, cost, losses, plot, table, workers
 from softmask_plugin.ablate.plan import shipped_plans
 from softmask_plugin.ablate.read import read_plan
 from softmask_plugin.ablate.run import Job
@@ -165,6 +165,7 @@ def test_an_ablation_goes_on_past_a_variant_that_fails_and_is_not_run_twice(
     assert 0 < low <= median <= high
     assert [*rows["gamma"]["metrics"]["retrieval txt_r1"]["differences"]] == ["0"]
     assert rows["gamma"]["ran_on"][0]["torch"] == torch.__version__
+    assert 0 < rows["gamma"]["losses"]["itm"]["0"] < math.inf and "| gamma | " in shown
     assert (folder / "mine.png").stat().st_size > 5000
     assert "softmask_plugin" not in shown  # what the runs print is in the workers' logs
 
@@ -187,10 +188,14 @@ def test_an_ablation_goes_on_past_a_variant_that_fails_and_is_not_run_twice(
 
 def done(job, value=50.0):
     """Write results of a job as if it had run."""
+    log = job.place(job.plan.base) / "run" / "metrics.jsonl"
+    log.parent.mkdir(parents=True)
+    log.write_text(json.dumps({"split": "train", "epoch": 0, "loss_itm": value / 100}))
     for stage in job.plan.stages:
         result = {"config": stage.config, "options": job.plan.options(job.variant, stage)}
         result |= {"metrics": dict.fromkeys(stage.metrics, value), "environment": {"cores": 2}}
-        job.place(stage).mkdir(parents=True)
+        result["run"] = "run"
+        job.place(stage).mkdir(parents=True, exist_ok=True)
         (job.place(stage) / "result.json").write_text(json.dumps(result))
 
 
@@ -318,6 +323,25 @@ def test_the_interval_of_a_difference_is_that_of_a_paired_t_test():
     for offset in (9, -9):
         moved = {seed: value + offset for seed, value in enumerate(own)}
         assert table.measure(moved, dict(enumerate(baseline))).tells
+
+
+def test_the_losses_that_a_run_ended_with_are_the_last_epochs(tmp_path):
+    lines = [{"split": "train", "epoch": 0, "lr": 1, "loss_itm": 9.0}]
+    lines += [{"split": "train", "epoch": 1, "lr": 1, "loss_itm": value} for value in (0.5, 0.3)]
+    lines[-1]["loss_soft"] = 0.1  # a mask that began in between
+    lines += [{"split": "test", "epoch": 1, "loss_itm": 7.0}]
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("\n".join(map(json.dumps, lines)))
+    assert losses.last_losses(tmp_path) == {"itm": pytest.approx(0.4), "soft": 0.1}
+    log.write_text("")  # killed before its first line
+    assert losses.last_losses(tmp_path) == {}
+
+
+def test_the_losses_in_markdown():
+    lines = losses.losses_table({"albef": {"itm": {0: 0.1, 1: 0.3}}, "soft": {"soft": {0: 0.01}}})
+    assert lines[2] == "| variant | itm | soft |"
+    assert lines[4] == "| albef | 0.200 (0.100 to 0.300) |  |"
+    assert lines[5] == "| soft |  | 0.010 |"
 
 
 def rows_of(**values):

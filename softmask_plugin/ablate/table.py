@@ -11,6 +11,7 @@ from typing import Any
 
 from scipy.stats import t as student_t
 
+from softmask_plugin.ablate.losses import Losses, last_losses, losses_table
 from softmask_plugin.ablate.plan import Plan
 from softmask_plugin.ablate.run import Job
 from softmask_plugin.errors import UserError
@@ -61,6 +62,7 @@ class Row:
         metrics: by the plan's names of them; those that no seed has are left out.
         cost: seconds of a step of pretraining over those of the plan's baseline, quartiles; None
             where it is not measured.
+        losses: that its pretraining ended with, by term and seed.
         ran_on: the environments of its runs, each once.
         refused: why its results do not count, where they do not.
     """
@@ -69,6 +71,7 @@ class Row:
     options: tuple[str, ...]
     metrics: dict[str, Measured] = field(default_factory=dict)
     cost: list[float] | None = None
+    losses: Losses = field(default_factory=dict)
     ran_on: list[dict[str, Any]] = field(default_factory=list)
     refused: str | None = None
 
@@ -90,9 +93,9 @@ def rows(plan: Plan, folder: Path, baseline: str) -> list[Row]:
     found: dict[str, dict[str, dict[int, float]]] = {}
     for name, options in plan.variants.items():
         try:
-            found[name], ran_on = _by_seed(plan, folder, name)
+            found[name], losses, ran_on = _by_seed(plan, folder, name)
             cost = Job(plan, name, plan.seeds[0], folder).cost
-            table[name] = Row(name, options, cost=cost, ran_on=ran_on)
+            table[name] = Row(name, options, cost=cost, losses=losses, ran_on=ran_on)
         except UserError as error:
             table[name] = Row(name, options, refused=str(error))
     for name, row in table.items():
@@ -134,6 +137,9 @@ def markdown(table: Sequence[Row], metrics: Sequence[str], baseline: str) -> str
         cells = [cell(row.metrics[m], digits[m]) if m in row.metrics else "" for m in metrics]
         lines.append("| " + " | ".join([name, *cells, str(seeds), _cost(row)]) + " |")
     lines += ["", legend(table, baseline)]
+    losses = {row.name: row.losses for row in table if row.measured and row.losses}
+    if losses:
+        lines += ["", *losses_table(losses)]
     missing = [row.name for row in table if not row.measured and row.refused is None]
     if missing:
         lines += ["", "Still to be measured: " + ", ".join(missing) + "."]
@@ -189,9 +195,10 @@ def as_plain(table: Sequence[Row]) -> list[dict]:
 
 def _by_seed(
     plan: Plan, folder: Path, variant: str
-) -> tuple[dict[str, dict[int, float]], list[dict[str, Any]]]:
-    """Metrics of a variant, each by seed, and what its runs ran on."""
+) -> tuple[dict[str, dict[int, float]], Losses, list[dict[str, Any]]]:
+    """Metrics of a variant and its last losses, each by seed, and what its runs ran on."""
     values: dict[str, dict[int, float]] = {metric: {} for metric in plan.metrics}
+    losses: Losses = {}
     ran_on: list[dict[str, Any]] = []
     for seed in plan.seeds:
         job = Job(plan, variant, seed, folder)
@@ -201,4 +208,7 @@ def _by_seed(
                 values[f"{stage.name} {metric}"][seed] = value
             if result and result["environment"] not in ran_on:
                 ran_on.append(result["environment"])
-    return values, ran_on
+            if stage is plan.base and result:
+                for term, value in last_losses(job.place(stage) / result["run"]).items():
+                    losses.setdefault(term, {})[seed] = value
+    return values, losses, ran_on
