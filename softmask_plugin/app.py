@@ -7,6 +7,7 @@ import re
 import socket
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import streamlit as st
@@ -55,20 +56,33 @@ SHIPPED_SEES = (
 )
 
 
-def serve(checkpoint: str | None, images: str | None, port: int) -> None:
+class Weights(NamedTuple):
+    """Where the model comes from, see ``load_trained``; nothing: the shipped one."""
+
+    checkpoint: str | None = None
+    model: str | None = None
+    type: str | None = None
+
+    @property
+    def shipped(self) -> bool:
+        """Whether it is the tiny model that comes along."""
+        return self == Weights()
+
+
+def serve(weights: Weights, images: str | None, port: int) -> None:
     """Serve the page until the process is interrupted.
 
     Args:
-        checkpoint: of the model to look into; None: the shipped one.
+        weights: of the model to look into.
         images: folder that the second tab searches; None: rendered scenes.
         port: of ``ADDRESS``.
 
     Raises:
-        UserError: the port is none or taken, or the checkpoint or the folder cannot be used.
+        UserError: the port is none or taken, or the model or the folder cannot be used.
     """
     if not 1 <= port <= 65535:
         raise UserError(f"--port is {port}: it must be 1 to 65535")
-    load_trained(checkpoint)
+    load_trained(*weights)
     if images is not None:
         readable_images(Path(images), limit=1)
     with socket.socket() as probe:
@@ -83,22 +97,22 @@ def serve(checkpoint: str | None, images: str | None, port: int) -> None:
         "browser.gatherUsageStats": False,
         "client.toolbarMode": "minimal",
     }
-    given = (("--checkpoint", checkpoint), ("--images", images))
-    arguments = [text for key, value in given if value is not None for text in (key, value)]
+    given = {**weights._asdict(), "images": images}
+    arguments = [f"--{key}={value}" for key, value in given.items() if value is not None]
     bootstrap.load_config_options(flags)
     bootstrap.run(__file__, False, arguments, flags)
 
 
-def page(checkpoint: str | None = None, images: str | None = None) -> None:
+def page(weights: Weights, images: str | None = None) -> None:
     """Draw the page; Streamlit calls this anew at every click."""
     st.set_page_config("softmask: what the mask hides", "🔍", layout="wide")
     st.header("See what the mask hides", anchor=False)
     look, search = st.tabs(["Look at words", "Search by text"])
     try:
         with look:
-            _look(checkpoint)
+            _look(weights)
         with search:
-            _search(checkpoint, images)
+            _search(weights, images)
     except UserError as error:
         st.error(plain(str(error)))
 
@@ -109,8 +123,8 @@ def plain(text: str) -> str:
 
 
 @st.cache_resource(show_spinner="Loading the model ...")
-def _trained(checkpoint: str | None) -> Trained:
-    return load_trained(checkpoint)
+def _trained(weights: Weights) -> Trained:
+    return load_trained(*weights)
 
 
 @st.cache_resource
@@ -119,13 +133,13 @@ def _scenes() -> list[Scene]:
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
-def _explained(checkpoint: str | None, image: Image.Image, caption: str) -> Explanation:
-    return explain_image(image, caption, _trained(checkpoint))
+def _explained(weights: Weights, image: Image.Image, caption: str) -> Explanation:
+    return explain_image(image, caption, _trained(weights))
 
 
 @st.cache_resource(show_spinner="Encoding the images ...")
-def _gallery(checkpoint: str | None, images: str | None) -> tuple[Gallery, list[Path], int]:
-    trained = _trained(checkpoint)
+def _gallery(weights: Weights, images: str | None) -> tuple[Gallery, list[Path], int]:
+    trained = _trained(weights)
     if images is None:
         size = trained.model.options.image_size
         return Gallery(trained, (render(scene, size) for scene in _scenes())), [], 0
@@ -136,41 +150,41 @@ def _gallery(checkpoint: str | None, images: str | None) -> tuple[Gallery, list[
 # ---- first tab
 
 
-def _look(checkpoint: str | None) -> None:
+def _look(weights: Weights) -> None:
     left, right = st.columns([1, 2], gap="large")
     with left:
         source = st.radio(
             "Image", (SCENE, UPLOAD), key="source", horizontal=True, on_change=_start_caption
         )
-        image, picture = _scene(checkpoint) if source == SCENE else _uploaded(checkpoint)
+        image, picture = _scene(weights) if source == SCENE else _uploaded(weights)
         if picture is not None:
             st.image(picture, width="stretch")
-        st.markdown(EXPLAINED + (OF_THE_SHIPPED if checkpoint is None else ""))
+        st.markdown(EXPLAINED + (OF_THE_SHIPPED if weights.shipped else ""))
     with right:
         caption = _caption(source == SCENE)
-        if checkpoint is None:
+        if weights.shipped:
             st.caption(SHIPPED_READS)
         if image is None:
             st.info("Choose an image on the left: it stays on this computer.")
-        elif not _trained(checkpoint).text_processor(caption):
+        elif not _trained(weights).text_processor(caption):
             st.info("Type what the image shows, then press Enter.")
         else:
-            _show(_explained(checkpoint, image, caption), np.asarray(picture) / 255)
+            _show(_explained(weights, image, caption), np.asarray(picture) / 255)
 
 
-def _scene(checkpoint: str | None) -> tuple[Image.Image, Image.Image]:
+def _scene(weights: Weights) -> tuple[Image.Image, Image.Image]:
     """Let a scene be picked; as the model sees it, and larger."""
     number, more = st.columns([2, 1], vertical_alignment="bottom")
     number.number_input("Scene", 1, SCENES, key="scene", on_change=_start_caption)
     more.button("Next scene", on_click=_next_scene, width="stretch")
     scene = _scenes()[st.session_state.scene - 1]
-    return render(scene, _trained(checkpoint).model.options.image_size), render(scene, SHOWN)
+    return render(scene, _trained(weights).model.options.image_size), render(scene, SHOWN)
 
 
-def _uploaded(checkpoint: str | None) -> tuple[Image.Image | None, Image.Image | None]:
+def _uploaded(weights: Weights) -> tuple[Image.Image | None, Image.Image | None]:
     """Let an image be uploaded; as it is, and at the size that is shown."""
     file = st.file_uploader(f"An image, up to {UPLOAD_MB} MB", key="upload")
-    if checkpoint is None:
+    if weights.shipped:
         st.caption(SHIPPED_SEES)
     if file is None:
         return None, None
@@ -248,18 +262,18 @@ def _label(words: list[str], index: int) -> str:
 # ---- second tab
 
 
-def _search(checkpoint: str | None, images: str | None) -> None:
+def _search(weights: Weights, images: str | None) -> None:
     query = st.text_input(
         "What to look for", "a red heart above a blue diamond", key="query", max_chars=200
     )
-    gallery, files, left = _gallery(checkpoint, images)
+    gallery, files, left = _gallery(weights, images)
     place = f"{SCENES} rendered scenes" if images is None else f"{len(files)} images"
     st.caption(
         f"{place}: the contrast of text and image (ITC) proposes the most similar ones, the "
         "matching head (ITM) looks at each with the text and ranks them anew."
         + (f" {left} more could not be read or are too many." if left else "")
     )
-    if not _trained(checkpoint).text_processor(query):
+    if not _trained(weights).text_processor(query):
         return
     hits = gallery.search(query)
     for start in range(0, len(hits), 4):
@@ -286,9 +300,11 @@ def _main() -> None:
     # Streamlit adds this file's folder, whose modules would hide others of their names.
     sys.path[:] = [folder for folder in sys.path if folder != str(Path(__file__).parent)]
     parser = argparse.ArgumentParser()
-    parser.add_argument("--checkpoint")
-    parser.add_argument("--images")
-    page(**vars(parser.parse_args()))
+    for name in ("images", *Weights._fields):
+        parser.add_argument(f"--{name}")
+    given = vars(parser.parse_args())
+    images = given.pop("images")
+    page(Weights(**given), images)
 
 
 if __name__ == "__main__":

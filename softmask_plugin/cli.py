@@ -78,16 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("explain", help=text, description=text)
     command.add_argument("--image", required=True, metavar="FILE")
     command.add_argument("--caption", required=True, metavar="TEXT")
-    for option, value, help_text in (
-        (
-            "--checkpoint",
-            "FILE",
-            "a file or URL, of a run or other; default: the tiny model that comes along",
-        ),
-        ("--model", "ARCH", "of a checkpoint that no run left, such as ALBEF.pth"),
-        ("--type", "TYPE", "of that model, such as base"),
-    ):
-        command.add_argument(option, metavar=value, help=help_text)
+    _add_weights(command)
     command.add_argument(
         "--word",
         action="append",
@@ -147,9 +138,7 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "click the words of a caption on a web page: where the model looks, what the mask hides"
     command = commands.add_parser("app", help=text, description=text)
-    command.add_argument(
-        "--checkpoint", metavar="FILE", help="of a run, default: the model that comes along"
-    )
+    _add_weights(command)
     command.add_argument(
         "--images", metavar="FOLDER", help="to search by text, default: rendered scenes"
     )
@@ -184,6 +173,19 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("configs", help=text, description=text)
     command.set_defaults(run=_configs)
     return parser
+
+
+def _add_weights(command: argparse.ArgumentParser) -> None:
+    for option, value, help_text in (
+        (
+            "--checkpoint",
+            "FILE",
+            "a file or URL, of a run or other; default: the tiny model that comes along",
+        ),
+        ("--model", "ARCH", "of a checkpoint that no run left, such as ALBEF.pth"),
+        ("--type", "TYPE", "of that model, such as base"),
+    ):
+        command.add_argument(option, metavar=value, help=help_text)
 
 
 def _add_options(command: argparse.ArgumentParser) -> None:
@@ -268,7 +270,7 @@ def _report(args: argparse.Namespace) -> int:
 def _app(args: argparse.Namespace) -> int:
     from softmask_plugin import app
 
-    app.serve(args.checkpoint, args.images, args.port)
+    app.serve(app.Weights(args.checkpoint, args.model, args.type), args.images, args.port)
     return 0
 
 

@@ -18,7 +18,7 @@ from softmask_plugin.config_values import check_image_sizes, require_section
 from softmask_plugin.errors import UserError, reason_of, suggest
 from softmask_plugin.models.rerank import RerankOptions
 from softmask_plugin.paths import CONFIGS
-from softmask_plugin.run_options import NEEDED, NEEDED_TO_TRAIN, RUN, setting
+from softmask_plugin.run_options import NEEDED, NEEDED_TO_TRAIN, RUN, check_values, setting
 
 SECTIONS = ("model", "datasets", "run")
 
@@ -156,11 +156,10 @@ def _check_run(run: DictConfig) -> None:
     _known(f"run.task '{run.task}'", run.task, registry.list_tasks())
     _known(f"run.runner '{runner}'", runner, registry.list_runners())
     readers = (registry.get_task_class(run.task), registry.get_runner_class(runner))
-    for key, value in run.items():
+    for key in run:
         if all(_is_known_package(reader) for reader in readers):
             _known(f"key run.{key!s}", key, RUN_KEYS)
-        if key in RUN:
-            RUN[str(key)].check(f"run.{key!s}", value)
+    check_values(run)
     RerankOptions.of(run)  # checks its values
     if not setting(run, "evaluate"):
         _needed(run, TO_TRAIN, "run")

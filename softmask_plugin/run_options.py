@@ -24,13 +24,15 @@ def anything(where: str, value: Any) -> None:
     """Accept what is checked elsewhere: by the registry, by torch, or by its reader."""
 
 
-def whole(least: float, most: float = inf) -> Check:
-    """Whole numbers in a range, or null."""
+def whole(least: float, most: float = inf, null: bool = True) -> Check:
+    """Whole numbers in a range; or null, where that means something."""
     allowed = f"of at least {least}" if most == inf else f"in [{least}, {most}]"
 
     def check(where: str, value: Any) -> None:
         count = _number(value)
-        if value is None or (count is not None and count % 1 == 0 and least <= count <= most):
+        if count is not None and count % 1 == 0 and least <= count <= most:
+            return
+        if value is None and null:
             return
         raise UserError(f"{where} is {value!r}: it must be a whole number {allowed}")
 
@@ -116,7 +118,11 @@ RUN: dict[str, Key] = {
     "beta2": Key(0.999, "of AdamW", amount),
     "accum_grad_iters": Key(1, "batches whose gradients are averaged for a step", whole(1)),
     "clip_grad_norm": Key(None, "largest norm of the gradient; null does not clip", amount),
-    "max_bad_steps": Key(10, "so many skipped steps (losses or gradients not finite) end the run"),
+    "max_bad_steps": Key(
+        10,
+        "so many skipped steps (losses or gradients not finite) end the run",
+        whole(1, null=False),
+    ),
     # Speed and repeatability
     "amp": Key(False, "mixed precision: `true` (fp16 on CUDA, bf16 on CPU), `bf16`, `fp16`"),
     "compile": Key(
@@ -131,8 +137,10 @@ RUN: dict[str, Key] = {
         "a checkpoint to go on from, or `auto`: go on in the newest folder below `output_dir` that "
         "has one and that no living process works in; without any, start",
     ),
-    "save_every_steps": Key(None, "optimizer steps between checkpoints, beside those of epochs"),
-    "keep_checkpoints": Key(2, "how many are kept, beside the best; null: all"),
+    "save_every_steps": Key(
+        None, "optimizer steps between checkpoints, beside those of epochs", whole(1)
+    ),
+    "keep_checkpoints": Key(2, "how many are kept, beside the best; null: all", whole(1)),
     # What a run tells
     "log_freq": Key(50, "optimizer steps between lines of metrics.jsonl", whole(1)),
     "panel_every": Key(
@@ -174,6 +182,13 @@ RUN: dict[str, Key] = {
     "top_p": Key(None, "or one of those with this share of the probability"),
     "repetition_penalty": Key(None, "above 1: words of a caption are repeated less"),
 }
+
+
+def check_values(run: Any) -> None:
+    """Raise UserError where a key of a ``run:`` section has a value that it cannot have."""
+    for key, value in run.items():
+        if key in RUN:
+            RUN[key].check(f"run.{key}", value)
 
 
 def setting(run: Any, key: str) -> Any:

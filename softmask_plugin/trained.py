@@ -121,7 +121,7 @@ def _config_of(file: Path) -> DictConfig:
     run = _config_within(file) or _config_beside(file)
     if run is None:
         raise UserError(
-            f"{file} does not say what model it is of: give explain --model and --type (in Python "
+            f"{file} does not say what model it is of: give --model and --type (in Python "
             "arch and model_type), softmask_image_text_matching and base for ALBEF.pth"
         )
     model = {key: value for key, value in run["model"].items() if key not in BEGINNING}

@@ -35,8 +35,12 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 def shown(images=None, checkpoint=None):
     """The page, drawn once."""
-    code = f"from softmask_plugin.app import page; page({checkpoint!r}, {images!r})"
-    drawn = AppTest.from_string(code, default_timeout=60).run()
+    return drawn_by(f"app.page(app.Weights({checkpoint!r}), {images!r})")
+
+
+def drawn_by(code):
+    drawn = AppTest.from_string(f"from softmask_plugin import app; {code}", default_timeout=60)
+    drawn.run()
     assert not drawn.exception
     return drawn
 
@@ -113,6 +117,21 @@ def test_what_the_shipped_model_was_trained_on_is_said_at_caption_and_upload(tmp
     assert told(drawn.radio("source").set_value(app.UPLOAD).run()) == (False, False)
 
 
+def test_weights_that_no_run_left_are_served(tmp_path, monkeypatch):
+    torch.save({"model": load_trained().model.state_dict()}, tmp_path / "ALBEF.pth")
+    given = []
+    monkeypatch.setattr(app.bootstrap, "load_config_options", lambda flags: None)
+    monkeypatch.setattr(app.bootstrap, "run", lambda file, hello, args, flags: given.extend(args))
+    asked = ["app", "--checkpoint", str(tmp_path / "ALBEF.pth"), "--port", str(free_port())]
+    assert cli.main(asked) == 2 and not given  # nothing says what model they are of
+    asked += ["--model", "softmask_image_text_matching", "--type", "scenes_tiny"]
+    assert cli.main(asked) == 0
+    monkeypatch.setattr(sys, "argv", ["app.py", *given])
+    drawn = drawn_by("app._main()")
+    assert not drawn.error and scores(drawn)[0] > 0.8
+    assert app.SHIPPED_READS not in [caption.value for caption in drawn.caption]
+
+
 def test_an_image_of_ones_own_waits_for_its_file():
     drawn = shown()
     drawn.radio("source").set_value(app.UPLOAD).run()
@@ -163,12 +182,16 @@ def test_a_taken_port_or_missing_folder_is_one_line(capsys, tmp_path):
     assert "no folder" in capsys.readouterr().err
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind((app.ADDRESS, 0))
+        return free.getsockname()[1]
+
+
 @pytest.fixture
 def address(tmp_path):
     """Of a served page, in a process of its own."""
-    with socket.socket() as free:
-        free.bind((app.ADDRESS, 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "softmask_plugin.cli", "app", "--port", str(port)]
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(

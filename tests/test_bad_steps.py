@@ -113,10 +113,12 @@ def test_bad_steps_are_counted_across_a_restart(tmp_path):
         again.train()
 
 
-@pytest.mark.parametrize("option", ["max_bad_steps", "keep_checkpoints", "save_every_steps"])
+@pytest.mark.parametrize(
+    "option", ["max_bad_steps", "keep_checkpoints", "save_every_steps", "accum_grad_iters"]
+)
 @pytest.mark.parametrize("value", [0, -1, "many", 1.5, True])
 def test_counts_are_checked(tmp_path, option, value):
-    with pytest.raises(UserError, match=f"run.{option} is {value!r}: set it to a whole number"):
+    with pytest.raises(UserError, match=f"run.{option} is {value!r}: it must be a whole number"):
         build(tmp_path, **{option: value})
 
 

@@ -146,7 +146,7 @@ def test_bare_weights_of_lavis_albef(make_model, albef_twin, tmp_path, photo):
     assert found.score == pytest.approx(
         softmask_plugin.explain_image(photo, CAPTION, model).score, abs=1e-5
     )
-    with pytest.raises(UserError, match="does not say .*: give explain --model .*Python arch and"):
+    with pytest.raises(UserError, match="does not say .*: give --model .*Python arch and"):
         load_trained(tmp_path / "ALBEF.pth")
 
 

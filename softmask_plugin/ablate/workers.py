@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from softmask_plugin.ablate.run import Job, run
-from softmask_plugin.errors import UserError, one_line
+from softmask_plugin.errors import UserError, reason_of
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _serve(pipe: Connection, threads: int, log: Path) -> None:
             pipe.send(error)
         except Exception as error:
             traceback.print_exc()
-            line = one_line(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+            line = f"{type(error).__name__}: {reason_of(error)}"[:300]
             pipe.send(UserError(f"{line} (traceback: {log})"))
 
 

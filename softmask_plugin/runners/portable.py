@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from softmask_plugin.errors import UserError
-from softmask_plugin.run_options import setting
+from softmask_plugin.run_options import check_values, setting
 from softmask_plugin.runners.loaders import TrainLoader, eval_loader, train_loader
 from softmask_plugin.runners.run_folder import AUTO, claim
 
@@ -35,18 +35,12 @@ class PortableRunner(RunnerBase):
     _lr_sched: Any
 
     def __init__(self, cfg: Any, task: Any, model: nn.Module, datasets: Any, job_id: str) -> None:
+        check_values(cfg.run_cfg)  # LAVIS's own scripts have checked nothing
         super().__init__(cfg=cfg, task=task, model=model, datasets=datasets, job_id=job_id)
         if self.cuda_enabled and not torch.cuda.is_available():
             raise UserError("run.device is 'cuda' but no CUDA card is usable: set run.device=cpu")
-        self.require_counts(accum_grad_iters=self.accum_grad_iters, log_freq=self.log_freq)
         self.amp_dtype = _amp_dtype(setting(self.config.run_cfg, "amp"), self.device)
         self.compile_backend = _compile_backend(setting(self.config.run_cfg, "compile"))
-
-    def require_counts(self, **options: Any) -> None:
-        """Raise UserError where one of these keys of ``run`` is no whole number above 0."""
-        for name, value in options.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"run.{name} is {value!r}: set it to a whole number, 1 or more")
 
     def setup_output_dir(self) -> None:
         """Claim the run's folder; a second run in one process may follow the first."""

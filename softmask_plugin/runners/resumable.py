@@ -47,21 +47,14 @@ class ResumableRunner(PortableRunner):
         self.step = 0  # optimizer steps since the run began, skipped ones included
         self.progress = Progress()
         self.meter = LossMeter()
-        max_bad_steps, keep = setting(run, "max_bad_steps"), setting(run, "keep_checkpoints")
         self.save_every = setting(run, "save_every_steps")
-        panel_every = setting(run, "panel_every")
-        counts = {
-            "keep_checkpoints": keep,
-            "save_every_steps": self.save_every,
-            "panel_every": panel_every,
-        }
-        counts = {name: value for name, value in counts.items() if value is not None}
-        self.require_counts(max_bad_steps=max_bad_steps, **counts)
-        self.bad_steps = BadSteps(limit=max_bad_steps)
-        self.files = CheckpointFiles(self.output_dir, keep)
+        self.bad_steps = BadSteps(limit=setting(run, "max_bad_steps"))
+        self.files = CheckpointFiles(self.output_dir, setting(run, "keep_checkpoints"))
         boards = Boards(self.output_dir, self.config.to_dict())
         self.log = RunLog(self.output_dir, boards)
-        self.panels = MaskPanels(self.output_dir / "masks", panel_every, model, boards)
+        self.panels = MaskPanels(
+            self.output_dir / "masks", setting(run, "panel_every"), model, boards
+        )
         if is_main_process():
             note_environment(self.output_dir, self.device)
             OmegaConf.save(self.config.get_config(), self.output_dir / "config.yaml")
