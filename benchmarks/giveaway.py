@@ -2,9 +2,10 @@
 
 A mask says nothing about whether a caption is right. So a model that rates wrong captions higher
 once something is hidden has learnt to take the mask itself for a sign of a match: without
-``soft_mask.negatives`` only matching pairs are ever masked in training. Scored are held-out scenes,
-each with a caption and with the same one but for a wrong colour, plain and under each word's mask,
-by what `softmask ablate` trained.
+``soft_mask.negatives`` only matching pairs are ever masked in training. Scored is what
+`softmask ablate` pretrained, on held-out scenes, each with a caption and with the same one but for
+a wrong colour: plain, with each word's soft mask, and with as much hidden at random patches. Every
+checkpoint is scored with both, whatever it trained with.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
@@ -23,118 +26,194 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from softmask_plugin.ablate.run import RESULT
+from softmask_plugin.ablate.plan import Plan
+from softmask_plugin.ablate.read import read_plan
+from softmask_plugin.ablate.run import Job
 from softmask_plugin.datasets.scene_render import render
-from softmask_plugin.datasets.scenes import captions, make_scenes
-from softmask_plugin.explain import Explanation, explain
+from softmask_plugin.datasets.scenes import Scene, captions, make_scenes
+from softmask_plugin.errors import UserError, require_finite_scores, suggest
+from softmask_plugin.explain import match_masked
 from softmask_plugin.explore import wrong_caption
-from softmask_plugin.report.figures import ACCENT, MUTED, STYLE
+from softmask_plugin.models.weights import ASSETS
+from softmask_plugin.report.figures import ACCENT, INK, MUTED, STYLE
+from softmask_plugin.soft_mask import Kind
 from softmask_plugin.trained import Trained, load_trained
+from softmask_plugin.whole_files import write_json, write_whole
+from softmask_plugin.word_maps import Pairs, map_words
+
+PLAN = "lavis_configs/ablation/scenes.yaml"
+CAPTIONS = {"right": (INK, -0.16), "wrong": (ACCENT, 0.16)}  # colour, and place within a row
+MASKS: dict[Kind, str] = {"soft": "soft_mask", "random": "random_patches"}
+COLUMNS = (
+    "right right_soft_mask right_random_patches wrong wrong_soft_mask wrong_random_patches"
+).split()
+
+Matches = dict[str, float]  # mean probability of a match, in percent, for each of COLUMNS
+Sources = dict[str, tuple[Sequence[str], Mapping[int, Path | None]]]  # as Variant, to be scored
 
 
 @dataclass(frozen=True)
-class Matches:
-    """Mean probability of a match, in percent: plain, and under the masks of all words."""
+class Variant:
+    """What was trained with which options, and how it scores by seed."""
 
-    right: float
-    right_masked: float
-    wrong: float
-    wrong_masked: float
-
-
-COLUMNS = [field.name.replace("_", ", ") for field in fields(Matches)]
+    options: Sequence[str]
+    seeds: Mapping[int, Matches]
 
 
 def measure(trained: Trained, count: int) -> Matches:
-    """Score ``count`` held-out scenes with a right and a wrong caption each."""
-    found: list[list[Explanation]] = []
-    scenes = make_scenes("test", count)
-    for scene in tqdm(scenes, leave=False, disable=None):
-        image = trained.image_processor(render(scene, trained.model.options.image_size))
-        texts = [captions(scene)[0].text, wrong_caption(scene)]
-        pair = [trained.text_processor(text) for text in texts]
-        found.append(explain(trained.model, image.expand(2, -1, -1, -1), pair))
-    right, wrong = zip(*found, strict=True)
-    return Matches(*_means(right), *_means(wrong))
+    """Score ``count`` held-out scenes with a right and a wrong caption each.
+
+    Raises:
+        UserError: there are not so many scenes, or a score is NaN or infinite.
+    """
+    scenes = tqdm(make_scenes("test", count), leave=False, disable=None)
+    return _means([_scores(trained, scene) for scene in scenes])
 
 
-def _means(found: Sequence[Explanation]) -> tuple[float, float]:
-    plain = statistics.fmean(each.score for each in found)
-    masked = statistics.fmean(each.masked_scores.mean().item() for each in found)
-    return 100 * plain, 100 * masked
+def _scores(trained: Trained, scene: Scene) -> Matches:
+    """Of one scene: plain, and under masks the mean over the words."""
+    model, found = trained.model, {}
+    image = trained.image_processor(render(scene, model.options.image_size))[None]
+    texts = (captions(scene)[0].text, wrong_caption(scene))
+    for caption, text in zip(CAPTIONS, texts, strict=True):
+        pair = Pairs.encode(model, image, [trained.text_processor(text)])
+        words = map_words(model, pair)
+        found[caption] = words.score
+        for kind, mask in MASKS.items():
+            _, scores = match_masked(model, pair, words.maps[0], kind)
+            found[f"{caption}_{mask}"] = scores.mean()
+        require_finite_scores("a heat map or a match", words.maps, *found.values())
+    return {column: 100 * score.item() for column, score in found.items()}
 
 
-def checkpoints(folder: Path, only: Sequence[str]) -> dict[str, list[Path]]:
-    """The checkpoints of an ablation's variants, one for each seed; of all, or in this order."""
-    found: dict[str, list[Path]] = {}
-    for variant in only or sorted(each.name for each in folder.glob("*/")):
-        for file in sorted(folder.glob(f"{variant}/seed_*/pretrain/{RESULT}")):
-            result = json.loads(file.read_text(encoding="utf-8"))
-            path = file.parent / result["run"] / result["checkpoint"]
-            found.setdefault(variant, []).append(path)
+def _means(found: Collection[Matches]) -> Matches:
+    return {column: statistics.fmean(each[column] for each in found) for column in COLUMNS}
+
+
+def ablated(plan: Plan, folder: Path, only: Sequence[str]) -> Sources:
+    """The finished pretrainings of an ablation: of all variants, or of some in this order.
+
+    Raises:
+        UserError: there is no such folder or variant, nothing is finished of what is asked for, or
+            a result is broken or of another plan.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: give the --output-dir of softmask ablate")
+    for name in only:
+        if name not in plan.variants:
+            hint = suggest(name, plan.variants)
+            raise UserError(f"--only: the plan has no variant '{name}': {hint}")
+    found = {name: _finished(plan, name, folder) for name in only or plan.variants}
+    missing = [name for name in only if not found[name]]
+    if missing or not any(found.values()):
+        what = ", ".join(missing) or f"the plan '{plan.name}'"
+        raise UserError(f"no pretraining of {what} is finished in {folder}: run softmask ablate")
+    return {name: (plan.variants[name], seeds) for name, seeds in found.items() if seeds}
+
+
+def _finished(plan: Plan, variant: str, folder: Path) -> dict[int, Path | None]:
+    """A variant's last checkpoint of each seed whose pretraining is finished."""
+    found: dict[int, Path | None] = {}
+    for seed in plan.seeds:
+        job = Job(plan, variant, seed, folder)
+        if result := job.result(plan.base):
+            found[seed] = job.place(plan.base) / result["run"] / result["checkpoint"]
     return found
 
 
-def markdown(table: dict[str, list[Matches]]) -> str:
+def shipped() -> Sources:
+    """The model that comes with the package."""
+    about = json.loads((ASSETS / "scenes_tiny.json").read_text(encoding="utf-8"))
+    options = about["command"].partition(" --options ")[2].split()
+    return {"scenes_tiny": (options, {about["seed"]: None})}
+
+
+def markdown(table: Mapping[str, Variant]) -> str:
     """A line for each variant: means over seeds, and from what to what they range."""
-    lines = [f"| variant | {' | '.join(COLUMNS)} | seeds |", "|---" * (len(COLUMNS) + 2) + "|"]
-    for name, seeds in table.items():
-        columns = zip(*map(astuple, seeds), strict=True)
+    titles = [column.replace("_", ", ", 1).replace("_", " ") for column in COLUMNS]
+    lines = [f"| variant | {' | '.join(titles)} | seeds |", "|---" * (len(titles) + 2) + "|"]
+    for name, variant in table.items():
+        seeds = variant.seeds.values()
+        columns = [[each[column] for each in seeds] for column in COLUMNS]
         cells = [f"{statistics.fmean(c):.1f} ({min(c):.1f} to {max(c):.1f})" for c in columns]
         lines.append(f"| {name} | {' | '.join(cells)} | {len(seeds)} |")
     return "\n".join(lines) + "\n"
 
 
-def draw(table: dict[str, list[Matches]]) -> Figure:
-    """Arrows from the plain match to that under a mask, of right and of wrong captions."""
+def draw(table: Mapping[str, Variant]) -> Figure:
+    """A panel for each kind of mask: lines from the plain match (a dot) to the masked one (a ring),
+    so that of no change there is a dot within its ring. Means over seeds."""
+    means = [_means(variant.seeds.values()) for variant in table.values()]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.5, 0.8 + 0.45 * len(table)), layout="constrained")
-        axes = figure.subplots()
-        for place, seeds in enumerate(table.values()):
-            means = [statistics.fmean(column) for column in zip(*map(astuple, seeds), strict=True)]
-            for start, end, colour, offset in (
-                (*means[:2], MUTED, -0.14),
-                (*means[2:], ACCENT, 0.14),
-            ):
-                axes.annotate(
-                    "",
-                    (end, place + offset),
-                    (start, place + offset),
-                    arrowprops={"arrowstyle": "-|>", "color": colour, "shrinkA": 0, "shrinkB": 0},
-                )
-                axes.plot(start, place + offset, "o", color=colour, markersize=4)
-        axes.set_yticks(range(len(table)), list(table))
-        axes.set_ylim(len(table) - 0.5, -0.5)
-        axes.set_xlim(-2, 102)
-        for label, colour in (("right caption", MUTED), ("wrong caption", ACCENT)):
-            axes.plot([], [], "o-", color=colour, markersize=4, label=label)
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
-        axes.set_xlabel("match in percent: plain (dot) and with a word's region hidden (arrow)")
+        figure = Figure(figsize=(7, 1.1 + 0.36 * len(table)), layout="constrained")
+        panels = figure.subplots(1, len(MASKS), sharex=True, sharey=True)
+        for axes, mask in zip(panels, MASKS.values(), strict=True):
+            axes.set_title(f"under {mask.replace('_', ' ')}")
+            axes.grid(color=MUTED, alpha=0.2, linewidth=0.6)
+            axes.tick_params(length=0)
+            for caption, (colour, offset) in CAPTIONS.items():
+                places = [row + offset for row in range(len(table))]
+                plain = [each[caption] for each in means]
+                masked = [each[f"{caption}_{mask}"] for each in means]
+                axes.hlines(places, plain, masked, color=colour, label=f"{caption} caption")
+                axes.plot(masked, places, "o", color=colour, mfc="white", markersize=7)
+                axes.plot(plain, places, "o", color=colour, markersize=3.5)
+        panels[0].set_yticks(range(len(table)), list(table))
+        panels[0].set(xlim=(-3, 103), ylim=(len(table) - 0.5, -0.5))  # in the table's order
+        known = panels[0].get_legend_handles_labels()
+        figure.legend(*known, loc="outside upper center", ncols=len(CAPTIONS), frameon=False)
+        label = "match in percent: plain (dot) and masked (ring)"
+        figure.supxlabel(label, fontsize=9, color=MUTED)
     return figure
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print the table; write it as JSON with each seed, and as a picture, where that is asked."""
-    parser = argparse.ArgumentParser(description="Does a mask give the match away?")
-    parser.add_argument("folder", nargs="?", type=Path, help="of an ablation on scenes")
-    parser.add_argument("--only", nargs="+", default=[], metavar="VARIANT")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table; write it as JSON with each seed, and as a picture, where that is asked.
+
+    Returns:
+        The exit code: 0, or 2 for a mistake of the user's, which is printed in one line.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.giveaway",
+        description="Does a mask give the match away? Held-out scenes with a right and a wrong "
+        "caption, scored plain, with each word's soft mask and with random patches hidden.",
+    )
+    what = "of an ablation on scenes, its --output-dir; default: score the shipped model"
+    parser.add_argument("folder", nargs="?", type=Path, help=what)
+    parser.add_argument("--plan", help=f"of that ablation, default: {PLAN}")
+    what = "of the plan, in this order; default: all whose pretraining is finished"
+    parser.add_argument("--only", nargs="+", default=[], metavar="VARIANT", help=what)
     parser.add_argument("--scenes", type=int, default=200, help="default: %(default)s")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="for giveaway.json and .png")
-    asked = parser.parse_args(argv)
-    shipped = {"scenes_tiny": [None]}
-    sources = checkpoints(asked.folder, asked.only) if asked.folder else shipped
-    table = {
-        name: [measure(load_trained(path), asked.scenes) for path in paths]
-        for name, paths in sources.items()
-    }
+    try:
+        _run(parser.parse_args(argv))
+    except UserError as error:
+        print(f"giveaway: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(asked: argparse.Namespace) -> None:
+    if asked.scenes < 1:
+        raise UserError(f"--scenes is {asked.scenes}: it must be at least 1")
+    if asked.folder is not None:
+        sources = ablated(read_plan(asked.plan or PLAN), asked.folder, asked.only)
+    elif asked.plan or asked.only:
+        raise UserError("--plan and --only are about an ablation: give its folder too")
+    else:
+        sources = shipped()
+    table = {}
+    for name, (options, paths) in sources.items():
+        seeds = {seed: measure(load_trained(path), asked.scenes) for seed, path in paths.items()}
+        table[name] = Variant(options, seeds)
     print(markdown(table), end="")
     if asked.output is not None:
         asked.output.mkdir(parents=True, exist_ok=True)
-        plain = {name: [vars(each) for each in seeds] for name, seeds in table.items()}
-        text = json.dumps({"scenes": asked.scenes, "variants": plain}, indent=2)
-        (asked.output / "giveaway.json").write_text(text + "\n", encoding="utf-8")
-        draw(table).savefig(asked.output / "giveaway.png", dpi=150)
+        plain = {name: vars(variant) for name, variant in table.items()}
+        write_json(asked.output / "giveaway.json", {"scenes": asked.scenes, "variants": plain})
+        save = partial(draw(table).savefig, dpi=150, format="png")
+        write_whole(asked.output / "giveaway.png", save)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -98,14 +98,8 @@ def _explain_one(model: AlignedBase, image: Tensor, caption: str) -> Explanation
     pairs = Pairs.encode(model, image, [caption])
     found = map_words(model, pairs)
     cams = found.maps[0]
-    with torch.no_grad():
-        kind, strength = _mask_of(model)
-        fixed = torch.Generator(cams.device).manual_seed(0)
-        keep = keep_factors(normalize(cams.flatten(1)), kind, strength, fixed)
-        same = torch.zeros(len(cams), dtype=torch.long, device=cams.device)
-        view, copies = View(images=same, keep=keep), pairs.text.take(same, trim=True)
-        hidden = model.bert.fuse(copies, pairs.memory, (view,), copies.layout.cls_only)
-        masked_scores = model.match(hidden.cls).float().softmax(dim=-1)[:, 1]
+    kind, strength = _mask_of(model)
+    keep, masked_scores = match_masked(model, pairs, cams, kind, strength)
     require_finite_scores("a heat map or its score", cams, found.score, masked_scores)
     return Explanation(
         caption=caption,
@@ -118,6 +112,30 @@ def _explain_one(model: AlignedBase, image: Tensor, caption: str) -> Explanation
         strength=strength,
         read=model.reader.beginning(caption),
     )
+
+
+@torch.no_grad()
+def match_masked(
+    model: AlignedBase, pair: Pairs, cams: Tensor, kind: Kind, strength: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Match one pair with the mask of each word in turn.
+
+    Args:
+        model: one with a matching head, in the mode that it is in.
+        pair: an image and its caption, encoded.
+        cams: heat map of each word, (words, h, w).
+        kind, strength: of the masks; of the kind ``random`` one draw, the same at every call.
+
+    Returns:
+        The factor that each image token is multiplied by, (words, 1 + h * w), and the probability
+        of a match, (words,), float32; on the model's device.
+    """
+    fixed = torch.Generator(cams.device).manual_seed(0)
+    keep = keep_factors(normalize(cams.flatten(1)), kind, strength, fixed)
+    same = torch.zeros(len(cams), dtype=torch.long, device=cams.device)
+    view, copies = View(images=same, keep=keep), pair.text.take(same, trim=True)
+    hidden = model.bert.fuse(copies, pair.memory, (view,), copies.layout.cls_only)
+    return keep, model.match(hidden.cls).float().softmax(dim=-1)[:, 1]
 
 
 def _mask_of(model: AlignedBase) -> tuple[Kind, float]:
