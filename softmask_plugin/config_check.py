@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -108,6 +109,15 @@ def parse_options(options: Sequence[str], sections: Sequence[str] = SECTIONS) ->
         return OmegaConf.from_dotlist(list(options))
     except (YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"--options: {reason_of(error)}") from error
+
+
+def option(key: str, value: object) -> str:
+    """An override of a text, which YAML might read otherwise: a path with " #" in it, say.
+
+    >>> print(option("run.output_dir", "runs/ #1"))
+    run.output_dir="runs/ #1"
+    """
+    return f"{key}={json.dumps(str(value), ensure_ascii=False)}"
 
 
 def _check_sections(config: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from lavis.common.registry import registry
@@ -40,6 +41,20 @@ def check_image_sizes(config: DictConfig) -> None:
                     f"datasets.{name!s}.vis_processor.{split!s}.image_size is {given}, but "
                     f"model.image_size is {wanted}: set both alike"
                 )
+
+
+def flat(section: Any, prefix: str = "") -> dict[str, Any]:
+    """Values of nested sections by dotted key.
+
+    >>> flat({"run": {"seed": 1, "amp": False}})
+    {'run.seed': 1, 'run.amp': False}
+    """
+    if not isinstance(section, Mapping):
+        return {prefix: section}
+    found: dict[str, Any] = {}
+    for name, value in section.items():
+        found |= flat(value, f"{prefix}.{name}" if prefix else str(name))
+    return found
 
 
 def require_section(where: str, section: Any) -> None:

@@ -24,9 +24,10 @@ PACKAGES = (
 
 def installed() -> dict[str, str | None]:
     """Versions of the packages that matter, None where one is missing."""
-    versions = {name: _version(name) for name in PACKAGES}
+    versions = {name: version_of(name) for name in PACKAGES}
     for variant in ("opencv-python", "opencv-contrib-python-headless", "opencv-contrib-python"):
-        versions["opencv-python-headless"] = versions["opencv-python-headless"] or _version(variant)
+        have = versions["opencv-python-headless"]
+        versions["opencv-python-headless"] = have or version_of(variant)
     return versions
 
 
@@ -62,7 +63,8 @@ def beyond_pins(versions: dict[str, str | None]) -> list[str]:
     ]
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
+    """The installed version of a package, None where it is missing."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -21,7 +21,7 @@ def write_whole(path: Path, make: Callable[[Path], object]) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         make(temporary)
         _sync(temporary)

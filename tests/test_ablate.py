@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import math
 import os
+import pathlib
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import scipy.stats
 import torch
 import yaml
 
-from softmask_plugin import cli
-from softmask_plugin.ablate import command, cost, losses, plot, table, workers
+from softmask_plugin import cli, launch
+from softmask_plugin.ablate import command, cost, losses, plot, run, table, workers
 from softmask_plugin.ablate.plan import shipped_plans
 from softmask_plugin.ablate.read import read_plan
 from softmask_plugin.ablate.run import Job
@@ -80,6 +83,7 @@ def test_the_plans_of_scenes_can_share_a_folder():
         ({"base": {"config": "nowhere.yaml"}}, "there is no file 'nowhere.yaml'"),
         ({"seeds": [1, 1]}, "list whole numbers, each once"),
         ({"seeds": 3}, "seeds is 3: it must be a list"),
+        ({"seeds": [-1]}, "seeds is -1: it must be a whole number in [0, 4294967295]"),
         ({"baseline": "albf"}, "did you mean 'albef'"),
         ({"variants": []}, "variants must be a section"),
         ({"variants": {"albef": None}}, "variants.albef is None"),
@@ -103,6 +107,19 @@ def test_the_plans_of_scenes_can_share_a_folder():
             "two stages are called 'a'",
         ),
         ({"evaluate": [{"name": "a", "confg": EVALUATE}]}, "did you mean 'config'"),
+        (
+            {
+                "evaluate": [
+                    {
+                        "name": "a",
+                        "config": EVALUATE,
+                        "metrics": ["txt_r1"],
+                        "options": ["run.test_splits=[val,test]"],
+                    }
+                ]
+            },
+            "run.test_splits is ['val', 'test']: name the one to measure",
+        ),
         (
             {"evaluate": [{"name": "a", "config": EVALUATE, "metrics": ["txt_r1"], "train": 1}]},
             "it must be true or false",
@@ -179,7 +196,7 @@ def test_an_ablation_goes_on_past_a_variant_that_fails_and_is_not_run_twice(
 
     # What is there is of other options
     changed = ["model.soft_mask.strength=0.5"]
-    with pytest.raises(UserError, match=r"another config or options.*--only gamma --again"):
+    with pytest.raises(UserError, match=r"strength = unset, but .* 0.5: .*--only gamma --again"):
         command.main(plan, folder, only=["gamma"], options=changed)
     with pytest.raises(TypeError):  # with --again it would be run
         command.main(plan, folder, only=["gamma"], options=changed, again=True)
@@ -188,15 +205,12 @@ def test_an_ablation_goes_on_past_a_variant_that_fails_and_is_not_run_twice(
 
 def done(job, value=50.0):
     """Write results of a job as if it had run."""
-    log = job.place(job.plan.base) / "run" / "metrics.jsonl"
-    log.parent.mkdir(parents=True)
-    log.write_text(json.dumps({"split": "train", "epoch": 0, "loss_itm": value / 100}))
     for stage in job.plan.stages:
-        result = {"config": stage.config, "options": job.plan.options(job.variant, stage)}
-        result |= {"metrics": dict.fromkeys(stage.metrics, value), "environment": {"cores": 2}}
-        result["run"] = "run"
-        job.place(stage).mkdir(parents=True, exist_ok=True)
-        (job.place(stage) / "result.json").write_text(json.dumps(result))
+        result = {"metrics": dict.fromkeys(stage.metrics, value), "environment": {"cores": 2}}
+        result["losses"] = {"itm": value / 100}
+        job.place(stage).mkdir(parents=True)
+        for name, content in (("asked", job.asked(stage)), ("result", result)):
+            (job.place(stage) / f"{name}.json").write_text(json.dumps(content))
 
 
 def test_a_row_of_other_options_is_left_out_of_the_table(write, tmp_path):
@@ -216,6 +230,110 @@ def test_a_row_of_other_options_is_left_out_of_the_table(write, tmp_path):
     # Without its baseline a row is still told
     _, gamma = table.rows(plan, tmp_path, "gamma")
     assert gamma.measured and gamma.metrics["retrieval txt_r1"].difference is None
+
+
+def test_a_result_counts_for_the_whole_configuration_that_it_is_of(write, tmp_path):
+    """Not for the name of its YAML file: that may have changed since."""
+    plan = read_plan(write(variants={"albef": []}, seeds=[1]))
+    job = Job(plan, "albef", 1, tmp_path / "out")
+    done(job)
+    pretrain, retrieval = plan.stages
+    assert job.is_done and job.result(retrieval)["metrics"]["txt_r1"] == 50
+    spelt = read_plan(write(variants={"albef": ["model.itc.gamma=0.0"]}, seeds=[1]))
+    moved = ["run.num_workers=0", "run.tensorboard=false"]  # which change nothing that is measured
+    assert Job(replace(spelt, seeds=(1,)), "albef", 1, job.folder).is_done
+    assert Job(read_plan(write(seeds=[1]), moved), "albef", 1, job.folder).is_done
+
+    other = {**plan.asked["albef", "retrieval"], "run.k_test": 8}
+    other_plan = replace(plan, asked={**plan.asked, ("albef", "retrieval"): other})
+    changed = Job(other_plan, "albef", 1, job.folder)
+    assert changed.result(pretrain)
+    with pytest.raises(UserError, match=f"k_test = .*, but the plan has 8: delete {changed.home}"):
+        changed.result(retrieval)
+    (job.place(retrieval) / "result.json").write_text('{"run": ')
+    with pytest.raises(UserError, match="result.json is missing or broken: delete "):
+        job.result(retrieval)
+
+
+def test_no_run_goes_on_that_began_with_something_else(write, tmp_path, monkeypatch):
+    plan = read_plan(write(variants={"albef": []}, seeds=[1]))
+    job = Job(plan, "albef", 1, tmp_path / "out")
+    monkeypatch.setattr(run.launch, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(run.run(job))
+    longer = replace(plan, asked=read_plan(write(seeds=[1]), ["run.max_epoch=9"]).asked)
+    with pytest.raises(UserError, match="run.max_epoch = 1, but the plan has 9: start the row"):
+        next(run.run(replace(job, plan=longer)))
+    with pytest.raises(KeyboardInterrupt):  # it does go on with the same
+        next(run.run(job))
+
+
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_what_a_stage_is_run_with(write, tmp_path, monkeypatch):
+    """The folder's name holds what YAML reads as a comment, and as a key."""
+    seen = []
+
+    def pretend(config, options, evaluate):
+        launched = launch.load_config(config, options, evaluate).config
+        seen.append(launched)
+        (folder := launched.run.output_dir / pathlib.Path("mine")).mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text("")
+        runner = SimpleNamespace(output_dir=folder, device=torch.device("cpu"), max_epoch=3)
+        return runner, {"test": {"txt_r1": 60.0}}
+
+    monkeypatch.setattr(run.launch, "run", pretend)
+    stage = {"config": EVALUATE, "metrics": ["txt_r1"]}
+    vocabulary = ["model.tokenizer=PRETRAINED/vocab.txt"]
+    evaluate = [
+        {**stage, "name": "a", "options": vocabulary},
+        {**stage, "name": "b", "pretrained": False},
+    ]
+    plan = read_plan(write(variants={"albef": []}, seeds=[7], evaluate=evaluate))
+    job = Job(plan, "albef", 7, tmp_path / "runs #1: x")
+    (_, first), (_, a), _ = run.run(job)
+    pretrain, with_weights, without = seen
+    assert pretrain.run.seed == 7 and pretrain.run.output_dir == str(job.home / "pretrain")
+    assert pretrain.run.resume_ckpt_path == "auto" and "resume_ckpt_path" not in without.run
+    folder = job.home / "pretrain" / "mine"
+    assert with_weights.model.tokenizer == str(folder / "vocab.txt")
+    assert with_weights.model.pretrained == str(folder / "checkpoint_2.pth")
+    assert without.model.get("pretrained") is None
+    assert first["losses"] == {} and a["metrics"] == {"txt_r1": 60.0}
+    with pytest.raises(UserError, match="stage 'a' gave no 'txt_r1'"):
+        run._metrics(plan.evaluate[0], {"test": {"r_mean": 1.0}})
+
+
+def test_two_commands_do_not_work_on_one_job(write, tmp_path):
+    plan = write(variants={"albef": []}, seeds=[0])
+    job = Job(read_plan(plan), "albef", 0, tmp_path / "out")
+    job.home.mkdir(parents=True)
+    held = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
+        "print(flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", held, job.home / ".lock"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match=f"another command works on {job.home}"):
+            next(run.run(job))
+        with pytest.raises(UserError, match="another command works on"):
+            command.main(plan, job.folder, again=True)
+        other.communicate(b"\n")
+    job.discard()
+    assert not job.home.exists()
+
+
+def test_the_error_of_the_first_run_is_told_where_none_succeeds(write, tmp_path, monkeypatch):
+    plan = write(variants={"albef": []}, seeds=[0])
+    monkeypatch.setattr(command, "work", lambda jobs, *_: [(jobs[0], UserError("no memory"))])
+    with pytest.raises(UserError, match="1 of 1 runs failed, first albef, seed 0: no memory"):
+        command.main(plan, tmp_path / "out")
 
 
 def test_results_of_another_plan_are_not_thrown_away(write, tmp_path):
@@ -242,6 +360,25 @@ def test_a_step_is_timed_with_the_mask_on(write, tmp_path):
     stepper = cost.Stepper(plan, "late", tmp_path)
     assert stepper.runner._model.options.soft_mask.start_iter == 0
     assert stepper.seconds() > 0
+
+
+def test_a_cost_is_that_of_this_pair(write, tmp_path, monkeypatch, caplog):
+    variants = {"albef": [], "gamma": ["model.itc.gamma=1"]}
+    job = Job(read_plan(write(variants=variants, seeds=[0])), "gamma", 0, tmp_path / "out")
+    done(job)
+    assert job.cost is None and job.has_to_time
+    monkeypatch.setattr(run, "relative_cost", lambda *_: [1.0, 1.5, 2.0])
+    assert [*run.run(job)] == [] and job.cost == [1.0, 1.5, 2.0] and job.is_done
+    variants["albef"] = ["model.bert.layers=6"]
+    other = Job(read_plan(write(variants=variants, seeds=[0])), "gamma", 0, job.folder)
+    assert other.cost is None and other.has_to_time and not other.unfinished
+
+    def too_large(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(run, "relative_cost", too_large)
+    assert [*run.run(other)] == [] and "do not fit" in caplog.text
+    assert other.cost is None and other.is_done  # it would not fit the next time either
 
 
 def test_a_killed_ablation_goes_on(write, tmp_path):
@@ -302,6 +439,22 @@ def die(*_):
     os._exit(9)
 
 
+def test_a_worker_that_dies_after_a_message_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "_serve", tell_and_die)
+    job = Job(read_plan(SMALL), "albef", 0, tmp_path)
+    messages = []
+    for _, message in workers.work([job, job], [Slot(1)], tmp_path):
+        messages.append(message)
+        time.sleep(0.3)  # it is dead before its next message is waited for
+    assert [type(message) for message in messages] == [str, UserError, str, UserError]
+
+
+def tell_and_die(pipe, *_):
+    pipe.recv()
+    pipe.send("a stage's result")
+    os._exit(9)
+
+
 # ---- the table
 
 
@@ -311,6 +464,8 @@ def test_the_arithmetic_of_a_row():
     assert found.differences == {0: 1.0, 1: -1.0} and (found.difference, found.wins) == (0.0, 1)
     alone = table.measure({0: 3.0}, {})
     assert alone.deviation is None and alone.difference is None and alone.interval is None
+    two = table.measure({0: 3.0, 1: 4.0}, {0: 2.0, 1: 3.0})  # alike by chance, perhaps
+    assert two.difference == 1 and two.interval is None and not two.tells
 
 
 def test_the_interval_of_a_difference_is_that_of_a_paired_t_test():
@@ -364,14 +519,35 @@ def test_the_table_in_markdown():
     lines = table.markdown(rows, ["r1"], "albef").splitlines()
     assert lines[0] == "| variant | r1 | seeds | time of a step |"
     assert lines[2] == "| **albef** | 41.0 ± 1.4 | 2 |  |"
-    # Student's t of one degree of freedom: 12.7 standard errors of 1.5
-    assert lines[3] == "| soft | 43.5 ± 0.7 (+2.5 ± 19.1, 2/2) | 2 | 1.50 (1.41 to 1.62) |"
+    assert lines[3] == "| soft | 43.5 ± 0.7 (+2.5, 2/2) | 2 | 1.50 (1.41 to 1.62) |"
     assert lines[-1] == "Still to be measured: late."
     clear = table.markdown(rows_of(albef=[40, 42, 41], soft=[50, 52, 51.3]), ["r1"], "albef")
     assert "| soft | 51.1 ± 1.0 (**+10.1 ± 0.4**, 3/3) | 3 |" in clear
     assert "Of these 1 intervals about 0 would" in clear
-    shares = table.markdown(rows_of(albef=[0.5], soft=[0.51]), ["r1"], "albef")
-    assert "| soft | 0.510 (+0.010, 1/1) | 1 |" in shares
+    low = table.markdown(rows_of(albef=[0.5], soft=[0.61]), ["r1"], "albef")
+    assert "| soft | 0.6 (+0.1, 1/1) | 1 |" in low and "In percent: mean" in low
+    unknown = table.measure({0: 1.1729}, {0: 1.2}, percent=False)
+    assert table.cell(unknown) == "1.173 (-0.027, 0/1)"
+
+
+def test_shares_are_told_in_percent(tmp_path):
+    plan = read_plan("lavis_configs/ablation/scenes_tasks.yaml", seeds=1)
+    done(Job(plan, "albef", 0, tmp_path), 0.731)
+    albef = table.rows(plan, tmp_path, "albef")[0]
+    found = {name: metric.mean for name, metric in albef.metrics.items()}
+    assert found["entailment acc"] == found["nlvr acc"] == pytest.approx(73.1)
+    assert found["vqa agg_metrics"] == found["tuned_retrieval txt_r1"] == 0.731  # percent already
+    assert all(metric.percent for metric in albef.metrics.values())
+
+
+def test_the_groups_of_grounding_can_be_asked_for(write):
+    stage = {
+        "name": "grounding",
+        "config": "lavis_configs/projects/scenes/eval/grounding_tiny.yaml",
+    }
+    assert read_plan(write(evaluate=[{**stage, "metrics": ["acc_testA", "pointing_chance"]}]))
+    with pytest.raises(UserError, match="unknown metric 'accu_testA'"):
+        read_plan(write(evaluate=[{**stage, "metrics": ["accu_testA"]}]))
 
 
 def test_the_plot_shows_differences_with_their_intervals():

@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import math
+import subprocess
 import sys
 from types import ModuleType
 
@@ -292,6 +293,22 @@ def test_the_environment_is_noted(tmp_path):
     (noted,) = json.loads((runner.output_dir / "environment.json").read_text())
     assert noted["torch"] == torch.__version__ and noted["threads"] == torch.get_num_threads()
     assert noted["device"] == RUN["device"] and noted["processor"] and noted["processes"] == 1
+
+
+def test_the_commit_of_a_checkout_is_noted(tmp_path, monkeypatch):
+    def own_version():
+        return environment.environment(torch.device("cpu"))["softmask-plugin"]
+
+    monkeypatch.setattr(environment, "PACKAGE", tmp_path / "softmask_plugin")
+    assert own_version() == environment.version_of("softmask-plugin")  # no checkout
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    asked = [*git, "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    assert own_version().endswith(f"+{commit}")
+    monkeypatch.setenv("PATH", "")  # without git
+    assert own_version() == environment.version_of("softmask-plugin")
 
 
 def test_a_run_keeps_what_it_began_on_and_each_later_change(tmp_path, monkeypatch):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
 from softmask_plugin import launch
-from softmask_plugin.ablate.plan import Plan, Stage
+from softmask_plugin.ablate.plan import PRETRAIN, Plan, Stage
+from softmask_plugin.config_values import flat
 from softmask_plugin.errors import UserError, suggest
 from softmask_plugin.options import read_options
 
@@ -20,6 +21,9 @@ BUDGET = re.compile(
     r"|datasets\.\w+\.(num|captions|images|shards|items)\b.*"
 )
 
+# What each run is given of its own, and what changes nothing that is measured.
+FREE = re.compile(r"run\.(seed|output_dir|num_workers|tensorboard|wandb|panel_every)\b.*")
+
 # Metrics of the tasks whose names are known before they run, the larger the better.
 METRICS = {
     "retrieval": "txt_r1 txt_r5 txt_r10 txt_r_mean img_r1 img_r5 img_r10 img_r_mean r_mean".split(),
@@ -27,33 +31,47 @@ METRICS = {
     "multimodal_classification": ["acc"],
     "vqa": ["agg_metrics", "yes/no", "number", "other"],
 }
+SHARES = ["multimodal_classification"]  # tasks that tell shares; the table has percent
+GROUPED = ["softmask_grounding"]  # tasks that tell them by group as well: acc_testA
 
 
-def check_runs(plan: Plan) -> None:
+def check_runs(plan: Plan) -> dict[tuple[str, str], dict[str, Any]]:
     """Read the configuration of each run of a plan, as the run itself will.
+
+    Returns:
+        What the plan asks of its runs, see ``Plan.asked``.
 
     Raises:
         UserError: one is refused, has not the metrics asked for, or a variant's pretraining has
             another budget than the baseline's.
     """
-    budget = _budget(_check_run(plan, plan.baseline, plan.base))
-    for stage in plan.evaluate:
-        _check_run(plan, plan.baseline, stage)
-    for variant in (name for name in plan.variants if name != plan.baseline):
-        own = _budget(_check_run(plan, variant, plan.base))
-        for key in sorted(own.keys() | budget.keys()):
-            if own.get(key) != budget.get(key):
-                raise UserError(
-                    f"variants.{variant} has another budget than {plan.baseline}: {key} is "
-                    f"{own.get(key)} instead of {budget.get(key)}: set it in base.options"
-                )
-        for stage in plan.evaluate:
-            if plan.options(variant, stage) != [*stage.options]:  # else as the baseline's
-                _check_run(plan, variant, stage)
+    asked: dict[tuple[str, str], dict[str, Any]] = {}
+    names = [plan.baseline, *(name for name in plan.variants if name != plan.baseline)]
+    for name in names:
+        for stage in plan.stages:
+            known = asked.get((plan.baseline, stage.name))
+            if known is None or plan.options(name, stage) != plan.options(plan.baseline, stage):
+                known = _check_run(plan, name, stage)
+            asked[name, stage.name] = known
+        _require_equal_budget(plan, name, asked)
+    return asked
 
 
-def _check_run(plan: Plan, variant: str, stage: Stage) -> Any:
-    """Check one run; return its configuration."""
+def _require_equal_budget(plan: Plan, variant: str, asked: Mapping[Any, dict[str, Any]]) -> None:
+    own, budget = (
+        {key: value for key, value in asked[name, PRETRAIN].items() if BUDGET.fullmatch(key)}
+        for name in (variant, plan.baseline)
+    )
+    for key in sorted(own.keys() | budget.keys()):
+        if own.get(key) != budget.get(key):
+            raise UserError(
+                f"variants.{variant} has another budget than {plan.baseline}: {key} is "
+                f"{own.get(key)} instead of {budget.get(key)}: set it in base.options"
+            )
+
+
+def _check_run(plan: Plan, variant: str, stage: Stage) -> dict[str, Any]:
+    """Check one run; return what decides what it measures, by dotted key."""
     where = f"variant '{variant}', stage '{stage.name}'"
     try:
         config = launch.load_config(
@@ -66,24 +84,17 @@ def _check_run(plan: Plan, variant: str, stage: Stage) -> Any:
         raise UserError(f"{where}: {error}") from None
     if stage.train and config.run_cfg.get("runner") != "softmask_runner":
         raise UserError(f"{where}: run.runner must be softmask_runner, which resumes by itself")
-    known = METRICS.get(config.run_cfg.task)
+    task = config.run_cfg.task
     for metric in stage.metrics:
-        if known is not None and metric not in known:
+        known = METRICS.get(task, [metric])
+        grouped = task in GROUPED and metric.startswith(tuple(f"{name}_" for name in known))
+        if metric not in known and not grouped:
             raise UserError(f"{where}: unknown metric '{metric}': {suggest(metric, known)}")
-    if stage is not plan.base and not config.run_cfg.get("test_splits"):
-        raise UserError(f"{where}: run.test_splits is empty: there is nothing to measure")
-    return config.config
-
-
-def _budget(config: Any) -> dict[str, Any]:
-    """What of a configuration is its budget, by dotted key."""
-    plain = OmegaConf.to_container(config, resolve=True)
-    return {key: value for key, value in _leaves("", plain) if BUDGET.fullmatch(key)}
-
-
-def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if not isinstance(value, dict):
-        yield key, value
-        return
-    for name, inner in value.items():
-        yield from _leaves(f"{key}.{name}" if key else str(name), inner)
+    splits = config.run_cfg.get("test_splits") or []
+    if stage is not plan.base and len(splits) != 1:
+        raise UserError(
+            f"{where}: run.test_splits is {[*splits]}: name the one to measure, as in "
+            "options: [run.test_splits=[test]]"
+        )
+    plain = OmegaConf.to_container(config.config, resolve=True)
+    return {key: value for key, value in flat(plain).items() if not FREE.fullmatch(key)}

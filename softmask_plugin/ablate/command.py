@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,9 +16,10 @@ from softmask_plugin.ablate import plot
 from softmask_plugin.ablate.plan import Plan
 from softmask_plugin.ablate.read import read_plan
 from softmask_plugin.ablate.run import Job
-from softmask_plugin.ablate.table import as_plain, markdown, rows
+from softmask_plugin.ablate.table import Row, as_plain, markdown, rows
 from softmask_plugin.ablate.workers import Done, slots, work
 from softmask_plugin.errors import UserError, suggest
+from softmask_plugin.whole_files import write_json, write_whole
 
 
 def main(
@@ -75,11 +75,16 @@ def main(
         failed = _run([job for job in wanted if not job.is_done], jobs, folder)
     except KeyboardInterrupt:
         raise UserError("interrupted: the same command goes on where it was") from None
-    page = _write(read, folder, compared)
-    print(page.read_text(encoding="utf-8") + f"\nWritten: {page}, .json and .png")
+    table = rows(read, folder, compared)
+    if any(row.measured for row in table):
+        page = _write(table, read, folder, compared)
+        print(page.read_text(encoding="utf-8") + f"\nWritten: {page}, .json and .png")
     if failed:
         job, error = failed[0]
         raise UserError(f"{len(failed)} of {len(wanted)} runs failed, first {job}: {error}")
+    if not any(row.measured for row in table):
+        refused = [row.refused for row in table if row.refused is not None]
+        raise UserError(refused[0] if refused else f"nothing is measured in {folder}")
     return page
 
 
@@ -131,10 +136,7 @@ def _device(plan: Plan) -> torch.device:
     return torch.device(config.run.device)
 
 
-def _write(plan: Plan, folder: Path, baseline: str) -> Path:
-    table = rows(plan, folder, baseline)
-    if not any(row.measured for row in table):
-        raise UserError(f"nothing is measured in {folder} yet: see its worker_*.log")
+def _write(table: Sequence[Row], plan: Plan, folder: Path, baseline: str) -> Path:
     content: dict[str, Any] = {
         "plan": plan.name,
         "baseline": baseline,
@@ -142,9 +144,9 @@ def _write(plan: Plan, folder: Path, baseline: str) -> Path:
         "stages": [asdict(stage) for stage in plan.stages],
         "rows": as_plain(table),
     }
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    page = folder / f"{plan.name}.md"
-    page.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
-    plot.draw(table, plan.metrics, baseline).savefig(page.with_suffix(".png"), dpi=150)
-    page.write_text(markdown(table, plan.metrics, baseline), encoding="utf-8")
+    page, picture = folder / f"{plan.name}.md", plot.draw(table, plan.metrics, baseline)
+    text = markdown(table, plan.metrics, baseline)
+    write_json(page.with_suffix(".json"), content)
+    write_whole(page.with_suffix(".png"), lambda file: picture.savefig(file, format="png", dpi=150))
+    write_whole(page, lambda file: file.write_text(text, encoding="utf-8"))
     return page

@@ -13,8 +13,11 @@ import torch
 
 from softmask_plugin import launch
 from softmask_plugin.ablate.plan import Plan
+from softmask_plugin.config_check import option
 
 ROUNDS = 15  # steps of each that count
+# A run that builds all that a step needs, and ends
+NOTHING = ["run.max_epoch=0", "run.valid_splits=[]", "run.test_splits=[]"]
 LATE = "model.soft_mask.start_iter="  # an option with which the timed steps would have no mask
 
 
@@ -39,12 +42,12 @@ class Stepper:
     Args:
         plan: what is trained how.
         variant: which of its variants.
-        folder: gets the folder of a run of no epoch, which builds all that a step needs.
+        folder: gets the folder of a run.
     """
 
     def __init__(self, plan: Plan, variant: str, folder: Path) -> None:
         asked = [each for each in plan.options(variant, plan.base) if not each.startswith(LATE)]
-        options = [*asked, f"run.output_dir={folder}", "run.max_epoch=0"]
+        options = [*asked, option("run.output_dir", folder), *NOTHING]
         self.runner: Any = launch.run(plan.base.config, options)[0]
         self.runner.model.train()
         loader = self.runner.train_loader

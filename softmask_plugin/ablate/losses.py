@@ -1,4 +1,4 @@
-"""The losses that pretraining ended with: they tell what a recall hides, such as an ITM that is
+"""The losses that training ended with: they tell what a recall hides, such as an ITM that is
 still a constant guess, or masked pairs that have become trivial."""
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
@@ -52,6 +54,8 @@ class Plan:
         baseline: the variant that others are compared with.
         variants: what each changes of ``base``, by name.
         evaluate: what follows on the pretraining, in this order.
+        asked: what each variant (first) asks of each stage (second): the values of its whole
+            configuration by dotted key, as far as they decide what is measured.
     """
 
     name: str
@@ -59,7 +63,8 @@ class Plan:
     seeds: tuple[int, ...]
     baseline: str
     variants: dict[str, tuple[str, ...]]
-    evaluate: tuple[Stage, ...] = field(default=())
+    evaluate: tuple[Stage, ...] = ()
+    asked: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -70,6 +75,10 @@ class Plan:
     def metrics(self) -> list[str]:
         """Columns of the table: the stage's name, a space, and the metric's."""
         return [f"{stage.name} {metric}" for stage in self.evaluate for metric in stage.metrics]
+
+    def task(self, stage: Stage) -> str:
+        """The name of a stage's task."""
+        return self.asked[self.baseline, stage.name]["run.task"]
 
     def options(self, variant: str, stage: Stage) -> list[str]:
         """Overrides of a stage for a variant; to the pretraining go all of the variant's, to other

@@ -8,7 +8,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from softmask_plugin.ablate.table import Measured, Row
+from softmask_plugin.ablate.table import FEWEST, Measured, Row
 from softmask_plugin.report.figures import ACCENT, MUTED, STYLE
 
 HEIGHT, WIDTH = 0.3, 2.6  # of a variant and of a metric, inches
@@ -18,8 +18,8 @@ COLUMNS = 3  # metrics side by side, at most
 def draw(table: Sequence[Row], metrics: Sequence[str], baseline: str) -> Figure:
     """Draw the differences of the measured rows to the baseline, one panel for each metric.
 
-    A dot is the mean over seeds, its bar the 95% confidence interval, in colour where that leaves
-    out zero; small marks are the single seeds.
+    A dot is the mean over seeds, its bar the 95% confidence interval where there is one, in colour
+    where that leaves out zero; small marks are the single seeds.
     """
     (base,) = (row for row in table if row.name == baseline)
     shown = [row for row in table if row.measured]
@@ -45,8 +45,8 @@ def draw(table: Sequence[Row], metrics: Sequence[str], baseline: str) -> Figure:
         panels[0].set_yticks(range(len(shown)), [row.name for row in shown])
         panels[0].set_ylim(len(shown) - 0.5, -0.5)  # in the table's order
         figure.supxlabel(
-            f"difference to {baseline} with the same seed: mean, 95% confidence interval "
-            "(in colour: leaves out zero), and each seed",
+            f"difference to {baseline} with the same seed: mean, each seed, and of {FEWEST} seeds "
+            "or more the 95% confidence interval (in colour: leaves out zero)",
             fontsize=8,
             color=MUTED,
         )

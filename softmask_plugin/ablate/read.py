@@ -14,6 +14,7 @@ from softmask_plugin import config_check
 from softmask_plugin.ablate.check import check_runs
 from softmask_plugin.ablate.plan import PRETRAIN, Plan, Stage, shipped_plans
 from softmask_plugin.errors import UserError, suggest
+from softmask_plugin.run_options import RUN
 
 # What no option may say, since each run gets its own.
 OWN = {
@@ -43,10 +44,9 @@ def read_plan(name: str | Path, options: Sequence[str] = (), seeds: int | None =
     try:
         plan = _plan(path.stem, plain)
         plan = replace(_with(plan, options), seeds=_first(plan.seeds, seeds))
-        check_runs(plan)
+        return replace(plan, asked=check_runs(plan))
     except UserError as error:
         raise UserError(f"{error} (in {path})") from None
-    return plan
 
 
 def _plan(name: str, content: Any) -> Plan:
@@ -75,6 +75,8 @@ def _plan(name: str, content: Any) -> Plan:
     seeds = tuple(_list("seeds", content["seeds"], int))
     if len(set(seeds)) < len(seeds) or not seeds or any(isinstance(s, bool) for s in seeds):
         raise UserError(f"seeds is {[*seeds]}: list whole numbers, each once")
+    for seed in seeds:
+        RUN["seed"].check("seeds", seed)
     return Plan(
         name=name,
         base=Stage(PRETRAIN, str(base["config"]), shared, train=True),

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from softmask_plugin import launch
 from softmask_plugin.ablate.cost import relative_cost
+from softmask_plugin.ablate.losses import last_losses
 from softmask_plugin.ablate.plan import PRETRAINED, Plan, Stage
-from softmask_plugin.errors import UserError, suggest
+from softmask_plugin.config_check import option
+from softmask_plugin.errors import UserError, reason_of, suggest
 from softmask_plugin.runners.environment import environment
+from softmask_plugin.runners.run_folder import lock, release
 from softmask_plugin.whole_files import write_json
 
+ASKED = "asked.json"  # what a stage was begun with: nothing else goes on with it, or counts it
 RESULT = "result.json"
 COST = "cost.json"
 
@@ -33,17 +40,40 @@ class Job:
     def __str__(self) -> str:
         return f"{self.variant}, seed {self.seed}"
 
+    @property
+    def home(self) -> Path:
+        """What holds all of the job's stages; locked while a process works on it."""
+        return self.folder / self.variant / f"seed_{self.seed}"
+
     def place(self, stage: Stage) -> Path:
         """The folder that holds a stage's run and result."""
-        return self.folder / self.variant / f"seed_{self.seed}" / stage.name
+        return self.home / stage.name
+
+    def asked(self, stage: Stage) -> Mapping[str, Any]:
+        """What the plan asks of a stage."""
+        return self.plan.asked[self.variant, stage.name]
 
     def result(self, stage: Stage) -> dict[str, Any] | None:
         """What a finished stage left; None where it is not finished.
 
         Raises:
-            UserError: the result is broken, or of other options than the plan's.
+            UserError: the result is broken, or the plan asks for something else.
         """
-        return self._read(self.place(stage) / RESULT, stage)
+        if not (self.place(stage) / RESULT).is_file():
+            return None
+        self.require_same(stage)
+        return self._read(stage, RESULT)
+
+    def require_same(self, stage: Stage) -> None:
+        """Raise UserError where a stage was begun with something else than the plan asks for."""
+        before, now = self._read(stage, ASKED), self.asked(stage)
+        for key in sorted(before.keys() | now.keys()):
+            old, new = (values.get(key, "unset") for values in (before, now))
+            if old != new:
+                raise UserError(
+                    f"{self.place(stage)} had {key} = {old}, but the plan has {new}: "
+                    f"{self._remedy(stage)}"
+                )
 
     @property
     def unfinished(self) -> list[Stage]:
@@ -52,14 +82,20 @@ class Job:
 
     @property
     def cost(self) -> list[float] | None:
-        """What a step of the variant costs, see ``relative_cost``; None where it is not timed."""
-        found = self._read(self.cost_file, self.plan.base)
-        return None if found is None else found["step_time"]
+        """What a step of the variant costs, see ``relative_cost``; None where it is not known."""
+        return (self._timed or {}).get("step_time")
 
     @property
     def cost_file(self) -> Path:
         """Keeps the cost, which is the same for all seeds."""
         return self.folder / self.variant / COST
+
+    @property
+    def pair(self) -> dict[str, Mapping[str, Any]]:
+        """What the two that a step's time compares are asked to do."""
+        plan = self.plan
+        names = {"variant": self.variant, "baseline": plan.baseline}
+        return {key: plan.asked[name, plan.base.name] for key, name in names.items()}
 
     @property
     def is_done(self) -> bool:
@@ -70,25 +106,52 @@ class Job:
     def has_to_time(self) -> bool:
         """Whether it is this job's part to time a step; the baseline's is the unit."""
         first = self.seed == self.plan.seeds[0] and self.variant != self.plan.baseline
-        return first and self.cost is None
+        return first and self._timed is None
+
+    @property
+    def _timed(self) -> dict[str, Any] | None:
+        """What ``cost_file`` says; None where there is none yet, or of another pair."""
+        try:
+            found = json.loads(self.cost_file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return found if found.get("asked") == self.pair else None
 
     def discard(self) -> None:
-        """Throw away all of the variant's results with this seed, and its cost."""
-        shutil.rmtree(self.place(self.plan.base).parent, ignore_errors=True)
-        self.cost_file.unlink(missing_ok=True)
+        """Throw away all of the variant's results with this seed, and its cost.
 
-    def _read(self, file: Path, stage: Stage) -> dict[str, Any] | None:
-        if not file.is_file():
-            return None
-        remedy = f"start the row again with --only {self.variant} --again, or use another folder"
+        Raises:
+            UserError: another process works on it, or a file cannot be deleted.
+        """
+        if not self.home.is_dir():
+            return
+        self.take()
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            asked = found["config"], found["options"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file} is broken: {remedy}") from error
-        if asked != (stage.config, self.plan.options(self.variant, stage)):
-            raise UserError(f"{file} is of another config or options than the plan's: {remedy}")
-        return found
+            shutil.rmtree(self.home)
+            self.cost_file.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.home} cannot be deleted: {reason_of(error)}") from error
+        finally:
+            release(self.home)
+
+    def take(self) -> None:
+        """Lock the job's folder until ``release``; UserError where another process has it."""
+        if not lock(self.home):
+            raise UserError(
+                f"another command works on {self.home}: give this one again when it is through"
+            )
+
+    def _read(self, stage: Stage, name: str) -> dict[str, Any]:
+        file = self.place(stage) / name
+        try:
+            return dict(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{file} is missing or broken: {self._remedy(stage)}") from error
+
+    def _remedy(self, stage: Stage) -> str:
+        if stage is self.plan.base:
+            return f"start the row again with --only {self.variant} --again, or in another folder"
+        return f"delete {self.place(stage)}, and the same command measures it again"
 
 
 def run(job: Job) -> Iterator[tuple[Stage, dict[str, Any]]]:
@@ -96,49 +159,73 @@ def run(job: Job) -> Iterator[tuple[Stage, dict[str, Any]]]:
     measure what a step costs, where that is the job's part.
 
     A stage that was killed goes on from its last checkpoint.
+
+    Raises:
+        UserError: another process works on the job, or a stage was begun with something else than
+            the plan asks for.
     """
-    for stage in job.unfinished:
-        result = _run(job, stage)
-        write_json(job.place(stage) / RESULT, result)
-        yield stage, result
-    if job.has_to_time:
-        cost = {"step_time": relative_cost(job.plan, job.variant)}
-        write_json(job.cost_file, {**_asked(job, job.plan.base), **cost})
+    job.home.mkdir(parents=True, exist_ok=True)
+    job.take()
+    try:
+        for stage in job.unfinished:
+            result = _run(job, stage)
+            write_json(job.place(stage) / RESULT, result)
+            yield stage, result
+        if job.has_to_time:
+            write_json(job.cost_file, {"step_time": _cost(job), "asked": job.pair})
+    finally:
+        release(job.home)
 
 
 def _run(job: Job, stage: Stage) -> dict[str, Any]:
-    asked, base = _asked(job, stage), job.plan.base
-    options = [*asked["options"], f"run.seed={job.seed}", f"run.output_dir={job.place(stage)}"]
+    place, base = job.place(stage), job.plan.base
+    if (place / ASKED).exists():
+        job.require_same(stage)
+    else:
+        place.mkdir(exist_ok=True)
+        write_json(place / ASKED, job.asked(stage))
+    options = [*job.plan.options(job.variant, stage), f"run.seed={job.seed}"]
+    options.append(option("run.output_dir", place))
     if stage is not base:
         pretrained = job.result(base) or {}
         folder = job.place(base) / pretrained["run"]
-        options = [option.replace(f"={PRETRAINED}/", f"={folder}/") for option in options]
+        options = [_located(each, folder) for each in options]
         if stage.pretrained:
-            options.append(f"model.pretrained={folder / pretrained['checkpoint']}")
+            options.append(option("model.pretrained", folder / pretrained["checkpoint"]))
     if stage.train:
         options.append("run.resume_ckpt_path=auto")
     began = time.monotonic()
     runner, results = launch.run(stage.config, options, evaluate=not stage.train)
     result: dict[str, Any] = {
-        **asked,
         "run": runner.output_dir.name,
         "seconds": round(time.monotonic() - began, 1),  # since it last went on
         "environment": environment(runner.device),
     }
     if stage.train:
         result["checkpoint"] = f"checkpoint_{runner.max_epoch - 1}.pth"
+        result["losses"] = last_losses(runner.output_dir)
     if stage.metrics:
         result["metrics"] = _metrics(stage, results or {})
     return result
 
 
-def _asked(job: Job, stage: Stage) -> dict[str, Any]:
-    """What a result is of."""
-    return {"config": stage.config, "options": job.plan.options(job.variant, stage)}
+def _located(given: str, pretrained: Path) -> str:
+    """An option, with the file that it names where the pretraining left it."""
+    key, _, value = given.partition("=")
+    name = value.removeprefix(f"{PRETRAINED}/")
+    return given if name == value else option(key, pretrained / name)
+
+
+def _cost(job: Job) -> list[float] | None:
+    try:
+        return relative_cost(job.plan, job.variant)
+    except torch.OutOfMemoryError:
+        logging.warning("the time of a step is not measured: two models do not fit the memory")
+        return None
 
 
 def _metrics(stage: Stage, results: dict[str, Any]) -> dict[str, float]:
-    found = next(iter(results.values()), None) or {}
+    found = next(iter(results.values()), None) or {}  # of the one split there is
     for metric in stage.metrics:
         if metric not in found:
             raise UserError(f"stage '{stage.name}' gave no '{metric}': {suggest(metric, found)}")

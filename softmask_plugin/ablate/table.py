@@ -11,7 +11,8 @@ from typing import Any
 
 from scipy.stats import t as student_t
 
-from softmask_plugin.ablate.losses import Losses, last_losses, losses_table
+from softmask_plugin.ablate.check import METRICS, SHARES
+from softmask_plugin.ablate.losses import Losses, losses_table
 from softmask_plugin.ablate.plan import Plan
 from softmask_plugin.ablate.run import Job
 from softmask_plugin.errors import UserError
@@ -24,6 +25,7 @@ class Measured:
     """One metric of one variant.
 
     Attributes:
+        percent: whether it is told in percent, as those of known tasks are.
         values: by seed.
         mean, deviation: over the seeds; the standard deviation is that of a sample, None of a
             single seed.
@@ -31,10 +33,11 @@ class Measured:
             for the baseline itself.
         difference: their mean.
         interval: how far from it the 95% confidence interval of the mean reaches, by Student's t of
-            the differences; None of a single seed.
+            the differences; None of fewer than ``FEWEST`` seeds, of which it tells nothing.
         wins: in how many of these seeds the variant is above the baseline.
     """
 
+    percent: bool
     values: dict[int, float]
     mean: float
     deviation: float | None
@@ -45,11 +48,10 @@ class Measured:
 
     @property
     def tells(self) -> bool:
-        """Whether the interval of the difference leaves out zero; never of two seeds, whose
-        differences can be equal by chance."""
+        """Whether the interval of the difference leaves out zero."""
         if self.difference is None or self.interval is None:
             return False
-        return len(self.differences) >= FEWEST and abs(self.difference) > self.interval
+        return abs(self.difference) > self.interval
 
 
 @dataclass(frozen=True)
@@ -98,24 +100,32 @@ def rows(plan: Plan, folder: Path, baseline: str) -> list[Row]:
             table[name] = Row(name, options, cost=cost, losses=losses, ran_on=ran_on)
         except UserError as error:
             table[name] = Row(name, options, refused=str(error))
+    known = {stage.name for stage in plan.evaluate if plan.task(stage) in METRICS}
     for name, row in table.items():
         if row.refused is None:
             other = {} if name == baseline else found.get(baseline, {})
-            metrics = {m: measure(v, other.get(m, {})) for m, v in found[name].items() if v}
+            metrics = {
+                metric: measure(values, other.get(metric, {}), metric.split()[0] in known)
+                for metric, values in found[name].items()
+                if values
+            }
             table[name] = replace(row, metrics=metrics)
     return [*table.values()]
 
 
-def measure(values: Mapping[int, float], baseline: Mapping[int, float]) -> Measured:
+def measure(
+    values: Mapping[int, float], baseline: Mapping[int, float], percent: bool = True
+) -> Measured:
     """Mean and spread of values by seed, and their differences to the baseline's."""
     differences = {seed: values[seed] - baseline[seed] for seed in values if seed in baseline}
     return Measured(
+        percent=percent,
         values=dict(values),
         mean=statistics.fmean(values.values()),
         deviation=statistics.stdev(values.values()) if len(values) > 1 else None,
         differences=differences,
         difference=statistics.fmean(differences.values()) if differences else None,
-        interval=_interval([*differences.values()]) if len(differences) > 1 else None,
+        interval=_interval([*differences.values()]) if len(differences) >= FEWEST else None,
         wins=sum(difference > 0 for difference in differences.values()),
     )
 
@@ -130,11 +140,10 @@ def markdown(table: Sequence[Row], metrics: Sequence[str], baseline: str) -> str
     """Rows that are measured, a line each; below them how to read them, and what is missing."""
     head = ["variant", *metrics, "seeds", "time of a step"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    digits = {metric: _digits(table, metric) for metric in metrics}
     for row in filter(lambda row: row.measured, table):
         name = f"**{row.name}**" if row.name == baseline else row.name
         seeds = max(len(each.values) for each in row.metrics.values())
-        cells = [cell(row.metrics[m], digits[m]) if m in row.metrics else "" for m in metrics]
+        cells = [cell(row.metrics[m]) if m in row.metrics else "" for m in metrics]
         lines.append("| " + " | ".join([name, *cells, str(seeds), _cost(row)]) + " |")
     lines += ["", legend(table, baseline)]
     losses = {row.name: row.losses for row in table if row.measured and row.losses}
@@ -149,14 +158,16 @@ def markdown(table: Sequence[Row], metrics: Sequence[str], baseline: str) -> str
 
 def legend(table: Sequence[Row], baseline: str) -> str:
     """How to read the table, and how many of its bold cells chance alone would give."""
-    intervals = [m for row in table for m in row.metrics.values() if len(m.differences) >= FEWEST]
+    found = [each for row in table for each in row.metrics.values()]
+    intervals = [each for each in found if each.interval is not None]
+    unit = "In percent: mean" if all(each.percent for each in found) else "Mean"
     return (
-        f"Mean ± standard deviation over seeds; in brackets the difference to {baseline} ± half of "
-        "its 95% confidence interval (Student's t, paired by seed) and in how many of the shared "
-        f"seeds it is above it; bold where the interval of {FEWEST} or more seeds leaves out zero. "
-        f"Of these {len(intervals)} intervals about {len(intervals) * 0.05:.0f} would do so by "
-        "chance. Time of a step: that of the plan's baseline is 1; median and quartiles of steps "
-        "in turns."
+        f"{unit} ± standard deviation over seeds; in brackets the difference to {baseline} ± half "
+        f"of its 95% confidence interval (Student's t, paired by seed; of {FEWEST} seeds or more) "
+        "and in how many of the shared seeds it is above it; bold where the interval leaves out "
+        f"zero. Of these {len(intervals)} intervals about {len(intervals) * 0.05:.0f} would do so "
+        "by chance. Time of a step: that of the plan's baseline is 1; median and quartiles of "
+        "steps in turns."
     )
 
 
@@ -167,14 +178,9 @@ def _cost(row: Row) -> str:
     return f"{median:.2f} ({low:.2f} to {high:.2f})"
 
 
-def _digits(table: Sequence[Row], metric: str) -> int:
-    """Decimal places of a column: three for shares, one for percent."""
-    found = [row.metrics[metric] for row in table if metric in row.metrics]
-    return 3 if all(abs(value) <= 1 for each in found for value in each.values.values()) else 1
-
-
-def cell(measured: Measured, digits: int = 1) -> str:
+def cell(measured: Measured) -> str:
     """One metric as text, as in "61.2 ± 1.3 (+2.4 ± 3.4, 3/3)"."""
+    digits = 1 if measured.percent else 3
     text = f"{measured.mean:.{digits}f}"
     if measured.deviation is not None:
         text += f" ± {measured.deviation:.{digits}f}"
@@ -204,11 +210,12 @@ def _by_seed(
         job = Job(plan, variant, seed, folder)
         for stage in plan.stages:
             result = job.result(stage) or {}
+            scale = 100 if plan.task(stage) in SHARES else 1
             for metric, value in result.get("metrics", {}).items():
-                values[f"{stage.name} {metric}"][seed] = value
+                values[f"{stage.name} {metric}"][seed] = scale * value
             if result and result["environment"] not in ran_on:
                 ran_on.append(result["environment"])
             if stage is plan.base and result:
-                for term, value in last_losses(job.place(stage) / result["run"]).items():
+                for term, value in result["losses"].items():
                     losses.setdefault(term, {})[seed] = value
     return values, losses, ran_on

@@ -74,6 +74,11 @@ class Worker:
         self.job = job
         self.pipe.send(job)
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether it died and no job is left whose messages are still to be received."""
+        return self.job is None and not self.process.is_alive()
+
     def end(self) -> None:
         """End the process, in the middle of a job where it has one."""
         if self.job is not None:
@@ -110,6 +115,8 @@ def work(jobs: Sequence[Job], slots: Sequence[Slot], folder: Path) -> Iterator[t
     try:
         while True:
             for number, slot in enumerate(slots):
+                if number in workers and workers[number].is_gone:
+                    del workers[number]
                 if waiting and (number not in workers or workers[number].job is None):
                     if number not in workers:
                         workers[number] = Worker(slot, folder / f"worker_{number}.log")
@@ -124,8 +131,6 @@ def work(jobs: Sequence[Job], slots: Sequence[Slot], folder: Path) -> Iterator[t
                 assert job is not None
                 if isinstance(message, (Done, UserError)):
                     worker.job = None
-                if not worker.process.is_alive():
-                    del workers[number]
                 yield job, message
     finally:
         for worker in workers.values():

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import platform
+import subprocess
 from pathlib import Path
 
 import torch
 from lavis.common.dist_utils import get_world_size
 
 from softmask_plugin.errors import UserError
-from softmask_plugin.stack import installed
+from softmask_plugin.paths import PACKAGE
+from softmask_plugin.stack import installed, version_of
 from softmask_plugin.whole_files import write_json
 
 FILE = "environment.json"  # in a run's folder: what it began on, and each later start on another
@@ -26,6 +28,7 @@ def environment(device: torch.device) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "processes": get_world_size(),
+        "softmask-plugin": _own_version(),
         **installed(),
     }
 
@@ -50,6 +53,19 @@ def noted_environments(folder: Path) -> list[dict[str, object]]:
         return [dict(start) for start in ([noted] if isinstance(noted, dict) else noted)]
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is not a JSON list of objects: delete it") from error
+
+
+def _own_version() -> str | None:
+    """The plugin's; of a checkout also the commit, as far as git tells, and whether it is dirty."""
+    number, checkout = version_of("softmask-plugin"), PACKAGE.parent
+    if not (checkout / ".git").exists():
+        return number
+    asked = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(asked, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return number
+    return f"{number}+{found}" if found else number
 
 
 def _processor() -> str:

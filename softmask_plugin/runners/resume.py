@@ -14,6 +14,7 @@ import torch.distributed as dist
 from lavis.common.dist_utils import get_world_size, is_main_process
 from torch import nn
 
+from softmask_plugin.config_values import flat
 from softmask_plugin.errors import UserError
 from softmask_plugin.runners import checkpoint
 from softmask_plugin.runners.checkpoint import CheckpointFiles
@@ -126,7 +127,7 @@ def _usable(
 
 def _require_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
     for section in FIXED:
-        old, new = _flat(before.get(section, {})), _flat(now.get(section, {}))
+        old, new = (flat(each.get(section, {})) for each in (before, now))
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
                 raise UserError(
@@ -134,13 +135,3 @@ def _require_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Pat
                     f"{new.get(key)}: set run.output_dir to another folder to start anew, or "
                     "run.resume_ckpt_path to the file of a checkpoint to go on all the same"
                 )
-
-
-def _flat(section: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(section, Mapping):
-        return {prefix.rstrip("."): section}
-    return {
-        key: value
-        for name in section
-        for key, value in _flat(section[name], f"{prefix}{name}.").items()
-    }

@@ -57,7 +57,7 @@ def _claim(output_dir: Path, job_id: str, go_on: bool) -> Path:
         return output_dir / job_id
     if go_on:
         for folder in _with_checkpoints(output_dir):
-            if folder in _held or _lock(folder):
+            if folder in _held or lock(folder):
                 return folder
             logging.info("%s belongs to a run that is under way", folder)
     try:
@@ -68,7 +68,7 @@ def _claim(output_dir: Path, job_id: str, go_on: bool) -> Path:
                 folder.mkdir()
             except FileExistsError:
                 continue
-            _lock(folder)
+            lock(folder)
             return folder
     except OSError as error:
         raise UserError(
@@ -87,8 +87,8 @@ def _with_checkpoints(output_dir: Path) -> list[Path]:
     return [folder for _, folder in sorted(found, reverse=True)]
 
 
-def _lock(folder: Path) -> bool:
-    """Lock a folder; False if another process has it."""
+def lock(folder: Path) -> bool:
+    """Take a folder that this process does not have yet; False if another process has it."""
     file = (folder / ".lock").open("w")
     try:
         import fcntl  # which Windows lacks
