@@ -159,15 +159,18 @@ def markdown(table: Sequence[Row], metrics: Sequence[str], baseline: str) -> str
 def legend(table: Sequence[Row], baseline: str) -> str:
     """How to read the table, and how many of its bold cells chance alone would give."""
     found = [each for row in table for each in row.metrics.values()]
-    intervals = [each for each in found if each.interval is not None]
     unit = "In percent: mean" if all(each.percent for each in found) else "Mean"
+    text = f"{unit} ± standard deviation over seeds; in brackets the difference to {baseline}"
+    count = sum(each.interval is not None for each in found)
+    if count:
+        text += (
+            f" ± half of its 95% confidence interval (Student's t, paired by seed; of {FEWEST} "
+            f"seeds or more), bold where that leaves out zero, as about {count * 0.05:.0f} of "
+            f"these {count} would by chance,"
+        )
     return (
-        f"{unit} ± standard deviation over seeds; in brackets the difference to {baseline} ± half "
-        f"of its 95% confidence interval (Student's t, paired by seed; of {FEWEST} seeds or more) "
-        "and in how many of the shared seeds it is above it; bold where the interval leaves out "
-        f"zero. Of these {len(intervals)} intervals about {len(intervals) * 0.05:.0f} would do so "
-        "by chance. Time of a step: that of the plan's baseline is 1; median and quartiles of "
-        "steps in turns."
+        f"{text} and in how many of the shared seeds it is above it. Time of a step: that of the "
+        "plan's baseline is 1; median and quartiles of steps in turns."
     )
 
 
