@@ -26,9 +26,9 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from softmask_plugin.ablate.job import Job
 from softmask_plugin.ablate.plan import Plan
 from softmask_plugin.ablate.read import read_plan
-from softmask_plugin.ablate.run import Job
 from softmask_plugin.datasets.scene_render import render
 from softmask_plugin.datasets.scenes import Scene, captions, make_scenes
 from softmask_plugin.errors import UserError, require_finite_scores, suggest

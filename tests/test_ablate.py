@@ -20,9 +20,9 @@ import yaml
 
 from softmask_plugin import cli, launch
 from softmask_plugin.ablate import command, cost, losses, plot, run, table, workers
+from softmask_plugin.ablate.job import Job
 from softmask_plugin.ablate.plan import shipped_plans
 from softmask_plugin.ablate.read import read_plan
-from softmask_plugin.ablate.run import Job
 from softmask_plugin.ablate.workers import Slot
 from softmask_plugin.errors import UserError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -14,9 +15,12 @@ import pytest
 from softmask_plugin import options
 from softmask_plugin.ablate.plan import PRETRAINED, Plan, Stage
 from softmask_plugin.ablate.read import read_plan
+from softmask_plugin.ablate.table import Row, markdown, measure
 from softmask_plugin.config_check import RUN_KEYS
 
 ROOT = Path(__file__).parents[1]
+PLANS = {file.stem for file in (ROOT / "lavis_configs" / "ablation").glob("*.yaml")}
+PUBLISHED = sorted({file.stem for file in (ROOT / "docs" / "ablation").glob("*.json")} & PLANS)
 ROW = re.compile(r"<tr>\s*<td>(.*?)</td>\s*<td>(.*?)</td>\s*<td>(.*?)</td>\s*</tr>")
 
 
@@ -44,6 +48,25 @@ def test_the_reference_has_every_option_and_every_shipped_file(site):
         page = (site / "yaml" / folder / "index.html").read_text()
         for file in (ROOT / "lavis_configs" / folder).rglob("*.yaml"):
             assert file.relative_to(ROOT).as_posix() in page
+
+
+@pytest.mark.parametrize("plan", PUBLISHED)
+def test_the_published_tables_follow_from_the_published_numbers(plan):
+    content = json.loads((ROOT / "docs" / "ablation" / f"{plan}.json").read_text())
+    values = {
+        row["name"]: {name: metric["values"] for name, metric in row["metrics"].items()}
+        for row in content["rows"]
+    }
+    against = values[content["baseline"]]
+    table = []
+    for row in content["rows"]:
+        own = {} if row["name"] == content["baseline"] else against
+        measured = {n: measure(v, own.get(n, {})) for n, v in values[row["name"]].items()}
+        table.append(Row(**{**row, "metrics": measured}))
+    metrics = [f"{stage['name']} {m}" for stage in content["stages"] for m in stage["metrics"]]
+    page = (ROOT / "docs" / "ablation.md").read_text().splitlines()
+    lines = markdown(table, metrics, content["baseline"]).splitlines()
+    assert [line for line in lines if line.startswith("|") and line not in page] == []
 
 
 def test_every_option_has_a_meaning_and_every_section_a_link(site):

@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 from benchmarks import giveaway
 from benchmarks.giveaway import COLUMNS, Variant
+from softmask_plugin.ablate.job import Job
 from softmask_plugin.ablate.read import read_plan
-from softmask_plugin.ablate.run import Job
 from softmask_plugin.datasets.scene_render import render
 from softmask_plugin.datasets.scenes import captions, make_scenes
 from softmask_plugin.errors import UserError

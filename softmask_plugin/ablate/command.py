@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from softmask_plugin import config_check
 from softmask_plugin.ablate import plot
+from softmask_plugin.ablate.job import Job
 from softmask_plugin.ablate.plan import Plan
 from softmask_plugin.ablate.read import read_plan
-from softmask_plugin.ablate.run import Job
 from softmask_plugin.ablate.table import Row, as_plain, markdown, rows
 from softmask_plugin.ablate.workers import Done, slots, work
 from softmask_plugin.errors import UserError, suggest

@@ -12,9 +12,9 @@ from typing import Any
 from scipy.stats import t as student_t
 
 from softmask_plugin.ablate.check import METRICS, SHARES
+from softmask_plugin.ablate.job import Job
 from softmask_plugin.ablate.losses import Losses, losses_table
 from softmask_plugin.ablate.plan import Plan
-from softmask_plugin.ablate.run import Job
 from softmask_plugin.errors import UserError
 
 FEWEST = 3  # seeds of which an interval is told

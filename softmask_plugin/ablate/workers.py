@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from softmask_plugin.ablate.run import Job, run
+from softmask_plugin.ablate.job import Job
+from softmask_plugin.ablate.run import run
 from softmask_plugin.errors import UserError, reason_of
 
 
