@@ -523,7 +523,7 @@ def test_the_table_in_markdown():
     assert lines[-1] == "Still to be measured: late."
     clear = table.markdown(rows_of(albef=[40, 42, 41], soft=[50, 52, 51.3]), ["r1"], "albef")
     assert "| soft | 51.1 ± 1.0 (**+10.1 ± 0.4**, 3/3) | 3 |" in clear
-    assert "as about 0 of these 1 would by chance, and in how many" in clear
+    assert "as about 0.05 of these 1 would by chance, and in how many" in clear
     assert "interval" not in "".join(lines)  # two seeds have none
     low = table.markdown(rows_of(albef=[0.5], soft=[0.61]), ["r1"], "albef")
     assert "| soft | 0.6 (+0.1, 1/1) | 1 |" in low and "In percent: mean" in low

@@ -165,7 +165,7 @@ def legend(table: Sequence[Row], baseline: str) -> str:
     if count:
         text += (
             f" ± half of its 95% confidence interval (Student's t, paired by seed; of {FEWEST} "
-            f"seeds or more), bold where that leaves out zero, as about {count * 0.05:.0f} of "
+            f"seeds or more), bold where that leaves out zero, as about {count * 0.05:.2g} of "
             f"these {count} would by chance,"
         )
     return (
