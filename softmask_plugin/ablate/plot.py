@@ -46,7 +46,8 @@ def draw(table: Sequence[Row], metrics: Sequence[str], baseline: str) -> Figure:
         panels[0].set_ylim(len(shown) - 0.5, -0.5)  # in the table's order
         figure.supxlabel(
             f"difference to {baseline} with the same seed: mean, each seed,\n"
-            f"and of {FEWEST} seeds or more the 95% confidence interval (in colour: leaves out zero)",
+            f"and of {FEWEST} seeds or more the 95% confidence interval "
+            "(in colour: leaves out zero)",
             fontsize=8,
             color=MUTED,
         )
