@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import subprocess
 from pathlib import Path
 
 import torch
@@ -56,16 +55,24 @@ def noted_environments(folder: Path) -> list[dict[str, object]]:
 
 
 def _own_version() -> str | None:
-    """The plugin's; of a checkout also the commit, as far as git tells, and whether it is dirty."""
-    number, checkout = version_of("softmask-plugin"), PACKAGE.parent
-    if not (checkout / ".git").exists():
-        return number
-    asked = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
+    """The plugin's; of a checkout also the commit that it is at."""
+    number, commit = version_of("softmask-plugin"), _commit(PACKAGE.parent / ".git")
+    return f"{number}+{commit[:9]}" if commit else number
+
+
+def _commit(git: Path) -> str | None:
+    """What a checkout is at, read from git's own files: to run git would run its hooks as well."""
     try:
-        found = subprocess.run(asked, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return number
-    return f"{number}+{found}" if found else number
+        head = (git / "HEAD").read_text(encoding="utf-8").strip()
+        name = head.removeprefix("ref: ")
+        if name == head:  # no branch
+            return head
+        if (git / name).is_file():
+            return (git / name).read_text(encoding="utf-8").strip()
+        packed = (git / "packed-refs").read_text(encoding="utf-8").splitlines()
+        return next(line.split()[0] for line in packed if line.endswith(f" {name}"))
+    except (OSError, StopIteration):
+        return None
 
 
 def _processor() -> str:
