@@ -31,7 +31,7 @@ from softmask_plugin.ablate.plan import Plan
 from softmask_plugin.ablate.read import read_plan
 from softmask_plugin.datasets.scene_render import render
 from softmask_plugin.datasets.scenes import Scene, captions, make_scenes
-from softmask_plugin.errors import UserError, require_finite_scores, suggest
+from softmask_plugin.errors import UserError, require_finite_scores
 from softmask_plugin.explain import match_masked
 from softmask_plugin.explore import wrong_caption
 from softmask_plugin.models.weights import ASSETS
@@ -99,10 +99,7 @@ def ablated(plan: Plan, folder: Path, only: Sequence[str]) -> Sources:
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: give the --output-dir of softmask ablate")
-    for name in only:
-        if name not in plan.variants:
-            hint = suggest(name, plan.variants)
-            raise UserError(f"--only: the plan has no variant '{name}': {hint}")
+    plan.require_variants("--only", only)
     found = {name: _finished(plan, name, folder) for name in only or plan.variants}
     missing = [name for name in only if not found[name]]
     if missing or not any(found.values()):
@@ -113,12 +110,9 @@ def ablated(plan: Plan, folder: Path, only: Sequence[str]) -> Sources:
 
 def _finished(plan: Plan, variant: str, folder: Path) -> dict[int, Path | None]:
     """A variant's last checkpoint of each seed whose pretraining is finished."""
-    found: dict[int, Path | None] = {}
-    for seed in plan.seeds:
-        job = Job(plan, variant, seed, folder)
-        if result := job.result(plan.base):
-            found[seed] = job.place(plan.base) / result["run"] / result["checkpoint"]
-    return found
+    jobs = (Job(plan, variant, seed, folder) for seed in plan.seeds)
+    found = {job.seed: job.checkpoint(plan.base) for job in jobs}
+    return {seed: file for seed, file in found.items() if file}
 
 
 def shipped() -> Sources:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lavis.common.registry import registry
@@ -55,6 +55,20 @@ def flat(section: Any, prefix: str = "") -> dict[str, Any]:
     for name, value in section.items():
         found |= flat(value, f"{prefix}.{name}" if prefix else str(name))
     return found
+
+
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], absent: Any = None
+) -> Iterator[tuple[str, Any, Any]]:
+    """Each key whose values differ, in order, with both; a missing one counts as ``absent``.
+
+    >>> [*differences({"a": 1, "b": 2}, {"b": 3, "c": None})]
+    [('a', 1, None), ('b', 2, 3)]
+    """
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key, absent), now.get(key, absent)
+        if old != new:
+            yield key, old, new
 
 
 def require_section(where: str, section: Any) -> None:

@@ -13,6 +13,7 @@ from lavis.tasks.retrieval import RetrievalTask
 from matplotlib.figure import Figure
 
 from softmask_plugin import launch, report
+from softmask_plugin.config_check import option
 from softmask_plugin.datasets.scene_builders import SceneEvalDataset
 from softmask_plugin.datasets.scene_render import render
 from softmask_plugin.explain import Explanation, explain
@@ -36,10 +37,12 @@ def main(output_dir: str | Path = "outputs/demo", options: list[str] | None = No
         The report's path.
     """
     began, output = time.perf_counter(), Path(output_dir)
-    trained, _ = launch.run(TRAIN, [f"run.output_dir={output / 'pretrain'}", *(options or [])])
+    trained, _ = launch.run(
+        TRAIN, [option("run.output_dir", output / "pretrain"), *(options or [])]
+    )
     weights = trained.output_dir / f"checkpoint_{trained.max_epoch - 1}.pth"
-    given = [f"run.output_dir={output / 'retrieval'}", f"model.pretrained={weights}"]
-    given += [option for option in options or [] if option.startswith(("model.", "run.device"))]
+    given = [option("run.output_dir", output / "retrieval"), option("model.pretrained", weights)]
+    given += [each for each in options or [] if each.startswith(("model.", "run.device"))]
     evaluated, results = launch.run(EVALUATE, given, evaluate=True)
 
     model, loader = evaluated.unwrap_dist_model(evaluated.model), evaluated.dataloaders["test"]

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from softmask_plugin import launch
 from softmask_plugin.ablate.plan import PRETRAIN, Plan, Stage
-from softmask_plugin.config_values import flat
+from softmask_plugin.config_values import differences, flat
 from softmask_plugin.errors import UserError, suggest
 from softmask_plugin.options import read_options
 
@@ -62,12 +62,11 @@ def _require_equal_budget(plan: Plan, variant: str, asked: Mapping[Any, dict[str
         {key: value for key, value in asked[name, PRETRAIN].items() if BUDGET.fullmatch(key)}
         for name in (variant, plan.baseline)
     )
-    for key in sorted(own.keys() | budget.keys()):
-        if own.get(key) != budget.get(key):
-            raise UserError(
-                f"variants.{variant} has another budget than {plan.baseline}: {key} is "
-                f"{own.get(key)} instead of {budget.get(key)}: set it in base.options"
-            )
+    for key, value, wanted in differences(own, budget):
+        raise UserError(
+            f"variants.{variant} has another budget than {plan.baseline}: {key} is {value} "
+            f"instead of {wanted}: set it in base.options"
+        )
 
 
 def _check_run(plan: Plan, variant: str, stage: Stage) -> dict[str, Any]:

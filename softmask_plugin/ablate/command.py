@@ -18,7 +18,7 @@ from softmask_plugin.ablate.plan import Plan
 from softmask_plugin.ablate.read import read_plan
 from softmask_plugin.ablate.table import Row, as_plain, markdown, rows
 from softmask_plugin.ablate.workers import Done, slots, work
-from softmask_plugin.errors import UserError, suggest
+from softmask_plugin.errors import UserError
 from softmask_plugin.whole_files import write_json, write_whole
 
 
@@ -60,11 +60,8 @@ def main(
         raise UserError(f"--jobs is {jobs}: it must be at least 1")
     read = read_plan(plan, options, seeds)
     compared = baseline or read.baseline
-    for argument, names in (("--only", only), ("--baseline", [compared])):
-        for name in names:
-            if name not in read.variants:
-                hint = suggest(name, read.variants)
-                raise UserError(f"{argument}: the plan has no variant '{name}': {hint}")
+    read.require_variants("--only", only)
+    read.require_variants("--baseline", [compared])
     folder = Path(output_dir or Path("outputs/ablation", read.name)).expanduser().absolute()
     chosen = [name for name in read.variants if name in only or not only]
     # Seed by seed, so that an ablation that is broken off has compared all of its rows.
@@ -76,13 +73,14 @@ def main(
     except KeyboardInterrupt:
         raise UserError("interrupted: the same command goes on where it was") from None
     table = rows(read, folder, compared)
-    if any(row.measured for row in table):
+    measured = any(row.measured for row in table)
+    if measured:
         page = _write(table, read, folder, compared)
         print(page.read_text(encoding="utf-8") + f"\nWritten: {page}, .json and .png")
     if failed:
         job, error = failed[0]
         raise UserError(f"{len(failed)} of {len(wanted)} runs failed, first {job}: {error}")
-    if not any(row.measured for row in table):
+    if not measured:
         refused = [row.refused for row in table if row.refused is not None]
         raise UserError(refused[0] if refused else f"nothing is measured in {folder}")
     return page
@@ -92,11 +90,10 @@ def _discard(jobs: Sequence[Job]) -> None:
     """Throw away the results of jobs, unless they are another plan's as well."""
     for job in jobs:
         own = {stage.name for stage in job.plan.stages}
-        folder = job.place(job.plan.base).parent
-        others = sorted({each.name for each in folder.glob("*/")} - own)
+        others = sorted({each.name for each in job.home.glob("*/")} - own)
         if others:
             raise UserError(
-                f"--again: {folder} has results of another plan too ({', '.join(others)}), which "
+                f"--again: {job.home} has results of another plan too ({', '.join(others)}), which "
                 "its pretraining belongs to: delete it yourself, or name another --output-dir"
             )
     for job in jobs:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from softmask_plugin.ablate.plan import Plan, Stage
+from softmask_plugin.config_values import differences
 from softmask_plugin.errors import UserError, reason_of
 from softmask_plugin.runners.run_folder import lock, release
 
@@ -54,16 +55,21 @@ class Job:
         self.require_same(stage)
         return self._read(stage, RESULT)
 
+    def checkpoint(self, stage: Stage) -> Path | None:
+        """The last checkpoint of a finished stage that trains; None where it is not finished."""
+        result = self.result(stage)
+        if result is None:
+            return None
+        return self.place(stage) / result["run"] / result["checkpoint"]
+
     def require_same(self, stage: Stage) -> None:
         """Raise UserError where a stage was begun with something else than the plan asks for."""
         before, now = self._read(stage, ASKED), self.asked(stage)
-        for key in sorted(before.keys() | now.keys()):
-            old, new = (values.get(key, "unset") for values in (before, now))
-            if old != new:
-                raise UserError(
-                    f"{self.place(stage)} had {key} = {old}, but the plan has {new}: "
-                    f"{self._remedy(stage)}"
-                )
+        for key, old, new in differences(before, now, absent="unset"):
+            raise UserError(
+                f"{self.place(stage)} had {key} = {old}, but the plan has {new}: "
+                f"{self._remedy(stage)}"
+            )
 
     @property
     def unfinished(self) -> list[Stage]:

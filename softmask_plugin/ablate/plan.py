@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
 from softmask_plugin import config_check
+from softmask_plugin.errors import UserError, suggest
 from softmask_plugin.options import ModelOptions
 from softmask_plugin.paths import CONFIGS
 
@@ -75,6 +76,13 @@ class Plan:
     def metrics(self) -> list[str]:
         """Columns of the table: the stage's name, a space, and the metric's."""
         return [f"{stage.name} {metric}" for stage in self.evaluate for metric in stage.metrics]
+
+    def require_variants(self, argument: str, names: Sequence[str]) -> None:
+        """Raise UserError where an argument of a command names a variant that is none."""
+        for name in names:
+            if name not in self.variants:
+                hint = suggest(name, self.variants)
+                raise UserError(f"{argument}: the plan has no variant '{name}': {hint}")
 
     def task(self, stage: Stage) -> str:
         """The name of a stage's task."""

@@ -54,11 +54,11 @@ def _run(job: Job, stage: Stage) -> dict[str, Any]:
     options = [*job.plan.options(job.variant, stage), f"run.seed={job.seed}"]
     options.append(option("run.output_dir", place))
     if stage is not base:
-        pretrained = job.result(base) or {}
-        folder = job.place(base) / pretrained["run"]
-        options = [_located(each, folder) for each in options]
+        checkpoint = job.checkpoint(base)
+        assert checkpoint is not None  # the base is the first of a job's stages
+        options = [_located(each, checkpoint.parent) for each in options]
         if stage.pretrained:
-            options.append(option("model.pretrained", folder / pretrained["checkpoint"]))
+            options.append(option("model.pretrained", checkpoint))
     if stage.train:
         options.append("run.resume_ckpt_path=auto")
     began = time.monotonic()

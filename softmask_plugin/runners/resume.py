@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lavis.common.dist_utils import get_world_size, is_main_process
 from torch import nn
 
-from softmask_plugin.config_values import flat
+from softmask_plugin.config_values import differences, flat
 from softmask_plugin.errors import UserError
 from softmask_plugin.runners import checkpoint
 from softmask_plugin.runners.checkpoint import CheckpointFiles
@@ -128,10 +128,9 @@ def _usable(
 def _require_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
     for section in FIXED:
         old, new = (flat(each.get(section, {})) for each in (before, now))
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                raise UserError(
-                    f"the run in {folder} had {section}.{key} = {old.get(key)}, this one has "
-                    f"{new.get(key)}: set run.output_dir to another folder to start anew, or "
-                    "run.resume_ckpt_path to the file of a checkpoint to go on all the same"
-                )
+        for key, was, now_is in differences(old, new):
+            raise UserError(
+                f"the run in {folder} had {section}.{key} = {was}, this one has {now_is}: set "
+                "run.output_dir to another folder to start anew, or run.resume_ckpt_path to the "
+                "file of a checkpoint to go on all the same"
+            )
