@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from ablations import small_plan
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from PIL import Image
@@ -142,3 +144,15 @@ def colour_photos(tmp_path, monkeypatch):
     for colour in COLOURS:
         Image.new("RGB", (20, 16), colour).save(f"photos/{colour}.png")
     return tmp_path
+
+
+@pytest.fixture
+def write_plan(tmp_path):
+    """Write a plan for softmask ablate: ``write_plan(seeds=[1], ...)`` returns its path."""
+
+    def save(**changes):
+        file = tmp_path / "mine.yaml"
+        file.write_text(yaml.safe_dump(small_plan(**changes), sort_keys=False))
+        return file
+
+    return save

@@ -1,0 +1,131 @@
+"""softmask ablate: plans and their mistakes."""
+
+from __future__ import annotations
+
+import pytest
+from ablations import EVALUATE, SMALL
+
+from softmask_plugin import cli
+from softmask_plugin.ablate.read import read_plan
+from softmask_plugin.errors import UserError
+
+SCENES = ("scenes", "scenes_tasks")
+
+
+def test_a_plan_says_what_each_run_is_given(write_plan):
+    variants = {"albef": [], "deep": ["model.bert.layers=6", "model.itc.gamma=1"]}
+    given = ["run.num_workers=0", "datasets.scenes_retrieval.objects=1"]
+    plan = read_plan(write_plan(variants=variants, seeds=[3, 5, 7]), given, seeds=2)
+    assert plan.name == "mine" and plan.seeds == (3, 5)
+    assert plan.metrics == ["retrieval txt_r1", "retrieval img_r1"]
+    pretrain, retrieval = plan.stages
+    assert pretrain.train and not retrieval.train and retrieval.pretrained
+    assert plan.options("deep", pretrain) == [*pretrain.options, *variants["deep"]]
+    assert pretrain.options[-1] == given[0] and retrieval.options[-2:] == (*given,)
+    # Other stages must have the model's shape, and nothing else of a variant's
+    assert plan.options("deep", retrieval) == [*retrieval.options, "model.bert.layers=6"]
+
+
+def test_the_plans_of_scenes_can_share_a_folder():
+    evaluation, tasks = (read_plan(f"lavis_configs/ablation/{name}.yaml") for name in SCENES)
+    assert tasks.base == evaluation.base and tasks.baseline == evaluation.baseline
+    assert tasks.variants.items() <= evaluation.variants.items()
+    names = [stage.name for plan in (evaluation, tasks) for stage in plan.evaluate]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sedes": [1]}, "unknown key 'sedes' of the plan: did you mean 'seeds'"),
+        ({"base": {}}, "base has no 'config'"),
+        ({"base": {"config": "nowhere.yaml"}}, "there is no file 'nowhere.yaml'"),
+        ({"seeds": [1, 1]}, "list whole numbers, each once"),
+        ({"seeds": 3}, "seeds is 3: it must be a list"),
+        ({"seeds": [-1]}, "seeds is -1: it must be a whole number in [0, 4294967295]"),
+        ({"baseline": "albf"}, "did you mean 'albef'"),
+        ({"variants": []}, "variants must be a section"),
+        ({"variants": {"albef": None}}, "variants.albef is None"),
+        ({"variants": {"albef": [], "a/b": []}}, "'a/b' is no name"),
+        ({"variants": {"albef": [], "b": ["run.max_epoch=9"]}}, "variants.b has another budget"),
+        (
+            {"variants": {"albef": [], "b": ["datasets.scenes_pretrain={num: {train: 9}}"]}},
+            "datasets.scenes_pretrain.num.train is 9 instead of 16",
+        ),
+        ({"variants": {"albef": ["run.seed=3"]}}, "run.seed is for the plan's seeds to say"),
+        ({"base": {"config": EVALUATE, "options": ["run.output_dir=x"]}}, "--output-dir to say"),
+        ({"evaluate": []}, "evaluate is empty"),
+        ({"evaluate": [{"name": "a", "config": EVALUATE, "metrics": []}]}, "metrics is empty"),
+        ({"variants": {"albef": ["model.itc.gama=1"]}}, "did you mean 'gamma'"),
+        ({"variants": {"albef": ["model.soft_mask.layer=3"]}}, "stage 'pretrain'"),
+        ({"variants": {"albef": ["run.runner=runner_base"]}}, "run.runner must be softmask_runner"),
+        ({"evaluate": [{"name": "a", "config": EVALUATE}]}, "has no 'metrics'"),
+        ({"evaluate": [{"name": "a", "config": EVALUATE, "metrics": ["r1"]}]}, "metric 'r1'"),
+        (
+            {"evaluate": [{"name": "a", "config": EVALUATE, "metrics": ["txt_r1"]}] * 2},
+            "two stages are called 'a'",
+        ),
+        ({"evaluate": [{"name": "a", "confg": EVALUATE}]}, "did you mean 'config'"),
+        (
+            {
+                "evaluate": [
+                    {
+                        "name": "a",
+                        "config": EVALUATE,
+                        "metrics": ["txt_r1"],
+                        "options": ["run.test_splits=[val,test]"],
+                    }
+                ]
+            },
+            "run.test_splits is ['val', 'test']: name the one to measure",
+        ),
+        (
+            {"evaluate": [{"name": "a", "config": EVALUATE, "metrics": ["txt_r1"], "train": 1}]},
+            "it must be true or false",
+        ),
+    ],
+)
+def test_a_mistake_in_a_plan_gets_one_line(write_plan, changes, message):
+    file = write_plan(**changes)
+    with pytest.raises(UserError) as caught:
+        read_plan(file)
+    assert message in str(caught.value) and str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_variant_named_twice_is_told(tmp_path):
+    file = tmp_path / "twice.yaml"
+    file.write_text("variants:\n  a: []\n  a: []\n")
+    with pytest.raises(UserError, match="not valid YAML.*duplicate key a"):
+        read_plan(file)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plan", "lavis_configs/ablation/scene.yaml"], "did you mean"),
+        (["--plan", SMALL, "--only", "soft_msk"], "did you mean 'soft_mask'"),
+        (["--plan", SMALL, "--baseline", "all"], "--baseline: the plan has no variant 'all'"),
+        (
+            ["--plan", SMALL, "--options", "datasets.scenes_pretrian.seed=1"],
+            "did you mean 'scenes_pretrain'",
+        ),
+        (["--plan", SMALL, "--options", "run.seed=9"], "--options: remove 'run.seed=9'"),
+        (["--plan", SMALL, "--seeds", "9"], "the plan has 2 seeds"),
+        (["--plan", SMALL, "--jobs", "0"], "--jobs is 0"),
+    ],
+)
+def test_a_mistake_on_the_command_line_gets_one_line(arguments, message, capsys, tmp_path):
+    assert cli.main(["ablate", *arguments, "--output-dir", str(tmp_path)]) == 2
+    (error,) = capsys.readouterr().err.splitlines()[-1:]
+    assert error.startswith("softmask: error: ") and message in error
+
+
+def test_the_groups_of_grounding_can_be_asked_for(write_plan):
+    stage = {
+        "name": "grounding",
+        "config": "lavis_configs/projects/scenes/eval/grounding_tiny.yaml",
+    }
+    assert read_plan(write_plan(evaluate=[{**stage, "metrics": ["acc_testA", "pointing_chance"]}]))
+    with pytest.raises(UserError, match="unknown metric 'accu_testA'"):
+        read_plan(write_plan(evaluate=[{**stage, "metrics": ["accu_testA"]}]))

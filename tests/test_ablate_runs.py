@@ -1,0 +1,286 @@
+"""softmask ablate: jobs that go on, what a result is of, and the workers."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from ablations import EVALUATE, SMALL, done
+
+from softmask_plugin import launch
+from softmask_plugin.ablate import command, cost, run, workers
+from softmask_plugin.ablate.job import Job
+from softmask_plugin.ablate.read import read_plan
+from softmask_plugin.ablate.workers import Slot
+from softmask_plugin.errors import UserError
+
+
+def test_an_ablation_goes_on_past_a_variant_that_fails_and_is_not_run_twice(
+    write_plan, tmp_path, capsys, monkeypatch
+):
+    bad = ["datasets.scenes_pretrain.objects=7"]  # which the data set refuses once it is built
+    variants = {"albef": [], "bad": bad, "gamma": ["model.itc.gamma=1"]}
+    plan, folder = write_plan(variants=variants, seeds=[0]), tmp_path / "out"
+    with pytest.raises(UserError, match="1 of 3 runs failed, first bad, seed 0: .*objects"):
+        command.main(plan, folder, jobs=2)
+    shown = capsys.readouterr().out
+    assert "gamma, seed 0: retrieval, txt_r1" in shown and "Still to be measured: bad." in shown
+    content = json.loads((folder / "mine.json").read_text())
+    rows = {row["name"]: row for row in content["rows"]}
+    assert not rows["bad"]["metrics"] and rows["albef"]["cost"] is None
+    low, median, high = rows["gamma"]["cost"]
+    assert 0 < low <= median <= high
+    assert [*rows["gamma"]["metrics"]["retrieval txt_r1"]["differences"]] == ["0"]
+    assert rows["gamma"]["ran_on"][0]["torch"] == torch.__version__
+    assert 0 < rows["gamma"]["losses"]["itm"]["0"] < math.inf and "| gamma | " in shown
+    assert (folder / "mine.png").stat().st_size > 5000
+    assert "softmask_plugin" not in shown  # what the runs print is in the workers' logs
+
+    # All that is asked for is there: the table alone is written again
+    monkeypatch.setattr(command, "work", None)
+    page = (folder / "mine.md").read_text()
+    (folder / "mine.md").unlink()
+    assert command.main(plan, folder, only=["albef", "gamma"]).read_text() == page
+    against = command.main(plan, folder, only=["albef"], baseline="gamma").read_text()
+    assert "**gamma**" in against
+
+    # What is there is of other options
+    changed = ["model.soft_mask.strength=0.5"]
+    with pytest.raises(UserError, match=r"strength = unset, but .* 0.5: .*--only gamma --again"):
+        command.main(plan, folder, only=["gamma"], options=changed)
+    with pytest.raises(TypeError):  # with --again it would be run
+        command.main(plan, folder, only=["gamma"], options=changed, again=True)
+    assert not [*(folder / "gamma").iterdir()] and (folder / "albef" / "seed_0").exists()
+
+
+def test_a_result_counts_for_the_whole_configuration_that_it_is_of(write_plan, tmp_path):
+    """Not for the name of its YAML file: that may have changed since."""
+    plan = read_plan(write_plan(variants={"albef": []}, seeds=[1]))
+    job = Job(plan, "albef", 1, tmp_path / "out")
+    done(job)
+    pretrain, retrieval = plan.stages
+    assert job.is_done and job.result(retrieval)["metrics"]["txt_r1"] == 50
+    spelt = read_plan(write_plan(variants={"albef": ["model.itc.gamma=0.0"]}, seeds=[1]))
+    moved = ["run.num_workers=0", "run.tensorboard=false"]  # which change nothing that is measured
+    assert Job(replace(spelt, seeds=(1,)), "albef", 1, job.folder).is_done
+    assert Job(read_plan(write_plan(seeds=[1]), moved), "albef", 1, job.folder).is_done
+
+    other = {**plan.asked["albef", "retrieval"], "run.k_test": 8}
+    other_plan = replace(plan, asked={**plan.asked, ("albef", "retrieval"): other})
+    changed = Job(other_plan, "albef", 1, job.folder)
+    assert changed.result(pretrain)
+    with pytest.raises(UserError, match=f"k_test = .*, but the plan has 8: delete {changed.home}"):
+        changed.result(retrieval)
+    (job.place(retrieval) / "result.json").write_text('{"run": ')
+    with pytest.raises(UserError, match="result.json is missing or broken: delete "):
+        job.result(retrieval)
+
+
+def test_no_run_goes_on_that_began_with_something_else(write_plan, tmp_path, monkeypatch):
+    plan = read_plan(write_plan(variants={"albef": []}, seeds=[1]))
+    job = Job(plan, "albef", 1, tmp_path / "out")
+    monkeypatch.setattr(run.launch, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(run.run(job))
+    longer = replace(plan, asked=read_plan(write_plan(seeds=[1]), ["run.max_epoch=9"]).asked)
+    with pytest.raises(UserError, match="run.max_epoch = 1, but the plan has 9: start the row"):
+        next(run.run(replace(job, plan=longer)))
+    with pytest.raises(KeyboardInterrupt):  # it does go on with the same
+        next(run.run(job))
+
+
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_what_a_stage_is_run_with(write_plan, tmp_path, monkeypatch):
+    """The folder's name holds what YAML reads as a comment, and as a key."""
+    seen = []
+
+    def pretend(config, options, evaluate):
+        launched = launch.load_config(config, options, evaluate).config
+        seen.append(launched)
+        (folder := launched.run.output_dir / pathlib.Path("mine")).mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text("")
+        runner = SimpleNamespace(output_dir=folder, device=torch.device("cpu"), max_epoch=3)
+        return runner, {"test": {"txt_r1": 60.0}}
+
+    monkeypatch.setattr(run.launch, "run", pretend)
+    stage = {"config": EVALUATE, "metrics": ["txt_r1"]}
+    vocabulary = ["model.tokenizer=PRETRAINED/vocab.txt"]
+    evaluate = [
+        {**stage, "name": "a", "options": vocabulary},
+        {**stage, "name": "b", "pretrained": False},
+    ]
+    plan = read_plan(write_plan(variants={"albef": []}, seeds=[7], evaluate=evaluate))
+    job = Job(plan, "albef", 7, tmp_path / "runs #1: x")
+    (_, first), (_, a), _ = run.run(job)
+    pretrain, with_weights, without = seen
+    assert pretrain.run.seed == 7 and pretrain.run.output_dir == str(job.home / "pretrain")
+    assert pretrain.run.resume_ckpt_path == "auto" and "resume_ckpt_path" not in without.run
+    folder = job.home / "pretrain" / "mine"
+    assert with_weights.model.tokenizer == str(folder / "vocab.txt")
+    assert with_weights.model.pretrained == str(folder / "checkpoint_2.pth")
+    assert without.model.get("pretrained") is None
+    assert first["losses"] == {} and a["metrics"] == {"txt_r1": 60.0}
+    with pytest.raises(UserError, match="stage 'a' gave no 'txt_r1'"):
+        run._metrics(plan.evaluate[0], {"test": {"r_mean": 1.0}})
+
+
+def test_two_commands_do_not_work_on_one_job(write_plan, tmp_path):
+    plan = write_plan(variants={"albef": []}, seeds=[0])
+    job = Job(read_plan(plan), "albef", 0, tmp_path / "out")
+    job.home.mkdir(parents=True)
+    held = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
+        "print(flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", held, job.home / ".lock"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match=f"another command works on {job.home}"):
+            next(run.run(job))
+        with pytest.raises(UserError, match="another command works on"):
+            command.main(plan, job.folder, again=True)
+        other.communicate(b"\n")
+    job.discard()
+    assert not job.home.exists()
+
+
+def test_the_error_of_the_first_run_is_told_where_none_succeeds(write_plan, tmp_path, monkeypatch):
+    plan = write_plan(variants={"albef": []}, seeds=[0])
+    monkeypatch.setattr(command, "work", lambda jobs, *_: [(jobs[0], UserError("no memory"))])
+    with pytest.raises(UserError, match="1 of 1 runs failed, first albef, seed 0: no memory"):
+        command.main(plan, tmp_path / "out")
+
+
+def test_results_of_another_plan_are_not_thrown_away(write_plan, tmp_path):
+    plan = write_plan(variants={"albef": []})
+    other = tmp_path / "out" / "albef" / "seed_1" / "vqa"
+    other.mkdir(parents=True)
+    with pytest.raises(UserError, match="--again: .*seed_1 has results of another plan too.*vqa"):
+        command.main(plan, tmp_path / "out", again=True)
+    assert other.exists()
+
+
+def test_ctrl_c_says_how_to_go_on(write_plan, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "work", interrupt)
+    with pytest.raises(UserError, match="interrupted: the same command goes on"):
+        command.main(write_plan(variants={"albef": []}), tmp_path / "out")
+
+
+def test_a_step_is_timed_with_the_mask_on(write_plan, tmp_path):
+    variant = ["model.soft_mask.enabled=true", "model.soft_mask.start_iter=250"]
+    plan = read_plan(write_plan(variants={"albef": [], "late": variant}))
+    stepper = cost.Stepper(plan, "late", tmp_path)
+    assert stepper.runner._model.options.soft_mask.start_iter == 0
+    assert stepper.seconds() > 0
+
+
+def test_a_cost_is_that_of_this_pair(write_plan, tmp_path, monkeypatch, caplog):
+    variants = {"albef": [], "gamma": ["model.itc.gamma=1"]}
+    job = Job(read_plan(write_plan(variants=variants, seeds=[0])), "gamma", 0, tmp_path / "out")
+    done(job)
+    assert job.cost is None and job.has_to_time
+    monkeypatch.setattr(run, "relative_cost", lambda *_: [1.0, 1.5, 2.0])
+    assert [*run.run(job)] == [] and job.cost == [1.0, 1.5, 2.0] and job.is_done
+    variants["albef"] = ["model.bert.layers=6"]
+    other = Job(read_plan(write_plan(variants=variants, seeds=[0])), "gamma", 0, job.folder)
+    assert other.cost is None and other.has_to_time and not other.unfinished
+
+    def too_large(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(run, "relative_cost", too_large)
+    assert [*run.run(other)] == [] and "do not fit" in caplog.text
+    assert other.cost is None and other.is_done  # it would not fit the next time either
+
+
+def test_a_killed_ablation_goes_on(write_plan, tmp_path):
+    """The killed one's workers end with it, so that their runs can be taken up."""
+    plan, folder = write_plan(variants={"albef": []}), tmp_path / "out"
+    asked = [sys.executable, "-m", "softmask_plugin.cli", "ablate", "--plan", str(plan)]
+    asked += ["--output-dir", str(folder), "--jobs", "2"]
+    first = subprocess.Popen(asked, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert first.stdout is not None
+        assert "pretrain" in first.stdout.readline()
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        until_no_process_is_left(first.pid)
+    finally:
+        if first.poll() is None:
+            os.killpg(first.pid, signal.SIGKILL)
+    results = {file: file.stat().st_mtime_ns for file in folder.rglob("result.json")}
+    assert 1 <= len(results) < 4
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len([*folder.rglob("result.json")]) == 4
+    assert all(file.stat().st_mtime_ns == then for file, then in results.items())
+    assert "| **albef** |" in (folder / "mine.md").read_text()
+
+
+def until_no_process_is_left(group):
+    """Wait until the group's processes are gone, or are zombies that nobody waits for."""
+    for _ in range(100):
+        listed = subprocess.run(
+            ["ps", "-o", "stat=", "-g", str(group)], capture_output=True, text=True
+        )
+        if all(line.startswith("Z") for line in listed.stdout.split("\n") if line):
+            return
+        time.sleep(0.1)
+    raise AssertionError(listed.stdout)
+
+
+def test_one_process_per_cuda_device(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert workers.slots(cuda=True, jobs=1) == [Slot(4, "0"), Slot(4, "1")]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert [slot.device for slot in workers.slots(cuda=True, jobs=1)] == ["3", "5"]
+    assert workers.slots(cuda=False, jobs=3) == [Slot(2)] * 3
+    assert workers.slots(cuda=False, jobs=99)[0] == Slot(1)
+
+
+def test_a_worker_that_dies_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "_serve", die)
+    job = Job(read_plan(SMALL), "albef", 0, tmp_path)
+    ((told, error),) = workers.work([job], [Slot(1)], tmp_path)
+    assert told is job and "died with exit code 9" in str(error) and "worker_0.log" in str(error)
+
+
+def die(*_):
+    os._exit(9)
+
+
+def test_a_worker_that_dies_after_a_message_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "_serve", tell_and_die)
+    job = Job(read_plan(SMALL), "albef", 0, tmp_path)
+    messages = []
+    for _, message in workers.work([job, job], [Slot(1)], tmp_path):
+        messages.append(message)
+        time.sleep(0.3)  # it is dead before its next message is waited for
+    assert [type(message) for message in messages] == [str, UserError, str, UserError]
+
+
+def tell_and_die(pipe, *_):
+    pipe.recv()
+    pipe.send("a stage's result")
+    os._exit(9)
