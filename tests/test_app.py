@@ -33,6 +33,13 @@ from softmask_plugin import app
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
+@pytest.fixture(autouse=True)
+def own_main_module(monkeypatch):
+    """AppTest leaves its script in the place of ``__main__``, which processes that a later test
+    spawns would run."""
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+
+
 def shown(images=None, checkpoint=None):
     """The page, drawn once."""
     return drawn_by(f"app.page(app.Weights({checkpoint!r}), {images!r})")
