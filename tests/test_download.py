@@ -48,8 +48,9 @@ class Handler(BaseHTTPRequestHandler):
         if server.says_length:
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body[: server.cut_after])
-        server.sent += len(body[: server.cut_after])
+        body = body[: server.cut_after]
+        server.sent += len(body)  # first: who has read the body may look at once
+        self.wfile.write(body)
 
     def log_message(self, *args):
         pass
