@@ -31,7 +31,7 @@ from softmask_plugin.ablate.plan import Plan
 from softmask_plugin.ablate.read import read_plan
 from softmask_plugin.datasets.scene_render import render
 from softmask_plugin.datasets.scenes import Scene, captions, make_scenes
-from softmask_plugin.errors import UserError, require_finite_scores
+from softmask_plugin.errors import UserError, reason_of, require_finite_scores
 from softmask_plugin.explain import match_masked
 from softmask_plugin.explore import wrong_caption
 from softmask_plugin.models.weights import ASSETS
@@ -196,13 +196,17 @@ def _run(asked: argparse.Namespace) -> None:
         raise UserError("--plan and --only are about an ablation: give its folder too")
     else:
         sources = shipped()
+    if asked.output is not None:
+        try:
+            asked.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output {asked.output}: {reason_of(error)}") from error
     table = {}
     for name, (options, paths) in sources.items():
         seeds = {seed: measure(load_trained(path), asked.scenes) for seed, path in paths.items()}
         table[name] = Variant(options, seeds)
     print(markdown(table), end="")
     if asked.output is not None:
-        asked.output.mkdir(parents=True, exist_ok=True)
         plain = {name: vars(variant) for name, variant in table.items()}
         write_json(asked.output / "giveaway.json", {"scenes": asked.scenes, "variants": plain})
         save = partial(draw(table).savefig, dpi=150, format="png")

@@ -20,6 +20,7 @@ import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
 
 # isort: split
 from softmask_plugin import launch, report
+from softmask_plugin.config_check import option
 
 PROJECTS = "lavis_configs/projects/scenes"
 SMALL = ["run.max_epoch=1", "run.batch_size_train=8", "run.warmup_steps=1"]
@@ -101,7 +102,7 @@ def main() -> None:
 
 def pretrain(name: str, options: list[str], output: Path, small: bool) -> str:
     """Pretrain a tiny model; return its last checkpoint."""
-    options = [f"run.output_dir={output / name}", *options]
+    options = [option("run.output_dir", output / name), *options]
     if small:
         options += [*SMALL, "datasets.scenes_pretrain.num.train=16"]
     runner, _ = launch.run(f"{PROJECTS}/train/{name}_tiny.yaml", options)
@@ -111,10 +112,11 @@ def pretrain(name: str, options: list[str], output: Path, small: bool) -> str:
 def compare(task: Task, weights: str, output: Path, small: bool) -> list[Result]:
     """Train a task from scratch and from ``weights``; with retrieval goes grounding."""
     if task.between:
-        weights = pretrain(task.between, [f"model.pretrained={weights}"], output, small)
+        weights = pretrain(task.between, [option("model.pretrained", weights)], output, small)
+    starts = {"scratch": [], "pretrained": [option("model.pretrained", weights)]}
     runs = {
         start: finetune(task, options, output / f"{task.name}_{start}", small)
-        for start, options in (("scratch", []), ("pretrained", [f"model.pretrained={weights}"]))
+        for start, options in starts.items()
     }
     (_, scratch, _), (runner, metrics, seconds) = runs["scratch"], runs["pretrained"]
     row = Result(
@@ -140,7 +142,7 @@ def finetune(
     task: Task, options: list[str], output: Path, small: bool
 ) -> tuple[Any, dict[str, float], float]:
     """Train and test; return the runner, the test split's metrics, and the seconds it took."""
-    options = [f"run.output_dir={output}", *options]
+    options = [option("run.output_dir", output), *options]
     if small:
         sizes = {"train": 16, "val": 8, "test": 8}
         options += [*SMALL, *(f"datasets.{task.data}.num.{s}={n}" for s, n in sizes.items())]
@@ -152,8 +154,8 @@ def finetune(
 
 def ground(run: Path, output: Path, small: bool) -> dict[str, float]:
     """Metrics of grounding with the best checkpoint of a run."""
-    options = [f"run.output_dir={output / 'grounding'}"]
-    options += [f"model.pretrained={run / 'checkpoint_best.pth'}"]
+    options = [option("run.output_dir", output / "grounding")]
+    options += [option("model.pretrained", run / "checkpoint_best.pth")]
     if small:
         options += [f"datasets.scenes_grounding.num.{split}=8" for split in ("val", "test")]
     _, results = launch.run(f"{PROJECTS}/eval/grounding_tiny.yaml", options, evaluate=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from softmask_plugin import launch, report
+from softmask_plugin.config_check import option
 
 YAML = "lavis_configs/projects/scenes/eval/{}_tiny.yaml"
 # The task and its metric; LAVIS gives some as shares, some in percent
@@ -34,7 +35,10 @@ def main() -> None:
     checkpoints = {task: trained_model(models, task) for task, *_ in TASKS}
     rows = []
     for task, metric, scale in TASKS:
-        options = [f"model.pretrained={checkpoints[task]}", f"run.output_dir={models / 'evaluate'}"]
+        options = [
+            option("model.pretrained", checkpoints[task]),
+            option("run.output_dir", models / "evaluate"),
+        ]
         runner, results = launch.run(YAML.format(task), options, evaluate=True)
         metrics: Any = results["test"] if results else {}
         guess = chance(task, runner.dataloaders["test"].dataset, metrics)

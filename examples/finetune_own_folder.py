@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from softmask_plugin import launch
+from softmask_plugin.config_check import option
 from softmask_plugin.datasets.scene_render import render
 from softmask_plugin.datasets.scenes import captions, make_scenes
 
@@ -32,10 +33,10 @@ def main() -> None:
     images, train, test = given.data or save_scenes(Path("outputs/own/data"))
 
     options = [
-        f"model.pretrained={given.checkpoint}",
-        f"datasets.captions_folder.images={images}",
-        f"datasets.captions_folder.captions.train={train}",
-        f"datasets.captions_folder.captions.test={test}",
+        option("model.pretrained", given.checkpoint),
+        option("datasets.captions_folder.images", images),
+        option("datasets.captions_folder.captions.train", train),
+        option("datasets.captions_folder.captions.test", test),
         *given.options,
     ]
     _, before = launch.run(YAML, options, evaluate=True)

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from softmask_plugin import launch, report
+from softmask_plugin.config_check import option
 from softmask_plugin.errors import UserError
 from softmask_plugin.explain import explain
 from softmask_plugin.models.features import SoftMaskFeatureExtractor
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="folder of a finished run of the same settings")
     run = parser.parse_args().run
     if run is None:
-        trained, _ = launch.run(TRAIN, [*OPTIONS, f"run.output_dir={OUTPUT / 'pretrain'}"])
+        trained, _ = launch.run(TRAIN, [*OPTIONS, option("run.output_dir", OUTPUT / "pretrain")])
         run = trained.output_dir
     config = config_of(run)
     weights = online(read_state_dict(str(run / f"checkpoint_{config.run.max_epoch - 1}.pth")))
@@ -93,7 +94,7 @@ def online(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def evaluate(file: Path) -> dict[str, Any]:
     """Retrieval, and the pointing game of the words' maps, on test scenes."""
-    options = [f"model.pretrained={file}", f"run.output_dir={OUTPUT / 'evaluate'}"]
+    options = [option("model.pretrained", file), option("run.output_dir", OUTPUT / "evaluate")]
     runner, results = launch.run(EVALUATE, options, evaluate=True)
     scenes, model = runner.dataloaders["test"].dataset, runner.unwrap_dist_model(runner.model)
     own, other = [], []

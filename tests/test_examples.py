@@ -26,7 +26,7 @@ EXAMPLES = ROOT / "examples"
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """What `make tasks` leaves, after a few steps of each task."""
-    folder = tmp_path_factory.mktemp("tasks")
+    folder = tmp_path_factory.mktemp("tasks #1")  # YAML would take # for a comment
     out = StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
         patch.setattr(sys, "argv", ["tasks", "--small", "--output", str(folder)])

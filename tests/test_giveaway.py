@@ -159,6 +159,17 @@ def test_what_is_about_an_ablation_needs_its_folder(tmp_path, capsys):
     assert "--plan: there is no file 'smal.yaml'" in capsys.readouterr().err
 
 
+def test_an_output_folder_that_cannot_be_made_is_told_before_anything_is_scored(
+    ablation, tmp_path, capsys
+):
+    (tmp_path / "file").write_text("")
+    given = [str(ablation), "--plan", PLAN, "--output", str(tmp_path / "file")]
+    assert giveaway.main(given) == 2
+    told = capsys.readouterr()
+    assert re.fullmatch(r"giveaway: error: --output \S+/file: .*File exists.*\n", told.err)
+    assert not told.out
+
+
 def refused(given, message, tmp_path, capsys):
     """The command says so in one line, and leaves in its output folder what was there."""
     evidence = tmp_path / "giveaway.json"
