@@ -62,11 +62,12 @@ class Weights(NamedTuple):
     checkpoint: str | None = None
     model: str | None = None
     type: str | None = None
+    options: tuple[str, ...] = ()
 
     @property
     def shipped(self) -> bool:
         """Whether it is the tiny model that comes along."""
-        return self == Weights()
+        return self == Weights(options=self.options)
 
 
 def serve(weights: Weights, images: str | None, port: int) -> None:
@@ -98,7 +99,9 @@ def serve(weights: Weights, images: str | None, port: int) -> None:
         "client.toolbarMode": "minimal",
     }
     given = {**weights._asdict(), "images": images}
+    options = given.pop("options")
     arguments = [f"--{key}={value}" for key, value in given.items() if value is not None]
+    arguments += [f"--options={option}" for option in options]
     bootstrap.load_config_options(flags)
     bootstrap.run(__file__, False, arguments, flags)
 
@@ -300,11 +303,12 @@ def _main() -> None:
     # Streamlit adds this file's folder, whose modules would hide others of their names.
     sys.path[:] = [folder for folder in sys.path if folder != str(Path(__file__).parent)]
     parser = argparse.ArgumentParser()
-    for name in ("images", *Weights._fields):
+    for name in ("images", "checkpoint", "model", "type"):
         parser.add_argument(f"--{name}")
-    given = vars(parser.parse_args())
-    images = given.pop("images")
-    page(Weights(**given), images)
+    parser.add_argument("--options", action="append", default=[])
+    given = parser.parse_args()
+    weights = Weights(given.checkpoint, given.model, given.type, tuple(given.options))
+    page(weights, given.images)
 
 
 if __name__ == "__main__":

@@ -143,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         "--images", metavar="FOLDER", help="to search by text, default: rendered scenes"
     )
     command.add_argument("--port", type=int, default=8501, help="default: %(default)s")
+    _add_options(command)
     command.set_defaults(run=_app)
 
     text = "tell what is installed, registered and usable here, and what to do about problems"
@@ -270,7 +271,8 @@ def _report(args: argparse.Namespace) -> int:
 def _app(args: argparse.Namespace) -> int:
     from softmask_plugin import app
 
-    app.serve(app.Weights(args.checkpoint, args.model, args.type), args.images, args.port)
+    weights = app.Weights(args.checkpoint, args.model, args.type, tuple(args.options))
+    app.serve(weights, args.images, args.port)
     return 0
 
 

@@ -139,6 +139,19 @@ def test_weights_that_no_run_left_are_served(tmp_path, monkeypatch):
     assert app.SHIPPED_READS not in [caption.value for caption in drawn.caption]
 
 
+def test_options_reach_the_page(monkeypatch):
+    given = []
+    monkeypatch.setattr(app.bootstrap, "load_config_options", lambda flags: None)
+    monkeypatch.setattr(app.bootstrap, "run", lambda file, hello, args, flags: given.extend(args))
+    asked = ["app", "--port", str(free_port()), "--options"]
+    assert cli.main([*asked, "model.map_layer=0"]) == 2 and not given
+    assert cli.main([*asked, "model.map_layer=2", "model.max_txt_len=6"]) == 0
+    monkeypatch.setattr(sys, "argv", ["app.py", *given])
+    (warning,) = drawn_by("app._main()").warning
+    assert "only the first 4 of 9 words" in warning.value
+    assert not shown().warning
+
+
 def test_an_image_of_ones_own_waits_for_its_file():
     drawn = shown()
     drawn.radio("source").set_value(app.UPLOAD).run()
