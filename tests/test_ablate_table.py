@@ -50,9 +50,9 @@ def test_the_losses_that_a_run_ended_with_are_the_last_epochs(tmp_path):
 
 def test_the_losses_in_markdown():
     lines = losses.losses_table({"albef": {"itm": {0: 0.1, 1: 0.3}}, "soft": {"soft": {0: 0.01}}})
-    assert lines[2] == "| variant | itm | soft |"
-    assert lines[4] == "| albef | 0.200 (0.100 to 0.300) |  |"
-    assert lines[5] == "| soft |  | 0.010 |"
+    assert lines[2] == "| variant | itm | soft | seeds |"
+    assert lines[4] == "| albef | 0.200 (0.100 to 0.300) |  | 2 |"
+    assert lines[5] == "| soft |  | 0.010 | 1 |"
 
 
 def rows_of(**values):

@@ -31,11 +31,12 @@ def last_losses(run_dir: Path) -> dict[str, float]:
 def losses_table(table: Mapping[str, Losses]) -> list[str]:
     """Lines of Markdown: how to read the table, and a row for each variant."""
     terms = [*dict.fromkeys(term for losses in table.values() for term in losses)]
-    head = [f"| variant | {' | '.join(terms)} |", "|---" * (len(terms) + 1) + "|"]
+    head = [f"| variant | {' | '.join(terms)} | seeds |", "|---" * (len(terms) + 2) + "|"]
     lines = [LEGEND, "", *head]
     for name, losses in table.items():
         cells = [_cell([*losses[term].values()]) if term in losses else "" for term in terms]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        seeds = len({seed for by_seed in losses.values() for seed in by_seed})
+        lines.append(f"| {name} | {' | '.join(cells)} | {seeds} |")
     return lines
 
 
