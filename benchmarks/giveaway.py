@@ -123,15 +123,19 @@ def shipped() -> Sources:
 
 
 def markdown(table: Mapping[str, Variant]) -> str:
-    """A line for each variant: means over seeds, and from what to what they range."""
+    """A line for each variant: means over seeds, and from what to what several range."""
     titles = [column.replace("_", ", ", 1).replace("_", " ") for column in COLUMNS]
     lines = [f"| variant | {' | '.join(titles)} | seeds |", "|---" * (len(titles) + 2) + "|"]
     for name, variant in table.items():
         seeds = variant.seeds.values()
         columns = [[each[column] for each in seeds] for column in COLUMNS]
-        cells = [f"{statistics.fmean(c):.1f} ({min(c):.1f} to {max(c):.1f})" for c in columns]
-        lines.append(f"| {name} | {' | '.join(cells)} | {len(seeds)} |")
+        lines.append(f"| {name} | {' | '.join(map(_cell, columns))} | {len(seeds)} |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(values: Sequence[float]) -> str:
+    mean = f"{statistics.fmean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
 
 
 def draw(table: Mapping[str, Variant]) -> Figure:

@@ -58,8 +58,8 @@ def test_a_mask_gives_no_match_of_the_shipped_model_away(capsys, tmp_path):
     assert max(scores[each] for each in COLUMNS if each.startswith("wrong")) < 20
     head, _, row = capsys.readouterr().out.splitlines()
     assert head.startswith("| variant | right | right, soft mask | right, random patches | wrong |")
-    assert row.startswith(f"| scenes_tiny | {scores['right']:.1f} (")
-    assert row.endswith(f" {scores['wrong_random_patches']:.1f}) | 1 |")
+    assert row.startswith(f"| scenes_tiny | {scores['right']:.1f} | ")
+    assert row.endswith(f" {scores['wrong_random_patches']:.1f} | 1 |")
     assert (tmp_path / "giveaway.png").read_bytes().startswith(b"\x89PNG")
     assert {file.name for file in tmp_path.iterdir()} == {"giveaway.json", "giveaway.png"}
 
@@ -113,8 +113,8 @@ def test_an_ablation_is_scored_by_variant_and_seed(ablation, tmp_path, capsys):
     assert albef["seeds"] == {seed: pytest.approx(expected) for seed in "01"}
     assert [*soft["seeds"]] == ["1"] and max(soft["seeds"]["1"].values()) < 1e-3
     *_, first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("| albef | ") and first.endswith("| 2 |")
-    assert second.startswith("| soft_mask | 0.0 (0.0 to 0.0) |") and second.endswith("| 1 |")
+    assert first.startswith("| albef | ") and first.endswith(") | 2 |")
+    assert second.startswith("| soft_mask | 0.0 | 0.0 |") and second.endswith("| 1 |")
 
     assert giveaway.main([*asked, "--only", "soft_mask", "albef"]) == 0
     content = json.loads((tmp_path / "new" / "giveaway.json").read_text())
