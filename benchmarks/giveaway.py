@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from softmask_plugin.ablate.job import Job
+from softmask_plugin.ablate.losses import mean_and_range
 from softmask_plugin.ablate.plan import Plan
 from softmask_plugin.ablate.read import read_plan
 from softmask_plugin.datasets.scene_render import render
@@ -128,14 +129,9 @@ def markdown(table: Mapping[str, Variant]) -> str:
     lines = [f"| variant | {' | '.join(titles)} | seeds |", "|---" * (len(titles) + 2) + "|"]
     for name, variant in table.items():
         seeds = variant.seeds.values()
-        columns = [[each[column] for each in seeds] for column in COLUMNS]
-        lines.append(f"| {name} | {' | '.join(map(_cell, columns))} | {len(seeds)} |")
+        cells = [mean_and_range([each[column] for each in seeds], 1) for column in COLUMNS]
+        lines.append(f"| {name} | {' | '.join(cells)} | {len(seeds)} |")
     return "\n".join(lines) + "\n"
-
-
-def _cell(values: Sequence[float]) -> str:
-    mean = f"{statistics.fmean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
 
 
 def draw(table: Mapping[str, Variant]) -> Figure:

@@ -4,7 +4,7 @@ still a constant guess, or masked pairs that have become trivial."""
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from softmask_plugin.report import read_metrics
@@ -34,12 +34,18 @@ def losses_table(table: Mapping[str, Losses]) -> list[str]:
     head = [f"| variant | {' | '.join(terms)} | seeds |", "|---" * (len(terms) + 2) + "|"]
     lines = [LEGEND, "", *head]
     for name, losses in table.items():
-        cells = [_cell([*losses[term].values()]) if term in losses else "" for term in terms]
+        values = [losses.get(term, {}).values() for term in terms]
+        cells = [mean_and_range(each, 3) if each else "" for each in values]
         seeds = len({seed for by_seed in losses.values() for seed in by_seed})
         lines.append(f"| {name} | {' | '.join(cells)} | {seeds} |")
     return lines
 
 
-def _cell(values: Sequence[float]) -> str:
-    mean = f"{statistics.fmean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.3f} to {max(values):.3f})"
+def mean_and_range(values: Collection[float], digits: int) -> str:
+    """A cell of a table: the mean over seeds, and from what to what several of them range.
+
+    >>> print(mean_and_range([0.1, 0.3], 2), mean_and_range([0.1], 2), sep=", ")
+    0.20 (0.10 to 0.30), 0.10
+    """
+    mean, *ends = (f"{x:.{digits}f}" for x in (statistics.fmean(values), min(values), max(values)))
+    return mean if len(values) == 1 else f"{mean} ({' to '.join(ends)})"
