@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import json
 import re
 import socket
 import sys
@@ -98,12 +98,8 @@ def serve(weights: Weights, images: str | None, port: int) -> None:
         "browser.gatherUsageStats": False,
         "client.toolbarMode": "minimal",
     }
-    given = {**weights._asdict(), "images": images}
-    options = given.pop("options")
-    arguments = [f"--{key}={value}" for key, value in given.items() if value is not None]
-    arguments += [f"--options={option}" for option in options]
     bootstrap.load_config_options(flags)
-    bootstrap.run(__file__, False, arguments, flags)
+    bootstrap.run(__file__, False, [json.dumps([weights, images])], flags)
 
 
 def page(weights: Weights, images: str | None = None) -> None:
@@ -302,13 +298,8 @@ def _thumbnail(file: Path) -> Image.Image:
 def _main() -> None:
     # Streamlit adds this file's folder, whose modules would hide others of their names.
     sys.path[:] = [folder for folder in sys.path if folder != str(Path(__file__).parent)]
-    parser = argparse.ArgumentParser()
-    for name in ("images", "checkpoint", "model", "type"):
-        parser.add_argument(f"--{name}")
-    parser.add_argument("--options", action="append", default=[])
-    given = parser.parse_args()
-    weights = Weights(given.checkpoint, given.model, given.type, tuple(given.options))
-    page(weights, given.images)
+    (checkpoint, model, kind, options), images = json.loads(sys.argv[1])  # as serve() gave them
+    page(Weights(checkpoint, model, kind, tuple(options)), images)
 
 
 if __name__ == "__main__":
