@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -362,6 +363,14 @@ def test_unreadable_training_images_are_replaced_and_named_once(folder, output_d
         assert ids == [0, 3, 3, 3, 4, 5]
     named = sorted((output_dir / "skipped_images.log").read_text().splitlines())
     assert len(named) == 2 and "blue.png" in named[0] and "green.png" in named[1]
+
+
+def test_what_many_report_at_once_is_named_once(tmp_path):
+    names = [f"{i:02}.png: unreadable" for i in range(50)]
+    log = SkipLog(tmp_path / "run" / "skipped_images.log")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: log.add("images", [name]), sorted(names * 8)))
+    assert sorted(log.path.read_text().splitlines()) == names
 
 
 def test_unreadable_evaluation_images_leave_the_gallery(folder, output_dir, caplog):

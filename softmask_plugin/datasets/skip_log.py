@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
 from lavis.common.registry import registry
 
 from softmask_plugin.errors import one_line
@@ -39,17 +40,18 @@ class SkipLog:
     def add(self, what: str, names: Sequence[str]) -> None:
         """Report ``names`` (of ``what``, a plural noun) that the file does not hold yet.
 
-        Processes may add at the same time: a short text is appended in one piece.
+        Processes may add the same name at the same time: one of them does, and warns.
         """
         if self.muted or not names:
             return
         names = [one_line(name) for name in names]
         place = ""
         if self.path is not None:
-            known = set(self.path.read_text("utf-8").split("\n") if self.path.exists() else ())
-            names = list(dict.fromkeys(name for name in names if name not in known))
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
+            with FileLock(f"{self.path}.lock"), self.path.open("a+", encoding="utf-8") as file:
+                file.seek(0)
+                known = set(file.read().split("\n"))
+                names = list(dict.fromkeys(name for name in names if name not in known))
                 file.write("".join(f"{name}\n" for name in names))
             place = f" (all named in {self.path})"
         if names:
