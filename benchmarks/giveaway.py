@@ -18,6 +18,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
 
@@ -199,6 +200,8 @@ def _run(asked: argparse.Namespace) -> None:
     if asked.output is not None:
         try:
             asked.output.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=asked.output):  # told now: scoring takes minutes
+                pass
         except OSError as error:
             raise UserError(f"--output {asked.output}: {reason_of(error)}") from error
     table = {}

@@ -159,14 +159,15 @@ def test_what_is_about_an_ablation_needs_its_folder(tmp_path, capsys):
     assert "--plan: there is no file 'smal.yaml'" in capsys.readouterr().err
 
 
-def test_an_output_folder_that_cannot_be_made_is_told_before_anything_is_scored(
-    ablation, tmp_path, capsys
+@pytest.mark.parametrize("output", ["{tmp_path}/file", "/proc/self"])  # no folder; no new files
+def test_an_output_folder_of_no_use_is_told_before_anything_is_scored(
+    ablation, tmp_path, capsys, output
 ):
     (tmp_path / "file").write_text("")
-    given = [str(ablation), "--plan", PLAN, "--output", str(tmp_path / "file")]
-    assert giveaway.main(given) == 2
+    output = output.format(tmp_path=tmp_path)
+    assert giveaway.main([str(ablation), "--plan", PLAN, "--output", output]) == 2
     told = capsys.readouterr()
-    assert re.fullmatch(r"giveaway: error: --output \S+/file: .*File exists.*\n", told.err)
+    assert re.fullmatch(rf"giveaway: error: --output {re.escape(output)}: \[Errno.+\n", told.err)
     assert not told.out
 
 
