@@ -8,10 +8,12 @@ import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lavis.common.registry import registry
@@ -20,6 +22,7 @@ from omegaconf import OmegaConf
 from PIL import Image, ImageFile
 from torch.utils.data import DataLoader
 
+from softmask_plugin.datasets import skip_log
 from softmask_plugin.datasets.caption_files import CaptionedImage, read_captions
 from softmask_plugin.datasets.captions_folder import CaptionsFolderBuilder
 from softmask_plugin.datasets.skip_log import SkipLog
@@ -371,6 +374,23 @@ def test_what_many_report_at_once_is_named_once(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda name: log.add("images", [name]), sorted(names * 8)))
     assert sorted(log.path.read_text().splitlines()) == names
+
+
+@pytest.mark.parametrize("error", [OSError(95, "not supported"), NotImplementedError()])
+def test_a_file_system_without_locks_ends_no_run(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(skip_log, "FileLock", Mock(side_effect=error))
+    log = SkipLog(tmp_path / "skipped_images.log")
+    log.add("images", ["a.png", "b.png", "a.png"])
+    log.add("images", ["b.png", "c.png"])
+    assert log.path.read_text() == "a.png\nb.png\nc.png\n"
+
+
+def test_a_log_that_another_process_never_lets_go_of_ends_no_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(skip_log, "PATIENCE", 0.1)
+    log = SkipLog(tmp_path / "skipped_images.log")
+    with FileLock(f"{log.path}.lock"):
+        log.add("images", ["a.png"])
+    assert log.path.read_text() == "a.png\n"
 
 
 def test_unreadable_evaluation_images_leave_the_gallery(folder, output_dir, caplog):

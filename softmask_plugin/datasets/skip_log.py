@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from filelock import FileLock
 from lavis.common.registry import registry
 
 from softmask_plugin.errors import one_line
+
+PATIENCE = 10  # seconds that another process may hold the file
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,11 @@ class SkipLog:
         place = ""
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{self.path}.lock"), self.path.open("a+", encoding="utf-8") as file:
+            with ExitStack() as held:
+                # Some network file systems know no locks: better a name twice than a run ended
+                with suppress(OSError, NotImplementedError):
+                    held.enter_context(FileLock(f"{self.path}.lock", timeout=PATIENCE))
+                file = held.enter_context(self.path.open("a+", encoding="utf-8"))
                 file.seek(0)
                 known = set(file.read().split("\n"))
                 names = list(dict.fromkeys(name for name in names if name not in known))
