@@ -31,17 +31,17 @@ from softmask_plugin.ablate.job import Job
 from softmask_plugin.ablate.losses import mean_and_range
 from softmask_plugin.ablate.plan import Plan
 from softmask_plugin.ablate.read import read_plan
-from softmask_plugin.datasets.scene_render import render
-from softmask_plugin.datasets.scenes import Scene, captions, make_scenes
+from softmask_plugin.datasets.scenes.grammar import Scene, captions, make_scenes
+from softmask_plugin.datasets.scenes.render import render
 from softmask_plugin.errors import UserError, reason_of, require_finite_scores
-from softmask_plugin.explain import match_masked
-from softmask_plugin.explore import wrong_caption
-from softmask_plugin.models.weights import ASSETS
+from softmask_plugin.explain.gallery import wrong_caption
+from softmask_plugin.explain.maps import Pairs, map_words
+from softmask_plugin.explain.pairs import match_masked
+from softmask_plugin.explain.trained import Trained, load_trained
+from softmask_plugin.files.tensors import ASSETS
+from softmask_plugin.files.whole import write_json, write_whole
 from softmask_plugin.report.figures import ACCENT, INK, MUTED, STYLE
 from softmask_plugin.soft_mask import Kind
-from softmask_plugin.trained import Trained, load_trained
-from softmask_plugin.whole_files import write_json, write_whole
-from softmask_plugin.word_maps import Pairs, map_words
 
 PLAN = "lavis_configs/ablation/scenes.yaml"
 CAPTIONS = {"right": (INK, -0.16), "wrong": (ACCENT, 0.16)}  # colour, and place within a row

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from softmask_plugin.datasets.caption_files import read_captions
+from softmask_plugin.config.options import PretrainOptions, read_options
+from softmask_plugin.datasets.tables.captions import read_captions
 from softmask_plugin.models.pretrain import SoftMaskPretrain
-from softmask_plugin.options import PretrainOptions, read_options
 
 # Words per caption of Flickr8k's people: the middles of twenty equal shares of 5,000 captions.
 WORDS = (6, 7, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 15, 15, 17, 18, 21)

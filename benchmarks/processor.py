@@ -15,8 +15,8 @@ from PIL import Image
 
 from benchmarks.harness import Row, alternate, compare, timed
 from benchmarks.material import photos, write_jpegs
-from softmask_plugin.datasets.caption_files import read_captions
 from softmask_plugin.datasets.images import open_rgb
+from softmask_plugin.datasets.tables.captions import read_captions
 from softmask_plugin.processors.image import ImageTrainProcessor
 
 SIZE = 256  # pixels, of the result

@@ -22,7 +22,8 @@ from lavis.tasks.retrieval import RetrievalTask
 from benchmarks.baseline import albef_retrieval
 from benchmarks.harness import Row, alternate, compare, timed
 from benchmarks.material import build, texts
-from softmask_plugin.models.rerank import NOT_A_CANDIDATE, Reranker, RerankOptions, candidates
+from softmask_plugin.config.run_options import RerankOptions
+from softmask_plugin.models.rerank import NOT_A_CANDIDATE, Reranker, candidates
 
 IMAGES, PER_IMAGE, K = 64, 5, 64
 

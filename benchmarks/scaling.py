@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from benchmarks.harness import Cost, timed
 from benchmarks.material import batch, build
-from softmask_plugin.models.rerank import Reranker, RerankOptions
+from softmask_plugin.config.run_options import RerankOptions
+from softmask_plugin.models.rerank import Reranker
 
 BATCHES = (1, 2, 4, 8, 16)
 WORDS = (5, 10, 20, 28)

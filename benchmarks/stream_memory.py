@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from benchmarks.harness import machine
-from softmask_plugin.datasets.shard_stream import ShardStream
+from softmask_plugin.datasets.shards.stream import ShardStream
 from softmask_plugin.datasets.skip_log import SkipLog
 from softmask_plugin.processors import CaptionProcessor, ImageTrainProcessor
 

@@ -20,7 +20,7 @@ import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
 
 # isort: split
 from softmask_plugin import launch, report
-from softmask_plugin.config_check import option
+from softmask_plugin.config.check import option
 
 PROJECTS = "lavis_configs/projects/scenes"
 SMALL = ["run.max_epoch=1", "run.batch_size_train=8", "run.warmup_steps=1"]

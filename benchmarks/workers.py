@@ -35,9 +35,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.material import SMALL, texts
 from benchmarks.ranks import on_ranks
+from softmask_plugin.config.options import ClassificationOptions, PretrainOptions, read_options
 from softmask_plugin.models.classification import SoftMaskClassification
 from softmask_plugin.models.pretrain import SoftMaskPretrain
-from softmask_plugin.options import ClassificationOptions, PretrainOptions, read_options
 from softmask_plugin.runners import SoftmaskRunner
 from softmask_plugin.runners.meter import loss_terms
 

@@ -94,7 +94,7 @@ def title(module: Path) -> str:
 
 def options_page() -> str:
     """Every option of every model, from the dataclasses and their comments."""
-    lines = (PACKAGE / "options.py").read_text("utf-8").splitlines()
+    lines = (PACKAGE / "config" / "options.py").read_text("utf-8").splitlines()
     parts = [
         "# Options of the models",
         "The `model:` section of a YAML, or `--options model.<key>=<value>`. A model has the "
@@ -111,7 +111,7 @@ def options_page() -> str:
 
 def run_page() -> str:
     """Every key of a run, from the table of them and the comments that divide it."""
-    source = (PACKAGE / "run_options.py").read_text("utf-8")
+    source = (PACKAGE / "config" / "run_options.py").read_text("utf-8")
     (keys,) = (
         node.value
         for node in ast.parse(source).body
@@ -124,7 +124,7 @@ def run_page() -> str:
             rows = sections[above[2:]] = []
         default, meaning = entry.args[:2]
         rows.append((key.value, literal(default), ast.literal_eval(meaning)))
-    lines = (PACKAGE / "models" / "rerank.py").read_text("utf-8").splitlines()
+    lines = (PACKAGE / "config" / "run_options.py").read_text("utf-8").splitlines()
     for node in ast.parse("\n".join(lines)).body:
         if isinstance(node, ast.ClassDef) and node.name == "RerankOptions":
             sections["Retrieval"] = [*fields(node, lines)]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from softmask_plugin import launch, report
-from softmask_plugin.config_check import option
+from softmask_plugin.config.check import option
 
 YAML = "lavis_configs/projects/scenes/eval/{}_tiny.yaml"
 # The task and its metric; LAVIS gives some as shares, some in percent

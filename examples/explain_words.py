@@ -20,10 +20,8 @@ import softmask_plugin  # noqa: F401  (first: registers the models, and makes LA
 # isort: split
 from lavis.models import load_model_and_preprocess
 
-from softmask_plugin.datasets.scene_render import render
-from softmask_plugin.datasets.scenes import captions, make_scenes
-from softmask_plugin.explain import explain
-from softmask_plugin.report import word_panel
+from softmask_plugin.datasets.scenes import captions, make_scenes, render
+from softmask_plugin.explain import explain, word_panel
 
 
 def main() -> None:

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from softmask_plugin import launch
-from softmask_plugin.config_check import option
-from softmask_plugin.datasets.scene_render import render
-from softmask_plugin.datasets.scenes import captions, make_scenes
+from softmask_plugin.config.check import option
+from softmask_plugin.datasets.scenes import captions, make_scenes, render
 
 YAML = Path(__file__).with_suffix(".yaml")
 

@@ -16,8 +16,7 @@ import softmask_plugin  # noqa: F401  (first: registers the models, and makes LA
 import torch
 from lavis.models import load_model_and_preprocess
 
-from softmask_plugin.datasets.scene_render import render
-from softmask_plugin.datasets.scenes import captions, make_scenes
+from softmask_plugin.datasets.scenes import captions, make_scenes, render
 
 
 def main() -> None:

@@ -21,8 +21,7 @@ import torch
 from lavis.models import load_model_and_preprocess
 
 from softmask_plugin.datasets.images import open_rgb
-from softmask_plugin.datasets.scene_render import render
-from softmask_plugin.datasets.scenes import captions, make_scenes
+from softmask_plugin.datasets.scenes import captions, make_scenes, render
 
 
 def main() -> None:

@@ -23,13 +23,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from softmask_plugin import launch, report
-from softmask_plugin.config_check import option
+from softmask_plugin.config.check import option
+from softmask_plugin.config.options import read_options
 from softmask_plugin.errors import UserError
-from softmask_plugin.explain import explain
+from softmask_plugin.explain.pairs import explain
+from softmask_plugin.files.tensors import ASSETS, read_state_dict
+from softmask_plugin.host.stack import installed
 from softmask_plugin.models.features import SoftMaskFeatureExtractor
-from softmask_plugin.models.weights import ASSETS, read_state_dict
-from softmask_plugin.options import read_options
-from softmask_plugin.stack import installed
+from softmask_plugin.pointing import pointing_game, swapped
 
 TRAIN = "lavis_configs/projects/scenes/train/pretrain_tiny.yaml"
 OPTIONS = [
@@ -103,14 +104,14 @@ def evaluate(file: Path) -> dict[str, Any]:
         (found,) = explain(model, scenes[image]["image"][None], [scenes.text[text]])
         boxes = scenes.boxes(text)
         own += [(found.cams[word], box, role) for word, box, role in boxes]
-        other += [(found.cams[word], box, role) for word, box, role in report.swapped(boxes)]
+        other += [(found.cams[word], box, role) for word, box, role in swapped(boxes)]
     return {
         "images": len(scenes.image),
         "texts": len(scenes.text),
         "retrieval": results["test"] if results else {},
         "retrieval_chance": report.retrieval_chance(scenes.img2txt),
-        "pointing": report.pointing_game(own),
-        "pointing_other": report.pointing_game(other),
+        "pointing": pointing_game(own),
+        "pointing_other": pointing_game(other),
     }
 
 

@@ -14,19 +14,19 @@ from importlib.util import find_spec
 # times slower (9.0 s against 0.93 s on two busy cores); some microseconds do as well on idle ones.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
-from softmask_plugin import stack
+from softmask_plugin.host import stack
 
 _problems = stack.problems(stack.installed())
 if not _problems:
-    from softmask_plugin import compat
+    from softmask_plugin.host import compat
 
     compat.patch()
 
     from softmask_plugin import datasets, models, processors, runners, tasks  # noqa: F401
-    from softmask_plugin.explain_files import ImageExplanation, explain_image
+    from softmask_plugin.explain.image import ImageExplanation, explain_image
+    from softmask_plugin.explain.trained import load_trained
     from softmask_plugin.losses import FocalITCLoss
     from softmask_plugin.registry import get_loss_class, list_losses, register_loss
-    from softmask_plugin.trained import load_trained
 
     __all__ = [
         "FocalITCLoss",

@@ -9,8 +9,8 @@ from importlib.metadata import version
 
 import torch.distributed as dist
 
-from softmask_plugin import stack
 from softmask_plugin.errors import UserError
+from softmask_plugin.host import stack
 
 EXAMPLES = """\
 examples:
@@ -230,13 +230,13 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _explain(args: argparse.Namespace) -> int:
-    from softmask_plugin import explain_files
-    from softmask_plugin.trained import load_trained
+    from softmask_plugin.explain import image
+    from softmask_plugin.explain.trained import load_trained
 
-    explain_files.require_format(args.output)
-    explain_files.require_width(args.width)
+    image.require_format(args.output)
+    image.require_width(args.width)
     trained = load_trained(args.checkpoint, args.model, args.type, args.options)
-    found = explain_files.explain_image(args.image, args.caption, trained, args.word)
+    found = image.explain_image(args.image, args.caption, trained, args.word)
     figure = found.save(args.output, args.width)
     if args.json is not None:
         found.write_json(args.json)
@@ -269,7 +269,7 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _app(args: argparse.Namespace) -> int:
-    from softmask_plugin import app
+    from softmask_plugin.explain import app
 
     weights = app.Weights(args.checkpoint, args.model, args.type, tuple(args.options))
     app.serve(weights, args.images, args.port)
@@ -277,13 +277,13 @@ def _app(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from softmask_plugin import doctor
+    from softmask_plugin.host import doctor
 
     return doctor.main(as_json=args.json)
 
 
 def _shards(args: argparse.Namespace) -> int:
-    from softmask_plugin.datasets.pack_shards import pack_shards
+    from softmask_plugin.datasets.shards.pack import pack_shards
 
     counts = pack_shards(args.captions, args.images, args.out, args.per_shard, args.seed)
     print(f"{sum(counts.values())} images in {len(counts)} shards: {args.out}")
@@ -298,13 +298,13 @@ def _replay(args: argparse.Namespace) -> int:
 
 
 def _configs(args: argparse.Namespace) -> int:
-    from softmask_plugin import config_check
     from softmask_plugin.ablate.plan import shipped_plans
+    from softmask_plugin.config.check import shipped_configs, summary
 
-    shipped = {**config_check.shipped_configs(), **shipped_plans()}
+    shipped = {**shipped_configs(), **shipped_plans()}
     width = max(map(len, shipped), default=0)
     for name, file in shipped.items():
-        print(f"{name:<{width}}  {config_check.summary(file)}".rstrip())
+        print(f"{name:<{width}}  {summary(file)}".rstrip())
     return 0
 
 

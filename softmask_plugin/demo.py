@@ -13,12 +13,14 @@ from lavis.tasks.retrieval import RetrievalTask
 from matplotlib.figure import Figure
 
 from softmask_plugin import launch, report
-from softmask_plugin.config_check import option
-from softmask_plugin.datasets.scene_builders import SceneEvalDataset
-from softmask_plugin.datasets.scene_render import render
-from softmask_plugin.explain import Explanation, explain
+from softmask_plugin.config.check import option
+from softmask_plugin.datasets.scenes.builders import SceneEvalDataset
+from softmask_plugin.datasets.scenes.render import render
+from softmask_plugin.explain.figure import word_panel
+from softmask_plugin.explain.pairs import Explanation, explain
+from softmask_plugin.host.environment import environment
 from softmask_plugin.models.rerank import Reranker
-from softmask_plugin.runners.environment import environment
+from softmask_plugin.pointing import pointing_game, swapped
 
 TRAIN = "lavis_configs/projects/scenes/train/pretrain_tiny.yaml"
 EVALUATE = "lavis_configs/projects/scenes/eval/retrieval_tiny.yaml"
@@ -96,10 +98,10 @@ def _pointing(scenes: SceneEvalDataset, explained: list[tuple[int, Explanation]]
     for text, explanation in explained:
         boxes = scenes.boxes(text)
         own += [(explanation.cams[word], box, role) for word, box, role in boxes]
-        other += [(explanation.cams[word], box, role) for word, box, role in report.swapped(boxes)]
+        other += [(explanation.cams[word], box, role) for word, box, role in swapped(boxes)]
     return {
-        "pointing": report.pointing_game(own),
-        "pointing_other": report.pointing_game(other),
+        "pointing": pointing_game(own),
+        "pointing_other": pointing_game(other),
     }
 
 
@@ -110,7 +112,7 @@ def _panels(scenes: SceneEvalDataset, explained: list[tuple[int, Explanation]]) 
         boxes = scenes.boxes(text)
         picture = np.asarray(render(scenes.scenes[scenes.txt2img[text]], 256))
         words = [word for word, _, role in boxes if role in ("colour", "shape")]
-        panels.append(report.word_panel(picture, explanation, words, boxes))
+        panels.append(word_panel(picture, explanation, words, boxes))
     return panels
 
 

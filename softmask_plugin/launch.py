@@ -26,9 +26,9 @@ from lavis.tasks import setup_task
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed.rendezvous import rendezvous
 
-from softmask_plugin import config_check
+from softmask_plugin.config.check import find_config, read_config
+from softmask_plugin.config.run_options import setting
 from softmask_plugin.errors import UserError
-from softmask_plugin.run_options import setting
 from softmask_plugin.runners.run_folder import AUTO, claim
 
 Results = dict[str, Mapping[str, Any]]
@@ -93,8 +93,8 @@ def load_config(
     """
     if evaluate:
         options = [*options, "run.evaluate=true"]
-    path = config_check.find_config(cfg_path)
-    config = config_check.read_config(path, options)
+    path = find_config(cfg_path)
+    config = read_config(path, options)
     if evaluate and not config.run.get("test_splits"):
         raise UserError(f"run.test_splits is empty (in {path}): there is nothing to evaluate")
     config.run.setdefault("evaluate", False)

@@ -12,11 +12,11 @@ from tokenizers import BertWordPieceTokenizer
 from torch import Tensor
 from transformers import BertTokenizerFast
 
-from softmask_plugin.datasets.caption_files import read_captions
-from softmask_plugin.datasets.question_files import read_questions
-from softmask_plugin.datasets.table_files import SUFFIXES, one_text, read_table
+from softmask_plugin.config.paths import PACKAGE
+from softmask_plugin.datasets.tables.captions import read_captions
+from softmask_plugin.datasets.tables.questions import read_questions
+from softmask_plugin.datasets.tables.rows import SUFFIXES, one_text, read_table
 from softmask_plugin.errors import UserError, reason_of
-from softmask_plugin.paths import PACKAGE
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 SCENES_VOCABULARY = PACKAGE / "assets" / "scenes_vocab.txt"

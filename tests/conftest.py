@@ -19,9 +19,9 @@ from toy_folders import COLOURS
 from toy_shards import write_shards
 
 from benchmarks.baseline import albef_pretrain
-from softmask_plugin.datasets import shard_stream
+from softmask_plugin.config.options import PretrainOptions, read_options
+from softmask_plugin.datasets.shards import stream as shard_stream
 from softmask_plugin.models.pretrain import SoftMaskPretrain
-from softmask_plugin.options import PretrainOptions, read_options
 
 SMALL = {
     "tokenizer": "scenes",

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 
-from softmask_plugin.datasets.scenes import COLOURS, SHAPES
+from softmask_plugin.datasets.scenes.grammar import COLOURS, SHAPES
 
 HELDOUT = 0.125  # share of the compositions that training never shows
 DIRECTIONS = {

@@ -16,9 +16,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import softmask_plugin.__main__ as script_runner
-from softmask_plugin import cli, config_check, doctor, launch, stack
+from softmask_plugin import cli, launch
 from softmask_plugin.ablate.plan import shipped_plans
+from softmask_plugin.config import check as config_check
 from softmask_plugin.errors import UserError
+from softmask_plugin.host import doctor, stack
 
 RUN = {
     "task": "retrieval",

@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from softmask_plugin.datasets.caption_shards import CaptionShardsBuilder
-from softmask_plugin.datasets.shard_stream import ShardStream
+from softmask_plugin.datasets.shards.builder import CaptionShardsBuilder
+from softmask_plugin.datasets.shards.stream import ShardStream
 
 SHARDS, PER_SHARD = 8, 5
 

@@ -11,9 +11,9 @@ from omegaconf import OmegaConf
 
 from softmask_plugin import launch
 from softmask_plugin.ablate.plan import PRETRAIN, Plan, Stage
-from softmask_plugin.config_values import differences, flat
+from softmask_plugin.config.options import read_options
+from softmask_plugin.config.values import differences, flat
 from softmask_plugin.errors import UserError, suggest
-from softmask_plugin.options import read_options
 
 # What decides how much a run learns from, and so may not differ between variants.
 BUDGET = re.compile(

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from softmask_plugin import config_check
 from softmask_plugin.ablate import plot
 from softmask_plugin.ablate.job import Job
 from softmask_plugin.ablate.plan import Plan
 from softmask_plugin.ablate.read import read_plan
 from softmask_plugin.ablate.table import Row, as_plain, markdown, rows
 from softmask_plugin.ablate.workers import Done, slots, work
+from softmask_plugin.config.check import find_config, read_config
 from softmask_plugin.errors import UserError
-from softmask_plugin.whole_files import write_json, write_whole
+from softmask_plugin.files.whole import write_json, write_whole
 
 
 def main(
@@ -129,7 +129,7 @@ def _run(jobs: Sequence[Job], at_once: int, folder: Path) -> list[tuple[Job, Use
 
 def _device(plan: Plan) -> torch.device:
     options = plan.options(plan.baseline, plan.base)
-    config = config_check.read_config(config_check.find_config(plan.base.config), options)
+    config = read_config(find_config(plan.base.config), options)
     return torch.device(config.run.device)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from softmask_plugin import launch
 from softmask_plugin.ablate.plan import Plan
-from softmask_plugin.config_check import option
+from softmask_plugin.config.check import option
 
 ROUNDS = 15  # steps of each that count
 # A run that builds all that a step needs, and ends

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from softmask_plugin.ablate.plan import Plan, Stage
-from softmask_plugin.config_values import differences
+from softmask_plugin.config.values import differences
 from softmask_plugin.errors import UserError, reason_of
 from softmask_plugin.runners.run_folder import lock, release
 

@@ -10,10 +10,10 @@ from typing import Any
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
-from softmask_plugin import config_check
+from softmask_plugin.config.check import find_config
+from softmask_plugin.config.options import ModelOptions
+from softmask_plugin.config.paths import CONFIGS
 from softmask_plugin.errors import UserError, suggest
-from softmask_plugin.options import ModelOptions
-from softmask_plugin.paths import CONFIGS
 
 PRETRAIN = "pretrain"  # the stage that a plan's `base` is
 PRETRAINED = "PRETRAINED"  # in an option of another stage: the folder of that run
@@ -106,7 +106,7 @@ def shipped_plans() -> dict[str, Path]:
 def _shapes(option: str, stage: Stage) -> bool:
     section, _, key = option.partition("=")[0].partition(".")
     key = key.partition(".")[0]
-    model = OmegaConf.load(config_check.find_config(stage.config)).model
+    model = OmegaConf.load(find_config(stage.config)).model
     schema = getattr(registry.get_model_class(model.arch), "OPTIONS", None)
     known = SHAPE & {each.name for each in fields(schema)} if schema else SHAPE
     return section == "model" and key in known

@@ -10,11 +10,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from softmask_plugin import config_check
 from softmask_plugin.ablate.check import check_runs
 from softmask_plugin.ablate.plan import PRETRAIN, Plan, Stage, shipped_plans
+from softmask_plugin.config.check import find_config, find_file, read_config, valid_yaml
+from softmask_plugin.config.run_options import RUN
 from softmask_plugin.errors import UserError, suggest
-from softmask_plugin.run_options import RUN
 
 # What no option may say, since each run gets its own.
 OWN = {
@@ -37,8 +37,8 @@ def read_plan(name: str | Path, options: Sequence[str] = (), seeds: int | None =
     Raises:
         UserError: at the first thing found wrong.
     """
-    path = config_check.find_file("--plan", name, shipped_plans())
-    with config_check.valid_yaml(path):
+    path = find_file("--plan", name, shipped_plans())
+    with valid_yaml(path):
         content = OmegaConf.load(path)
         plain = OmegaConf.to_container(content) if isinstance(content, DictConfig) else None
     try:
@@ -107,7 +107,7 @@ def _with(plan: Plan, options: Sequence[str]) -> Plan:
 
 
 def _data_sets(stage: Stage) -> list[str]:
-    config = config_check.read_config(config_check.find_config(stage.config), stage.options)
+    config = read_config(find_config(stage.config), stage.options)
     return [*map(str, config.datasets)]
 
 

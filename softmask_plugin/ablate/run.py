@@ -15,10 +15,10 @@ from softmask_plugin.ablate.cost import relative_cost
 from softmask_plugin.ablate.job import ASKED, RESULT, Job
 from softmask_plugin.ablate.losses import last_losses
 from softmask_plugin.ablate.plan import PRETRAINED, Stage
-from softmask_plugin.config_check import option
+from softmask_plugin.config.check import option
 from softmask_plugin.errors import UserError, suggest
-from softmask_plugin.runners.environment import environment
-from softmask_plugin.whole_files import write_json
+from softmask_plugin.files.whole import write_json
+from softmask_plugin.host.environment import environment
 
 
 def run(job: Job) -> Iterator[tuple[Stage, dict[str, Any]]]:

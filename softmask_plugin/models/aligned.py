@@ -9,9 +9,10 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from softmask_plugin.config.options import ModelOptions
+from softmask_plugin.config.run_options import RerankOptions
 from softmask_plugin.models.base import SoftMaskBase
-from softmask_plugin.models.rerank import Reranker, RerankOptions
-from softmask_plugin.options import ModelOptions
+from softmask_plugin.models.rerank import Reranker
 
 
 class AlignedBase(SoftMaskBase):

@@ -8,12 +8,12 @@ from lavis.models.base_model import BaseModel
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from softmask_plugin.config.options import ModelOptions, read_options
 from softmask_plugin.errors import UserError
 from softmask_plugin.models import weights
 from softmask_plugin.nn.bert import BertForMaskedLM, BertModel, BertShape
 from softmask_plugin.nn.tokens import Layout
 from softmask_plugin.nn.vision import VisionTransformer
-from softmask_plugin.options import ModelOptions, read_options
 from softmask_plugin.tokenization import CaptionReader, build_tokenizer
 
 
@@ -73,7 +73,8 @@ class SoftMaskBase(BaseModel):
 
     def load_from_pretrained(self, url_or_filename: str, **_: Any) -> None:
         """Load a checkpoint of this plugin or of ALBEF; says in one line what did not match."""
-        weights.load(self, url_or_filename, self.options.trust_checkpoint)
+        option = self.options
+        weights.load(self, url_or_filename, option.bert.fusion_layer, option.trust_checkpoint)
 
     load_checkpoint = load_from_pretrained
 

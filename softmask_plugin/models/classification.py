@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from softmask_plugin.config.options import ClassificationOptions
+from softmask_plugin.config.paths import shipped
 from softmask_plugin.errors import require_finite_scores
 from softmask_plugin.losses import distilled_cross_entropy
 from softmask_plugin.models.distillation import DistilledBase
 from softmask_plugin.nn.tokens import Layout
-from softmask_plugin.options import ClassificationOptions
-from softmask_plugin.paths import shipped
 from softmask_plugin.registry import register
 
 

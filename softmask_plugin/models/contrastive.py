@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from lavis.models.base_model import concat_all_gather
 from torch import Tensor, nn
 
+from softmask_plugin.config.options import ContrastOptions
 from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.models.base import bert_of
 from softmask_plugin.models.distillation import MomentumDistillation
@@ -19,7 +20,6 @@ from softmask_plugin.nn.pairs import Pairs
 from softmask_plugin.nn.queue import enqueue_, random_queue
 from softmask_plugin.nn.sampling import Draws, sample_negatives
 from softmask_plugin.nn.tokens import Layout, Tokens
-from softmask_plugin.options import ContrastOptions
 from softmask_plugin.registry import get_loss_class
 from softmask_plugin.soft_mask import (
     Kind,

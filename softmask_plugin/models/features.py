@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from lavis.models.albef_models.albef_outputs import AlbefOutputFeatures
 from torch import Tensor
 
+from softmask_plugin.config.options import AlignedOptions
+from softmask_plugin.config.paths import shipped
 from softmask_plugin.errors import UserError, require_finite_scores, suggest
 from softmask_plugin.models.aligned import AlignedBase
-from softmask_plugin.options import AlignedOptions
-from softmask_plugin.paths import shipped
 from softmask_plugin.registry import register
 
 MODES = ("multimodal", "image", "text")

@@ -14,9 +14,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from torch import Tensor
+from softmask_plugin.files.tensors import StateDict
 
-StateDict = dict[str, Tensor]
 SUFFIXES = ("", "_m")  # online and momentum
 # Of DistributedDataParallel, around the whole, and of torch.compile, around any part
 _WRAPPER = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")

@@ -7,10 +7,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from softmask_plugin.config.options import AlignedOptions
+from softmask_plugin.config.paths import shipped
 from softmask_plugin.errors import UserError, require_finite_scores, suggest
 from softmask_plugin.models.aligned import AlignedBase
-from softmask_plugin.options import AlignedOptions
-from softmask_plugin.paths import shipped
 from softmask_plugin.registry import register
 
 HEADS = ("itm", "itc")
@@ -19,7 +19,7 @@ HEADS = ("itm", "itc")
 @register("model", "softmask_image_text_matching")
 class SoftMaskImageTextMatching(AlignedBase):
     """Scores of pairs, called as LAVIS's ``blip_image_text_matching`` is; the maps of words are
-    those of ``softmask_plugin.word_maps`` and ``softmask_plugin.explain``."""
+    those of ``softmask_plugin.explain.maps`` and ``softmask_plugin.explain.pairs``."""
 
     OPTIONS = AlignedOptions
     PRETRAINED_MODEL_CONFIG_DICT = {

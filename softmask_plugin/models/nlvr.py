@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from softmask_plugin.config.options import ModelOptions, NlvrOptions
+from softmask_plugin.config.paths import shipped
 from softmask_plugin.models.base import SoftMaskBase
 from softmask_plugin.models.classification import SoftMaskClassification
 from softmask_plugin.nn.bert import BertModel, BertShape
 from softmask_plugin.nn.sampling import Draws
-from softmask_plugin.options import ModelOptions, NlvrOptions
-from softmask_plugin.paths import shipped
 from softmask_plugin.registry import register
 
 

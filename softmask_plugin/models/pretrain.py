@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from softmask_plugin.config.options import PretrainOptions
+from softmask_plugin.config.paths import shipped
 from softmask_plugin.losses import distilled_cross_entropy
 from softmask_plugin.models.contrastive import ContrastiveBase, Features
 from softmask_plugin.nn.image_memory import View
 from softmask_plugin.nn.sampling import Draws, mask_tokens
 from softmask_plugin.nn.tokens import Layout, Tokens
-from softmask_plugin.options import PretrainOptions
-from softmask_plugin.paths import shipped
 from softmask_plugin.registry import register
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, fields
-from math import inf
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +19,8 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 from tqdm import tqdm
 
-from softmask_plugin.errors import UserError, require_finite_scores, suggest
+from softmask_plugin.config.run_options import RerankOptions
+from softmask_plugin.errors import UserError, require_finite_scores
 from softmask_plugin.nn.bert import ImageMemory
 from softmask_plugin.nn.image_memory import View
 from softmask_plugin.nn.tokens import Layout, Tokens
@@ -30,38 +29,6 @@ if TYPE_CHECKING:
     from softmask_plugin.models.base import SoftMaskBase
 
 NOT_A_CANDIDATE = -100.0  # LAVIS's score of a pair that ITC did not propose
-SCORINGS = ("itm+itc", "itm")
-
-
-@dataclass(frozen=True)
-class RerankOptions:
-    """Keys of a YAML's ``run:`` section about retrieval scores, with their defaults.
-
-    Raises:
-        UserError: a value out of its range.
-    """
-
-    k_test: int = 128  # candidates of ITC that ITM re-ranks, per query
-    rerank_scoring: str = "itm+itc"  # what ranks them: itm+itc as in LAVIS, itm as in ALBEF
-    rerank_memory: float = 1.0  # GiB that the pairs scored at once may take on the device
-
-    def __post_init__(self) -> None:
-        if self.rerank_scoring not in SCORINGS:
-            hint = suggest(str(self.rerank_scoring), SCORINGS)
-            raise UserError(f"run.rerank_scoring is '{self.rerank_scoring}': {hint}")
-        for key, kinds, noun in (
-            ("k_test", int, "a whole number"),
-            ("rerank_memory", (int, float), "a number"),
-        ):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < inf:
-                raise UserError(f"run.{key} is {value}: it must be {noun} above 0")
-
-    @classmethod
-    def of(cls, run: Any) -> RerankOptions:
-        """Read them from a ``run:`` section; other keys are not looked at."""
-        keys = [field.name for field in fields(cls)]
-        return cls(**{key: run.get(key) for key in keys if run.get(key) is not None})
 
 
 class Reranker:

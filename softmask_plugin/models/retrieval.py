@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from softmask_plugin.config.options import RetrievalOptions
+from softmask_plugin.config.paths import shipped
 from softmask_plugin.models.contrastive import ContrastiveBase
 from softmask_plugin.nn.sampling import Draws
 from softmask_plugin.nn.tokens import Layout
-from softmask_plugin.options import RetrievalOptions
-from softmask_plugin.paths import shipped
 from softmask_plugin.registry import register
 
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from softmask_plugin.config.options import VqaOptions
+from softmask_plugin.config.paths import shipped
 from softmask_plugin.errors import UserError, require_finite_scores
 from softmask_plugin.losses import distilled_cross_entropy
 from softmask_plugin.models.distillation import DistilledBase
 from softmask_plugin.nn.bert import BertForMaskedLM, ImageMemory
 from softmask_plugin.nn.image_memory import View
 from softmask_plugin.nn.tokens import Layout
-from softmask_plugin.options import VqaOptions
-from softmask_plugin.paths import shipped
 from softmask_plugin.registry import register
 from softmask_plugin.tokenization import CaptionReader, Captions
 

@@ -5,32 +5,20 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-import torch
-from lavis.common.utils import is_url
 from lavis.models.vit import interpolate_pos_embed
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
-from softmask_plugin.download import fetch
-from softmask_plugin.errors import UserError, suggest
-from softmask_plugin.models.layouts import StateDict, adapt
-from softmask_plugin.paths import PACKAGE
-
-if TYPE_CHECKING:
-    from softmask_plugin.models.base import SoftMaskBase
+from softmask_plugin.errors import UserError
+from softmask_plugin.files.tensors import StateDict, read_state_dict, require_sound
+from softmask_plugin.models.layouts import adapt
 
 BERT_FILES = ("pytorch_model.bin", "model.safetensors")
-ASSETS = PACKAGE / "assets"
-SHIPPED = "shipped:"  # before the name of weights that come with the package
 DEIT_URL = "https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth"
 
 
-def load(model: SoftMaskBase, url_or_filename: str, trusted: bool = False) -> None:
+def load(model: nn.Module, url_or_filename: str, fusion_layer: int, trusted: bool = False) -> None:
     """Load a checkpoint of this plugin, of LAVIS's ALBEF or of the original ALBEF.
 
     Position embeddings are interpolated to the model's image size. Momentum encoders that the
@@ -41,6 +29,7 @@ def load(model: SoftMaskBase, url_or_filename: str, trusted: bool = False) -> No
         model: the model.
         url_or_filename: of the checkpoint, or ``shipped:NAME`` for one that comes with the package;
             see ``layouts`` for what it may look like.
+        fusion_layer: the model's first text layer with cross-attention.
         trusted: whether the file may run code, see ``read_state_dict``.
 
     Raises:
@@ -48,7 +37,7 @@ def load(model: SoftMaskBase, url_or_filename: str, trusted: bool = False) -> No
             fits holds NaN or infinite values.
     """
     own = model.state_dict()
-    state = adapt(read_state_dict(url_or_filename, trusted), own, model.bert.shape.fusion_layer)
+    state = adapt(read_state_dict(url_or_filename, trusted), own, fusion_layer)
     for key in [k for k in state if k.endswith("pos_embed") and k in own]:
         encoder = model.get_submodule(key.rpartition(".")[0])
         state[key] = _resized(state[key], encoder, f"{url_or_filename}: '{key}'")
@@ -80,64 +69,7 @@ def load(model: SoftMaskBase, url_or_filename: str, trusted: bool = False) -> No
     )
 
 
-def read_state_dict(url_or_filename: str, trusted: bool = False) -> StateDict:
-    """Read the tensors of a checkpoint, without running code that it may hold.
-
-    Args:
-        url_or_filename: a file, a URL that is downloaded once, or ``shipped:NAME``.
-        trusted: read any pickled object, which can run any code; for files of your own only.
-
-    Raises:
-        UserError: no such file, or the file is no checkpoint of tensors.
-    """
-    path = _located(url_or_filename)
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {url_or_filename}: give a file or a URL")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=not trusted)
-    except Exception as error:  # the unpickler raises nearly anything for a file of another kind
-        raise UserError(
-            f"{path} is no readable checkpoint ({type(error).__name__}): it is cut short, of "
-            "another kind, or holds objects other than tensors, which could run code (only for a "
-            "file that you trust: model.trust_checkpoint=true)"
-        ) from error
-    state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else {}
-    if not isinstance(state, dict):
-        state = {}
-    return {
-        key: value
-        for key, value in state.items()
-        if isinstance(key, str) and isinstance(value, Tensor)
-    }
-
-
-def _located(url_or_filename: str) -> Path:
-    """The file of a checkpoint, which need not be there unless it was shipped or downloaded."""
-    if is_url(url_or_filename):
-        return fetch(url_or_filename)
-    if not url_or_filename.startswith(SHIPPED):
-        return Path(url_or_filename)
-    name, files = url_or_filename.removeprefix(SHIPPED), ASSETS.glob("*.safetensors")
-    shipped = {file.stem: file for file in files}
-    if name not in shipped:
-        raise UserError(f"no weights '{name}' are shipped: {suggest(name, shipped)}")
-    return shipped[name]
-
-
-def _read_safetensors(path: Path) -> StateDict:
-    """Read a file of a format that knows tensors only."""
-    try:
-        return load_file(path)
-    except Exception as error:
-        raise UserError(
-            f"{path} is no readable checkpoint ({type(error).__name__}): it is cut short or of "
-            "another kind"
-        ) from error
-
-
-def initialise(model: SoftMaskBase, vit: str | None, bert: str | None) -> None:
+def initialise(model: nn.Module, vit: str | None, bert: str | None) -> None:
     """Start the encoders from their own pre-training, as ALBEF does.
 
     Args:
@@ -150,15 +82,16 @@ def initialise(model: SoftMaskBase, vit: str | None, bert: str | None) -> None:
     """
     if vit is not None:
         state = read_state_dict(DEIT_URL if vit == "deit" else vit)
+        encoder = model.get_submodule("visual_encoder")
         if "pos_embed" in state:
             where = f"{vit}: 'pos_embed'"
-            state["pos_embed"] = _resized(state["pos_embed"], model.visual_encoder, where)
-        _load_matching(model.visual_encoder, state, vit)
+            state["pos_embed"] = _resized(state["pos_embed"], encoder, where)
+        _load_matching(encoder, state, vit)
     if bert is not None:
         state = read_bert(bert)
         for name in ("text_encoder", "text_decoder"):
-            if (encoder := getattr(model, name, None)) is not None:
-                _load_matching(encoder, bert_keys(state, encoder), bert)
+            if (text := getattr(model, name, None)) is not None:
+                _load_matching(text, bert_keys(state, text), bert)
 
 
 def read_bert(name: str) -> StateDict:
@@ -212,18 +145,6 @@ def _resized(embedding: Tensor, encoder: nn.Module, name: str) -> Tensor:
             f"{name} of shape {tuple(embedding.shape)} is of no square image: is it a checkpoint "
             "of a vision transformer?"
         ) from error
-
-
-def require_sound(state: Mapping[str, Tensor], source: str) -> None:
-    """Raise UserError at a tensor that would poison whatever is computed from it."""
-    for name, tensor in state.items():
-        special = tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized
-        if special or tensor.is_complex():
-            raise UserError(f"{source}: '{name}' is no plain tensor of real numbers")
-        if not torch.isfinite(tensor).all():
-            raise UserError(
-                f"{source}: '{name}' holds NaN or infinite values: take an earlier checkpoint"
-            )
 
 
 def _require_position(pointer: int, queue: Tensor, source: str) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
-from softmask_plugin.config_check import valid_yaml
-from softmask_plugin.options import ModelOptions, SoftMaskOptions
+from softmask_plugin.config.check import valid_yaml
+from softmask_plugin.config.options import ModelOptions, SoftMaskOptions
+from softmask_plugin.host.environment import noted_environments
 from softmask_plugin.report.page import write_report
 from softmask_plugin.report.records import read_metrics
-from softmask_plugin.runners.environment import noted_environments
 
 PICTURES = 8  # of the masks, at most: the first, the last, and some between
 

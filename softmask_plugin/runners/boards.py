@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from softmask_plugin.config.run_options import setting
 from softmask_plugin.errors import UserError
-from softmask_plugin.run_options import setting
 
 NO_NUMBERS = ("split", "epoch", "step", "time")  # keys of a record that say where it belongs
 PROJECT = "softmask"  # of Weights & Biases, where run.wandb names none

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from softmask_plugin.errors import UserError, reason_of
-from softmask_plugin.models.weights import require_sound
-from softmask_plugin.whole_files import LEFTOVERS, write_whole
+from softmask_plugin.files.tensors import require_sound
+from softmask_plugin.files.whole import LEFTOVERS, write_whole
 
 BEST = "best"
 _NAME = re.compile(r"checkpoint_(\d+)(?:_(\d+))?\.pth")

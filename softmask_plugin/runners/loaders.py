@@ -19,7 +19,7 @@ from torch.utils.data import (
     Sampler,
 )
 
-from softmask_plugin.datasets.shard_stream import ShardStream
+from softmask_plugin.datasets.shards.stream import ShardStream
 from softmask_plugin.errors import UserError
 from softmask_plugin.fixed_draws import fixed_draws
 

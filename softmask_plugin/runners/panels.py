@@ -13,7 +13,7 @@ from lavis.common.dist_utils import is_main_process
 from torch import Tensor, nn
 
 from softmask_plugin.errors import UserError
-from softmask_plugin.explain import Explanation, explain
+from softmask_plugin.explain.pairs import Explanation, explain
 from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.processors.image import CLIP_MEAN, CLIP_STD
 from softmask_plugin.runners.boards import Boards
@@ -77,7 +77,7 @@ class MaskPanels:
         self._boards.picture("masks", path, step)
 
     def _draw(self, found: list[Explanation], path: Path) -> Path:
-        from softmask_plugin.report import Shown, word_panels  # matplotlib takes a second
+        from softmask_plugin.explain.figure import Shown, word_panels  # matplotlib takes a second
 
         assert self._pairs is not None
         images = [_pixels(image) for image in self._pairs["image"]]

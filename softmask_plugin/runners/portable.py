@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from softmask_plugin.config.run_options import check_values, setting
 from softmask_plugin.errors import UserError
-from softmask_plugin.run_options import check_values, setting
 from softmask_plugin.runners.loaders import TrainLoader, eval_loader, train_loader
 from softmask_plugin.runners.run_folder import AUTO, claim
 

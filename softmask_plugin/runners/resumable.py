@@ -11,13 +11,13 @@ from lavis.common.dist_utils import is_main_process
 from omegaconf import OmegaConf
 from torch import nn
 
+from softmask_plugin.config.run_options import setting
 from softmask_plugin.errors import UserError
-from softmask_plugin.run_options import setting
+from softmask_plugin.host.environment import note_environment
 from softmask_plugin.runners import checkpoint
 from softmask_plugin.runners.bad_steps import BadSteps
 from softmask_plugin.runners.boards import Boards
 from softmask_plugin.runners.checkpoint import CheckpointFiles
-from softmask_plugin.runners.environment import note_environment
 from softmask_plugin.runners.logs import RunLog
 from softmask_plugin.runners.meter import LossMeter
 from softmask_plugin.runners.panels import MaskPanels

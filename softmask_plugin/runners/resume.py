@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lavis.common.dist_utils import get_world_size, is_main_process
 from torch import nn
 
-from softmask_plugin.config_values import differences, flat
+from softmask_plugin.config.values import differences, flat
 from softmask_plugin.errors import UserError
 from softmask_plugin.runners import checkpoint
 from softmask_plugin.runners.checkpoint import CheckpointFiles

@@ -15,11 +15,11 @@ from lavis.common.dist_utils import get_rank, get_world_size
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from softmask_plugin.config.run_options import setting
 from softmask_plugin.errors import UserError
 from softmask_plugin.fixed_draws import seed_draws
 from softmask_plugin.models.distillation import MomentumDistillation
 from softmask_plugin.registry import register
-from softmask_plugin.run_options import setting
 from softmask_plugin.runners.bad_steps import gradient_norm
 from softmask_plugin.runners.checkpoint import BEST
 from softmask_plugin.runners.logs import require_finite
@@ -35,7 +35,7 @@ from softmask_plugin.runners.statistics import mask_terms, queue_statistics
 class SoftmaskRunner(ResumableRunner):
     """Train and evaluate a model on the task's data sets, by epochs.
 
-    Options of ``run``: :data:`softmask_plugin.run_options.RUN`.
+    Options of ``run``: :data:`softmask_plugin.config.run_options.RUN`.
 
     Differences from LAVIS's ``runner_base``, on purpose: gradients of ``accum_grad_iters`` batches
     are averaged, not summed, and ``warmup_steps``, ``log_freq`` and the ``iters`` that models are

@@ -19,12 +19,12 @@ from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
 from torchvision.ops.boxes import box_iou
 
+from softmask_plugin.config.run_options import setting
 from softmask_plugin.errors import UserError, require_finite_scores
+from softmask_plugin.explain.maps import phrase_maps, word_maps
 from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.pointing import Box, energy_inside, hits
 from softmask_plugin.registry import register
-from softmask_plugin.run_options import setting
-from softmask_plugin.word_maps import phrase_maps, word_maps
 
 NEEDED = ("box", "boxes", "group")  # of each entry of a data set's `annotation`
 TIED = 1 - 1e-9  # scores no further apart than by rounding are equal

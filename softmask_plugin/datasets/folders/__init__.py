@@ -1,0 +1,1 @@
+"""Data sets of the user's own images and tables, and RefCOCO+."""

@@ -1,0 +1,87 @@
+"""Draw a scene: flat shapes with soft edges on a light, slightly grainy ground."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from softmask_plugin.datasets.scenes.grammar import COLOURS, Scene
+
+_CANVAS = 512  # shapes are drawn at this size once, then reduced: that is the antialiasing
+
+
+def _circle(radius: float = 1.0, x: float = 0.0) -> np.ndarray:
+    angle = np.linspace(0, 2 * np.pi, 181)
+    return np.stack([x + radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+
+
+def _star(points: int = 5, inner: float = 0.42) -> np.ndarray:
+    angle = np.arange(2 * points) * np.pi / points
+    radius = np.where(np.arange(2 * points) % 2, inner, 1.0)
+    return np.stack([radius * np.sin(angle), -radius * np.cos(angle)], axis=1)
+
+
+def _cross(arm: float = 0.34) -> np.ndarray:
+    a = arm
+    right = [(a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1)]
+    return np.array(right + [(-x, y) for x, y in reversed(right)])
+
+
+def _heart() -> np.ndarray:
+    t = np.linspace(0, 2 * np.pi, 181)
+    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return np.stack([np.sin(t) ** 3, -y / 17], axis=1)
+
+
+# Outlines within [-1, 1], y down. A second outline is cut out of the first.
+OUTLINES: dict[str, tuple[np.ndarray, ...]] = {
+    "circle": (_circle(),),
+    "square": (np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]),),
+    "triangle": (np.array([(0, -1), (1, 1), (-1, 1)]),),
+    "star": (_star(),),
+    "cross": (_cross(),),
+    "ring": (_circle(), _circle(0.56)),
+    "heart": (_heart(),),
+    "diamond": (np.array([(0, -1), (1, 0), (0, 1), (-1, 0)]),),
+    "crescent": (_circle(), _circle(0.82, x=0.5)),
+}
+
+
+@lru_cache(maxsize=4096)
+def stencil(shape: str, width: int, height: int) -> Image.Image:
+    """Coverage of a shape, 0 to 255, on ``width`` × ``height`` pixels, which it fills."""
+    canvas = Image.new("L", (_CANVAS, _CANVAS))
+    draw = ImageDraw.Draw(canvas)
+    for outline, fill in zip(OUTLINES[shape], (255, 0), strict=False):
+        corners = (outline + 1) / 2 * (_CANVAS - 1)
+        draw.polygon([tuple(corner) for corner in corners.tolist()], fill=fill)
+    return canvas.crop(canvas.getbbox()).resize((width, height), Image.Resampling.BOX)
+
+
+def render(scene: Scene, size: int) -> Image.Image:
+    """Draw a scene.
+
+    Args:
+        scene: what to draw; grain and shades follow from its ``texture``.
+        size: the image's side in pixels.
+
+    Returns:
+        RGB image, ``size`` × ``size``. A thing's box is exact to half a pixel.
+    """
+    rng = np.random.default_rng(scene.texture)
+    shades = rng.integers(-7, 8, size=(len(scene.things) + 1, 3)).tolist()
+    ground = int(rng.integers(212, 230))
+    image = Image.new("RGB", (size, size), _shaded((ground, ground, ground), shades[-1]))
+    for thing, shade in zip(scene.things, shades, strict=False):
+        x0, y0, x1, y1 = (round(edge * size) for edge in thing.box)
+        shape = stencil(thing.shape, x1 - x0, y1 - y0)
+        image.paste(_shaded(COLOURS[thing.colour], shade), (x0, y0), shape)
+    grain = rng.integers(0, 10, size=(size, size, 1), dtype=np.uint8)
+    return Image.fromarray(np.asarray(image) + grain)
+
+
+def _shaded(colour: tuple[int, int, int], shade: list[int]) -> tuple[int, ...]:
+    # At most 245, which leaves the grain room below 255.
+    return tuple(min(245, max(0, c + s)) for c, s in zip(colour, shade, strict=True))

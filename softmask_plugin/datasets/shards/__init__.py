@@ -1,0 +1,1 @@
+"""Image-text pairs streamed from WebDataset shards."""

@@ -1,0 +1,1 @@
+"""JSON, JSONL, CSV and TSV files of captions, questions and statements."""

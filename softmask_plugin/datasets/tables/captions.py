@@ -1,0 +1,104 @@
+"""Reader of caption files: JSON, JSONL, CSV, TSV and Karpathy's layout, told apart by content."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from softmask_plugin.datasets.skip_log import SkipLog
+from softmask_plugin.datasets.tables.rows import Row, image_name, read_table, short, texts
+from softmask_plugin.errors import UserError
+
+# Karpathy's "restval" is the rest of COCO's validation images, which everyone trains on.
+_KARPATHY_SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
+
+
+@dataclass
+class CaptionedImage:
+    """An image with its captions.
+
+    Attributes:
+        image: path below the images folder, "/" between its parts.
+        captions: at least one; each has a letter or digit.
+        image_id: the file's ``image_id``, or ``image`` where it gives none.
+    """
+
+    image: str
+    captions: list[str]
+    image_id: str
+
+
+def read_captions(
+    path: str | Path, split: str | None = None, skipped: SkipLog | None = None
+) -> list[CaptionedImage]:
+    """Read a caption file: one entry per image, in the order of the file.
+
+    Rows of the same image are merged; the first one's ``image_id`` counts. A row without a usable
+    image or caption, and any single unusable caption, is skipped and reported. An image must lie
+    below the images folder: absolute names and ``..`` are refused. A caption needs a letter or
+    digit; a number is taken as text.
+
+    Args:
+        path: a JSON list of ``{"image", "caption": text or [texts], "image_id" (optional)}``; the
+            same one per line (JSONL); a CSV or TSV with columns ``image`` and ``caption``; or
+            Karpathy's ``{"images": [{"filename", "split", "sentences": [{"raw"}]}]}``. UTF-8.
+        split: ``train``, ``val`` or ``test``: which part of a Karpathy file (None: all of it).
+            Other files hold one split and are read whole.
+        skipped: where skipped rows are reported; by default a warning names the first.
+
+    Raises:
+        UserError: the file is missing, malformed, or holds no usable row.
+    """
+
+    def unpack(content: dict[str, Any]) -> Iterator[Row] | None:
+        entries = content.get("images")
+        return _karpathy_rows(path, entries, split) if isinstance(entries, list) else None
+
+    rows = read_table(
+        path,
+        ("image", "caption"),
+        _parse,
+        skipped,
+        kind="caption",
+        parts="rows or captions",
+        unpack=unpack,
+    )
+    images: dict[str, CaptionedImage] = {}
+    for row in rows:
+        first = images.setdefault(row.image, row)
+        if first is not row:
+            first.captions += row.captions
+    return list(images.values())
+
+
+def _parse(row: dict[str, Any], complaints: list[str]) -> CaptionedImage:
+    name = image_name(row["image"])
+    image_id = row.get("image_id")
+    return CaptionedImage(
+        name,
+        texts(row["caption"], "caption", complaints),
+        name if image_id in (None, "") else str(image_id),
+    )
+
+
+def _karpathy_rows(path: str | Path, entries: list[Any], split: str | None) -> Iterator[Row]:
+    splits = Counter(str(entry.get("split")) for entry in entries if isinstance(entry, dict))
+    wanted = set(splits) if split is None else _KARPATHY_SPLITS[split]
+    if not splits.keys() & wanted:
+        raise UserError(f"{path} has no image of split '{split}'; its splits: {dict(splits)}")
+    for number, entry in enumerate(entries, 1):
+        if not isinstance(entry, dict):
+            yield f"image {number}", entry
+        elif str(entry.get("split")) in wanted:
+            yield f"image {number}", _plain_row(entry)
+
+
+def _plain_row(entry: dict[str, Any]) -> Any:
+    name, folder, sentences = (entry.get(key) for key in ("filename", "filepath", "sentences"))
+    if not isinstance(name, str) or not isinstance(sentences, list):
+        return ValueError(f"no 'filename' or no list 'sentences' in {short(entry)}")
+    captions = [sentence.get("raw") for sentence in sentences if isinstance(sentence, dict)]
+    return {"image": f"{folder}/{name}" if folder else name, "caption": captions}

@@ -1,0 +1,129 @@
+"""Readers of question files, JSON, JSONL, CSV or TSV, and of lists of answers."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from softmask_plugin.datasets.skip_log import SkipLog
+from softmask_plugin.datasets.tables.rows import (
+    image_name,
+    one_text,
+    read_json,
+    read_table,
+    read_text,
+    short,
+    texts,
+)
+from softmask_plugin.errors import UserError
+
+
+def read_questions(
+    path: str | Path, answered: bool = True, skipped: SkipLog | None = None
+) -> list[dict[str, Any]]:
+    """Read a question file: one entry per question, in the order of the file.
+
+    Rows of the same ``question_id`` are one question, whose answers are added up; rows without one
+    are numbered on. Rows that cannot be used, and any single unusable answer, are skipped and
+    reported. Answers are taken in lower case, as VQA's metric compares them.
+
+    Args:
+        path: rows ``{"image", "question", "answer", "question_id" (optional)}``. An answer is a
+            text, a list of texts (of several annotators), or a mapping of texts to weights.
+        answered: whether a row needs an answer.
+        skipped: where skipped rows are reported; by default a warning names the first.
+
+    Returns:
+        ``{"image", "question", "answer", "question_id"}`` each, as in LAVIS's annotations:
+        ``answer`` maps texts to shares that sum to 1 (empty: no answer), ``question_id`` is an int.
+
+    Raises:
+        UserError: the file is missing, malformed, or holds no usable row.
+    """
+    asked: dict[int, tuple[str, str]] = {}
+
+    def parse(row: dict[str, Any], complaints: list[str]) -> dict[str, Any]:
+        image = image_name(row["image"])
+        question = one_text(row["question"], "question")
+        answers = _answers(row.get("answer"), complaints)
+        if answered and not answers:
+            raise ValueError(f"no answer to {short(question)}")
+        number = _question_id(row.get("question_id"))
+        if number is not None and asked.setdefault(number, (image, question)) != (image, question):
+            raise ValueError(f"question_id {number} belongs to another image or question too")
+        return {"image": image, "question": question, "answer": answers, "question_id": number}
+
+    columns = ("image", "question", "answer") if answered else ("image", "question")
+    rows = read_table(path, columns, parse, skipped, kind="question", parts="rows or answers")
+    free = count(max(asked, default=-1) + 1)
+    questions: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        number = next(free) if row["question_id"] is None else row["question_id"]
+        first = questions.setdefault(number, {**row, "answer": Counter(), "question_id": number})
+        first["answer"].update(row["answer"])
+    for item in questions.values():
+        total = sum(item["answer"].values())
+        item["answer"] = {text: weight / total for text, weight in item["answer"].items()}
+    return list(questions.values())
+
+
+def read_answers(path: str | Path) -> list[str]:
+    """Read a list of candidate answers, each once: a JSON list of texts, or one text per line.
+
+    Raises:
+        UserError: the file is missing, malformed, or holds no answer.
+    """
+    path = Path(path)
+    text = read_text(path, "answer")
+    is_json = text.lstrip().startswith("[")
+    entries = read_json(path, text) if is_json else re.findall(r"\S.*", text)
+    complaints: list[str] = []
+    try:
+        answers = dict.fromkeys(map(_normal, texts(entries, "answer", complaints)))
+    except ValueError as error:
+        raise UserError(f"{path} holds no answer: {error}") from error
+    SkipLog().add(f"parts of {path.name}", [f"{path}: {c}" for c in complaints])
+    return list(answers)
+
+
+def most_frequent(questions: Iterable[dict[str, Any]], limit: int | None = None) -> list[str]:
+    """Answers of ``read_questions``'s entries, the most frequent first; all, or ``limit`` of them.
+
+    Each question counts as one, shared between its answers.
+    """
+    counts: Counter[str] = Counter()
+    for item in questions:
+        counts.update(item["answer"])
+    return [answer for answer, _ in counts.most_common(limit)]
+
+
+def _answers(value: Any, complaints: list[str]) -> dict[str, float]:
+    """Answers with their weights; none if the row gives none."""
+    if value is None or value == "" or value == [] or value == {}:
+        return {}
+    if not isinstance(value, dict):
+        value = Counter(texts(value, "answer", complaints))
+    weights: dict[str, float] = defaultdict(float)
+    for text, weight in value.items():
+        if not isinstance(weight, (int, float)) or not 0 < weight <= 1e9:
+            raise ValueError(f"the weight of answer {short(text)} is {short(weight)}: not above 0")
+        weights[_normal(one_text(text, "answer"))] += weight
+    return weights
+
+
+def _normal(answer: str) -> str:
+    return " ".join(answer.lower().split())
+
+
+def _question_id(value: Any) -> int | None:
+    if value in (None, ""):
+        return None
+    if isinstance(value, str) and value.strip().isdecimal():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+        raise ValueError(f"question_id {short(value)} is no whole number >= 0: leave it out")
+    return value

@@ -1,0 +1,55 @@
+"""Reader of files of statements about one or two images, JSON, JSONL, CSV or TSV."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from softmask_plugin.datasets.skip_log import SkipLog
+from softmask_plugin.datasets.tables.rows import image_name, one_text, read_table, short
+from softmask_plugin.errors import suggest
+
+
+def read_statements(
+    path: str | Path,
+    images: Sequence[str],
+    labels: Sequence[str],
+    skipped: SkipLog | None = None,
+) -> list[dict[str, Any]]:
+    """Read a file of statements: one entry per row that can be used; others are reported.
+
+    Args:
+        path: rows of the image columns, ``sentence`` and ``label``.
+        images: columns that name an image.
+        labels: names of the classes. A row gives a name, in whatever case, or a class's number,
+            counted from 0.
+        skipped: where skipped rows are reported; by default a warning names the first.
+
+    Returns:
+        ``{"images", "sentence", "label"}`` each, as in LAVIS's annotations, the label being one of
+        ``labels``; with one image column ``image`` in the place of ``images``.
+
+    Raises:
+        UserError: the file is missing, malformed, or holds no usable row.
+    """
+
+    def parse(row: dict[str, Any], complaints: list[str]) -> dict[str, Any]:
+        names = [image_name(row[column]) for column in images]
+        return {
+            **({"images": names} if len(names) > 1 else {"image": names[0]}),
+            "sentence": one_text(row["sentence"], "sentence"),
+            "label": _label(row["label"], labels),
+        }
+
+    return read_table(path, (*images, "sentence", "label"), parse, skipped, kind="statement")
+
+
+def _label(value: Any, labels: Sequence[str]) -> str:
+    given = str(value).strip().lower()  # JSON's true is "true"
+    for label in labels:
+        if given == label.lower():
+            return label
+    if given.isdecimal() and int(given) < len(labels):
+        return labels[int(given)]
+    raise ValueError(f"unknown label {short(value)}: {suggest(given, labels)}")

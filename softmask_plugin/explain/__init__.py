@@ -1,0 +1,22 @@
+"""What the words of a caption refer to in an image, and what masking them does to the match."""
+
+from softmask_plugin.explain.figure import Shown, word_panel, word_panels
+from softmask_plugin.explain.image import ImageExplanation, explain_image
+from softmask_plugin.explain.maps import WordMaps, phrase_maps, word_maps
+from softmask_plugin.explain.pairs import Explanation, explain
+from softmask_plugin.explain.trained import Trained, load_trained
+
+__all__ = [
+    "Explanation",
+    "ImageExplanation",
+    "Shown",
+    "Trained",
+    "WordMaps",
+    "explain",
+    "explain_image",
+    "load_trained",
+    "phrase_maps",
+    "word_maps",
+    "word_panel",
+    "word_panels",
+]

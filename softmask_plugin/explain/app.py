@@ -1,0 +1,306 @@
+"""``softmask app``: a page to click a word and see where the model looks and what a mask hides."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import streamlit as st
+from PIL import Image
+from streamlit.web import bootstrap
+
+from softmask_plugin.datasets.images import open_rgb
+from softmask_plugin.datasets.scenes.grammar import Scene, captions, make_scenes
+from softmask_plugin.datasets.scenes.render import render
+from softmask_plugin.errors import UserError, one_line
+from softmask_plugin.explain.figure import heat_overlay, soft_masked
+from softmask_plugin.explain.gallery import Gallery, readable_images, wrong_caption
+from softmask_plugin.explain.image import explain_image
+from softmask_plugin.explain.pairs import Explanation
+from softmask_plugin.explain.trained import Trained, load_trained
+
+ADDRESS = "127.0.0.1"  # others on the network see the page only if the user forwards it
+SCENES = 200  # held-out scenes, to look into and to search
+UPLOAD_MB = 10
+SEARCHED = 2000  # images of a folder, at most
+SHOWN = 420  # longest side of a picture on the page, pixels
+SCENE, UPLOAD = "A rendered scene", "An image of yours"
+EXPLAINED = """
+**Match** is how sure the model is that the caption describes the image, from 0 to 1. Click a word:
+
+- the **heat map** shows where the model looks for it, brightest where it looks most;
+- the **soft mask** dims just those patches. Where they are dark, the model no longer sees them;
+- the second number is the match **with the mask on**.
+
+Training plays this game with a word of each caption: the match has to hold although the most
+telling part is dimmed. So a model trained with the soft mask has learnt to match without what is
+hidden, and its match hardly moves. In a model trained without it, a fall says that the model
+relied on what is hidden.
+"""
+OF_THE_SHIPPED = """
+The tiny model that comes along tells true captions from wrong ones well. Its maps find the things
+in a scene, but as often the other thing as the one that the word names.
+"""
+SHIPPED_READS = (
+    "The tiny model that comes along was trained on captions about two things, such as “a red ring "
+    "above a blue star”: with one thing alone the match is low."
+)
+SHIPPED_SEES = (
+    "The tiny model that comes along was trained on rendered scenes: of a photo its match means "
+    "nothing."
+)
+
+
+class Weights(NamedTuple):
+    """Where the model comes from, see ``load_trained``; nothing: the shipped one."""
+
+    checkpoint: str | None = None
+    model: str | None = None
+    type: str | None = None
+    options: tuple[str, ...] = ()
+
+    @property
+    def shipped(self) -> bool:
+        """Whether it is the tiny model that comes along."""
+        return self == Weights(options=self.options)
+
+
+def serve(weights: Weights, images: str | None, port: int) -> None:
+    """Serve the page until the process is interrupted.
+
+    Args:
+        weights: of the model to look into.
+        images: folder that the second tab searches; None: rendered scenes.
+        port: of ``ADDRESS``.
+
+    Raises:
+        UserError: the port is none or taken, or the model or the folder cannot be used.
+    """
+    if not 1 <= port <= 65535:
+        raise UserError(f"--port is {port}: it must be 1 to 65535")
+    load_trained(*weights)
+    if images is not None:
+        readable_images(Path(images), limit=1)
+    with socket.socket() as probe:
+        if probe.connect_ex((ADDRESS, port)) == 0:
+            raise UserError(f"port {port} is taken: name another one with --port")
+    flags = {
+        "server.address": ADDRESS,
+        "server.port": port,
+        "server.headless": True,  # no browser is opened, no e-mail asked for
+        "server.maxUploadSize": UPLOAD_MB,
+        "server.fileWatcherType": "none",
+        "browser.gatherUsageStats": False,
+        "client.toolbarMode": "minimal",
+    }
+    bootstrap.load_config_options(flags)
+    bootstrap.run(__file__, False, [json.dumps([weights, images])], flags)
+
+
+def page(weights: Weights, images: str | None = None) -> None:
+    """Draw the page; Streamlit calls this anew at every click."""
+    st.set_page_config("softmask: what the mask hides", "🔍", layout="wide")
+    st.header("See what the mask hides", anchor=False)
+    look, search = st.tabs(["Look at words", "Search by text"])
+    try:
+        with look:
+            _look(weights)
+        with search:
+            _search(weights, images)
+    except UserError as error:
+        st.error(plain(str(error)))
+
+
+def plain(text: str) -> str:
+    """A text that Markdown shows as it is: file names and captions may hold anything."""
+    return re.sub(r"([^\w\s])", r"\\\1", one_line(text), flags=re.ASCII)
+
+
+@st.cache_resource(show_spinner="Loading the model ...")
+def _trained(weights: Weights) -> Trained:
+    return load_trained(*weights)
+
+
+@st.cache_resource
+def _scenes() -> list[Scene]:
+    return make_scenes("test", SCENES)
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def _explained(weights: Weights, image: Image.Image, caption: str) -> Explanation:
+    return explain_image(image, caption, _trained(weights))
+
+
+@st.cache_resource(show_spinner="Encoding the images ...")
+def _gallery(weights: Weights, images: str | None) -> tuple[Gallery, list[Path], int]:
+    trained = _trained(weights)
+    if images is None:
+        size = trained.model.options.image_size
+        return Gallery(trained, (render(scene, size) for scene in _scenes())), [], 0
+    files, left = readable_images(Path(images), SEARCHED)
+    return Gallery(trained, map(open_rgb, files)), files, left
+
+
+# ---- first tab
+
+
+def _look(weights: Weights) -> None:
+    left, right = st.columns([1, 2], gap="large")
+    with left:
+        source = st.radio(
+            "Image", (SCENE, UPLOAD), key="source", horizontal=True, on_change=_start_caption
+        )
+        image, picture = _scene(weights) if source == SCENE else _uploaded(weights)
+        if picture is not None:
+            st.image(picture, width="stretch")
+        st.markdown(EXPLAINED + (OF_THE_SHIPPED if weights.shipped else ""))
+    with right:
+        caption = _caption(source == SCENE)
+        if weights.shipped:
+            st.caption(SHIPPED_READS)
+        if image is None:
+            st.info("Choose an image on the left: it stays on this computer.")
+        elif not _trained(weights).text_processor(caption):
+            st.info("Type what the image shows, then press Enter.")
+        else:
+            _show(_explained(weights, image, caption), np.asarray(picture) / 255)
+
+
+def _scene(weights: Weights) -> tuple[Image.Image, Image.Image]:
+    """Let a scene be picked; as the model sees it, and larger."""
+    number, more = st.columns([2, 1], vertical_alignment="bottom")
+    number.number_input("Scene", 1, SCENES, key="scene", on_change=_start_caption)
+    more.button("Next scene", on_click=_next_scene, width="stretch")
+    scene = _scenes()[st.session_state.scene - 1]
+    return render(scene, _trained(weights).model.options.image_size), render(scene, SHOWN)
+
+
+def _uploaded(weights: Weights) -> tuple[Image.Image | None, Image.Image | None]:
+    """Let an image be uploaded; as it is, and at the size that is shown."""
+    file = st.file_uploader(f"An image, up to {UPLOAD_MB} MB", key="upload")
+    if weights.shipped:
+        st.caption(SHIPPED_SEES)
+    if file is None:
+        return None, None
+    if file.size > UPLOAD_MB * 2**20:
+        raise UserError(f"{file.name} has more than {UPLOAD_MB} MB: choose a smaller image")
+    image = open_rgb(file.name, data=file.getvalue())
+    picture = image.copy()
+    picture.thumbnail((SHOWN, SHOWN))
+    return image, picture
+
+
+def _caption(of_scene: bool) -> str:
+    """Let a caption be typed, or a scene's true or wrong one be taken."""
+    if "caption" not in st.session_state:
+        _start_caption()
+    if not of_scene:
+        return st.text_input("Caption", key="caption", max_chars=200)
+    text, true, wrong = st.columns([4, 1, 1], vertical_alignment="bottom")
+    true.button("True one", on_click=_start_caption, width="stretch")
+    wrong.button("Wrong one", on_click=_wrong_caption, width="stretch")
+    return text.text_input("Caption", key="caption", max_chars=200)
+
+
+def _start_caption() -> None:
+    state = st.session_state
+    state.caption = ""
+    if state.source == SCENE:
+        state.caption = captions(_scenes()[state.scene - 1])[0].text
+
+
+def _wrong_caption() -> None:
+    st.session_state.caption = wrong_caption(_scenes()[st.session_state.scene - 1])
+
+
+def _next_scene() -> None:
+    st.session_state.scene = st.session_state.scene % SCENES + 1
+    _start_caption()
+
+
+def _show(found: Explanation, picture: np.ndarray) -> None:
+    """Let a word be clicked; show its maps and what its mask does to the match."""
+    if found.cut:
+        st.warning(f"The caption is too long for the model: {found.cut}.")
+    word = st.pills(
+        "Click a word",
+        range(len(found.words)),
+        default=found.naming[-1] if found.naming else 0,
+        format_func=lambda index: _label(found.words, index),
+        key=f"words of {found.caption}",
+    )
+    if word is None:
+        return
+    name, masked = plain(found.words[word]), float(found.masked_scores[word])
+    before, after = st.columns(2)
+    before.metric("Match", f"{found.score:.2f}", border=True, height="stretch")
+    after.metric(
+        f"Match with “{name}” masked",
+        f"{masked:.2f}",
+        f"{masked - found.score:+.2f}",
+        delta_color="off" if abs(masked - found.score) < 0.005 else "normal",
+        border=True,
+    )
+    heat, mask = st.columns(2)
+    heat.image(heat_overlay(picture, found.cams[word].numpy()), width="stretch")
+    heat.caption(f"Heat map of “{name}”: bright is where the model looks")
+    mask.image(soft_masked(picture, found.masks[word].numpy()), width="stretch")
+    mask.caption(f"{found.mask_name.capitalize()}: dark is what it hides from the model")
+
+
+def _label(words: list[str], index: int) -> str:
+    """A word as it is clicked; a repeated one gains what is not seen: Streamlit goes by labels."""
+    return plain(words[index]) + "\u200b" * words[:index].count(words[index])
+
+
+# ---- second tab
+
+
+def _search(weights: Weights, images: str | None) -> None:
+    query = st.text_input(
+        "What to look for", "a red heart above a blue diamond", key="query", max_chars=200
+    )
+    gallery, files, left = _gallery(weights, images)
+    place = f"{SCENES} rendered scenes" if images is None else f"{len(files)} images"
+    st.caption(
+        f"{place}: the contrast of text and image (ITC) proposes the most similar ones, the "
+        "matching head (ITM) looks at each with the text and ranks them anew."
+        + (f" {left} more could not be read or are too many." if left else "")
+    )
+    if not _trained(weights).text_processor(query):
+        return
+    hits = gallery.search(query)
+    for start in range(0, len(hits), 4):
+        for column, hit in zip(st.columns(4), hits[start : start + 4], strict=False):
+            with column:
+                if images is None:
+                    st.image(render(_scenes()[hit.index], SHOWN), width="stretch")
+                    st.text(captions(_scenes()[hit.index])[0].text)
+                else:
+                    st.image(_thumbnail(files[hit.index]), width="stretch")
+                    st.text(one_line(str(files[hit.index].relative_to(images))))
+                st.caption(
+                    f"match {hit.match:.2f}, similarity {hit.cosine:+.2f} (place {hit.rank} by it)"
+                )
+
+
+def _thumbnail(file: Path) -> Image.Image:
+    image = open_rgb(file, min_side=SHOWN)
+    image.thumbnail((SHOWN, SHOWN))
+    return image
+
+
+def _main() -> None:
+    # Streamlit adds this file's folder, whose modules would hide others of their names.
+    sys.path[:] = [folder for folder in sys.path if folder != str(Path(__file__).parent)]
+    (checkpoint, model, kind, options), images = json.loads(sys.argv[1])  # as serve() gave them
+    page(Weights(checkpoint, model, kind, tuple(options)), images)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,1 @@
+"""Files: downloaded, written whole, and tensors loaded without running code."""

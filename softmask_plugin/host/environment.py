@@ -1,0 +1,83 @@
+"""What a run ran on: versions, processor, devices, and how they changed from start to start."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+
+import torch
+from lavis.common.dist_utils import get_world_size
+
+from softmask_plugin.config.paths import PACKAGE
+from softmask_plugin.errors import UserError
+from softmask_plugin.files.whole import write_json
+from softmask_plugin.host.stack import installed, version_of
+
+FILE = "environment.json"  # in a run's folder: what it began on, and each later start on another
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """Versions and devices by name, as plain values."""
+    cuda = device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "processes": get_world_size(),
+        "softmask-plugin": _own_version(),
+        **installed(),
+    }
+
+
+def note_environment(folder: Path, device: torch.device) -> None:
+    """Add what this start of a run is on to those before it, unless nothing has changed."""
+    noted, now = noted_environments(folder), environment(device)
+    if noted[-1:] != [now]:
+        write_json(folder / FILE, [*noted, now])
+
+
+def noted_environments(folder: Path) -> list[dict[str, object]]:
+    """What a run was on, in the order of its starts; empty where it noted nothing.
+
+    Raises:
+        UserError: the file is broken.
+    """
+    path = folder / FILE
+    try:
+        noted = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        # earlier versions kept the last start alone, without a list
+        return [dict(start) for start in ([noted] if isinstance(noted, dict) else noted)]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is not a JSON list of objects: delete it") from error
+
+
+def _own_version() -> str | None:
+    """The plugin's; of a checkout also the commit that it is at."""
+    number, commit = version_of("softmask-plugin"), _commit(PACKAGE.parent / ".git")
+    return f"{number}+{commit[:9]}" if commit else number
+
+
+def _commit(git: Path) -> str | None:
+    """What a checkout is at, read from git's own files: to run git would run its hooks as well."""
+    try:
+        head = (git / "HEAD").read_text(encoding="utf-8").strip()
+        name = head.removeprefix("ref: ")
+        if name == head:  # no branch
+            return head
+        if (git / name).is_file():
+            return (git / name).read_text(encoding="utf-8").strip()
+        packed = (git / "packed-refs").read_text(encoding="utf-8").splitlines()
+        return next(line.split()[0] for line in packed if line.endswith(f" {name}"))
+    except (OSError, StopIteration):
+        return None
+
+
+def _processor() -> str:
+    """Its name; Linux tells it in a file, not to Python."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

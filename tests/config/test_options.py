@@ -1,0 +1,90 @@
+"""The options' schema: what it refuses and in which words, and that the shipped files pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from softmask_plugin.config.options import PretrainOptions, read_options
+from softmask_plugin.errors import UserError
+from softmask_plugin.models.pretrain import SoftMaskPretrain
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"soft_msk": {}}, "unknown key model.soft_msk: did you mean 'soft_mask'"),
+        ({"soft_mask": {"strenght": 1}}, "model.soft_mask.strenght: did you mean 'strength'"),
+        ({"vit": {"dept": 3}}, "model.vit.dept: did you mean 'depth'"),
+        ({"bert": {"xyz": 3}}, "model.bert.xyz: choose from 'attention_dropout'"),
+        ({"embed_dim": "wide"}, "model.embed_dim: .*'wide'"),
+        ({"embed_dim": 1.5}, "model.embed_dim: "),
+        ({"itc": {"gamma": "high"}}, "model.itc.gamma: .*'high'"),
+        ({"text": {"shared": "maybe"}}, "model.text.shared: .*'maybe'"),
+        ({"bert": {"layers": None}}, "model.bert.layers: "),
+        ({"vit": 3}, "model.vit is 3: it must be a section"),
+        ({"soft_mask": None}, "model.soft_mask is None: it must be a section"),
+        ({"soft_mask": [1]}, "model.soft_mask is .1.: it must be a section"),
+        ({"soft_mask": {"words": "contents"}}, "did you mean 'content'"),
+        ({"soft_mask": {"kind": "soft-ish"}}, "did you mean 'soft'"),
+        ({"soft_mask": {"strength": 1.01}}, r"model.soft_mask.strength is 1.01: .*\[0, 1\]"),
+        ({"text": {"mask_prob": -0.1}}, "model.text.mask_prob is -0.1"),
+        ({"momentum": 2}, "model.momentum is 2"),
+        ({"alpha": -1}, "model.alpha is -1"),
+        ({"itc": {"gamma": -0.5}}, "model.itc.gamma is -0.5"),
+        ({"itc": {"gamma": float("nan")}}, "model.itc.gamma is nan"),
+        ({"temp": 0}, r"model.temp is 0.0: .*\[0.001, 0.5\]"),
+        ({"queue_size": -1}, "model.queue_size is -1"),
+        ({"max_txt_len": 600}, r"model.max_txt_len is 600: .*\[3, 512\]"),
+        ({"image_size": 100}, "model.image_size is 100, not a multiple of model.vit.patch_size 16"),
+        ({"vit": {"patch_size": 0}}, "model.vit.patch_size is 0"),
+        ({"vit": {"heads": 7}}, "model.vit.width is 768, not a multiple of model.vit.heads 7"),
+        ({"bert": {"heads": 0}}, "model.bert.width is 768, not a multiple of model.bert.heads 0"),
+    ],
+)
+def test_a_mistake_gets_one_line(section, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read_options(PretrainOptions, OmegaConf.create(section))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_numbers_of_the_wrong_type_are_told_apart_from_those_that_can_be_read():
+    options = read_options(PretrainOptions, {"temp": "5e-2", "queue_size": "128", "alpha": 0})
+    assert (options.temp, options.queue_size, options.alpha) == (0.05, 128, 0.0)
+
+
+@pytest.mark.parametrize(("fusion", "layers", "layer"), [(6, 12, 8), (2, 4, 2), (2, 6, 4)])
+def test_the_maps_layer_is_the_third_with_cross_attention_but_never_the_last(fusion, layers, layer):
+    bert = {"fusion_layer": fusion, "layers": layers}
+    assert read_options(PretrainOptions, {"bert": bert}).soft_mask.layer == layer
+
+
+@pytest.mark.parametrize(("layer", "fits"), [(5, False), (6, True), (10, True), (11, False)])
+def test_bounds_of_the_maps_layer(layer, fits):
+    section = {"soft_mask": {"layer": layer}}
+    if fits:
+        assert read_options(PretrainOptions, section).soft_mask.layer == layer
+    else:
+        with pytest.raises(UserError, match=f"layer is {layer}: choose from 6 to 10"):
+            read_options(PretrainOptions, section)
+
+
+def test_an_unknown_loss_gets_the_nearest_name(make_model):
+    with pytest.raises(UserError, match="no loss is registered as 'focal': did you mean 'focal_"):
+        make_model(itc={"loss": "focal"})
+
+
+def test_shipped_models_are_built_from_their_files():
+    """Base on the meta device, without what would have to be downloaded."""
+    sizes = {}
+    for model_type, path in SoftMaskPretrain.PRETRAINED_MODEL_CONFIG_DICT.items():
+        section = OmegaConf.load(path).model
+        section.merge_with({"vit_weights": None, "bert_weights": None, "tokenizer": "scenes"})
+        options = read_options(PretrainOptions, section)
+        with torch.device("meta"):
+            model = SoftMaskPretrain(options)
+        sizes[model_type] = sum(p.numel() for p in model.parameters())
+    # ViT-B/16 86 M, BERT-base with half its layers reading images 124 M + MLM head
+    assert 205e6 < sizes["base"] < 225e6
+    assert sizes["tiny"] < 3e6

@@ -1,0 +1,175 @@
+"""Every shipped YAML: it loads, what it names is built, its keys are read and described."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from lavis.common.registry import registry
+from omegaconf import DictConfig, OmegaConf
+
+from softmask_plugin import launch
+from softmask_plugin.ablate.plan import shipped_plans
+from softmask_plugin.ablate.read import read_plan
+from softmask_plugin.config import check as config_check
+from softmask_plugin.config.options import read_options
+from softmask_plugin.config.paths import CONFIGS
+from softmask_plugin.tokenization import build_tokenizer
+
+PROJECTS = config_check.shipped_configs()
+EVERY_FILE = sorted(CONFIGS.rglob("*.yaml"))
+# What makes any model small, and keeps it from downloading
+SMALL = {
+    "tokenizer": "scenes",
+    **{"load_pretrained": False, "load_finetuned": False},
+    **{"vit_weights": None, "bert_weights": None},
+    "vit": {"width": 24, "depth": 1, "heads": 2},
+    "bert": {"vocab_size": None, "width": 24, "heads": 2, "intermediate": 24},
+}
+
+
+def loaded(name, *options):
+    return launch.load_config(name, ["run.device=cpu", *options], evaluate="/eval/" in name)
+
+
+@pytest.fixture(params=PROJECTS, ids=lambda name: name.removeprefix("lavis_configs/projects/"))
+def project(request):
+    return loaded(request.param)
+
+
+def test_the_model_is_built(project):
+    section = OmegaConf.to_container(project.model_cfg, resolve=True)
+    cls = registry.get_model_class(section["arch"])
+    read_options(cls.OPTIONS, section)  # every key is the schema's, with a value that it allows
+    queue = {"queue_size": 8} if "queue_size" in section else {}
+    model = cls.from_config(OmegaConf.merge(section, SMALL, queue))
+    assert type(model) is cls
+    assert registry.get_task_class(project.run_cfg.task)
+    assert registry.get_runner_class(project.run_cfg.runner)
+
+
+def test_the_data_sets_processors_fit_the_model(project):
+    for name, section in project.datasets_cfg.items():
+        builder = registry.get_builder_class(name)(section)
+        builder.build_processors()
+        used = ["train"] if project.run_cfg.train_splits else []
+        used += ["eval"] if project.run_cfg.get("test_splits") and name != "vg_vqa" else []
+        for split in used:
+            assert builder.text_processors[split] and builder.vis_processors[split]
+            processor = section.vis_processor[split]
+            assert processor.image_size == project.model_cfg.get("image_size", 256), name
+
+
+@pytest.mark.parametrize("name", PROJECTS)
+def test_a_data_sets_keys_are_those_of_its_builder(name):
+    """Ours check their keys; LAVIS's read what their own YAML has, and processors."""
+    given = OmegaConf.load(PROJECTS[name]).datasets
+    for data, section in given.items():
+        builder = registry.get_builder_class(data)
+        known = OmegaConf.load(builder.default_config_path()).datasets[data]
+        assert {*(section or {})} <= {*known, "vis_processor", "text_processor"}
+
+
+@pytest.mark.parametrize(
+    ("data", "first", "files"),
+    [
+        ("captions_folder", "pretrain", "captions"),
+        ("captions_folder", "retrieval", "captions"),
+        ("vqa_folder", "vqa_folder", "questions"),
+        ("entailment_folder", "entailment_folder", "sentences"),
+        ("nlvr_folder", "nlvr_folder", "sentences"),
+    ],
+)
+def test_a_tiny_models_vocabulary_is_made_from_your_own_file(data, first, files, tmp_path):
+    (name,) = [
+        n for n in PROJECTS if f"projects/{data}/train" in n and n.endswith(f"{first}_tiny.yaml")
+    ]
+    rows = "image,image0,image1,caption,question,answer,sentence,label\n"
+    rows += "a.jpg,a.jpg,b.jpg,a quokka,a quokka,a quokka,a quokka,true\n" * 3
+    (tmp_path / "train.csv").write_text(rows)
+    config = loaded(name, f"datasets.{data}.{files}.train={tmp_path / 'train.csv'}")
+    options = read_options(
+        registry.get_model_class(config.model_cfg.arch).OPTIONS, config.model_cfg
+    )
+    assert "quokka" in build_tokenizer(options.tokenizer, 100).get_vocab()
+
+
+def test_zero_shot_flickr30k_is_the_model_fine_tuned_on_coco():
+    name = "lavis_configs/projects/retrieval/eval/zero_shot_flickr30k.yaml"
+    config = loaded(name)
+    assert "coco_retrieval" in config.model_cfg.finetuned and config.model_cfg.load_finetuned
+    assert [*config.datasets_cfg] == ["flickr30k"]
+    coco = loaded(name.replace("flickr30k", "coco")).model_cfg
+    assert coco.pretrained.endswith("/ALBEF.pth") and not coco.load_finetuned
+
+
+def test_every_registered_type_has_a_project_or_an_example():
+    trained = {OmegaConf.load(path).model.arch for path in PROJECTS.values()}
+    ours = {name for name in registry.list_models() if name.startswith("softmask_")}
+    assert ours - trained == {"softmask_feature_extractor"}
+
+
+@pytest.mark.parametrize("name", shipped_plans())
+def test_every_option_of_a_plan_is_accepted(name):
+    plan = read_plan(name)  # reads the configuration of every run, and its model's options
+    for variant in plan.variants:
+        config = launch.load_config(plan.base.config, plan.options(variant, plan.base))
+        for data, section in config.datasets_cfg.items():
+            registry.get_builder_class(data)(section).build_processors()
+
+
+@pytest.mark.parametrize("name", shipped_plans())
+def test_a_plan_says_what_each_variant_tests(name):
+    lines = shipped_plans()[name].read_text("utf-8").splitlines()
+    lines = lines[lines.index("variants:") :]
+    named = [i for i, line in enumerate(lines) if re.match(r"  \w+:", line)]
+    assert len(named) == len(read_plan(name).variants)
+    assert all(lines[i - 1].startswith("  # ") for i in named)
+
+
+@pytest.mark.parametrize("file", EVERY_FILE, ids=lambda file: str(file.relative_to(CONFIGS)))
+def test_a_file_says_what_it_is_for(file):
+    lines = file.read_text("utf-8").splitlines()
+    assert lines[0].startswith("# ") and len(lines[0]) > 15
+    assert all(len(line) <= 100 for line in lines if "https://" not in line)
+
+
+def described(files):
+    """Keys that have a comment on their line, or on the line above or below."""
+    keys = set()
+    for file in files:
+        lines = ["", *Path(file).read_text("utf-8").splitlines(), ""]
+        for above, line, below in zip(lines, lines[1:], lines[2:], strict=False):
+            key = re.match(r"\s*([\w.]+):", line)
+            if key and ("#" in line or any(x.strip().startswith("#") for x in (above, below))):
+                keys.add(key[1])
+    return keys
+
+
+PLAIN = {  # names that say it all
+    *("task", "runner", "device", "seed", "output_dir", "batch_size_train", "batch_size_eval"),
+    *("num_workers", "max_epoch", "init_lr", "min_lr", "warmup_lr", "weight_decay", "evaluate"),
+    *("warmup_steps", "train_splits", "beta2"),
+}
+
+
+def test_every_key_of_a_run_is_described_somewhere():
+    used = {str(key) for path in PROJECTS.values() for key in OmegaConf.load(path).run}
+    assert used - PLAIN <= described(PROJECTS.values())
+
+
+def leaves(section):
+    for key, value in section.items():
+        yield str(key)
+        if isinstance(value, DictConfig) and str(key) not in ("train", "val", "test", "eval"):
+            yield from leaves(value)
+
+
+@pytest.mark.parametrize("folder", sorted((CONFIGS / "datasets").iterdir()), ids=lambda p: p.name)
+def test_every_key_of_a_data_set_is_described(folder):
+    for file in folder.glob("*.yaml"):
+        (section,) = OmegaConf.load(file).datasets.values()
+        plain = {"name", "train", "val", "test", "eval", "vis_processor", "text_processor"}
+        plain |= {"data_type", "max_words", "randaugment_ops", "std"}
+        assert set(leaves(section)) - plain <= described([file]), file.name

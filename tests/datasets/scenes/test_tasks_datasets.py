@@ -1,0 +1,221 @@
+"""The data sets of tasks about scenes, as LAVIS's tasks read them."""
+
+import gc
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from lavis.common.registry import registry
+from omegaconf import OmegaConf
+from scene_truth import answer, entailment_label, meant, pair_truth
+from torch.utils.data import DataLoader
+
+import softmask_plugin  # noqa: F401  (registers the builders, processors and tasks)
+from softmask_plugin.datasets.scenes.tasks import ANSWERS, Pair
+from softmask_plugin.errors import UserError
+from softmask_plugin.tokenization import build_tokenizer
+
+TASKS = ("entailment", "nlvr", "vqa", "grounding")
+
+
+def build(name, changes=None, num=6):
+    builder = registry.get_builder_class(name)
+    config = OmegaConf.load(builder.default_config_path())
+    few = {"num": dict.fromkeys(config.datasets[name].num, num)}
+    for update in (few, changes or {}):
+        config = OmegaConf.merge(config, {"datasets": {name: update}})
+    return builder(config.datasets[name]).build_datasets()
+
+
+def scenes_of(item):
+    if isinstance(item, Pair):
+        return [item.left, item.right]
+    return [item[0] if isinstance(item, tuple) else item.scene]
+
+
+def task_of(name):
+    return registry.get_task_class(name).setup_task(cfg=SimpleNamespace(run_cfg=OmegaConf.create()))
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """A run's folders, as LAVIS's runner registers them."""
+    for name in ("output_dir", "result_dir"):
+        monkeypatch.setitem(registry.mapping["paths"], name, str(tmp_path))
+    return tmp_path
+
+
+def evaluate(task, model, dataset, split="test"):
+    """What LAVIS's runners do for a split."""
+    task.before_evaluation(model=model, dataset=dataset)
+    loader = DataLoader(dataset, 7, collate_fn=dataset.collater)
+    found = task.evaluation(model, loader, cuda_enabled=False)
+    return task.after_evaluation(val_result=found, split_name=split, epoch="best")
+
+
+class Classifier:
+    """Stands in for a model of the ``multimodal_classification`` task."""
+
+    def __init__(self, guess, classes):
+        self.guess, self.classes = guess, classes
+
+    def before_evaluation(self, **_):
+        pass
+
+    def predict(self, samples):
+        guesses = [self.guess(int(i)) for i in samples["instance_id"]]
+        logits = torch.nn.functional.one_hot(torch.tensor(guesses), self.classes)
+        return {"predictions": logits, "targets": samples["label"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "read", "numbers"),
+    [
+        ("entailment", entailment_label, {"contradiction": 0, "neutral": 1, "entailment": 2}),
+        ("nlvr", pair_truth, {False: 0, True: 1}),
+    ],
+)
+def test_lavis_classifies(name, read, numbers, folders):
+    dataset = build(f"scenes_{name}", num=300)["test"]
+    task = task_of("multimodal_classification")
+    oracle = Classifier(lambda i: numbers[read(dataset.items[i])], len(numbers))
+    assert evaluate(task, oracle, dataset)["agg_metrics"] == 1.0
+    for number in numbers.values():
+        constant = Classifier(lambda _, number=number: number, len(numbers))
+        accuracy = evaluate(task, constant, dataset)["agg_metrics"]
+        assert accuracy == pytest.approx(1 / len(numbers), abs=0.09)
+
+
+def test_lavis_answers_and_scores_questions(folders):
+    task = task_of("vqa")
+    builder = registry.get_builder_class("scenes_vqa")
+    config = OmegaConf.load(builder.default_config_path()).datasets
+    config.scenes_vqa.num = {"train": 2, "val": 30, "test": 60}
+    datasets = task.build_datasets(SimpleNamespace(datasets_cfg=config))["scenes_vqa"]
+    assert task.answer_list == list(ANSWERS)
+
+    def model(guess):
+        def predict_answers(samples, answer_list, **_):
+            assert all(text for text in samples["text_input"])
+            return [guess(int(i)) for i in samples["question_id"]]
+
+        return SimpleNamespace(predict_answers=predict_answers, before_evaluation=lambda **_: None)
+
+    for split in ("val", "test"):
+        data = datasets[split]
+        oracle = model(lambda i, data=data: answer(data.items[i]))
+        metrics = evaluate(task, oracle, data, split)
+        assert metrics == {"agg_metrics": 100.0, "yes/no": 100.0, "number": 100.0, "other": 100.0}
+        share = np.mean([question.answer == "yes" for question in data.items])
+        metrics = evaluate(task, model(lambda _: "yes"), data, split)
+        assert metrics["agg_metrics"] == pytest.approx(100 * share, abs=0.01)
+
+
+def test_questions_are_collated_by_lavis_to_train():
+    train = build("scenes_vqa")["train"]
+    batch = train.collater([train[i] for i in range(4)])
+    assert batch["image"].shape == (4, 3, 60, 60)
+    assert batch["answer"] == [answer(question) for question in train.items[:4]]
+    assert batch["n_answers"].tolist() == [1] * 4 and batch["weight"].tolist() == [1.0] * 4
+
+
+def test_official_files_live_as_long_as_the_data_set():
+    data = build("scenes_vqa")["val"]
+    files = [Path(data.coco_fmt_qust_file), Path(data.coco_fmt_anno_file)]
+    for _ in DataLoader(data, batch_size=2, num_workers=1):
+        pass
+    annotations = json.loads(files[1].read_text())["annotations"]
+    assert [{a["answer"] for a in entry["answers"]} for entry in annotations] == [
+        {question.answer} for question in data.items
+    ]
+    assert all(len(entry["answers"]) == 10 for entry in annotations)
+    del data
+    gc.collect()
+    assert not any(file.exists() for file in files)
+
+
+def test_grounding_finds_the_thing_meant():
+    datasets = build("scenes_grounding", {"objects": 3}, num=50)
+    assert list(datasets) == ["val", "test"]
+    for split, data in datasets.items():
+        for index, entry in enumerate(data.annotation):
+            things = data.items[index][0].things
+            (thing,), _ = meant(entry["text"], things)
+            assert entry["box"] == thing.box
+            assert entry["boxes"] == [thing.box for thing in things]
+            assert entry["group"] == split
+            sample = data[index]
+            assert sample["index"] == index and sample["instance_id"] == str(index)
+            assert sample["text_input"] == entry["text"]
+    related = [re.match("the thing .+ the", entry["text"]) for entry in data.annotation]
+    assert 10 < sum(map(bool, related)) < 40
+
+
+@torch.no_grad()
+def test_the_grounding_task_reads_it(make_model, folders):
+    model = make_model().eval()
+    data = build("scenes_grounding", {"image_size": 32}, num=8)["test"]
+    task = task_of("softmask_grounding")
+    metrics = evaluate(task, model, data)
+    assert metrics["acc_chance"] == metrics["acc_chance_test"] == 50.0
+    assert 0 <= metrics["agg_metrics"] <= 100
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_words_are_tokens_and_processors_change_none(name):
+    tokenizer = build_tokenizer("scenes")
+    for split, data in build(f"scenes_{name}", num=200).items():
+        texts = [data[i]["text_input"] for i in range(200)]
+        key = {"vqa": "question", "grounding": "text"}.get(name, "sentence")
+        assert texts == [entry[key] for entry in data.annotation], split
+        for text in texts:
+            assert tokenizer.tokenize(text) == text.split()
+    assert all(tokenizer.tokenize(text) == [text] for text in ANSWERS)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_items_depend_on_seed_split_and_index_alone(name):
+    many, few = (build(f"scenes_{name}", num=num) for num in (9, 5))
+    other = build(f"scenes_{name}", {"seed": 1}, num=5)
+    for split in many:
+        assert list(many[split].items[:5]) == list(few[split].items)
+        assert list(few[split].items) != list(other[split].items)
+    assert list(few["val"].items) != list(few["test"].items)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_one_key_sets_the_image_size_and_objects_and_layout_are_used(name):
+    changes = {"image_size": 48, "objects": 2, "layout": "free", "heldout": 0.5}
+    for split, data in build(f"scenes_{name}", changes, num=20).items():
+        images = [value for key, value in data[0].items() if key.startswith("image")]
+        assert [tuple(image.shape) for image in images] == [(3, 48, 48)] * (1 + (name == "nlvr"))
+        scenes = [scene for item in data.items for scene in scenes_of(item)]
+        assert {len(scene.things) for scene in scenes} == {2}
+        assert len({thing.x for scene in scenes for thing in scene.things}) == 2 * len(scenes)
+        assert any(scene.novel for scene in scenes) == (split != "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("entailment", {"objects": 1}, "datasets.scenes_entailment.objects is 1: it must be a"),
+        ("entailment", {"curtain": True}, "unknown key datasets.scenes_entailment.curtain"),
+        ("entailment", {"heldout": -1}, "from 0 to 0.5"),
+        ("nlvr", {"num": {"test": 1279}}, "only 2556 do: ask for fewer"),
+        ("nlvr", {"objects": 5}, "from 1 to 4"),
+        ("vqa", {"num": {"tset": 5}}, "num.tset: did you mean 'test'"),
+        ("vqa", {"seed": 0.5}, "whole number"),
+        ("vqa", {"layout": "bord"}, "did you mean 'board'"),
+        ("grounding", {"num": {"train": 5}}, "unknown key datasets.scenes_grounding.num.train"),
+        ("grounding", {"objects": 1}, "from 2 to 4"),
+        ("grounding", {"image_size": 8}, "image_size is 8"),
+    ],
+)
+def test_wrong_settings_are_told_in_one_line(name, changes, message):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        build(f"scenes_{name}", changes)
+    assert "\n" not in str(error.value)

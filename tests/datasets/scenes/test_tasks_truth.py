@@ -1,0 +1,124 @@
+"""Statements, questions and expressions about scenes: each is read back and checked."""
+
+from dataclasses import replace
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scene_truth import (
+    HELDOUT,
+    answer,
+    entailment_label,
+    hidden_by,
+    meant,
+    pair_truth,
+    things_called,
+)
+
+from softmask_plugin.datasets.scenes.grammar import (
+    COLOURS,
+    COMPOSITIONS,
+    LAYOUTS,
+    SHAPES,
+    allowed_compositions,
+    heldout_compositions,
+    make_scenes,
+)
+from softmask_plugin.datasets.scenes.task_datasets import SceneEntailmentDataset
+from softmask_plugin.datasets.scenes.tasks import (
+    ANSWERS,
+    KINDS,
+    ask,
+    entail,
+    pair_up,
+    refer,
+    references,
+)
+
+seeds = st.integers(0, 2**40)
+splits = st.sampled_from(["train", "val", "test"])
+layouts = st.sampled_from(sorted(LAYOUTS))
+
+
+@given(seeds, splits, st.integers(2, 4), layouts)
+@settings(max_examples=60, deadline=None)
+def test_hypotheses_have_the_label_they_are_given(seed, split, objects, layout):
+    pool = allowed_compositions(split, HELDOUT)
+    for scene in make_scenes(split, 5, seed, objects, HELDOUT, layout):
+        item = entail(scene, pool)
+        assert item == entail(scene, pool)
+        assert item.label == entailment_label(item)
+
+
+def test_a_neutral_hypothesis_is_true_in_one_world_and_false_in_another_of_the_same_picture():
+    items = [entail(scene, COMPOSITIONS) for scene in make_scenes("test", 60, objects=3)]
+    neutral = [item for item in items if item.label == "neutral"]
+    assert len(neutral) > 10
+    for item in neutral:
+        hidden = hidden_by(item.curtain, item.scene.things)
+        value = item.text.split()[-1]
+        secret, values = ("colour", COLOURS) if value in COLOURS else ("shape", SHAPES)
+        other = next(name for name in values if name != value)
+        worlds = []
+        for truth in (value, other):
+            changed = [
+                replace(thing, **{secret: truth}) if thing is hidden else thing
+                for thing in item.scene.things
+            ]
+            worlds.append(replace(item, scene=replace(item.scene, things=tuple(changed))))
+        pictures = SceneEntailmentDataset(np.asarray, str, worlds, 60)
+        assert (pictures[0]["image"] == pictures[1]["image"]).all()
+
+
+@given(seeds, splits, st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_statements_about_pairs_are_as_true_as_they_are_said_to_be(seed, split, objects):
+    pool, heldout = allowed_compositions(split, HELDOUT), heldout_compositions(HELDOUT)
+    scenes = make_scenes(split, 10, seed, objects, HELDOUT)
+    for left, right in zip(scenes[::2], scenes[1::2], strict=True):
+        item = pair_up(left, right, pool, heldout)
+        assert item == pair_up(left, right, pool, heldout)
+        assert item.label == pair_truth(item)
+        for before, after in ((left, item.left), (right, item.right)):
+            assert after.things[1:] == before.things[1:]
+            assert after.things[0].box == before.things[0].box
+            assert len(after.compositions) == objects
+            assert after.novel == (not heldout.isdisjoint(after.compositions))
+
+
+@given(seeds, splits, st.integers(1, 4), layouts)
+@settings(max_examples=60, deadline=None)
+def test_questions_have_the_answer_they_are_given(seed, split, objects, layout):
+    pool = allowed_compositions(split, HELDOUT)
+    for scene in make_scenes(split, 5, seed, objects, HELDOUT, layout):
+        question = ask(scene, pool)
+        assert question == ask(scene, pool)
+        assert question.answer == answer(question)
+        assert question.answer in ANSWERS and question.kind in KINDS
+
+
+@given(seeds, st.integers(1, 4), layouts, st.sampled_from([None, "size", "colour", "shape"]))
+@settings(max_examples=60, deadline=None)
+def test_references_fit_one_thing_alone_and_keep_the_secret(seed, objects, layout, secret):
+    (scene,) = make_scenes("test", 1, seed, objects, HELDOUT, layout)
+    found = references(scene.things, secret)
+    assert len({reference.text for reference in found}) == len(found)
+    for reference in found:
+        (thing,), anchor = meant(reference.text, scene.things)
+        assert thing is reference.thing and anchor is reference.anchor
+        if secret and anchor is None:
+            assert getattr(thing, secret) not in reference.text.split()
+    assert refer(scene) in references(scene.things)
+    if secret is None:
+        assert {reference.thing for reference in found} == set(scene.things)
+
+
+def test_no_reference_is_left_out():
+    """Of all nouns there are, those that fit one thing alone."""
+    sizes, colours, shapes = ("", "small "), ("", *(f"{c} " for c in COLOURS)), ("thing", *SHAPES)
+    every = [s + c + n for s in (*sizes, "large ") for c in colours for n in shapes]
+    for scene in make_scenes("test", 30, objects=3):
+        unambiguous = {f"the {n}" for n in every if len(things_called(n, scene.things)) == 1}
+        found = [r.text for r in references(scene.things) if r.anchor is None]
+        # A noun of fewer words may be followed by "thing" alone, which names nothing.
+        assert set(found) == unambiguous - {"the thing"}

@@ -1,0 +1,92 @@
+"""The trained model that comes with the package: small, whole, loaded from anywhere, and good."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from lavis.models import load_model_and_preprocess
+from safetensors import safe_open
+
+from softmask_plugin.datasets.scenes.builders import SceneEvalDataset
+from softmask_plugin.datasets.scenes.grammar import make_scenes
+from softmask_plugin.errors import UserError
+from softmask_plugin.files.tensors import ASSETS, SHIPPED, read_state_dict
+from softmask_plugin.models.rerank import Reranker
+
+FILE = ASSETS / "scenes_tiny.safetensors"
+ARCHS = [
+    f"softmask_{name}"
+    for name in ("pretrain", "retrieval", "image_text_matching", "feature_extractor")
+]
+
+
+def test_the_file_is_small_and_says_how_it_was_made():
+    assert FILE.stat().st_size < 10e6
+    with safe_open(FILE, "pt") as file:
+        within = file.metadata()
+    beside = json.loads(FILE.with_suffix(".json").read_text())
+    assert within["command"] == beside["command"]
+    assert json.loads(within["held out"]) == beside["held out"]
+    assert beside["bytes"] == FILE.stat().st_size
+    assert {"seed", "date", "versions"} <= within.keys() & beside.keys()
+    assert beside["held out"]["retrieval"]["txt_r1"] > 90
+
+
+def test_it_holds_online_weights_alone():
+    names = read_state_dict(f"{SHIPPED}scenes_tiny").keys()
+    assert not [name for name in names if "_m." in name or "queue" in name]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_type_has_all_of_its_weights(arch):
+    model, images, texts = load_model_and_preprocess(arch, "scenes_tiny", is_eval=True)
+    stored = read_state_dict(f"{SHIPPED}scenes_tiny")
+    for name, tensor in model.state_dict().items():
+        source = name.replace("_m.", ".")
+        source = source if source in stored else source.replace("encoder.", "encoder.bert.", 1)
+        if source in stored:
+            torch.testing.assert_close(tensor, stored[source].to(tensor.dtype), rtol=0, atol=0)
+        else:
+            assert "queue" in name, name  # nothing else may be left as it was drawn
+    assert images["eval"].image_size == 60 and texts["eval"]("A Star.") == "a star"
+
+
+def test_it_ranks_held_out_scenes():
+    """A damaged file, or processors that do not fit it, would fall far below."""
+    model, images, texts = load_model_and_preprocess(ARCHS[-1], "scenes_tiny", is_eval=True)
+    scenes = make_scenes("test", 200, seed=1)  # of another seed than those that were reported
+    data = SceneEvalDataset(images["eval"], texts["eval"], scenes, 60, captions_per_image=1)
+    scores = Reranker(model).scores(torch.utils.data.DataLoader(data, batch_size=64))
+    for score in scores:
+        assert (score.argmax(axis=1) == range(200)).mean() > 0.85
+
+
+def test_a_fresh_process_loads_it_from_another_folder(tmp_path):
+    code = """
+import softmask_plugin
+from lavis.models import load_model_and_preprocess
+model, *_ = load_model_and_preprocess("softmask_feature_extractor", "scenes_tiny", is_eval=True)
+print(float(model.itm_head.weight.detach().sum()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ASSETS.parents[1]), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    weight = read_state_dict(f"{SHIPPED}scenes_tiny")["itm_head.weight"].float()
+    assert float(done.stdout.split()[-1]) == pytest.approx(weight.sum().item())
+
+
+@pytest.mark.parametrize("name", ["scene_tiny", "../assets/scenes_tiny"])
+def test_weights_that_are_not_shipped(name):
+    with pytest.raises(UserError, match="no weights '.*' are shipped: .*'scenes_tiny'"):
+        read_state_dict(f"{SHIPPED}{name}")

@@ -1,0 +1,211 @@
+"""Retrieval scores against LAVIS's compute_sim_matrix on the same weights."""
+
+from __future__ import annotations
+
+import softmask_plugin  # noqa: F401  (before LAVIS, also in processes that a test spawns)
+
+# isort: split
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from lavis.common.registry import registry
+from lavis.models.albef_models import compute_sim_matrix
+from lavis.tasks.retrieval import RetrievalTask
+from torch.utils.data import DistributedSampler
+
+from benchmarks.baseline import albef_retrieval
+from softmask_plugin.config.run_options import RerankOptions
+from softmask_plugin.errors import UserError
+from softmask_plugin.models.rerank import NOT_A_CANDIDATE, Reranker, candidates
+
+IMAGES = 5
+PER_IMAGE = (1, 3, 2, 1, 2)  # captions of each image
+TEXTS = [
+    "a red circle",
+    "a small red circle above a large blue star and below a green ring",
+    "star",
+    "a picture of a yellow triangle to the left of a small purple ring and a cross",
+    "a black heart",
+    "there is a large blue star below a red circle",
+    "a small green square",
+    "",
+    "a green square to the right of a yellow triangle",
+]
+
+
+@pytest.fixture
+def gallery():
+    """What LAVIS's retrieval task hands to a model: batches of 2, 2 and 1 images."""
+    owners = np.repeat(np.arange(IMAGES), PER_IMAGE)
+    images = torch.randn(IMAGES, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    dataset = SimpleNamespace(
+        text=TEXTS,
+        image=[f"{i}.png" for i in range(IMAGES)],
+        txt2img={text: int(image) for text, image in enumerate(owners)},
+        img2txt={i: np.flatnonzero(owners == i).tolist() for i in range(IMAGES)},
+    )
+
+    class Loader(list):
+        pass
+
+    loader = Loader({"image": part} for part in images.split(2))
+    loader.dataset = dataset
+    return loader
+
+
+def ours(model, loader, k):
+    return model.compute_sim_matrix(loader, {"k_test": k})
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_scores_and_candidates_equal_lavis(make_model, gallery, k, tmp_path, monkeypatch):
+    model = make_model().eval()
+    got = ours(model, gallery, k)
+    with torch.no_grad():
+        expected = compute_sim_matrix(albef_retrieval(model), gallery, k_test=k)
+    for a, b, shape in zip(
+        got, expected, [(IMAGES, len(TEXTS)), (len(TEXTS), IMAGES)], strict=True
+    ):
+        assert a.shape == b.shape == shape
+        assert np.array_equal(a == NOT_A_CANDIDATE, b == NOT_A_CANDIDATE)
+        assert ((a != NOT_A_CANDIDATE).sum(axis=1) == k).all()
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+    # The task writes its metrics to the run's folder too.
+    monkeypatch.setitem(registry.mapping["paths"], "output_dir", str(tmp_path))
+    maps = (gallery.dataset.txt2img, gallery.dataset.img2txt)
+    metrics = RetrievalTask._report_metrics(*got, *maps)
+    assert metrics == RetrievalTask._report_metrics(*expected, *maps)
+
+
+def test_more_candidates_than_the_gallery_has_means_all(make_model, gallery):
+    model = make_model().eval()
+    i2t, t2i = ours(model, gallery, 128)  # LAVIS dies of it
+    assert (i2t != NOT_A_CANDIDATE).all()
+    np.testing.assert_allclose(i2t, t2i.T, rtol=0, atol=1e-6)
+    few, _ = ours(model, gallery, 3)  # a pair's score does not depend on who else is scored
+    chosen = few != NOT_A_CANDIDATE
+    np.testing.assert_allclose(few[chosen], i2t[chosen], rtol=0, atol=1e-5)
+
+
+def test_texts_in_batches_score_the_same(make_model, gallery):
+    model = make_model().eval()
+    for a, b in zip(
+        Reranker(model, RerankOptions(k_test=3), text_batch=2).scores(gallery),
+        ours(model, gallery, 3),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+def test_without_a_matching_head_the_scores_are_those_of_itc(make_model, gallery):
+    model = make_model().eval()
+    with torch.no_grad():
+        model.itm_head.weight.zero_()
+        model.itm_head.bias.zero_()
+    similarity = Reranker(model).similarity(gallery).numpy()
+    assert np.abs(similarity).max() <= 1 + 1e-6
+    np.testing.assert_allclose(ours(model, gallery, 9)[0], similarity, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("where", ["itm_head.bias", "vision_proj.weight", "text_proj.bias"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_weights_are_an_error_and_no_score(make_model, gallery, where, value):
+    model = make_model().eval()
+    with torch.no_grad():
+        model.get_parameter(where).fill_(value)
+    with pytest.raises(UserError, match="a retrieval score is NaN or infinite"):
+        ours(model, gallery, 3)
+
+
+def test_by_matching_alone(make_model, gallery):
+    model = make_model().eval()
+    both = model.compute_sim_matrix(gallery, {"k_test": 3})
+    alone = model.compute_sim_matrix(gallery, {"k_test": 3, "rerank_scoring": "itm"})
+    similarity = Reranker(model).similarity(gallery).numpy()
+    for sum_of_two, logits, cosine in zip(both, alone, (similarity, similarity.T), strict=True):
+        chosen = logits != NOT_A_CANDIDATE
+        assert np.array_equal(chosen, sum_of_two != NOT_A_CANDIDATE)
+        np.testing.assert_allclose((logits + cosine)[chosen], sum_of_two[chosen], atol=1e-5)
+
+
+def test_less_memory_means_smaller_chunks_and_the_same_scores(make_model, gallery, monkeypatch):
+    model, sizes = make_model().eval(), []
+    match_image = Reranker.match_image
+
+    def spy(self, memory, texts, captions):
+        sizes.append(len(captions))
+        return match_image(self, memory, texts, captions)
+
+    monkeypatch.setattr(Reranker, "match_image", spy)
+    expected = ours(model, gallery, 9)
+    assert max(sizes) == len(TEXTS)
+    sizes.clear()
+    few = model.compute_sim_matrix(gallery, {"k_test": 9, "rerank_memory": 1e-4})
+    assert max(sizes) < len(TEXTS) and sum(sizes) == IMAGES * len(TEXTS)
+    for a, b in zip(few, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+def test_a_gallery_smaller_than_k_is_said(make_model, gallery, caplog):
+    ours(make_model().eval(), gallery, 7)
+    assert "run.k_test is 7, but there are 5 images: all are candidates" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"k_test": 0}, "k_test"),
+        ({"k_test": True}, "k_test is True: it must be a whole number"),
+        ({"k_test": 2.5}, "k_test is 2.5: it must be a whole number"),
+        ({"rerank_scoring": "itc"}, "rerank_scoring"),
+        ({"rerank_memory": 0}, "rerank_memory"),
+        ({"rerank_memory": float("inf")}, "rerank_memory is inf: it must be a number above 0"),
+    ],
+)
+def test_a_wrong_option_is_named(option, message):
+    with pytest.raises(UserError, match=message):
+        RerankOptions.of(option)
+
+
+def test_two_ranks_share_the_work(make_model, gallery, tmp_path):
+    """Each of two processes matches its own images; both have all scores."""
+    model = make_model().eval()
+    torch.save({"model": model, "gallery": gallery[:], "dataset": gallery.dataset}, tmp_path / "in")
+    torch.multiprocessing.spawn(rank_scores, (tmp_path,), nprocs=2)
+    for rank in range(2):
+        got = torch.load(tmp_path / f"out{rank}", weights_only=False)
+        for a, b in zip(got["scores"], ours(model, gallery, 3), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+        assert got["images"] == IMAGES // 2 + (rank < IMAGES % 2)
+
+
+def rank_scores(rank, folder):
+    """What each process of the test above runs."""
+    torch.set_num_threads(1)
+    given = torch.load(folder / "in", weights_only=False)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    loader = type("Loader", (list,), {"dataset": given["dataset"]})(given["gallery"])
+    seen = []
+    remember = given["model"].bert.remember
+    given["model"].bert.remember = lambda states: seen.append(1) or remember(states)
+    scores = given["model"].compute_sim_matrix(loader, {"k_test": 3})
+    torch.save({"scores": scores, "images": len(seen)}, folder / f"out{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_candidates_are_the_best_of_each_row():
+    similarity = torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.2, 0.1]])
+    assert candidates(similarity, 2).tolist() == [[False, True, True], [True, True, False]]
+    assert candidates(similarity, 9).all()
+
+
+def test_a_part_of_the_gallery_in_each_process_is_refused(make_model, gallery):
+    """What run.use_dist_eval_sampler would do in several processes: recalls of a part."""
+    gallery.sampler = DistributedSampler(gallery.dataset.image, num_replicas=2, rank=0)
+    with pytest.raises(UserError, match="set run.use_dist_eval_sampler=false"):
+        ours(make_model().eval(), gallery, 3)

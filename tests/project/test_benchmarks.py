@@ -1,0 +1,58 @@
+"""The benchmarks in their small setting, as a reader starts them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_every_measurement_runs(tmp_path):
+    done = bench("--small", "--rounds", "1", "--threads", "2", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "bench.json").read_text())
+    rows = {row["name"]: row for row in content["rows"]}
+    assert len(rows) == len(content["rows"]) >= 10
+    for row in rows.values():
+        assert row["ours"] > 0 and row["other"] > 0
+        assert row["name"] in done.stdout
+    # A count and no time: the same on any machine.
+    flops = rows["step: FLOPs per pair"]
+    assert flops["ours"] < 0.72 * flops["other"]
+    scores = next(row for name, row in rows.items() if name.startswith("retrieval"))
+    assert "recalls identical" in scores["note"]
+    axes = {cost["axis"] for cost in content["costs"]}
+    assert len(axes) == 5 and content["machine"]["threads"] == 2
+    assert (tmp_path / "scaling.png").stat().st_size > 5000
+
+
+def test_an_unknown_measurement_is_named():
+    done = bench("sped")
+    assert done.returncode == 2 and "there is no measurement 'sped'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("row", "met"), [((1.0, 2.0, 0.5), True), ((2.0, 2.0, 0.5), False), ((1.0, 2.0, None), None)]
+)
+def test_a_target_is_met_or_missed(row, met):
+    from benchmarks.harness import Row
+
+    ours, other, target = row
+    assert Row("", "s", ours, other, target).met is met
+    if target is not None:  # speeds: the other way round
+        assert Row("", "1/s", other, ours, 1.5, higher_is_better=True).met is (other >= 1.5 * ours)

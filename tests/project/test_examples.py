@@ -1,0 +1,188 @@
+"""Every example as a reader starts it, in a small setting."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import tasks
+from softmask_plugin.datasets.tables.captions import read_captions
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What `make tasks` leaves, after a few steps of each task."""
+    folder = tmp_path_factory.mktemp("tasks #1")  # YAML would take # for a comment
+    out = StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
+        patch.setattr(sys, "argv", ["tasks", "--small", "--output", str(folder)])
+        tasks.main()
+    for task in (*(task.name for task in tasks.TASKS), "grounding"):
+        assert f"| {task} |" in out.getvalue()
+    return folder
+
+
+@pytest.fixture
+def checkpoint(trained):
+    (file,) = trained.glob("pretrain/*/checkpoint_0.pth")
+    return file
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A user's folder: 16 noise images in colour, and caption files with a caption for each."""
+    generator = np.random.default_rng(0)
+    rows = [{"image": f"{i}.png", "caption": f"a red circle {i}"} for i in range(16)]
+    for row in rows:
+        pixels = generator.integers(256, size=(40, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / row["image"])
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+def example(name: str, cwd: Path, *arguments: object) -> list[str]:
+    """Run a script in a process of its own; the lines that it prints."""
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / f"{name}.py", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
+def in_process(name: str, monkeypatch, cwd: Path, *arguments: object) -> None:
+    """Run a script in this process, which has LAVIS loaded: for variants of what runs above."""
+    monkeypatch.chdir(cwd)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+
+
+def test_score_pairs(checkpoint, tmp_path):
+    lines = example("score_pairs", tmp_path, "--checkpoint", checkpoint)[-7:]
+    for i in range(3):
+        assert lines[i].startswith(f"text {i}: a ")
+        assert lines[4 + i].startswith(f"image {i} ")
+        cells = re.findall(r"([\d.]+) \(([+-][\d.]+)\)", lines[4 + i])
+        assert len(cells) == 3
+        assert all(0 <= float(match) <= 1 and -1 <= float(cosine) <= 1 for match, cosine in cells)
+
+
+def test_search_folder(checkpoint, tmp_path):
+    query = ("--query", "a red circle")
+    lines = example("search_folder", tmp_path, "--checkpoint", checkpoint, *query)[-5:]
+    cosines = [float(line.split()[0]) for line in lines]
+    assert cosines == sorted(cosines, reverse=True)
+    assert all(re.fullmatch(r"an? .+\.png", line.split(maxsplit=1)[1]) for line in lines)
+
+
+def test_search_folder_of_ones_own(checkpoint, folder, monkeypatch, capsys):
+    for name in range(3, 16):
+        (folder / f"{name}.png").unlink()
+    (folder / "1.png").rename(folder / "1.PNG")
+    in_process("search_folder", monkeypatch, folder, "--checkpoint", checkpoint, "--images", folder)
+    found = [line.split()[1] for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert sorted(found) == ["0.png", "1.PNG", "2.png"]
+    (empty := folder / "empty").mkdir()
+    given = ("--checkpoint", checkpoint, "--images", empty)
+    with pytest.raises(SystemExit, match="no .jpg, .jpeg or .png in .*empty"):
+        in_process("search_folder", monkeypatch, folder, *given)
+
+
+def test_explain_words(checkpoint, tmp_path):
+    figure = tmp_path / "a.png"
+    lines = example("explain_words", tmp_path, "--checkpoint", checkpoint, "--output", figure)
+    start = next(i for i, line in enumerate(lines) if ": match " in line)
+    caption, rows = lines[start].partition(":")[0], lines[start + 1 : -1]
+    assert [row.split()[0] for row in rows] == caption.split()
+    assert all(0 <= float(row.split()[-1]) <= 1 for row in rows)
+    pixels = np.asarray(Image.open(figure).convert("RGB"))
+    assert min(pixels.shape[:2]) > 500
+    for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):  # nothing is cut off
+        assert (edge == 255).all()
+
+
+def test_finetune_own_folder(checkpoint, folder):
+    lines = example(
+        *("finetune_own_folder", folder, "--checkpoint", checkpoint),
+        *("--data", folder, folder / "train.json", folder / "test.json"),
+        *("--options", "run.max_epoch=1", "run.batch_size_train=8", "run.warmup_steps=1"),
+    )
+    recalls = r"caption R@1 [\d.]+ \(R@10 [\d.]+\), image R@1 [\d.]+ \(R@10 [\d.]+\)"
+    assert re.fullmatch(f"before: {recalls}", lines[-3])
+    assert re.fullmatch(f"after: {recalls}", lines[-2])
+    run = Path(lines[-1].partition(": ")[2])
+    assert (run / "checkpoint_0.pth").is_file()
+    assert str(checkpoint) in (run / "config.yaml").read_text()
+
+
+def test_finetune_own_folder_renders_one(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    script = runpy.run_path(str(EXAMPLES / "finetune_own_folder.py"))
+    images, *files = script["save_scenes"](tmp_path / "data")
+    for file, count in zip(files, (2000, 200), strict=True):
+        items = read_captions(file)
+        assert len(items) == count
+        assert all((images / item.image).is_file() and len(item.captions) == 5 for item in items)
+
+
+def test_evaluate_tasks(trained, tmp_path):
+    names = [task.name for task in tasks.TASKS] + ["grounding"]
+    lines = example("evaluate_tasks", tmp_path, "--models", trained)[-6:]
+    assert lines[0].split() == ["task", "metric", "%", "chance"]
+    cells = [line.split() for line in lines[1:]]
+    assert [task for task, *_ in cells] == names
+    assert all(0 <= float(score) <= 100 for _, _, score, _ in cells)
+    chances = {task: float(chance) for task, _, _, chance in cells}
+    # 2 of 1000 texts are right; labels are about equally frequent; one of two things is meant
+    assert chances["retrieval"] == pytest.approx(0.2, abs=0.05)
+    assert 33 < chances["entailment"] < 45 and 50 <= chances["nlvr"] < 56
+    assert 0 < chances["vqa"] < 50 and chances["grounding"] == 50
+
+
+def test_custom_loss(tmp_path):
+    options = ["datasets.scenes_pretrain.num.train=320", "run.batch_size_train=32"]
+    lines = example("custom_loss", tmp_path, "--options", *options)
+    losses = [float(line.rpartition(" ")[2]) for line in lines if ": loss_itc " in line]
+    assert [line.partition(":")[0] for line in lines[-2:]] == ["step 5", "step 10"]
+    assert len(losses) == 2 and losses[1] < losses[0]
+
+
+def test_without_a_checkpoint_the_shipped_model_is_used(tmp_path, monkeypatch, capsys):
+    in_process("score_pairs", monkeypatch, tmp_path)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("image ")]
+    matches = [[float(x) for x in re.findall(r"([\d.]+) \(", row)] for row in rows]
+    assert all(row[i] > 0.5 and row[i] == max(row) for i, row in enumerate(matches))
+
+
+def test_without_models_one_line_says_what_to_do(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="no model for retrieval in .*: run `make tasks` first"):
+        in_process("evaluate_tasks", monkeypatch, tmp_path)
+
+
+def test_every_example_is_tested_and_listed():
+    listed = (EXAMPLES / "README.md").read_text()
+    tests = Path(__file__).read_text()
+    for file in EXAMPLES.glob("*.py"):
+        assert f"def test_{file.stem}(" in tests
+        assert f"python examples/{file.name}" in listed
+        assert f"python examples/{file.name}" in file.read_text()

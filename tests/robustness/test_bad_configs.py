@@ -1,0 +1,227 @@
+"""YAML files and options of every bad kind end the command in one line, before any training."""
+
+from __future__ import annotations
+
+from dataclasses import is_dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from lavis.common.config import create_runner_config_validator
+from omegaconf import OmegaConf
+
+from softmask_plugin import cli
+from softmask_plugin.config import check as config_check
+from softmask_plugin.config.options import PretrainOptions, RetrievalOptions, read_options
+from softmask_plugin.errors import UserError
+from softmask_plugin.report import write_report
+
+RUN = {
+    **{"task": "retrieval", "runner": "softmask_runner", "device": "cpu", "seed": 7},
+    **{"lr_sched": "softmask_cosine_lr", "init_lr": 1e-3, "min_lr": 0, "weight_decay": 0.01},
+    **{"output_dir": "runs", "num_workers": 0, "batch_size_train": 4, "batch_size_eval": 4},
+    **{"max_epoch": 1, "train_splits": ["train"], "valid_splits": [], "test_splits": ["test"]},
+}
+SCENES = "datasets.scenes_retrieval"
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """A sound YAML file, ``my.yaml``, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    model = {"arch": "softmask_pretrain", "model_type": "tiny", "queue_size": 8}
+    data = {"scenes_retrieval": {"num": {"train": 8, "val": 4, "test": 6}}}
+    OmegaConf.save({"model": model, "datasets": data, "run": RUN}, "my.yaml")
+
+
+def refusal(capsys, *options: str, command: str = "train", file: str = "my.yaml") -> str:
+    """The one line that the command ends in."""
+    arguments = [command, "--cfg-path", file]
+    assert cli.main([*arguments, *(["--options", *options] if options else [])]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "rror" in line]
+    assert len(lines) == 1 and lines[0].startswith("softmask: error: ")
+    return lines[0]
+
+
+# ---- values
+
+VALUES = {
+    # unknown keys
+    "model.soft_mask.strenght=1": "did you mean 'strength'",
+    f"{SCENES}.vis_processor.eval.imagesize=60": "unknown key 'imagesize'",
+    "run.wram_up=1": "did you mean 'warmup_lr'",
+    # wrong types
+    "model=3": "not of the form section.key=value",
+    "model.vit=3": "model.vit is 3: it must be a section",
+    "model.vit.depth=deep": "model.vit.depth: ",
+    "model.image_size=60.5": "model.image_size: ",
+    f"{SCENES}=3": f"{SCENES} is 3: it must be a section of keys",
+    f"{SCENES}.vis_processor=3": "vis_processor is 3: it must be a section",
+    f"{SCENES}.vis_processor.eval=3": "vis_processor.eval is 3: it must be a section",
+    f"{SCENES}.vis_processor.eval.image_size=big": "image_size must be a positive whole number",
+    "run.batch_size_train=four": "run.batch_size_train is 'four': it must be a whole number",
+    "run.batch_size_train=2.5": "run.batch_size_train is 2.5: it must be a whole number",
+    "run.batch_size_train=true": "run.batch_size_train is True: it must be a whole number",
+    "run.batch_size_eval=[1]": "run.batch_size_eval is [1]: it must be a whole number",
+    "run.log_freq=often": "run.log_freq is 'often': it must be a whole number of at least 1",
+    "run.clip_grad_norm=yes": "run.clip_grad_norm is True: it must be a number >= 0",
+    "run.train_splits=train": "run.train_splits is 'train': it must be a list of names",
+    "run.valid_splits=5": "run.valid_splits is 5: it must be a list of names",
+    "run.test_splits=null": "run.test_splits is None: it must be a list of names",
+    "run.test_splits=[1]": "run.test_splits is [1]: it must be a list of names",
+    "run.output_dir=[a]": "run.output_dir is ['a']: it must be the path of a folder",
+    "run.task=3": "unknown run.task '3'",
+    # numbers out of their range
+    "model.itc.gamma=-1": "model.itc.gamma is -1.0: it must be finite and at least 0",
+    "model.itc.gamma=inf": "model.itc.gamma is inf",
+    "model.itm_weight=nan": "model.itm_weight is nan",
+    "model.soft_mask.strength=2": "model.soft_mask.strength is 2.0: it must lie in [0, 1]",
+    "model.vit.width=0": "model.vit.width is 0",
+    "model.vit.depth=0": "model.vit.depth is 0",
+    "model.embed_dim=0": "model.embed_dim is 0",
+    "model.bert.dropout=1": "model.bert.dropout is 1.0",
+    "model.queue_size=-1": "model.queue_size is -1",
+    "run.batch_size_train=0": "run.batch_size_train is 0: it must be a whole number of at least 1",
+    "run.num_workers=-1": "run.num_workers is -1",
+    "run.max_epoch=-1": "run.max_epoch is -1",
+    "run.warmup_steps=-1": "run.warmup_steps is -1",
+    "run.seed=-1": "run.seed is -1: it must be a whole number in [0, 4294967295]",
+    "run.init_lr=-1": "run.init_lr is -1: it must be a number >= 0",
+    "run.init_lr=nan": "run.init_lr is 'nan'",
+    "run.weight_decay=inf": "run.weight_decay is 'inf'",
+    "run.k_test=0": "run.k_test is 0",
+    # things that do not exist
+    "model.soft_mask.layer=99": "model.soft_mask.layer is 99: choose from ",
+    "model.soft_mask.words=nouns": "model.soft_mask.words is 'nouns'",
+    "model.itc.loss=hinge": "no loss is registered as 'hinge'",
+    "model.arch=__class__": "unknown model.arch '__class__'",
+    "model.pretrained=none.pth": "no checkpoint at none.pth",
+    "model.tokenizer=none.txt": "no tokenizer 'none.txt' (model.tokenizer): there is no such file",
+    "model.tokenizer=none.json": "no tokenizer 'none.json'",
+    "run.seed=${nothing}": "Interpolation key 'nothing' not found",
+    "run.seed=${run.seed}": "Recursive interpolation",
+}
+
+
+@pytest.mark.parametrize("option", VALUES)
+def test_a_bad_value_ends_in_one_line(config, capsys, option):
+    assert VALUES[option] in refusal(capsys, option)
+    assert not list(Path("runs").glob("*/checkpoint*"))
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["run.init_lr=1e-4", "run.warmup_steps=1e3", "run.clip_grad_norm=null", "run.seed='7'"],
+)
+def test_good_values_however_spelt(config, option):
+    config_check.read_config(Path("my.yaml"), [option])
+
+
+def test_every_key_that_lavis_lists_is_known():
+    assert set(create_runner_config_validator().arguments) <= config_check.RUN_KEYS
+
+
+@pytest.mark.parametrize("schema", [PretrainOptions, RetrievalOptions])
+def test_every_number_of_the_options_has_a_range(schema):
+    """Neither NaN nor an infinite or hugely negative value gets through anywhere."""
+
+    def numbers(options, place=()):
+        for key, value in vars(options).items():
+            if is_dataclass(value):
+                yield from numbers(value, (*place, key))
+            elif type(value) in (int, float):
+                yield (*place, key), type(value)
+
+    for place, kind in numbers(read_options(schema, {})):
+        for value in (-(10**9), *((float("nan"), float("inf")) if kind is float else ())):
+            section = value
+            for key in reversed(place):
+                section = {key: section}
+            with pytest.raises(UserError, match=r"^model\."):
+                read_options(schema, section)
+                pytest.fail(f"{'.'.join(place)}={value}")
+
+
+# ---- sizes of images
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("train", ["model.image_size=64"], "image_size is 60, but model.image_size is 64"),
+        ("train", [f"{SCENES}.vis_processor.train.image_size=50"], "train.image_size is 50, but"),
+        ("train", [f"{SCENES}.vis_processor.eval.image_size=50"], "eval.image_size is 50, but"),
+        ("evaluate", [f"{SCENES}.vis_processor.eval.image_size=50"], "eval.image_size is 50, but"),
+        (
+            "train",
+            [f"{SCENES}.vis_processor.eval.name=blip_image_eval", "model.image_size=60"],
+            None,
+        ),
+        (
+            "train",
+            [
+                "model.image_size=61",
+                *(f"{SCENES}.vis_processor.{m}.image_size=61" for m in ("train", "eval")),
+            ],
+            "model.image_size is 61, not a multiple of model.vit.patch_size 10",
+        ),
+    ],
+)
+def test_model_and_processors_agree_on_the_image_size(config, capsys, command, options, message):
+    if message is None:
+        config_check.read_config(Path("my.yaml"), options)
+    else:
+        assert message in refusal(capsys, *options, command=command)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [f"{SCENES}.vis_processor.eval.image_size=${{model.image_size}}", "model.image_size=60"],
+        ["run.evaluate=true", f"{SCENES}.vis_processor.train.image_size=50"],
+        ["run.test_splits=[]", f"{SCENES}.vis_processor.eval.image_size=50"],
+    ],
+    ids=["a reference", "train is not read", "eval is not read"],
+)
+def test_sizes_that_do_not_matter_or_do_agree(config, options):
+    config_check.read_config(Path("my.yaml"), options)
+
+
+# ---- files and folders
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the section 'model' is missing"),
+        (b"model: [", "is not valid YAML"),
+        (b"\xff\xfe", "is not valid YAML"),
+        (b"model: 3\ndatasets: {}\nrun: {}", "the section 'model' is missing or empty"),
+        (b"? [a, b]\n: c", "is not valid YAML"),
+        (b"a\0b", "is not valid YAML"),
+    ],
+    ids=["empty", "cut short", "no text", "a number", "a list for a key", "zero byte"],
+)
+def test_a_file_that_is_no_yaml(config, capsys, content, message):
+    Path("bad.yaml").write_bytes(content)
+    assert message in refusal(capsys, file="bad.yaml")
+
+
+@pytest.mark.parametrize("folder", ["file/below", "/proc/below", "file"])
+def test_an_output_folder_that_cannot_be_written(config, capsys, folder):
+    """The user may be root, whom permissions do not stop."""
+    Path("file").write_text("")
+    assert "cannot be written" in refusal(capsys, f"run.output_dir={folder}")
+
+
+def test_a_report_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    nothing = {"metrics": {}, "records": [], "config": {}, "environment": {}}
+    with pytest.raises(UserError, match="cannot write the report .*report.html"):
+        write_report(tmp_path / "file" / "report.html", title="", **nothing)
+
+
+def test_images_of_another_size_than_the_models_are_an_error(make_model, make_batch):
+    """Where a loop of one's own, not a YAML, brings them."""
+    with pytest.raises(ValueError, match="set image_size of model and processors alike"):
+        make_model()({**make_batch(2), "image": torch.zeros(2, 3, 40, 40)})

@@ -1,0 +1,155 @@
+"""Whose a run's folder is, and what happens where it cannot be written."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from toys import build
+
+from softmask_plugin.cli import main
+from softmask_plugin.runners import run_folder
+
+CHILD = """
+import os, sys, time
+from pathlib import Path
+from softmask_plugin.runners import run_folder
+folder = run_folder.claim(Path(sys.argv[1]), "job", go_on=sys.argv[2] == "auto")
+worker = os.fork()  # as a data loader's, which outlives a killed parent for some seconds
+if worker == 0:
+    time.sleep(30)
+    os._exit(0)
+print(folder.name, worker, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def another():
+    """Another process that claims a folder and keeps it: ``another(output_dir, how)``."""
+    processes, workers = [], []
+
+    def start(output_dir, how="new"):
+        process = subprocess.Popen(
+            [sys.executable, "-c", CHILD, str(output_dir), how],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        name, worker = process.stdout.readline().split()
+        workers.append(int(worker))
+        return process, name
+
+    yield start
+    for process in processes:
+        process.kill()
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_runs_of_one_name_have_folders_of_their_own(tmp_path, another):
+    """As of LAVIS's train.py, whose job id changes every ten minutes only."""
+    assert another(tmp_path)[1] == "job"
+    assert build(tmp_path).output_dir.name == "job-2"
+    assert another(tmp_path)[1] == "job-3"
+
+
+def test_a_living_run_is_not_taken_over_a_killed_one_is(tmp_path, another):
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "checkpoint_0.pth").touch()
+    process, name = another(tmp_path, "auto")
+    assert name == "job"
+    assert run_folder.claim(tmp_path, "mine", go_on=True).name == "mine"
+    run_folder.release(tmp_path / "mine")
+    process.kill()
+    process.wait()
+    assert run_folder.claim(tmp_path, "mine", go_on=True).name == "job"  # its worker still lives
+    run_folder.release(tmp_path / "job")
+
+
+def test_the_newest_run_goes_on(tmp_path):
+    for age, name in enumerate(("new", "newest", "old")):
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "checkpoint_3.pth"
+        path.touch()
+        os.utime(path, (0, (2, 3, 1)[age]))
+    (tmp_path / "evaluated").mkdir()
+    assert run_folder.claim(tmp_path, "mine", go_on=True).name == "newest"
+    run_folder.release(tmp_path / "newest")
+
+
+def test_a_run_that_ended_has_let_its_folder_go(tmp_path, another):
+    runner = build(tmp_path)
+    runner.train()
+    assert another(tmp_path, "auto")[1] == runner.output_dir.name
+
+
+SCENES = "lavis_configs/projects/scenes/train/pretrain_tiny.yaml"
+
+
+@pytest.mark.parametrize("where", ["a file", "read-only"])
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys, where):
+    if where == "a file":
+        (tmp_path / "taken").touch()
+        folder = tmp_path / "taken" / "runs"
+    else:  # of the kernel's file system, which root cannot write either
+        folder = Path("/proc/self/runs")
+    assert main(["train", "--cfg-path", SCENES, "--options", f"run.output_dir={folder}"]) == 2
+    error = capsys.readouterr().err
+    (line,) = [text for text in error.splitlines() if text.startswith("softmask: error: ")]
+    assert f"run.output_dir: {folder} cannot be written" in line
+    assert "Traceback" not in error
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import toys
+from softmask_plugin.errors import UserError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+runner = toys.build(sys.argv[1], max_epoch=3, keep_checkpoints=None)
+size = []
+def fill(model, args):  # after the first epoch there is no room for half a checkpoint
+    if len(model.seen) == 12:
+        half = (runner.output_dir / "checkpoint_0.pth").stat().st_size // 2
+        resource.setrlimit(resource.RLIMIT_FSIZE, (half, half))
+runner.model.register_forward_pre_hook(fill)
+try:
+    runner.train()
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path), str(Path(__file__).parents[1])],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    folder = tmp_path / "job"
+    (message,) = done.stdout.splitlines()
+    assert f"cannot save {folder / 'checkpoint_1.pth'} (" in message
+    assert f"the last whole checkpoint: {folder / 'checkpoint_0.pth'}" in message
+    assert [path.name for path in folder.glob("*pth*")] == ["checkpoint_0.pth"]
+    assert not list(folder.glob(".*.tmp"))
+    again = build(tmp_path, max_epoch=3, keep_checkpoints=None, resume_ckpt_path="auto")
+    again.train()
+    assert again.output_dir == folder and again.step == 30
+
+
+def test_a_run_stopped_while_it_is_saved_is_known_by_its_leftover(tmp_path):
+    runner = build(tmp_path)
+    leftover = runner.output_dir / ".checkpoint_0.pth.tmp"
+    leftover.write_bytes(b"half")
+    runner.train()
+    assert not leftover.exists()
