@@ -46,7 +46,7 @@ def shown(images=None, checkpoint=None):
 
 
 def drawn_by(code):
-    drawn = AppTest.from_string(f"from softmask_plugin import app; {code}", default_timeout=60)
+    drawn = AppTest.from_string(f"from softmask_plugin.explain import app; {code}", default_timeout=60)
     drawn.run()
     assert not drawn.exception
     return drawn
