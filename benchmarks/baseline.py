@@ -22,7 +22,7 @@ from lavis.models.med import BertForMaskedLM, BertLMHeadModel, BertModel, XBertE
 from lavis.models.vit import VisionTransformerEncoder
 from transformers import BertConfig
 
-from softmask_plugin.models.layouts import adapt
+from softmask_plugin.models.checkpoint_keys import adapt
 from softmask_plugin.nn.bert import BertShape
 
 Model = TypeVar("Model", bound=torch.nn.Module)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from softmask_plugin.files.tensors import StateDict
+from softmask_plugin.files.checkpoint import StateDict
 
 SUFFIXES = ("", "_m")  # online and momentum
 # Of DistributedDataParallel, around the whole, and of torch.compile, around any part

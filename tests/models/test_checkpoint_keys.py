@@ -21,7 +21,7 @@ from softmask_plugin.models import (
     SoftMaskRetrieval,
     SoftMaskVqa,
 )
-from softmask_plugin.models.layouts import adapt
+from softmask_plugin.models.checkpoint_keys import adapt
 
 SHAPE = {"bert": {"layers": 5, "fusion_layer": 2}, "vit": {"width": 32, "heads": 2}}
 EVERY_MODEL = [
