@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from softmask_plugin.nn.bert import ImageMemory
-from softmask_plugin.nn.tokens import Layout, Tokens
+from softmask_plugin.nn.image_memory import ImageMemory
+from softmask_plugin.nn.tokens import Packing, Tokens
 from softmask_plugin.soft_mask import grad_cam, word_map
 from softmask_plugin.tokenization import Captions
 
@@ -54,8 +54,8 @@ class Pairs:
         if len(images) != len(captions):
             raise ValueError(f"{len(images)} images do not pair with {len(captions)} captions")
         read = model.reader.read(captions)
-        layout = Layout.of(read.mask).to(model.device)
-        text = model.bert.encode(read.ids.to(model.device), layout)
+        packing = Packing.of(read.mask).to(model.device)
+        text = model.bert.encode(read.ids.to(model.device), packing)
         return cls(read, text, model.bert.remember(model.visual_encoder(images.to(model.device))))
 
 
@@ -80,7 +80,7 @@ def map_words(model: AlignedBase, pairs: Pairs) -> WordMaps:
     """As :func:`word_maps`, for pairs that are encoded already."""
     with torch.enable_grad():
         fused, attention = model.bert.fuse_with_attention(
-            pairs.text, pairs.memory, model.map_layer, pairs.text.layout.cls_only
+            pairs.text, pairs.memory, model.map_layer, pairs.text.packing.cls_only
         )
         logits = model.match(fused.cls)
         cam = grad_cam(logits[:, 1], attention)

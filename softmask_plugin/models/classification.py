@@ -14,7 +14,7 @@ from softmask_plugin.config.paths import shipped
 from softmask_plugin.errors import require_finite_scores
 from softmask_plugin.losses import distilled_cross_entropy
 from softmask_plugin.models.distillation import DistilledBase
-from softmask_plugin.nn.tokens import Layout
+from softmask_plugin.nn.tokens import Packing
 from softmask_plugin.registry import register
 
 
@@ -78,7 +78,7 @@ class SoftMaskClassification(DistilledBase):
         """What to look at: ``image``, (B, 3, H, W)."""
         return samples["image"]
 
-    def logits(self, images: Tensor, text: tuple[Tensor, Layout], suffix: str = "") -> Tensor:
+    def logits(self, images: Tensor, text: tuple[Tensor, Packing], suffix: str = "") -> Tensor:
         """Logits (B, classes) of the model, or with "_m" of its momentum copy."""
         fused = self.fuse(images, text, text[1].cls_only, suffix)
         return self.part("cls_head", suffix)(fused.cls)

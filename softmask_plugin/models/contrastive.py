@@ -14,12 +14,11 @@ from softmask_plugin.config.options import ContrastOptions
 from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.models.base import bert_of
 from softmask_plugin.models.distillation import MomentumDistillation
-from softmask_plugin.nn.bert import ImageMemory
-from softmask_plugin.nn.image_memory import View
+from softmask_plugin.nn.image_memory import ImageMemory, View
 from softmask_plugin.nn.pairs import Pairs
 from softmask_plugin.nn.queue import enqueue_, random_queue
 from softmask_plugin.nn.sampling import Draws, sample_negatives
-from softmask_plugin.nn.tokens import Layout, Tokens
+from softmask_plugin.nn.tokens import Packing, Tokens
 from softmask_plugin.registry import get_loss_class
 from softmask_plugin.soft_mask import (
     Kind,
@@ -80,20 +79,20 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         """BERT layer whose cross-attention gives the maps of words."""
         return self.options.soft_mask.layer
 
-    def encode(self, images: Tensor, ids: Tensor, layout: Layout) -> Features:
+    def encode(self, images: Tensor, ids: Tensor, packing: Packing) -> Features:
         """Online features: images (B, 3, H, W), captions (N, T), the first B of them for ITC."""
-        return self._encode(images, ids, layout, "")
+        return self._encode(images, ids, packing, "")
 
     @torch.no_grad()
-    def encode_slowly(self, images: Tensor, ids: Tensor, layout: Layout) -> Features:
+    def encode_slowly(self, images: Tensor, ids: Tensor, packing: Packing) -> Features:
         """Momentum features, after the momentum encoders took their step (see ``paced``)."""
         self.move_momentum()
-        return self._encode(images, ids, layout, "_m")
+        return self._encode(images, ids, packing, "_m")
 
-    def _encode(self, images: Tensor, ids: Tensor, layout: Layout, suffix: str) -> Features:
+    def _encode(self, images: Tensor, ids: Tensor, packing: Packing, suffix: str) -> Features:
         names = ("visual_encoder", "text_encoder", "vision_proj", "text_proj")
         vision, text_encoder, vision_proj, text_proj = (self.part(name, suffix) for name in names)
-        image, text = vision(images), bert_of(text_encoder).encode(ids, layout)
+        image, text = vision(images), bert_of(text_encoder).encode(ids, packing)
         image_feat = F.normalize(vision_proj(image[:, 0]).float(), dim=-1)
         text_feat = F.normalize(text_proj(text.cls[: len(images)]).float(), dim=-1)
         return Features(image, text, image_feat, text_feat)
@@ -173,7 +172,7 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         caption: Tokens,
         memory: ImageMemory,
         words: Tensor,
-        scored: Layout,
+        scored: Packing,
         similarity: Similarity,
         draws: Draws,
         step: int,
@@ -197,7 +196,7 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         if option.enabled and step >= option.start_iter:
             # Positives go first, since the mask is drawn from their score
             fused, hidden = self.hide_a_word(caption, words, scored, memory, draws)
-            pairs.done("positive", fused)
+            pairs.add_fused("positive", fused)
             wanted = scored if option.in_mlm else None
             pairs.add("soft", caption, View(keep=hidden.keep), wanted)
         else:
@@ -217,7 +216,7 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         return sample_negatives(t2i, same, stream), sample_negatives(i2t, same, stream)
 
     def hide_a_word(
-        self, caption: Tokens, words: Tensor, scored: Layout, memory: ImageMemory, draws: Draws
+        self, caption: Tokens, words: Tensor, scored: Packing, memory: ImageMemory, draws: Draws
     ) -> tuple[Tokens, Hidden]:
         """Fuse the positive pairs, pick a word of each caption, and hide what it refers to.
 

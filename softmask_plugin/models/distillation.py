@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from softmask_plugin.models.base import SoftMaskBase, bert_of
 from softmask_plugin.nn.momentum import MomentumPairs, momentum_copy
-from softmask_plugin.nn.tokens import Layout, Tokens
+from softmask_plugin.nn.tokens import Packing, Tokens
 
 
 class MomentumDistillation(SoftMaskBase):
@@ -86,7 +86,7 @@ class DistilledBase(MomentumDistillation):
         super().add_momentum(*(names if self.options.use_distill else ()))
 
     def fuse(
-        self, images: Tensor, text: tuple[Tensor, Layout], wanted: Layout | None, suffix: str = ""
+        self, images: Tensor, text: tuple[Tensor, Packing], wanted: Packing | None, suffix: str = ""
     ) -> Tokens:
         """Multi-modal states of some tokens.
 
@@ -96,7 +96,7 @@ class DistilledBase(MomentumDistillation):
             wanted: the tokens that will be read; None: all.
             suffix: "_m" for the momentum model.
         """
-        bert, (ids, layout) = bert_of(self.part("text_encoder", suffix)), text
+        bert, (ids, packing) = bert_of(self.part("text_encoder", suffix)), text
         states = self.part("visual_encoder", suffix)(images)
         memory = bert.remember(*states.split(len(ids)))
-        return bert.fuse(bert.encode(ids, layout), memory, wanted=wanted)
+        return bert.fuse(bert.encode(ids, packing), memory, wanted=wanted)

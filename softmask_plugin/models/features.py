@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from lavis.models.albef_models.albef_outputs import AlbefOutputFeatures
 from torch import Tensor
 
-from softmask_plugin.config.options import AlignedOptions
+from softmask_plugin.config.options import MatchingOptions
 from softmask_plugin.config.paths import shipped
 from softmask_plugin.errors import UserError, require_finite_scores, suggest
 from softmask_plugin.models.aligned import AlignedBase
@@ -24,7 +24,7 @@ class SoftMaskFeatureExtractor(AlignedBase):
     """Called as LAVIS's ``albef_feature_extractor`` is, with its state-dict keys and the matching
     head's."""
 
-    OPTIONS = AlignedOptions
+    OPTIONS = MatchingOptions
     PREDICTS_WORDS = True
     PRETRAINED_MODEL_CONFIG_DICT = {
         name: shipped(f"models/softmask_feature_extractor_{name}.yaml")
@@ -61,13 +61,13 @@ class SoftMaskFeatureExtractor(AlignedBase):
             features["image_embeds"] = image
             features["image_embeds_proj"] = unit(self.vision_proj(image))
         if both or "text" in modes:
-            ids, layout = self.read(self._needed(samples, "text_input", modes))
-            text = self.bert.encode(ids, layout)
-            features["text_embeds"] = layout.pad(text.states)
-            features["text_embeds_proj"] = layout.pad(unit(self.text_proj(text.states)))
+            ids, packing = self.read(self._needed(samples, "text_input", modes))
+            text = self.bert.encode(ids, packing)
+            features["text_embeds"] = packing.pad(text.states)
+            features["text_embeds_proj"] = packing.pad(unit(self.text_proj(text.states)))
         if both:
             fused = self.bert.fuse(text, self.bert.remember(image))
-            features["multimodal_embeds"] = layout.pad(fused.states)
+            features["multimodal_embeds"] = packing.pad(fused.states)
         require_finite_scores("a feature", *features.values())
         return AlbefOutputFeatures(**features)
 

@@ -82,12 +82,12 @@ class SoftMaskNlvrPretrain(TwoImageBase):
             samples: ``image`` (B, 3, H, W) and ``text_input`` list of B captions; the other images
                 of the batch are what a caption does not belong to.
         """
-        (ids, layout), size = self.read(samples["text_input"]), len(samples["image"])
+        (ids, packing), size = self.read(samples["text_input"]), len(samples["image"])
         draws = Draws(torch.initial_seed(), self.step_of(samples))
         first, second, label = assign(size, draws)
         states = self.visual_encoder(samples["image"])
         memory = self.bert.remember(states[first.to(self.device)], states[second.to(self.device)])
-        fused = self.bert.fuse(self.bert.encode(ids, layout), memory, wanted=layout.cls_only)
+        fused = self.bert.fuse(self.bert.encode(ids, packing), memory, wanted=packing.cls_only)
         logits = self.ta_head(fused.cls).float()
         return AssignmentOutput(loss=nn.functional.cross_entropy(logits, label.to(self.device)))
 

@@ -15,7 +15,7 @@ from softmask_plugin.losses import distilled_cross_entropy
 from softmask_plugin.models.contrastive import ContrastiveBase, Features
 from softmask_plugin.nn.image_memory import View
 from softmask_plugin.nn.sampling import Draws, mask_tokens
-from softmask_plugin.nn.tokens import Layout, Tokens
+from softmask_plugin.nn.tokens import Packing, Tokens
 from softmask_plugin.registry import register
 
 
@@ -42,10 +42,12 @@ class Text(NamedTuple):
     otherwise N = 2B, the clean captions first, the masked ones for MLM after them."""
 
     ids: Tensor  # (N, T)
-    layout: Layout  # their tokens
-    tokens: Layout  # of a caption, clean or masked, in a grid (B, T)
-    masked: Layout  # those that MLM predicts
-    scored: Layout  # those that the losses read of a positive pair: [CLS], and if shared the masked
+    packing: Packing  # their tokens
+    tokens: Packing  # of a caption, clean or masked, in a grid (B, T)
+    masked: Packing  # those that MLM predicts
+    scored: (
+        Packing  # those that the losses read of a positive pair: [CLS], and if shared the masked
+    )
     words: Tensor  # word index per token, -1 where the soft mask may not pick, (B, T)
     targets: Tensor  # what MLM is to predict, (masked tokens,)
 
@@ -93,8 +95,8 @@ class SoftMaskPretrain(ContrastiveBase):
         text = self.read_masked(samples["text_input"], draws)
 
         # Encode: each image once, each caption once
-        online = self.encode(images, text.ids, text.layout)
-        slow = self.encode_slowly(images, text.ids, text.layout)
+        online = self.encode(images, text.ids, text.packing)
+        slow = self.encode_slowly(images, text.ids, text.packing)
         memory = self.bert.remember(online.image)
         caption, masked_caption = text.versions(online.text)
 
@@ -157,16 +159,16 @@ class SoftMaskPretrain(ContrastiveBase):
             option.text.mask_prob,
             draws.stream("mlm"),
         )
-        tokens, masked, scored = Layout.of(clean.mask), Layout.of(chosen), chosen.clone()
+        tokens, masked, scored = Packing.of(clean.mask), Packing.of(chosen), chosen.clone()
         scored[:, 0] = True
         shared = option.text.shared
         seen = masked_ids if shared else clean.ids
         return Text(
             ids=seen if shared else torch.cat([seen, masked_ids]),
-            layout=tokens if shared else Layout.cat([tokens, tokens]),
+            packing=tokens if shared else Packing.cat([tokens, tokens]),
             tokens=tokens,
             masked=masked,
-            scored=Layout.of(scored) if shared else tokens.cls_only,
+            scored=Packing.of(scored) if shared else tokens.cls_only,
             words=self.reader.pickable(clean, seen, option.soft_mask.words == "content"),
             targets=clean.ids.flatten()[masked.index],
         ).to(self.device)

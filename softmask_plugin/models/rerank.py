@@ -21,9 +21,8 @@ from tqdm import tqdm
 
 from softmask_plugin.config.run_options import RerankOptions
 from softmask_plugin.errors import UserError, require_finite_scores
-from softmask_plugin.nn.bert import ImageMemory
-from softmask_plugin.nn.image_memory import View
-from softmask_plugin.nn.tokens import Layout, Tokens
+from softmask_plugin.nn.image_memory import ImageMemory, View
+from softmask_plugin.nn.tokens import Packing, Tokens
 
 if TYPE_CHECKING:
     from softmask_plugin.models.base import SoftMaskBase
@@ -87,8 +86,8 @@ class Reranker:
         model, batches = self.model, []
         for start in range(0, len(texts), self.text_batch):
             captions = model.reader.read(texts[start : start + self.text_batch])
-            layout = Layout.of(captions.mask).to(model.device)
-            batches.append(model.bert.encode(captions.ids.to(model.device), layout))
+            packing = Packing.of(captions.mask).to(model.device)
+            batches.append(model.bert.encode(captions.ids.to(model.device), packing))
         encoded = Tokens.cat(batches)
         return encoded, F.normalize(model.text_proj(encoded.cls).float(), dim=-1)
 
@@ -137,7 +136,7 @@ class Reranker:
         """Matching logits of one image with some captions, (captions,)."""
         chosen = texts.take(captions, trim=True)
         view = View(captions_per_image=len(captions))
-        fused = self.model.bert.fuse(chosen, memory, (view,), chosen.layout.cls_only)
+        fused = self.model.bert.fuse(chosen, memory, (view,), chosen.packing.cls_only)
         return self.model.match(fused.cls)[:, 1].float()
 
     def pairs_at_once(self, texts: Tokens) -> int:
@@ -146,7 +145,7 @@ class Reranker:
         # The feed-forward's input and output, and queries, contexts, residuals beside them, which
         # attention wants padded and unpadded.
         token_bytes = texts.states.element_size() * (2 * shape.intermediate + 10 * shape.width)
-        caption_bytes = token_bytes * texts.layout.mask.shape[1]
+        caption_bytes = token_bytes * texts.packing.mask.shape[1]
         return max(1, int(self.options.rerank_memory * 2**30 / caption_bytes))
 
 

@@ -13,7 +13,7 @@ from softmask_plugin.config.options import RetrievalOptions
 from softmask_plugin.config.paths import shipped
 from softmask_plugin.models.contrastive import ContrastiveBase
 from softmask_plugin.nn.sampling import Draws
-from softmask_plugin.nn.tokens import Layout
+from softmask_plugin.nn.tokens import Packing
 from softmask_plugin.registry import register
 
 
@@ -62,16 +62,16 @@ class SoftMaskRetrieval(ContrastiveBase):
         step, alpha = self.progress(samples)
         clean = self.reader.read(samples["text_input"])
         words = self.reader.pickable(clean, clean.ids, option.soft_mask.words == "content")
-        layout = Layout.of(clean.mask).to(self.device)
+        packing = Packing.of(clean.mask).to(self.device)
         tokens, words = clean.ids.to(self.device), words.to(self.device)
 
-        online = self.encode(images, tokens, layout)
-        slow = self.encode_slowly(images, tokens, layout)
+        online = self.encode(images, tokens, packing)
+        slow = self.encode_slowly(images, tokens, packing)
         loss_itc, similarity = self.contrast(online, slow, alpha, ids)
 
         draws, memory = Draws(torch.initial_seed(), step), self.bert.remember(online.image)
         pairs, hidden = self.pair_up(
-            online.text, memory, words, layout.cls_only, similarity, draws, step
+            online.text, memory, words, packing.cls_only, similarity, draws, step
         )
         fused = pairs.fuse(self.bert, memory)
         loss_itm, loss_soft = self.matching_losses(fused, similarity)

@@ -15,9 +15,9 @@ from softmask_plugin.config.paths import shipped
 from softmask_plugin.errors import UserError, require_finite_scores
 from softmask_plugin.losses import distilled_cross_entropy
 from softmask_plugin.models.distillation import DistilledBase
-from softmask_plugin.nn.bert import BertForMaskedLM, ImageMemory
-from softmask_plugin.nn.image_memory import View
-from softmask_plugin.nn.tokens import Layout
+from softmask_plugin.nn.bert import BertForMaskedLM
+from softmask_plugin.nn.image_memory import ImageMemory, View
+from softmask_plugin.nn.tokens import Packing
 from softmask_plugin.registry import register
 from softmask_plugin.tokenization import CaptionReader, Captions
 
@@ -37,14 +37,14 @@ class Answers:
 
     Attributes:
         ids: token ids, (N, T).
-        layout: their tokens.
+        packing: their tokens.
         predicting: all tokens but the last of each answer, M in all.
         targets: the tokens that those predict, (M,).
     """
 
     ids: Tensor
-    layout: Layout
-    predicting: Layout
+    packing: Packing
+    predicting: Packing
     targets: Tensor
 
     @classmethod
@@ -52,10 +52,10 @@ class Answers:
         """From ids and mask (N, T) on the CPU, where finding the tokens is free."""
         width = int(mask.any(dim=0).sum())
         ids, mask = ids[:, :width], mask[:, :width]
-        predicting = Layout.of(mask[:, 1:])
+        predicting = Packing.of(mask[:, 1:])
         targets = ids[:, 1:].flatten()[predicting.index]
-        layout = Layout.of(mask).to(device)
-        return cls(ids.to(device), layout, predicting.to(device), targets.to(device))
+        packing = Packing.of(mask).to(device)
+        return cls(ids.to(device), packing, predicting.to(device), targets.to(device))
 
     @property
     def owner(self) -> Tensor:
@@ -197,18 +197,18 @@ class SoftMaskVqa(DistilledBase):
         return torch.cat(losses).view_as(chosen)
 
     def questions(
-        self, images: Tensor, text: tuple[Tensor, Layout], suffix: str = ""
+        self, images: Tensor, text: tuple[Tensor, Packing], suffix: str = ""
     ) -> ImageMemory:
         """Keys and values of the questions' multi-modal states for each layer of the decoder."""
         fused = self.fuse(images, text, None, suffix)
         decoder: Any = self.part("text_decoder", suffix)
-        return decoder.bert.remember(fused.layout.pad(fused.states), mask=fused.layout.mask)
+        return decoder.bert.remember(fused.packing.pad(fused.states), mask=fused.packing.mask)
 
     def decode(self, memory: ImageMemory, answers: Answers, view: View, suffix: str = "") -> Tensor:
         """Vocabulary logits (M, vocabulary) of the predicting tokens, each answer looking at the
         question that ``view`` names."""
         decoder: Any = self.part("text_decoder", suffix)
-        tokens = decoder.bert.encode(answers.ids, answers.layout)
+        tokens = decoder.bert.encode(answers.ids, answers.packing)
         return decoder(decoder.bert.fuse(tokens, memory, (view,), answers.predicting).states)
 
     def read_answers(self, answer_list: Sequence[str]) -> Captions:

@@ -1,1 +1,1 @@
-"""ALBEF's encoders with the image's keys and values shared; torch only, no LAVIS."""
+"""ALBEF's encoders, with each image's keys and values projected once; needs torch only."""

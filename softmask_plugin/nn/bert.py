@@ -1,7 +1,7 @@
 """ALBEF's text and multi-modal encoder: one BERT, cut in two, with LAVIS's state-dict keys.
 
-Layers below ``fusion_layer`` encode text; those from it on also attend to an image, whose keys and
-values come from an ``ImageMemory`` list and are shared by every pass.
+Layers below ``fusion_layer`` encode text. The others also attend to an image, whose keys and values
+come from an ``ImageMemory`` that every pass shares.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softmask_plugin.nn.image_memory import LayerMemory, View
-from softmask_plugin.nn.tokens import Layout, Tokens
+from softmask_plugin.nn.image_memory import ImageMemory, LayerMemory, View
+from softmask_plugin.nn.tokens import Packing, Tokens
 from softmask_plugin.nn.vision import initial_std
-
-ImageMemory = list[LayerMemory]
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class BertShape:
     attention_dropout: float = 0.1
     norm_eps: float = 1e-12
     pad_token_id: int = 0
-    causal: bool = False  # a decoder: a token attends to those before it only
+    causal: bool = False  # a decoder: tokens attend only to themselves and those before
 
 
 class BertForMaskedLM(nn.Module):
@@ -51,9 +49,9 @@ class BertForMaskedLM(nn.Module):
         self.cls = MlmHead(shape)
         self.cls.predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, states: Tensor) -> Tensor:
         """Vocabulary logits of token states: (N, width) -> (N, vocabulary)."""
-        return self.cls.predictions(hidden)
+        return self.cls.predictions(states)
 
 
 class BertModel(nn.Module):
@@ -63,7 +61,7 @@ class BertModel(nn.Module):
         super().__init__()
         self.shape = shape
         self.embeddings = Embeddings(shape)
-        self.encoder: Any = nn.Module()  # container for LAVIS's key, as some below
+        self.encoder: Any = nn.Module()  # an empty container for LAVIS's key, like others below
         self.encoder.layer = nn.ModuleList(
             Layer(shape, has_cross_attention=i >= shape.fusion_layer) for i in range(shape.layers)
         )
@@ -73,18 +71,20 @@ class BertModel(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
-    def encode(self, ids: Tensor, layout: Layout) -> Tokens:
-        """Encode captions alone: ids (N, T) int64 and where their tokens are."""
-        tokens = Tokens(self.embeddings(ids, layout), layout)
+    def encode(self, ids: Tensor, packing: Packing) -> Tokens:
+        """Encode captions without images, from their ids (N, T), int64."""
+        tokens = Tokens(self.embeddings(ids, packing), packing)
         for layer in self.encoder.layer[: self.shape.fusion_layer]:
-            tokens = layer.transform(layer.attention.attend_self(tokens, layout))
+            tokens = layer.transform(layer.attention.attend_self(tokens, packing))
         return tokens
 
     def remember(self, *image_states: Tensor, mask: Tensor | None = None) -> ImageMemory:
-        """Project image states (B, S, image width) to each fusion layer's keys and values.
+        """Project image states to each fusion layer's keys and values.
 
-        Of several images per caption, the fusion layers look at one after the other in turn.
-        ``mask``, (B, S), is True for the states that count (None: all).
+        Args:
+            image_states: (B, S, image width). Given several, the fusion layers take turns: with
+                two, every other layer attends to the second.
+            mask: True for the states that count, (B, S); None: all.
         """
         images = itertools.cycle(image_states)
         return [
@@ -97,62 +97,69 @@ class BertModel(nn.Module):
         tokens: Tokens,
         memory: ImageMemory,
         views: Sequence[View] = (View(),),
-        wanted: Layout | None = None,
+        wanted: Packing | None = None,
     ) -> Tokens:
         """Fuse captions with images.
 
         Args:
-            tokens: of all N captions, those of each view in turn.
-            memory: keys and values of the images, from ``remember``.
-            views: which image each caption looks at, and through which mask.
-            wanted: the tokens that will be read; the last layer computes no others. None: all.
+            tokens: All N captions, those of the first view first.
+            memory: Keys and values of the images, from ``remember``.
+            views: Which image each caption attends to, and through which mask.
+            wanted: The tokens to return; the last layer computes no others. None: all.
 
         Returns:
             Multi-modal states of the wanted tokens.
         """
-        last = self.fusion_layers[-1]
-        for layer, layer_memory in zip(self.fusion_layers, memory, strict=True):
-            layout = wanted if wanted is not None and layer is last else tokens.layout
-            tokens = layer.attention.attend_self(tokens, layout)
-            tokens = layer.transform(layer.crossattention.look(tokens, layer_memory, views))
-        return tokens
+        return self._fuse(tokens, memory, views, wanted)[0]
 
     def fuse_with_attention(
-        self, tokens: Tokens, memory: ImageMemory, layer_index: int, wanted: Layout | None = None
+        self, tokens: Tokens, memory: ImageMemory, layer_index: int, wanted: Packing | None = None
     ) -> tuple[Tokens, Tensor]:
-        """As ``fuse`` for matching pairs, with one layer's cross-attention probabilities.
+        """Fuse caption i with image i, and return one layer's cross-attention probabilities too.
 
         Args:
-            layer_index: BERT layer, in [fusion_layer, layers); of the last one, only the
-                probabilities of ``wanted`` tokens mean anything.
+            tokens, memory, wanted: As for ``fuse``.
+            layer_index: BERT layer, in [fusion_layer, layers). In the last layer, only the
+                probabilities of ``wanted`` tokens are meaningful.
 
         Returns:
-            States of the wanted tokens, and that layer's probabilities (N, H, T, S) as a graph
-            node; those of padding mean nothing.
+            States of the wanted tokens, and the layer's probabilities before dropout, (N, H, T, S),
+            in the graph; those of padding are meaningless.
 
         Raises:
-            ValueError: the layer has no cross-attention.
+            ValueError: The layer has no cross-attention.
         """
-        split = layer_index - self.shape.fusion_layer
-        if not 0 <= split < len(memory):
+        first, last = self.shape.fusion_layer, self.shape.layers - 1
+        if not first <= layer_index <= last:
             raise ValueError(
-                f"layer {layer_index} has no cross-attention: "
-                f"choose one from {self.shape.fusion_layer} to {self.shape.layers - 1}"
+                f"layer {layer_index} has no cross-attention: choose one from {first} to {last}"
             )
-        last, probabilities = self.fusion_layers[-1], None
-        for i, (layer, layer_memory) in enumerate(zip(self.fusion_layers, memory, strict=True)):
-            layout = wanted if wanted is not None and layer is last else tokens.layout
-            tokens = layer.attention.attend_self(tokens, layout)
-            if i == split:
-                tokens, probabilities = layer.crossattention.look_and_show(tokens, layer_memory)
+        fused, probabilities = self._fuse(tokens, memory, (View(),), wanted, layer_index)
+        return fused, cast(Tensor, probabilities)
+
+    def _fuse(
+        self,
+        tokens: Tokens,
+        memory: ImageMemory,
+        views: Sequence[View],
+        wanted: Packing | None,
+        layer_index: int | None = None,
+    ) -> tuple[Tokens, Tensor | None]:
+        probabilities, last = None, self.shape.layers - 1
+        layers = zip(self.fusion_layers, memory, strict=True)
+        for i, (layer, layer_memory) in enumerate(layers, start=self.shape.fusion_layer):
+            packing = wanted if wanted is not None and i == last else tokens.packing
+            tokens, cross = layer.attention.attend_self(tokens, packing), layer.crossattention
+            if i == layer_index:
+                tokens, probabilities = cross.attend_with_probabilities(tokens, layer_memory)
             else:
-                tokens = layer.crossattention.look(tokens, layer_memory)
+                tokens = cross.attend_image(tokens, layer_memory, views)
             tokens = layer.transform(tokens)
-        return tokens, cast(Tensor, probabilities)
+        return tokens, probabilities
 
     @property
     def fusion_layers(self) -> Sequence[Layer]:
-        """The layers with cross-attention."""
+        """Layers with cross-attention."""
         return self.encoder.layer[self.shape.fusion_layer :]
 
 
@@ -167,18 +174,18 @@ class Embeddings(nn.Module):
         self.position_embeddings = nn.Embedding(shape.max_positions, shape.width)
         self.LayerNorm = nn.LayerNorm(shape.width, eps=shape.norm_eps)
         self.dropout = nn.Dropout(shape.dropout)
-        # Part of LAVIS's checkpoints, kept so that keys match to the last one.
+        # Unused, but a key of LAVIS's checkpoints.
         self.register_buffer("position_ids", torch.arange(shape.max_positions).expand(1, -1))
 
-    def forward(self, ids: Tensor, layout: Layout) -> Tensor:
-        """Embed the ids (N, T) of a layout's tokens as states (M, width)."""
-        words = self.word_embeddings(ids.flatten()[layout.index])
-        positions = self.position_embeddings(layout.index % ids.shape[1])
+    def forward(self, ids: Tensor, packing: Packing) -> Tensor:
+        """Embed ids (N, T) as packed states (M, width)."""
+        words = self.word_embeddings(ids.flatten()[packing.index])
+        positions = self.position_embeddings(packing.index % ids.shape[1])
         return self.dropout(self.LayerNorm(words + positions))
 
 
 class Layer(nn.Module):
-    """Post-norm BERT layer: self-attention, cross-attention where it has one, feed-forward."""
+    """Post-norm BERT layer: self-attention, cross-attention in a fusion layer, feed-forward."""
 
     def __init__(self, shape: BertShape, has_cross_attention: bool) -> None:
         super().__init__()
@@ -192,7 +199,7 @@ class Layer(nn.Module):
     def transform(self, tokens: Tokens) -> Tokens:
         """Feed-forward half of the layer."""
         states = self.output(F.gelu(self.intermediate.dense(tokens.states)), tokens.states)
-        return Tokens(states, tokens.layout)
+        return Tokens(states, tokens.packing)
 
 
 class Attention(nn.Module):
@@ -208,24 +215,24 @@ class Attention(nn.Module):
         self.self.value = nn.Linear(source_width, shape.width)
         self.output = AddNorm(shape, shape.width)
 
-    def attend_self(self, tokens: Tokens, wanted: Layout) -> Tokens:
-        """The ``wanted`` tokens attend to all tokens of their caption."""
+    def attend_self(self, tokens: Tokens, wanted: Packing) -> Tokens:
+        """Let the ``wanted`` tokens attend to all tokens of their caption."""
         queries = tokens.only(wanted)
         key, value = (
-            self.split(tokens.layout.pad(projection(tokens.states)))
+            self.split_heads(tokens.packing.pad(projection(tokens.states)))
             for projection in (self.self.key, self.self.value)
         )
         context = F.scaled_dot_product_attention(
             self.query(queries),
             key,
             value,
-            attn_mask=self.visible(tokens.layout, wanted),
-            dropout_p=self.dropout_now,
+            attn_mask=self.visible(tokens.packing, wanted),
+            dropout_p=self.current_dropout,
         )
-        return self.merge(context, queries)
+        return self.merge_heads(context, queries)
 
-    def visible(self, tokens: Layout, wanted: Layout) -> Tensor:
-        """Which tokens each wanted one attends to, (N, 1, 1 or T wanted, T)."""
+    def visible(self, tokens: Packing, wanted: Packing) -> Tensor:
+        """Which tokens each wanted token attends to, (N, 1, 1 or T of the wanted, T)."""
         mask = tokens.mask[:, None, None, :]
         if not self.causal:
             return mask
@@ -233,49 +240,50 @@ class Attention(nn.Module):
         return mask & earlier
 
     def remember(self, image_states: Tensor, mask: Tensor | None = None) -> LayerMemory:
-        """Project image states (B, S, image width), those in ``mask``, to keys and values."""
+        """Project image states (B, S, image width) to keys and values."""
         return LayerMemory(
-            self.split(self.self.key(image_states)),
-            self.split(self.self.value(image_states)),
+            self.split_heads(self.self.key(image_states)),
+            self.split_heads(self.self.value(image_states)),
             self.self.key.bias.view(self.heads, -1, 1),
             self.self.value.bias.view(self.heads, 1, -1),
             mask,
         )
 
-    def look(
-        self, tokens: Tokens, memory: LayerMemory, views: Sequence[View] = (View(),)
-    ) -> Tokens:
-        """Tokens attend to the images, each caption to its own as its view shows it."""
-        return self.merge(memory.attend(self.query(tokens), views, self.dropout_now), tokens)
+    def attend_image(self, tokens: Tokens, memory: LayerMemory, views: Sequence[View]) -> Tokens:
+        """Let the tokens of each caption attend to its image, as its view shows it."""
+        context = memory.attend(self.query(tokens), views, self.current_dropout)
+        return self.merge_heads(context, tokens)
 
-    def look_and_show(self, tokens: Tokens, memory: LayerMemory) -> tuple[Tokens, Tensor]:
-        """As ``look`` for matching pairs, with the probabilities (N, H, T, S)."""
-        context, probabilities = memory.read_with_probabilities(
-            self.query(tokens), View(), self.dropout_now
+    def attend_with_probabilities(
+        self, tokens: Tokens, memory: LayerMemory
+    ) -> tuple[Tokens, Tensor]:
+        """Attend to image i in caption i; returns the probabilities (N, H, T, S) too."""
+        context, probabilities = memory.attend_with_probabilities(
+            self.query(tokens), View(), self.current_dropout
         )
-        return self.merge(context, tokens), probabilities
+        return self.merge_heads(context, tokens), probabilities
 
     def query(self, tokens: Tokens) -> Tensor:
-        """Queries of the tokens as a grid, (N, H, T, d)."""
-        return self.split(tokens.layout.pad(self.self.query(tokens.states)))
+        """Project tokens to a grid of queries, (N, H, T, d)."""
+        return self.split_heads(tokens.packing.pad(self.self.query(tokens.states)))
 
-    def merge(self, context: Tensor, tokens: Tokens) -> Tokens:
-        """Heads' output (N, H, T, d), projected and added to the tokens that asked for it."""
-        packed = tokens.layout.pack(context.transpose(1, 2).flatten(2))
-        return Tokens(self.output(packed, tokens.states), tokens.layout)
+    def merge_heads(self, context: Tensor, tokens: Tokens) -> Tokens:
+        """Project the heads' output (N, H, T, d) and add it to the tokens."""
+        packed = tokens.packing.pack(context.transpose(1, 2).flatten(2))
+        return Tokens(self.output(packed, tokens.states), tokens.packing)
 
     @property
-    def dropout_now(self) -> float:
-        """Chance of a probability to be dropped: 0 in evaluation mode."""
+    def current_dropout(self) -> float:
+        """Dropout rate of the probabilities: 0 in evaluation mode."""
         return self.dropout if self.training else 0.0
 
-    def split(self, x: Tensor) -> Tensor:
+    def split_heads(self, x: Tensor) -> Tensor:
         """(N, L, width) -> (N, H, L, d)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class AddNorm(nn.Module):
-    """Project, drop out, add the residual, normalise."""
+    """Linear layer, dropout, residual, layer norm."""
 
     def __init__(self, shape: BertShape, in_width: int) -> None:
         super().__init__()
@@ -305,11 +313,11 @@ class MlmPredictions(nn.Module):
         self.transform.dense = nn.Linear(shape.width, shape.width)
         self.transform.LayerNorm = nn.LayerNorm(shape.width, eps=shape.norm_eps)
         self.decoder = nn.Linear(shape.width, shape.vocab_size)
-        self.bias = self.decoder.bias  # LAVIS's checkpoints hold it under both keys
+        self.bias = self.decoder.bias  # LAVIS's checkpoints have it under both keys
         nn.init.normal_(self.transform.dense.weight, std=initial_std(shape.width))
         nn.init.zeros_(self.transform.dense.bias)
         nn.init.zeros_(self.decoder.bias)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, states: Tensor) -> Tensor:
         """Vocabulary logits: (N, width) -> (N, vocabulary)."""
-        return self.decoder(self.transform.LayerNorm(F.gelu(self.transform.dense(hidden))))
+        return self.decoder(self.transform.LayerNorm(F.gelu(self.transform.dense(states))))

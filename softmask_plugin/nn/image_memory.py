@@ -1,13 +1,13 @@
 """The image side of cross-attention: keys and values, projected once per image and layer.
 
-In a cross-attention layer K and V depend on the image alone, so positives, hard negatives, the soft
-mask and MLM all read the same ones. Two exact identities make that enough:
+In a cross-attention layer, K and V depend on the image alone, so positives, hard negatives, masked
+pairs and MLM share them. Two exact identities make this work:
 
-- another image for a pair is a row index into K and V;
-- a soft mask m (one scalar per image token) commutes with the projection W, whose bias is b. So
-  masked features need no projection, nor keys and values, of their own: their scores are
-  ``s' = m s + (1 - m) q b_k``, and what is read with probabilities p is
-  ``(p m) V + sum(p (1 - m)) b_v``. Captions being short, these cost less than a copy of K and V.
+- Another image for a pair is another row index into K and V.
+- A soft mask m (one scalar per image token) commutes with the projection W, whose bias is b. So
+  masked features need no projection and no keys or values of their own: their scores are
+  ``s' = m s + (1 - m) q b_k``, and attention with probabilities p gives
+  ``(p m) V + sum(p (1 - m)) b_v``. Captions are short, so this costs less than a copy of K and V.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from softmask_plugin.nn.recompute import recompute
 
 @dataclass(frozen=True)
 class View:
-    """Which image each of a run of captions looks at, and through which mask.
+    """Which image each of n captions attends to, and through which mask.
 
     Attributes:
-        images: row of the image batch for each caption, (n,), int64; None: caption i sees image i.
-        keep: factor for each image token, (n, S), in [0, 1]; None: all ones.
-        captions_per_image: the captions come in runs of this length that share one image.
+        images: Row of the image batch for each caption, (n,), int64; None: caption i sees image i.
+        keep: Factor for each image token, (n, S), in [0, 1]; None: all ones.
+        captions_per_image: How many captions in a row share one image.
     """
 
     images: Tensor | None = None
@@ -39,8 +39,8 @@ class View:
 
 @dataclass(frozen=True)
 class LayerMemory:
-    """Keys and values of one cross-attention layer, (B, H, S, d), and its biases, (H, d, 1) and
-    (H, 1, d); ``mask``, (B, S), is True for those that count (None: all)."""
+    """One cross-attention layer's keys and values, (B, H, S, d), and its biases, (H, d, 1) and
+    (H, 1, d); ``mask``, (B, S), is True for the keys that count (None: all)."""
 
     key: Tensor
     value: Tensor
@@ -49,7 +49,7 @@ class LayerMemory:
     mask: Tensor | None = None
 
     def attend(self, query: Tensor, views: Sequence[View], dropout: float) -> Tensor:
-        """Attention of queries (N, H, T, d), split over ``views`` in turn; returns (N, H, T, d)."""
+        """Attend with queries (N, H, T, d), split over ``views`` in turn; returns (N, H, T, d)."""
         outputs, start = [], 0
         for view in views:
             n = view.captions_per_image
@@ -58,41 +58,41 @@ class LayerMemory:
             rows = query[start : start + size].unflatten(0, (-1, n)).transpose(1, 2).flatten(2, 3)
             start += size
             if view.images is None:
-                out = self.read(rows, view, dropout)
-            else:  # a copy of others' K and V in each layer is too much to keep for the backward
-                out = recompute(self.read, rows, view, dropout)
+                out = self.attend_view(rows, view, dropout)
+            else:  # a copy of K and V per layer is too much to keep for the backward pass
+                out = recompute(self.attend_view, rows, view, dropout)
             outputs.append(out.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1))
         if start != len(query):
             raise ValueError(f"views cover {start} captions of {len(query)}")
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def read(self, query: Tensor, view: View, dropout: float) -> Tensor:
-        """Attention of queries (n, H, T, d) through one view, fused where torch can."""
-        # On a CPU torch's fused attention has no dropout; its fallback would copy K to scale it.
+    def attend_view(self, query: Tensor, view: View, dropout: float) -> Tensor:
+        """Attend with queries (n, H, T, d) through one view, by torch's fused kernel if it can."""
+        # On a CPU the fused kernel has no dropout, and its fallback would copy K to scale it.
         if view.keep is not None or (dropout > 0 and query.device.type == "cpu"):
-            return self.read_with_probabilities(query, view, dropout)[0]
+            return self.attend_with_probabilities(query, view, dropout)[0]
         key, value = self.seen_through(view)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=self.visible(view), dropout_p=dropout
         )
 
     def seen_through(self, view: View) -> tuple[Tensor, Tensor]:
-        """Keys and values, (n, H, S, d), of the images of ``view``, not masked."""
+        """Unmasked keys and values, (n, H, S, d), of a view's images."""
         if view.images is None:
             return self.key, self.value
         return self.key[view.images], self.value[view.images]
 
     def visible(self, view: View) -> Tensor | None:
-        """Which keys count for each image of ``view``, (n, 1, 1, S); None: all."""
+        """Which keys count for each image of a view, (n, 1, 1, S); None: all."""
         if self.mask is None:
             return None
         mask = self.mask if view.images is None else self.mask[view.images]
         return mask[:, None, None, :]
 
-    def read_with_probabilities(
+    def attend_with_probabilities(
         self, query: Tensor, view: View, dropout: float
     ) -> tuple[Tensor, Tensor]:
-        """As ``read``, with the probabilities (N, H, T, S) from before dropout."""
+        """As ``attend_view``, with the probabilities (n, H, T, S) before dropout."""
         key, value = self.seen_through(view)
         query = query * query.shape[-1] ** -0.5
         scores = query @ key.transpose(-2, -1)
@@ -103,10 +103,13 @@ class LayerMemory:
         if (visible := self.visible(view)) is not None:
             scores = scores.masked_fill(~visible, float("-inf"))
         probabilities = scores.softmax(dim=-1)
-        if torch.is_grad_enabled() and not probabilities.requires_grad:  # every encoder is frozen
+        if torch.is_grad_enabled() and not probabilities.requires_grad:  # all encoders are frozen
             probabilities.requires_grad_()
-        read = F.dropout(probabilities, dropout, dropout > 0)
+        weights = F.dropout(probabilities, dropout, dropout > 0)
         if keep is None:
-            return read @ value, probabilities
-        hidden = (read * (1 - keep)).sum(dim=-1, keepdim=True)
-        return (read * keep) @ value + hidden * self.value_bias, probabilities
+            return weights @ value, probabilities
+        masked = (weights * (1 - keep)).sum(dim=-1, keepdim=True)
+        return (weights * keep) @ value + masked * self.value_bias, probabilities
+
+
+ImageMemory = list[LayerMemory]  # one for each fusion layer

@@ -1,4 +1,4 @@
-"""Momentum encoders (ALBEF, arXiv 2107.07651, section 3.2): a slow copy of each online module."""
+"""Momentum encoders: moving averages of online modules (ALBEF, arXiv 2107.07651, 3.2)."""
 
 from __future__ import annotations
 
@@ -13,49 +13,49 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def momentum_copy(online: Module) -> Module:
-    """Return a copy of ``online`` whose parameters are buffers under their usual names.
+    """Copy ``online``, with buffers under the same names in place of its parameters.
 
-    Buffers get no gradient, no optimizer and no gradient exchange, and LAVIS's runner, which drops
-    frozen parameters from its checkpoints, keeps them.
+    Buffers take no part in gradients, optimizers and gradient exchange. LAVIS's runner saves them;
+    it drops frozen parameters from its checkpoints.
     """
-    slow = copy.deepcopy(online)
+    momentum = copy.deepcopy(online)
     buffers: dict[int, Tensor] = {}  # tied parameters stay tied
-    for module in slow.modules():
+    for module in momentum.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
                 del module._parameters[name]
                 module.register_buffer(
                     name, buffers.setdefault(id(parameter), parameter.detach().clone())
                 )
-    return slow
+    return momentum
 
 
 class MomentumPairs:
     """Online parameters and their momentum buffers, updated in one fused operation."""
 
     def __init__(self, pairs: Sequence[tuple[nn.Module, nn.Module]]) -> None:
-        self.modules = list(pairs)
+        self.pairs = list(pairs)
 
     def tensors(self) -> tuple[list[Tensor], list[Tensor]]:
         """Online parameters and momentum buffers in the same order, each buffer once."""
-        pairs: dict[int, tuple[Tensor, Tensor]] = {}
-        for fast_module, slow_module in self.modules:
-            buffers = dict(slow_module.named_buffers(remove_duplicate=False))
-            # By buffer, not by parameter: a move to another device unties tied buffers.
-            for name, parameter in fast_module.named_parameters(remove_duplicate=False):
-                pairs[id(buffers[name])] = (parameter.detach(), buffers[name])
-        return [online for online, _ in pairs.values()], [slow for _, slow in pairs.values()]
+        tensors: dict[int, tuple[Tensor, Tensor]] = {}
+        for online, momentum in self.pairs:
+            buffers = dict(momentum.named_buffers(remove_duplicate=False))
+            # By buffer, not by parameter: moving to another device unties tied buffers.
+            for name, parameter in online.named_parameters(remove_duplicate=False):
+                tensors[id(buffers[name])] = (parameter.detach(), buffers[name])
+        return [each for each, _ in tensors.values()], [each for _, each in tensors.values()]
 
     @torch.no_grad()
-    def update(self, momentum: float) -> None:
-        """slow = momentum * slow + (1 - momentum) * online."""
-        online, slow = self.tensors()
-        if slow:
-            torch._foreach_lerp_(slow, online, 1 - momentum)
+    def update(self, rate: float) -> None:
+        """momentum = rate * momentum + (1 - rate) * online."""
+        online, momentum = self.tensors()
+        if momentum:
+            torch._foreach_lerp_(momentum, online, 1 - rate)
 
     @torch.no_grad()
     def copy(self) -> None:
-        """slow = online."""
-        online, slow = self.tensors()
-        if slow:
-            torch._foreach_copy_(slow, online)
+        """momentum = online."""
+        online, momentum = self.tensors()
+        if momentum:
+            torch._foreach_copy_(momentum, online)

@@ -1,31 +1,31 @@
-"""One batched fusion pass for groups of pairs: positives, soft positives, negatives, MLM."""
+"""Groups of image-text pairs that one batched pass fuses: positives, negatives, masked, MLM."""
 
 from __future__ import annotations
 
-from softmask_plugin.nn.bert import BertModel, ImageMemory
-from softmask_plugin.nn.image_memory import View
-from softmask_plugin.nn.tokens import Layout, Tokens
+from softmask_plugin.nn.bert import BertModel
+from softmask_plugin.nn.image_memory import ImageMemory, View
+from softmask_plugin.nn.tokens import Packing, Tokens
 
 
 class Pairs:
-    """Collects groups of captions, each with its view of the images, to fuse them at once."""
+    """Groups of captions, each with its view of the images, to be fused together."""
 
     def __init__(self) -> None:
-        self.groups: dict[str, tuple[Tokens, View, Layout]] = {}
+        self.groups: dict[str, tuple[Tokens, View, Packing]] = {}
         self.fused: dict[str, Tokens] = {}
 
     def add(
-        self, name: str, captions: Tokens, view: View = View(), wanted: Layout | None = None
+        self, name: str, captions: Tokens, view: View = View(), wanted: Packing | None = None
     ) -> None:
-        """Add a group of captions with the tokens that will be read: by default [CLS]."""
-        self.groups[name] = captions, view, wanted or captions.layout.cls_only
+        """Add a group of captions and the tokens whose fused states it needs: by default [CLS]."""
+        self.groups[name] = captions, view, wanted or captions.packing.cls_only
 
-    def done(self, name: str, fused: Tokens) -> None:
-        """Add a group that was fused before, with the states of its wanted tokens."""
+    def add_fused(self, name: str, fused: Tokens) -> None:
+        """Add a group that is already fused: the states of its wanted tokens."""
         self.fused[name] = fused
 
     def fuse(self, bert: BertModel, memory: ImageMemory) -> dict[str, Tokens]:
         """Multi-modal states of each group's wanted tokens, by name."""
         captions, views, wanted = zip(*self.groups.values(), strict=True)
-        fused = bert.fuse(Tokens.cat(captions), memory, views, Layout.cat(wanted))
+        fused = bert.fuse(Tokens.cat(captions), memory, views, Packing.cat(wanted))
         return self.fused | dict(zip(self.groups, fused.split(wanted), strict=True))

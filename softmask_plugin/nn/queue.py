@@ -10,19 +10,19 @@ from torch import Tensor
 
 
 def random_queue(width: int, size: int) -> Tensor:
-    """A queue of random unit vectors, (width, size)."""
+    """Make a queue of random unit vectors, (width, size)."""
     return F.normalize(torch.randn(width, size), dim=0)
 
 
 @torch.no_grad()
 def enqueue_(queues: Sequence[Tensor], features: Sequence[Tensor], pointer: int) -> int:
-    """Write features over the oldest columns, in place.
+    """Overwrite the oldest columns with new features, in place.
 
     Args:
-        queues: ring buffers, each (width, Q).
-        features: what to write into each, (n, width); n need not divide Q and may exceed it, when
-            only the last Q rows are kept.
-        pointer: column of the oldest entry, in [0, Q).
+        queues: Ring buffers, each (width, Q).
+        features: New rows for each queue, (n, width). n need not divide Q; if n > Q, only the last
+            Q rows are kept.
+        pointer: Column of the oldest entry, in [0, Q).
 
     Returns:
         The new pointer.

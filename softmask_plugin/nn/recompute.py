@@ -1,4 +1,4 @@
-"""What is cheap to compute again is not kept for the backward pass."""
+"""Save memory: compute cheap functions again in the backward pass."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recompute(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """``function(*arguments)``, of which only the arguments are kept for the backward pass.
+    """Call ``function(*arguments)``, keeping only the arguments for the backward pass.
 
-    There the function runs again, but stops as soon as autograd has what it needs. So one that ends
-    with a linear layer repeats only what comes before: of ``fc2(gelu(x))`` the GELU, no product.
+    The backward pass runs the function again, but only until autograd has what it needs. So a final
+    linear layer is not repeated: of ``fc2(gelu(x))``, only the GELU is.
     """
     if not torch.is_grad_enabled():
         return function(*arguments)

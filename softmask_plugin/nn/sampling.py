@@ -1,4 +1,4 @@
-"""Random choices of a training step, each from a stream of its own."""
+"""Random draws of a training step, each kind from a stream of its own."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from torch import Tensor
 
 
 class Draws:
-    """Random streams of one step, one per purpose.
+    """Random streams of one step, one for each purpose.
 
-    A stream depends on (seed, step, purpose) alone. So switching one innovation off does not change
-    the draws of another, and a resumed run repeats the draws of an uninterrupted one with no
-    generator state to save.
+    A stream depends only on (seed, step, purpose). So switching off one innovation leaves the draws
+    of the others unchanged, and a resumed run draws the same without a saved generator state.
     """
 
     def __init__(self, seed: int, step: int) -> None:
         self.seed, self.step = seed, step
 
     def stream(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
-        """A generator on ``device`` for ``purpose``."""
+        """Make the generator for ``purpose`` on ``device``."""
         text = f"{self.seed}/{self.step}/{purpose}".encode()
         digest = hashlib.blake2b(text, digest_size=8).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
@@ -34,18 +33,18 @@ def mask_tokens(
     probability: float,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """BERT's masking: of the chosen tokens 80% become [MASK], 10% a random token, 10% stay.
+    """Mask tokens as BERT does: of the chosen, 80% become [MASK], 10% a random token, 10% stay.
 
     Args:
-        ids: token ids, (N, T), on the CPU.
+        ids: Token ids, (N, T), on the CPU.
         maskable: True where a token may be chosen, (N, T).
-        mask_id: id of [MASK].
-        vocab_size: random tokens are drawn from [0, vocab_size).
-        probability: chance of a maskable token to be chosen, in [0, 1].
-        generator: random stream.
+        mask_id: Id of [MASK].
+        vocab_size: Random tokens are drawn from [0, vocab_size).
+        probability: Chance of choosing a maskable token, in [0, 1].
+        generator: Random stream.
 
     Returns:
-        The masked ids and, as bool (N, T), the chosen positions: those to be predicted.
+        The masked ids, and the chosen tokens, which MLM predicts, as bool (N, T).
     """
 
     def coin(p: float) -> Tensor:
@@ -61,18 +60,18 @@ def mask_tokens(
 def sample_negatives(
     similarity: Tensor, positives: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draw one hard negative for each row, in proportion to the softmax of its similarities.
+    """Draw one hard negative per row, in proportion to the softmax of the row's similarities.
 
     Args:
-        similarity: logits, (B, B).
-        positives: True for the pairs that are no negatives, (B, B).
-        generator: random stream on the device of ``similarity``.
+        similarity: Logits, (B, B).
+        positives: True for matching pairs, (B, B).
+        generator: Random stream on the device of ``similarity``.
 
     Returns:
-        Column of the negative for each row, (B,); any column where a row has none.
+        Column of each row's negative, (B,); an arbitrary column if the row has none.
     """
     barred = positives & ~positives.all(dim=1, keepdim=True)
     weights = similarity.float().masked_fill(barred, float("-inf")).softmax(dim=1)
-    # multinomial ends the program at a NaN, on CUDA for good; with one, the loss is NaN anyway.
+    # multinomial crashes on NaN, and CUDA does not recover; the loss will be NaN anyway.
     weights = weights.nan_to_num(nan=1.0)
     return torch.multinomial(weights, 1, generator=generator).squeeze(1)

@@ -1,9 +1,9 @@
-"""Captions of different lengths without their padding: no layer computes what nobody reads.
+"""Captions packed without their padding, so that no layer computes states that nothing needs.
 
-Linear layers, norms and the feed-forward work on a *packed* row of tokens, (M, width), in which the
-captions follow each other. Only attention needs the *grid*, (N, T), one caption per row. The same
-two forms serve a layer of which only some tokens are read later: [CLS] for ITM, masked words for
-MLM. All lengths are known on the host, so that nothing here waits for the device.
+Linear layers, norms and the feed-forward work on a *packed* row of tokens, (M, width), one caption
+after the other. Only attention needs the *grid*, (N, T), one caption per row. A layer that computes
+only some tokens, such as [CLS] for ITM or masked words for MLM, uses the same two forms. The host
+knows all lengths, so nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -16,44 +16,44 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Which cells of a grid (N, T) are in the packed row.
+class Packing:
+    """Which cells of a grid (N, T) the packed row holds.
 
     Attributes:
-        mask: True for cells that count, (N, T).
-        index: flat position in the grid of each packed token, (M,), int64. Where the number of
-            counting cells is known to the device alone it names others too, which nothing reads.
+        mask: True for cells with a token, (N, T).
+        index: Flat position in the grid of each packed token, (M,), int64. It may include padding,
+            which is never read, if only the device knows the number of tokens.
     """
 
     mask: Tensor
     index: Tensor
 
     @classmethod
-    def of(cls, mask: Tensor) -> Layout:
-        """The layout of a mask (N, T); waits for the device unless the mask is on the CPU."""
+    def of(cls, mask: Tensor) -> Packing:
+        """Pack the cells of a mask (N, T); waits for the device unless the mask is on the CPU."""
         return cls(mask, mask.flatten().nonzero().squeeze(1))
 
     @classmethod
-    def cat(cls, layouts: Sequence[Layout]) -> Layout:
-        """All captions in one grid, as wide as the widest."""
-        width, start, indices, masks = max(one.mask.shape[1] for one in layouts), 0, [], []
-        for one in layouts:
-            rows, columns = one.mask.shape
-            masks.append(torch.nn.functional.pad(one.mask, (0, width - columns)))
-            indices.append(one.cells_in(width) + start * width)
+    def cat(cls, packings: Sequence[Packing]) -> Packing:
+        """Stack all captions in one grid, as wide as the widest."""
+        width, start, indices, masks = max(each.mask.shape[1] for each in packings), 0, [], []
+        for each in packings:
+            rows, columns = each.mask.shape
+            masks.append(torch.nn.functional.pad(each.mask, (0, width - columns)))
+            indices.append(each.cells_in(width) + start * width)
             start += rows
         return cls(torch.cat(masks), torch.cat(indices))
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Layout:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Packing:
         """Move to a device."""
         mask, index = (t.to(device, non_blocking=non_blocking) for t in (self.mask, self.index))
-        return Layout(mask, index)
+        return Packing(mask, index)
 
     @property
-    def cls_only(self) -> Layout:
-        """The first token of each caption, where [CLS] is."""
+    def cls_only(self) -> Packing:
+        """The packing of each caption's first token, [CLS]."""
         first = torch.arange(len(self.mask), device=self.mask.device)
-        return Layout(self.mask[:, :1], first)
+        return Packing(self.mask[:, :1], first)
 
     def cells_in(self, width: int) -> Tensor:
         """Flat positions of the packed tokens, (M,), in a grid of ``width`` columns."""
@@ -61,12 +61,12 @@ class Layout:
         return self.index if own == width else self.index // own * width + self.index % own
 
     def rows_of(self, cells: Tensor) -> Tensor:
-        """Packed row of each of these cells (flat positions in the grid); 0 for those left out."""
+        """Packed row of each cell (flat position in the grid); 0 if the cell is not packed."""
         rows = torch.arange(len(self.index), device=self.index.device)
         return rows.new_zeros(self.mask.numel()).index_copy_(0, self.index, rows)[cells]
 
     def pad(self, packed: Tensor) -> Tensor:
-        """(M, width) -> (N, T, width), zeros where the grid is empty."""
+        """(M, width) -> (N, T, width), zero for padding."""
         n, t = self.mask.shape
         if len(packed) < n * t:
             packed = packed.new_zeros(n * t, packed.shape[1]).index_copy(0, self.index, packed)
@@ -83,46 +83,45 @@ class Tokens:
     """States of the tokens of N captions, packed: (M, width)."""
 
     states: Tensor
-    layout: Layout
+    packing: Packing
 
     @classmethod
     def cat(cls, parts: Sequence[Tokens]) -> Tokens:
-        """One after the other."""
+        """Join captions, one part after the other."""
         states = torch.cat([part.states for part in parts])
-        return cls(states, Layout.cat([part.layout for part in parts]))
+        return cls(states, Packing.cat([part.packing for part in parts]))
 
-    def split(self, layouts: Sequence[Layout]) -> list[Tokens]:
-        """Undo ``cat``: the tokens of each layout in turn."""
-        parts = self.states.split([len(layout.index) for layout in layouts])
-        return [Tokens(*part) for part in zip(parts, layouts, strict=True)]
+    def split(self, packings: Sequence[Packing]) -> list[Tokens]:
+        """Undo ``cat``."""
+        parts = self.states.split([len(packing.index) for packing in packings])
+        return [Tokens(*part) for part in zip(parts, packings, strict=True)]
 
     @property
     def cls(self) -> Tensor:
-        """States of the first token of each caption, (N, width)."""
-        first = self.layout.cls_only.cells_in(self.layout.mask.shape[1])
-        return self.states.index_select(0, self.layout.rows_of(first))
+        """States of each caption's first token, (N, width)."""
+        first = self.packing.cls_only.cells_in(self.packing.mask.shape[1])
+        return self.states.index_select(0, self.packing.rows_of(first))
 
-    def only(self, wanted: Layout) -> Tokens:
-        """The tokens that ``wanted`` names, a layout of the first columns of the same captions."""
-        if wanted is self.layout:
+    def only(self, wanted: Packing) -> Tokens:
+        """Select tokens; ``wanted`` packs the first columns of the same captions."""
+        if wanted is self.packing:
             return self
-        rows = self.layout.rows_of(wanted.cells_in(self.layout.mask.shape[1]))
+        rows = self.packing.rows_of(wanted.cells_in(self.packing.mask.shape[1]))
         return Tokens(self.states.index_select(0, rows), wanted)
 
     def take(self, captions: Tensor, trim: bool | None = None) -> Tokens:
-        """Some captions, or in another order, or repeatedly.
+        """Select captions in any order, also repeatedly.
 
         Args:
-            captions: index of each, (n,), int64.
-            trim: leave out the padding, which waits for the device; None: only on the CPU, where
-                there is nothing to wait for.
+            captions: Their indices, (n,), int64.
+            trim: Whether to drop padding, which waits for the device; None: only on the CPU.
         """
-        width, mask = self.layout.mask.shape[1], self.layout.mask[captions]
+        width, mask = self.packing.mask.shape[1], self.packing.mask[captions]
         if trim or (trim is None and not mask.is_cuda):
             mask = mask[:, : max(1, int(mask.any(dim=0).sum()))]
-            layout = Layout.of(mask)
+            packing = Packing.of(mask)
         else:
-            layout = Layout(mask, torch.arange(mask.numel(), device=mask.device))
+            packing = Packing(mask, torch.arange(mask.numel(), device=mask.device))
         columns = mask.shape[1]
-        cells = captions[layout.index // columns] * width + layout.index % columns
-        return Tokens(self.states.index_select(0, self.layout.rows_of(cells)), layout)
+        cells = captions[packing.index // columns] * width + packing.index % columns
+        return Tokens(self.states.index_select(0, self.packing.rows_of(cells)), packing)

@@ -10,10 +10,10 @@ from softmask_plugin.nn.recompute import recompute
 
 
 def initial_std(width: int) -> float:
-    """Standard deviation of fresh weights: ViT's and BERT's 0.02 at their width of 768.
+    """Standard deviation of initial weights: ViT's and BERT's 0.02 at their width of 768.
 
-    A layer's gain is std * sqrt(width), so a narrow model started at 0.02 passes next to nothing
-    through its branches and learns late.
+    A layer's gain is std * sqrt(width), so at 0.02 the branches of a narrow model pass on almost
+    nothing, and it learns late.
     """
     return 0.02 * (768 / width) ** 0.5
 
@@ -22,15 +22,15 @@ class VisionTransformer(nn.Module):
     """ViT that returns all tokens, [CLS] first (Dosovitskiy et al., arXiv 2010.11929).
 
     Args:
-        image_size: side of the square input, pixels; a multiple of ``patch_size``.
-        patch_size: side of a patch, pixels.
-        width: channels of a token.
-        depth: number of blocks.
-        heads: attention heads; divides ``width``.
-        mlp_ratio: width of the MLP's hidden layer over ``width``.
-        drop_path: largest stochastic-depth rate; it grows linearly from 0 at the first block.
-        norm_eps: epsilon of the layer norms.
-        checkpointing: recompute blocks in the backward pass to save memory.
+        image_size: Side of the square input, in pixels; a multiple of ``patch_size``.
+        patch_size: Side of a patch, in pixels.
+        width: Channels of a token.
+        depth: Number of blocks.
+        heads: Attention heads; must divide ``width``.
+        mlp_ratio: Width of the MLP's hidden layer over ``width``.
+        drop_path: Stochastic-depth rate of the last block; grows linearly from 0 at the first.
+        norm_eps: Epsilon of the layer norms.
+        checkpointing: Recompute blocks in the backward pass to save memory.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class VisionTransformer(nn.Module):
         """Encode images (B, 3, H, W) into tokens (B, 1 + patches, width).
 
         Raises:
-            ValueError: H or W is not the size that the position embeddings are for.
+            ValueError: H or W is not ``image_size``.
         """
         if images.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
@@ -83,15 +83,15 @@ class VisionTransformer(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Cut images into patches and project each: (B, 3, H, W) -> (B, patches, width)."""
+    """Cut images into patches and project each patch."""
 
     def __init__(self, patch_size: int, width: int, num_patches: int) -> None:
         super().__init__()
-        self.num_patches = num_patches  # read by LAVIS's interpolate_pos_embed
+        self.num_patches = num_patches  # LAVIS's interpolate_pos_embed needs it
         self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Project patches: (B, 3, H, W) -> (B, patches, width)."""
+        """(B, 3, H, W) -> (B, patches, width)."""
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
@@ -114,7 +114,7 @@ class Block(nn.Module):
         return x + self.skip(self.mlp(x, self.norm2))
 
     def skip(self, branch: Tensor) -> Tensor:
-        """Drop the branch of some samples, and scale the others to keep the mean."""
+        """Drop a branch for some samples, and scale it for the others to keep the mean."""
         if not self.training or self.drop_path == 0:
             return branch
         kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
@@ -131,7 +131,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """Attend among tokens (B, N, width), normalised first."""
+        """Normalise tokens (B, N, width), then let them attend to each other."""
         qkv = recompute(lambda x: self.qkv(norm(x)), x)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v)
@@ -141,12 +141,12 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Two-layer perceptron with GELU."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, inner_width: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = nn.Linear(width, inner_width)
+        self.fc2 = nn.Linear(inner_width, width)
 
     def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """Transform each token of (B, N, width) alone, normalised first."""
-        hidden = recompute(lambda x: self.fc1(norm(x)), x)
-        return recompute(lambda hidden: self.fc2(F.gelu(hidden)), hidden)
+        """Normalise and transform each token of (B, N, width)."""
+        inner = recompute(lambda x: self.fc1(norm(x)), x)
+        return recompute(lambda inner: self.fc2(F.gelu(inner)), inner)

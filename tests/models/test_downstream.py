@@ -19,7 +19,7 @@ from softmask_plugin.models import (
 )
 from softmask_plugin.models.nlvr import assign
 from softmask_plugin.nn.sampling import Draws
-from softmask_plugin.nn.tokens import Layout
+from softmask_plugin.nn.tokens import Packing
 
 
 def sound(model, batch):
@@ -44,9 +44,9 @@ def test_a_batch_of_one_image_has_no_negatives(make_other, make_batch, ids):
     with torch.no_grad():
         batch = make_batch(len(ids))
         clean = model.reader.read(batch["text_input"])
-        layout = Layout.of(clean.mask)
+        packing = Packing.of(clean.mask)
         memory = model.bert.remember(model.visual_encoder(batch["image"]))
-        fused = model.bert.fuse(model.bert.encode(clean.ids, layout), memory)
+        fused = model.bert.fuse(model.bert.encode(clean.ids, packing), memory)
         expected = -model.match(fused.cls).log_softmax(1)[:, 1].mean()
     torch.testing.assert_close(out["loss_itm"], expected)
 

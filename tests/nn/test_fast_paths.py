@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from softmask_plugin.nn import image_memory
 from softmask_plugin.nn.image_memory import LayerMemory, View
 from softmask_plugin.nn.recompute import recompute
-from softmask_plugin.nn.tokens import Layout, Tokens
+from softmask_plugin.nn.tokens import Packing, Tokens
 from softmask_plugin.soft_mask import grad_cam
 
 FIRST_FUSION, CAM_LAYER = 2, 3
@@ -42,8 +42,8 @@ def pair(make_model, albef_twin, make_batch):
         batch = make_batch(size)
         captions = ours.reader.read(batch["text_input"])
         image = ours.visual_encoder(batch["image"])
-        tokens = ours.bert.encode(captions.ids, Layout.of(captions.mask))
-        tokens = Tokens(tokens.states.detach(), tokens.layout)
+        tokens = ours.bert.encode(captions.ids, Packing.of(captions.mask))
+        tokens = Tokens(tokens.states.detach(), tokens.packing)
         torch.testing.assert_close(image, twin.visual_encoder(batch["image"]))
         return ours, twin, image.detach().requires_grad_(), tokens, captions
 
@@ -55,7 +55,7 @@ def test_masking_keys_and_values_is_masking_the_features(pair, size):
     ours, twin, image, tokens, captions = pair(size)
     keep = torch.rand(size, image.shape[1])
     fused = ours.bert.fuse(tokens, ours.bert.remember(image), (View(keep=keep),)).states
-    padded, mask = tokens.layout.pad(tokens.states), captions.mask
+    padded, mask = tokens.packing.pad(tokens.states), captions.mask
     expected = masked_albef(twin, padded, mask, image, keep)[mask]
     torch.testing.assert_close(fused, expected, rtol=1e-5, atol=1e-5)
 
@@ -74,7 +74,7 @@ def test_masking_keys_and_values_is_masking_the_features(pair, size):
 @pytest.mark.parametrize("size", [2, 6])
 def test_groups_of_views_equal_a_pass_each(pair, size):
     ours, twin, image, tokens, captions = pair(size)
-    text, mask = tokens.layout.pad(tokens.states), captions.mask
+    text, mask = tokens.packing.pad(tokens.states), captions.mask
     other, keep = torch.arange(size).roll(1), torch.rand(size, image.shape[1])
     views = (View(), View(images=other), View(keep=keep), View(images=other, keep=keep))
     fused = ours.bert.fuse(Tokens.cat([tokens] * 4), ours.bert.remember(image), views)
@@ -93,7 +93,7 @@ def test_many_captions_of_one_image_share_its_memory(pair):
     memory = ours.bert.remember(image[:2])
     fused = ours.bert.fuse(tokens, memory, (View(captions_per_image=3),)).states
     rows = torch.tensor([0, 0, 0, 1, 1, 1])
-    text, mask = tokens.layout.pad(tokens.states), captions.mask
+    text, mask = tokens.packing.pad(tokens.states), captions.mask
     expected = masked_albef(twin, text, mask, image[rows])[mask]
     torch.testing.assert_close(fused, expected, rtol=1e-5, atol=1e-5)
 
@@ -114,7 +114,7 @@ def test_grad_cam_equals_lavis_hooks(pair, size):
 
     layer = twin.text_encoder.bert.encoder.layer[CAM_LAYER].crossattention.self
     layer.save_attention = True
-    expected = masked_albef(twin, tokens.layout.pad(tokens.states), captions.mask, image)
+    expected = masked_albef(twin, tokens.packing.pad(tokens.states), captions.mask, image)
     torch.testing.assert_close(fused.states, expected[captions.mask], rtol=1e-5, atol=1e-5)
     twin.itm_head(expected[:, 0])[:, 1].sum().backward()
     gradient = layer.get_attn_gradients().clamp(min=0)
@@ -141,7 +141,7 @@ def test_dropout_leaves_the_map_undropped(make_model, make_batch):
     model = make_model(bert=bert).train()
     captions = model.reader.read(make_batch(4)["text_input"])
     memory = model.bert.remember(model.visual_encoder(make_batch(4)["image"]))
-    tokens = model.bert.encode(captions.ids, Layout.of(captions.mask))
+    tokens = model.bert.encode(captions.ids, Packing.of(captions.mask))
     _, attention = model.bert.fuse_with_attention(tokens, memory, CAM_LAYER)
     torch.testing.assert_close(attention.sum(dim=-1), torch.ones(attention.shape[:-1]))
     assert (attention > 0).all()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softmask_plugin.nn.tokens import Layout, Tokens
+from softmask_plugin.nn.tokens import Packing, Tokens
 
 LENGTHS = st.lists(st.integers(1, 6), min_size=1, max_size=5)
 WIDTH = 3
@@ -16,13 +16,13 @@ WIDTH = 3
 def captions(lengths: list[int], columns: int | None = None) -> Tokens:
     """Captions of these lengths with random states, in a grid of so many columns."""
     mask = torch.arange(columns or max(lengths)) < torch.tensor(lengths)[:, None]
-    return Tokens(torch.randn(int(mask.sum()), WIDTH), Layout.of(mask))
+    return Tokens(torch.randn(int(mask.sum()), WIDTH), Packing.of(mask))
 
 
 def rows(tokens: Tokens) -> list[torch.Tensor]:
     """The states of each caption, (length, width), padding left out."""
-    grid = tokens.layout.pad(tokens.states)
-    return [row[kept] for row, kept in zip(grid, tokens.layout.mask, strict=True)]
+    grid = tokens.packing.pad(tokens.states)
+    return [row[kept] for row, kept in zip(grid, tokens.packing.mask, strict=True)]
 
 
 def assert_equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
@@ -32,10 +32,10 @@ def assert_equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
 @given(LENGTHS)
 def test_padding_is_zero_and_packing_undoes_it(lengths):
     tokens = captions(lengths)
-    grid = tokens.layout.pad(tokens.states)
+    grid = tokens.packing.pad(tokens.states)
     assert grid.shape == (len(lengths), max(lengths), WIDTH)
-    assert (grid[~tokens.layout.mask] == 0).all()
-    assert torch.equal(tokens.layout.pack(grid), tokens.states)
+    assert (grid[~tokens.packing.mask] == 0).all()
+    assert torch.equal(tokens.packing.pack(grid), tokens.states)
     assert_equal([tokens.cls], [grid[:, 0]])
 
 
@@ -43,10 +43,10 @@ def test_padding_is_zero_and_packing_undoes_it(lengths):
 def test_joined_captions_come_apart_again(first, second):
     parts = [captions(first), captions(second)]
     joined = Tokens.cat(parts)
-    assert joined.layout.mask.shape == (len(first + second), max(first + second))
+    assert joined.packing.mask.shape == (len(first + second), max(first + second))
     assert_equal(rows(joined), rows(parts[0]) + rows(parts[1]))
     assert torch.equal(joined.cls, torch.cat([part.cls for part in parts]))
-    for got, part in zip(joined.split([p.layout for p in parts]), parts, strict=True):
+    for got, part in zip(joined.split([p.packing for p in parts]), parts, strict=True):
         assert torch.equal(got.states, part.states)
 
 
@@ -56,7 +56,7 @@ def test_captions_are_taken_in_any_order_and_number(lengths, data, trim):
     chosen = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=6))
     taken = tokens.take(torch.tensor(chosen), trim=trim)
     longest = max(lengths[i] for i in chosen)
-    assert taken.layout.mask.shape == (len(chosen), longest if trim else 7)
+    assert taken.packing.mask.shape == (len(chosen), longest if trim else 7)
     assert len(taken.states) == (sum(lengths[i] for i in chosen) if trim else 7 * len(chosen))
     assert_equal(rows(taken), [rows(tokens)[i] for i in chosen])
     assert torch.equal(taken.cls, tokens.cls[chosen])
@@ -66,10 +66,12 @@ def test_captions_are_taken_in_any_order_and_number(lengths, data, trim):
 def test_some_tokens_are_found_among_all(lengths, seed):
     tokens = captions(lengths)
     generator = torch.Generator().manual_seed(seed)
-    chosen = tokens.layout.mask & (torch.rand(tokens.layout.mask.shape, generator=generator) < 0.5)
-    grid = tokens.layout.pad(tokens.states)
-    assert torch.equal(tokens.only(Layout.of(chosen)).states, grid[chosen])
-    assert torch.equal(tokens.only(tokens.layout.cls_only).states, grid[:, 0])
+    chosen = tokens.packing.mask & (
+        torch.rand(tokens.packing.mask.shape, generator=generator) < 0.5
+    )
+    grid = tokens.packing.pad(tokens.states)
+    assert torch.equal(tokens.only(Packing.of(chosen)).states, grid[chosen])
+    assert torch.equal(tokens.only(tokens.packing.cls_only).states, grid[:, 0])
 
 
 @pytest.mark.parametrize("trim", [True, False])
