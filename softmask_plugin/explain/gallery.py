@@ -76,7 +76,7 @@ class Gallery:
         similar = (self.features @ feature[0]).topk(min(candidates, len(self.features)))
         copies = texts.take(torch.zeros_like(similar.indices))
         memory = model.bert.remember(self.states[similar.indices.cpu()].to(model.device))
-        logits = model.match(model.bert.fuse(copies, memory, wanted=copies.layout.cls_only).cls)
+        logits = model.match(model.bert.fuse(copies, memory, wanted=copies.packing.cls_only).cls)
         require_finite_scores("a retrieval score", similar.values, logits)
         matches = logits.float().softmax(dim=-1)[:, 1].tolist()
         best = (logits[:, 1] - logits[:, 0]).topk(min(count, len(logits))).indices.tolist()

@@ -134,7 +134,7 @@ def match_masked(
     keep = keep_factors(normalize(cams.flatten(1)), kind, strength, fixed)
     same = torch.zeros(len(cams), dtype=torch.long, device=cams.device)
     view, copies = View(images=same, keep=keep), pair.text.take(same, trim=True)
-    hidden = model.bert.fuse(copies, pair.memory, (view,), copies.layout.cls_only)
+    hidden = model.bert.fuse(copies, pair.memory, (view,), copies.packing.cls_only)
     return keep, model.match(hidden.cls).float().softmax(dim=-1)[:, 1]
 
 
