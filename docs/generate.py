@@ -1,7 +1,7 @@
-"""Pages of the site that are made of the repository: README and the like, YAML reference, API.
+"""Generate pages of the docs site: README and the like, the YAML reference, the API.
 
-Run by mkdocs (gen-files), with the repository's root as its folder. Nothing of the package is
-imported: options and their comments are read as text, docstrings by mkdocstrings.
+mkdocs runs this (gen-files). It imports nothing of the package: it parses options and their
+comments as text, and mkdocstrings does so with docstrings.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import ast
 import json
 import re
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 
 import mkdocs_gen_files
+from markdown.extensions.toc import slugify
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, CONFIGS = ROOT / "softmask_plugin", ROOT / "lavis_configs"
@@ -21,6 +23,15 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
+    "examples/README.md": "examples.md",
+    "softmask_plugin/config/options.py": "yaml/options.md",
+    "softmask_plugin/config/run_options.py": "yaml/run.md",
+}
+YAML = {  # heading and purpose of the page for each folder of YAML files
+    "models": ("Models", "`model.arch` and `model.model_type` choose one for its defaults."),
+    "datasets": ("Data sets", "Each section of `datasets:` starts from these defaults."),
+    "projects": ("Projects", "For `--cfg-path`."),
+    "ablation": ("Plans", "For `softmask ablate --plan`."),
 }
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
@@ -28,49 +39,52 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 def main() -> None:
     """Write all pages."""
     for source, page in PAGES.items():
-        write(page, at_home(ROOT / source))
+        if source.endswith(".md"):
+            write(page, with_site_links(ROOT / source))
     for guide in (ROOT / "docs").glob("*.md"):
-        write(guide.name, at_home(guide))
+        write(guide.name, with_site_links(guide))
     write("yaml/options.md", options_page())
     write("yaml/run.md", run_page())
-    write("yaml/models.md", yaml_page("Models", "models", "of `model.arch` and `model.model_type`"))
-    write("yaml/datasets.md", yaml_page("Data sets", "datasets", "of `datasets:`, with defaults"))
-    write("yaml/projects.md", yaml_page("Projects", "projects", "for `--cfg-path`"))
-    write("yaml/ablation.md", yaml_page("Plans", "ablation", "for `softmask ablate --plan`"))
+    for folder, (heading, purpose) in YAML.items():
+        write(f"yaml/{folder}.md", yaml_page(folder, heading, purpose))
+    write("api/index.md", api_index())
     for module in modules():
         name = ".".join(module.relative_to(ROOT).with_suffix("").parts)
         write(api_page(module), f"# `{name}`\n\n::: {name}\n")
-    rows = [f"- [{title(module)}]({api_page(module).removeprefix('api/')})" for module in modules()]
-    write("api/index.md", "# API\n\n" + "\n".join(rows) + "\n")
 
 
 def write(page: str, text: str) -> None:
-    """Put a page into the site."""
+    """Add a page to the site."""
     with mkdocs_gen_files.open(page, "w") as file:
         file.write(text)
 
 
-def at_home(file: Path) -> str:
-    """A Markdown file of the repository, its links leading to pages of the site or, where the site
-    does not have what they name, gone."""
+def with_site_links(file: Path) -> str:
+    """Markdown of a file, with links to the site's pages; other files of the repository lose their
+    link."""
 
     def moved(match: re.Match[str]) -> str:
         picture, label, target, anchor = match[1], match[2], match[3], match[4] or ""
         if "://" in target:
             return match[0]
-        found = (file.parent / target).resolve()
-        page = page_of(found)
+        page = page_of((file.parent / target).resolve())
         return label if page is None else f"{picture}[{label}]({page}{anchor})"
 
     return LINK.sub(moved, file.read_text("utf-8"))
 
 
 def page_of(file: Path) -> str | None:
-    """Where the site has a file of the repository; None: nowhere."""
-    if file.parent == ROOT and file.name in PAGES:
-        return PAGES[file.name]
-    if file.is_relative_to(ROOT / "docs") and file.is_file():
-        return file.relative_to(ROOT / "docs").as_posix()
+    """The page of the site, if any, that shows a file or folder of the repository."""
+    name = file.relative_to(ROOT).as_posix()
+    if name in PAGES:
+        return PAGES[name]
+    if name.startswith("docs/") and file.is_file():
+        return name.removeprefix("docs/")
+    if name.startswith("lavis_configs/"):
+        page = f"yaml/{name.split('/')[1]}.md"
+        return page if file.is_dir() else f"{page}#{slugify(name, '-')}"
+    if file.is_dir() and (file / "__init__.py").is_file():
+        return f"api/index.md#{slugify(room(file / '__init__.py'), '-')}"
     return api_page(file) if file in modules() else None
 
 
@@ -81,15 +95,30 @@ def modules() -> list[Path]:
 
 
 def api_page(module: Path) -> str:
-    """Where a module's page is."""
+    """The page of a module."""
     return "api/" + "/".join(module.relative_to(PACKAGE).with_suffix(".md").parts)
 
 
-def title(module: Path) -> str:
-    """A module's name and the first line of its docstring."""
+def api_index() -> str:
+    """All modules by room, with the first lines of their docstrings."""
+    parts = ["# API"]
+    for name, group in groupby(sorted(modules(), key=room), room):
+        files = list(group)
+        parts += [f"## `{name}`", summary(files[0].parent / "__init__.py")]
+        rows = [f"- [`{m.stem}`]({api_page(m).removeprefix('api/')}): {summary(m)}" for m in files]
+        parts.append("\n".join(rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def room(module: Path) -> str:
+    """Dotted name of the package that holds a module."""
+    return ".".join(module.parent.relative_to(ROOT).parts)
+
+
+def summary(module: Path) -> str:
+    """First line of a module's docstring."""
     docstring = ast.get_docstring(ast.parse(module.read_text("utf-8"))) or ""
-    name = ".".join(module.relative_to(PACKAGE).with_suffix("").parts)
-    return f"`{name}`: {docstring.splitlines()[0] if docstring else ''}"
+    return docstring.partition("\n")[0]
 
 
 def options_page() -> str:
@@ -185,12 +214,12 @@ def comment(field: ast.AnnAssign, lines: list[str]) -> str:
     return " ".join(word.strip() for word in words).replace("|", "\\|").strip()
 
 
-def yaml_page(heading: str, folder: str, what: str) -> str:
-    """The YAML files of a folder, which describe their own keys."""
-    parts = [f"# {heading}", f"YAML files {what}. Their comments are the reference."]
+def yaml_page(folder: str, heading: str, purpose: str) -> str:
+    """The YAML files of a folder; their comments describe their keys."""
+    parts = [f"# {heading}", f"{purpose} The comments are the reference."]
     for file in sorted((CONFIGS / folder).rglob("*.yaml")):
         text = file.read_text("utf-8").rstrip()
-        parts.append(f"## {file.relative_to(CONFIGS.parent).as_posix()}\n\n```yaml\n{text}\n```")
+        parts.append(f"## {file.relative_to(ROOT).as_posix()}\n\n```yaml\n{text}\n```")
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Pretrain on several machines under Slurm: sbatch examples/slurm.sh [section.key=value ...]
-# A job that is requeued or started again goes on where it was. Set what is between < and >.
+# A job that is requeued or started again resumes. Fill in what stands between < and >.
 #SBATCH --job-name=softmask
 #SBATCH --nodes=2
-#SBATCH --ntasks-per-node=1          # one torchrun on each machine, which starts the processes
+#SBATCH --ntasks-per-node=1          # one torchrun per machine starts the processes
 #SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=40           # of all processes and data-loader workers of a machine
+#SBATCH --cpus-per-task=40           # shared by all processes and data-loader workers of a machine
 #SBATCH --time=24:00:00
 #SBATCH --requeue
-#SBATCH --open-mode=append           # of the log
+#SBATCH --open-mode=append           # keep the log of earlier starts
 #SBATCH --output=softmask-%j.log
 set -euo pipefail
 
