@@ -335,16 +335,16 @@ def test_the_explain_command_of_readme(clone, capsys):
     assert float(score[1]) > 0.9 and (clone / "words.png").is_file()
 
 
-def test_the_python_of_readme(clone):
-    (snippet,) = snippets("README.md", "explain_image")
+@pytest.mark.parametrize("file", ["README.md", "docs/explain.md"])
+def test_the_python_of_the_guides(clone, file):
+    (snippet,) = snippets(file, "explain_image")
     names = {}
     exec(snippet, names)
     assert names["result"].score > 0.9 and (clone / "words.pdf").is_file()
 
 
-@pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md"])
-def test_the_loss_of_one_s_own_in_the_guides(file):
-    (snippet,) = snippets(file, "register_loss")
+def test_the_loss_of_one_s_own_in_the_guides():
+    (snippet,) = snippets("docs/method.md", "register_loss")
     names = {"__name__": "a_user_s_script"}
     exec(snippet, names)
     assert LOSSES.pop("my_itc") is names["MyLoss"]
