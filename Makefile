@@ -53,7 +53,7 @@ assets: .venv/.installed
 	@.venv/bin/python scripts/train_scenes_tiny.py
 
 docs: .venv/.installed
-	@NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true .venv/bin/mkdocs build --strict -q -d site
+	@NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true .venv/bin/mkdocs build --strict -d site
 
 lint: .venv/.installed
 	@.venv/bin/ruff check .
