@@ -100,7 +100,7 @@ def api_page(module: Path) -> str:
 
 
 def api_index() -> str:
-    """All modules by room, with the first lines of their docstrings."""
+    """All modules by package, with what each holds."""
     parts = ["# API"]
     for name, group in groupby(sorted(modules(), key=room), room):
         files = list(group)
@@ -116,9 +116,9 @@ def room(module: Path) -> str:
 
 
 def summary(module: Path) -> str:
-    """First line of a module's docstring."""
+    """First paragraph of a module's docstring."""
     docstring = ast.get_docstring(ast.parse(module.read_text("utf-8"))) or ""
-    return docstring.partition("\n")[0]
+    return " ".join(docstring.partition("\n\n")[0].split())
 
 
 def options_page() -> str:
