@@ -28,9 +28,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from softmask_plugin.ablate.job import Job
-from softmask_plugin.ablate.losses import mean_and_range
-from softmask_plugin.ablate.plan import Plan
-from softmask_plugin.ablate.read import read_plan
+from softmask_plugin.ablate.plan import Plan, read_plan
+from softmask_plugin.ablate.table import range_table
 from softmask_plugin.datasets.scenes.grammar import Scene, captions, make_scenes
 from softmask_plugin.datasets.scenes.render import render
 from softmask_plugin.errors import UserError, reason_of, require_finite_scores
@@ -38,7 +37,7 @@ from softmask_plugin.explain.gallery import wrong_caption
 from softmask_plugin.explain.maps import Pairs, map_words
 from softmask_plugin.explain.pairs import match_masked
 from softmask_plugin.explain.trained import Trained, load_trained
-from softmask_plugin.files.tensors import ASSETS
+from softmask_plugin.files.checkpoint import ASSETS
 from softmask_plugin.files.whole import write_json, write_whole
 from softmask_plugin.report.figures import ACCENT, INK, MUTED, STYLE
 from softmask_plugin.soft_mask import Kind
@@ -125,14 +124,16 @@ def shipped() -> Sources:
 
 
 def markdown(table: Mapping[str, Variant]) -> str:
-    """A line for each variant: means over seeds, and from what to what several range."""
-    titles = [column.replace("_", ", ", 1).replace("_", " ") for column in COLUMNS]
-    lines = [f"| variant | {' | '.join(titles)} | seeds |", "|---" * (len(titles) + 2) + "|"]
-    for name, variant in table.items():
-        seeds = variant.seeds.values()
-        cells = [mean_and_range([each[column] for each in seeds], 1) for column in COLUMNS]
-        lines.append(f"| {name} | {' | '.join(cells)} | {len(seeds)} |")
-    return "\n".join(lines) + "\n"
+    """A line for each variant: mean over its seeds, and their range."""
+    titles = {column: column.replace("_", ", ", 1).replace("_", " ") for column in COLUMNS}
+    rows = {
+        name: {
+            title: {seed: each[column] for seed, each in variant.seeds.items()}
+            for column, title in titles.items()
+        }
+        for name, variant in table.items()
+    }
+    return range_table(rows, digits=1)
 
 
 def draw(table: Mapping[str, Variant]) -> Figure:
@@ -208,7 +209,7 @@ def _run(asked: argparse.Namespace) -> None:
     for name, (options, paths) in sources.items():
         seeds = {seed: measure(load_trained(path), asked.scenes) for seed, path in paths.items()}
         table[name] = Variant(options, seeds)
-    print(markdown(table), end="")
+    print(markdown(table))
     if asked.output is not None:
         plain = {name: vars(variant) for name, variant in table.items()}
         write_json(asked.output / "giveaway.json", {"scenes": asked.scenes, "variants": plain})

@@ -1,4 +1,4 @@
-"""``softmask ablate``: train what a plan asks for and is not there yet, then write the table."""
+"""``softmask ablate``: run what a plan asks for and is not finished yet, then write the table."""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from softmask_plugin.ablate import plot
 from softmask_plugin.ablate.job import Job
-from softmask_plugin.ablate.plan import Plan
-from softmask_plugin.ablate.read import read_plan
-from softmask_plugin.ablate.table import Row, as_plain, markdown, rows
-from softmask_plugin.ablate.workers import Done, slots, work
-from softmask_plugin.config.check import find_config, read_config
+from softmask_plugin.ablate.plan import Plan, read_plan
+from softmask_plugin.ablate.pool import slots, work
+from softmask_plugin.ablate.table import Row, markdown, rows
 from softmask_plugin.errors import UserError
 from softmask_plugin.files.whole import write_json, write_whole
 
@@ -34,49 +30,49 @@ def main(
 ) -> Path:
     """Train and evaluate the variants of a plan, and write ``<plan>.md``, ``.json`` and ``.png``.
 
-    What has a result already is not run again, and what was killed goes on where it was, so that
-    the same command goes on with an ablation, and afterwards only writes its table. Plans with the
-    same ``base`` may share a folder, and with it their pretraining.
+    Finished runs are not repeated, and killed ones resume: the same command continues an ablation,
+    and once everything is there only writes the table. Plans with the same ``base`` may share a
+    folder, and with it their pretraining.
 
     Args:
-        plan: a YAML file, or the name of a shipped one.
-        output_dir: gets all runs and the table; None: outputs/ablation/<plan>.
-        only: variants to run; none: all. The table has all that are measured.
-        seeds: how many of the plan's seeds to use; None: all.
-        jobs: runs at the same time on a CPU; with CUDA there is one per device.
-        again: first throw away the results of the variants to run.
-        baseline: the variant that the table compares with; None: the plan's.
-        options: overrides of every stage's configuration, each "section.key=value"; those of a
-            data set go to the stages that read it.
+        plan: A YAML file, or the name of a shipped one.
+        output_dir: Folder for all runs and the table; None: outputs/ablation/<plan>.
+        only: Variants to run; empty: all. The table shows every variant that is measured.
+        seeds: Number of the plan's seeds to use; None: all.
+        jobs: Number of runs at the same time on a CPU; with CUDA it is one for each device.
+        again: Discard the results of the variants to run first.
+        baseline: Variant to compare with in the table; None: the plan's.
+        options: Overrides of every stage's configuration, each "section.key=value"; those of a
+            data set go only to the stages that use it.
 
     Returns:
         The table in Markdown.
 
     Raises:
-        UserError: a mistake in the plan or the arguments, or runs that failed; the others are
-            finished and in the table.
+        UserError: The plan or an argument has a mistake, or runs failed; the others are finished
+            and in the table.
     """
     if jobs < 1:
         raise UserError(f"--jobs is {jobs}: it must be at least 1")
     read = read_plan(plan, options, seeds)
-    compared = baseline or read.baseline
+    baseline = baseline or read.baseline
     read.require_variants("--only", only)
-    read.require_variants("--baseline", [compared])
+    read.require_variants("--baseline", [baseline])
     folder = Path(output_dir or Path("outputs/ablation", read.name)).expanduser().absolute()
     chosen = [name for name in read.variants if name in only or not only]
-    # Seed by seed, so that an ablation that is broken off has compared all of its rows.
+    # Seed by seed, so that an ablation that is stopped early has compared all variants
     wanted = [Job(read, name, seed, folder) for seed in read.seeds for name in chosen]
     if again:
         _discard(wanted)
     try:
-        failed = _run([job for job in wanted if not job.is_done], jobs, folder)
+        failed = _run([job for job in wanted if not job.is_done], jobs)
     except KeyboardInterrupt:
-        raise UserError("interrupted: the same command goes on where it was") from None
-    table = rows(read, folder, compared)
-    measured = any(row.measured for row in table)
+        raise UserError("interrupted: the same command resumes it") from None
+    table = rows(read, folder, baseline)
+    measured = any(row.metrics for row in table)
     if measured:
-        page = _write(table, read, folder, compared)
-        print(page.read_text(encoding="utf-8") + f"\nWritten: {page}, .json and .png")
+        page = _write(table, read, folder, baseline)
+        print(f"{page.read_text(encoding='utf-8')}\nWritten: {page}, .json and .png")
     if failed:
         job, error = failed[0]
         raise UserError(f"{len(failed)} of {len(wanted)} runs failed, first {job}: {error}")
@@ -87,62 +83,52 @@ def main(
 
 
 def _discard(jobs: Sequence[Job]) -> None:
-    """Throw away the results of jobs, unless they are another plan's as well."""
+    """Discard the results of jobs, unless another plan shares one of their folders."""
     for job in jobs:
         own = {stage.name for stage in job.plan.stages}
         others = sorted({each.name for each in job.home.glob("*/")} - own)
         if others:
             raise UserError(
-                f"--again: {job.home} has results of another plan too ({', '.join(others)}), which "
+                f"--again: {job.home} has results of another plan too ({', '.join(others)}) that "
                 "its pretraining belongs to: delete it yourself, or name another --output-dir"
             )
     for job in jobs:
         job.discard()
 
 
-def _run(jobs: Sequence[Job], at_once: int, folder: Path) -> list[tuple[Job, UserError]]:
-    """Run jobs, telling how far they are; returns those that failed."""
+def _run(jobs: Sequence[Job], at_once: int) -> list[tuple[Job, UserError]]:
+    """Run jobs and report progress; returns those that failed."""
     if not jobs:
         return []
-    folder.mkdir(parents=True, exist_ok=True)
     failed, began = [], time.monotonic()
-    total = sum(len(job.unfinished) for job in jobs)
-    done, missed = 0, 0
-    cuda = _device(jobs[0].plan).type == "cuda"
-    for job, message in work(jobs, slots(cuda, at_once), folder):
-        if isinstance(message, Done):
-            continue
-        if isinstance(message, UserError):
-            missed += len(job.unfinished)
-            failed.append((job, message))
-            text = f"failed: {message}"
+    total, done = sum(len(job.unfinished) for job in jobs), 0
+    plan = jobs[0].plan
+    cuda = plan.asked[plan.baseline, plan.base.name]["run.device"] == "cuda"
+    for job, outcome in work(jobs, slots(cuda, at_once)):
+        if isinstance(outcome, UserError):
+            failed.append((job, outcome))
+            total -= len(job.unfinished)
+            text = f"failed: {outcome}"
         else:
-            stage, result = message
+            stage, result = outcome
             done += 1
             metrics = [f"{name} {value:.4g}" for name, value in result.get("metrics", {}).items()]
             text = ", ".join([stage.name, *metrics, f"{result['seconds']:.0f} s"])
-        left = (total - missed - done) * (time.monotonic() - began) / max(done, 1)
-        place = f"[{done + missed}/{total}, {tqdm.format_interval(left)} left]"
-        print(f"{place} {job}: {text}", flush=True)
+        meter = tqdm.format_meter(done, total, time.monotonic() - began, ncols=0, unit="run")
+        print(f"{meter} {job}: {text}", flush=True)
     return failed
 
 
-def _device(plan: Plan) -> torch.device:
-    options = plan.options(plan.baseline, plan.base)
-    config = read_config(find_config(plan.base.config), options)
-    return torch.device(config.run.device)
-
-
 def _write(table: Sequence[Row], plan: Plan, folder: Path, baseline: str) -> Path:
-    content: dict[str, Any] = {
+    page, picture = folder / f"{plan.name}.md", plot.draw(table, plan.metrics, baseline)
+    text = markdown(table, plan.metrics, baseline)
+    content = {
         "plan": plan.name,
         "baseline": baseline,
         "seeds": plan.seeds,
         "stages": [asdict(stage) for stage in plan.stages],
-        "rows": as_plain(table),
+        "rows": [asdict(row) for row in table],
     }
-    page, picture = folder / f"{plan.name}.md", plot.draw(table, plan.metrics, baseline)
-    text = markdown(table, plan.metrics, baseline)
     write_json(page.with_suffix(".json"), content)
     write_whole(page.with_suffix(".png"), lambda file: picture.savefig(file, format="png", dpi=150))
     write_whole(page, lambda file: file.write_text(text, encoding="utf-8"))

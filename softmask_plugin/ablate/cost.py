@@ -1,12 +1,13 @@
-"""What a step of a variant costs: timed in turns with the baseline's, in one process."""
+"""What a variant's training step costs, relative to the baseline's."""
 
 from __future__ import annotations
 
 import itertools
+import logging
 import statistics
 import tempfile
 import time
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,55 +16,47 @@ from softmask_plugin import launch
 from softmask_plugin.ablate.plan import Plan
 from softmask_plugin.config.check import option
 
-ROUNDS = 15  # steps of each that count
-# A run that builds all that a step needs, and ends
+# Options of a run that sets everything up and ends
 NOTHING = ["run.max_epoch=0", "run.valid_splits=[]", "run.test_splits=[]"]
-LATE = "model.soft_mask.start_iter="  # an option with which the timed steps would have no mask
+LATE = "model.soft_mask.start_iter="  # would switch the mask off in the timed steps
 
 
-def relative_cost(plan: Plan, variant: str, rounds: int = ROUNDS) -> list[float]:
-    """Seconds of a pretraining step, its data's included, over the baseline's.
+def relative_cost(plan: Plan, variant: str, rounds: int = 15) -> list[float] | None:
+    """Time a variant's pretraining step, data loading included, over the baseline's.
 
-    The two take turns, so that whatever else the machine does slows both alike. A first step of
-    each is not counted. A mask that starts later in training is on from the first of these steps.
+    The two take turns in one process, so that other load on the machine slows both alike. The first
+    step of each is not counted. A mask that starts later in training is on from the start.
 
     Returns:
-        The quartiles over the rounds, the median in the middle.
+        Quartiles of the ratio over the rounds; None if two models do not fit into memory.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        own, other = (Stepper(plan, name, Path(folder)) for name in (variant, plan.baseline))
-        ratios = [own.seconds() / other.seconds() for _ in range(rounds + 1)]
+    names = (variant, plan.baseline)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            own, other = (take_steps(plan, name, folder) for name in names)
+            ratios = [next(own) / next(other) for _ in range(rounds + 1)]
+    except torch.OutOfMemoryError:
+        logging.warning("step time not measured: two models do not fit into memory")
+        return None
     return statistics.quantiles(ratios[1:], n=4, method="inclusive")
 
 
-class Stepper:
-    """Takes optimizer steps on successive batches as a variant's pretraining does.
-
-    Args:
-        plan: what is trained how.
-        variant: which of its variants.
-        folder: gets the folder of a run.
-    """
-
-    def __init__(self, plan: Plan, variant: str, folder: Path) -> None:
-        asked = [each for each in plan.options(variant, plan.base) if not each.startswith(LATE)]
-        options = [*asked, option("run.output_dir", folder), *NOTHING]
-        self.runner: Any = launch.run(plan.base.config, options)[0]
-        self.runner.model.train()
-        loader = self.runner.train_loader
-        self.batches = itertools.chain.from_iterable(
-            loader.batches(epoch, 0) for epoch in itertools.count()
-        )
-
-    def seconds(self) -> float:
-        """Take a step; return its duration."""
-        runner, began = self.runner, _now()
-        runner._step(runner._accumulate(self.batches, range(runner.accum_grad_iters), 0))
-        return _now() - began
+def take_steps(plan: Plan, variant: str, folder: str) -> Iterator[float]:
+    """Take a variant's pretraining steps; yield the duration of each, in seconds."""
+    options = [each for each in plan.options(variant, plan.base) if not each.startswith(LATE)]
+    options += [option("run.output_dir", folder), *NOTHING]
+    runner: Any = launch.run(plan.base.config, options)[0]
+    runner.model.train()
+    loader = runner.train_loader
+    batches = itertools.chain.from_iterable(loader.batches(i, 0) for i in itertools.count())
+    while True:
+        began = now()
+        runner.train_step(batches)
+        yield now() - began
 
 
-def _now() -> float:
-    """The clock in seconds, once a GPU has done all that was asked of it."""
+def now() -> float:
+    """The clock in seconds, after all pending GPU work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -1,27 +1,34 @@
-"""A variant with a seed: where its stages lie, what they left, and whether that is of this plan."""
+"""A job, one variant with one seed: its folder, its runs and their results."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softmask_plugin.ablate.plan import Plan, Stage
+from softmask_plugin import launch
+from softmask_plugin.ablate.cost import relative_cost
+from softmask_plugin.ablate.plan import PRETRAIN, PRETRAINED, Plan, Stage
+from softmask_plugin.config.check import option
 from softmask_plugin.config.values import differences
-from softmask_plugin.errors import UserError, reason_of
+from softmask_plugin.errors import UserError, reason_of, suggest
+from softmask_plugin.files.whole import write_json
+from softmask_plugin.host.environment import environment
+from softmask_plugin.report import read_metrics
 from softmask_plugin.runners.run_folder import lock, release
 
-ASKED = "asked.json"  # what a stage was begun with: nothing else goes on with it, or counts it
-RESULT = "result.json"
-COST = "cost.json"
+ASKED, RESULT = "asked.json", "result.json"  # of a stage: its part of Plan.asked, and its result
 
 
 @dataclass(frozen=True)
 class Job:
-    """A variant with a seed; ``folder`` is the ablation's."""
+    """A variant and a seed; ``folder`` is the ablation's."""
 
     plan: Plan
     variant: str
@@ -31,117 +38,73 @@ class Job:
     def __str__(self) -> str:
         return f"{self.variant}, seed {self.seed}"
 
+    # ---- Its folder
+
     @property
     def home(self) -> Path:
-        """What holds all of the job's stages; locked while a process works on it."""
+        """Folder of the job's stages."""
         return self.folder / self.variant / f"seed_{self.seed}"
 
+    @property
+    def log(self) -> Path:
+        """Whatever its runs print."""
+        return self.home / "output.log"
+
     def place(self, stage: Stage) -> Path:
-        """The folder that holds a stage's run and result."""
+        """Folder of a stage's run and result."""
         return self.home / stage.name
 
     def asked(self, stage: Stage) -> Mapping[str, Any]:
-        """What the plan asks of a stage."""
+        """A stage's part of ``Plan.asked``."""
         return self.plan.asked[self.variant, stage.name]
 
     def result(self, stage: Stage) -> dict[str, Any] | None:
-        """What a finished stage left; None where it is not finished.
+        """Return the result of a stage; None if it is not finished.
 
         Raises:
-            UserError: the result is broken, or the plan asks for something else.
+            UserError: The result is broken, or the stage was begun with another configuration.
         """
-        if not (self.place(stage) / RESULT).is_file():
+        place = self.place(stage)
+        if not (place / ASKED).exists() and not (place / RESULT).exists():
             return None
-        self.require_same(stage)
-        return self._read(stage, RESULT)
+        before, now = self._load(stage, ASKED), self.asked(stage)
+        for key, old, new in differences(before, now, absent="unset"):
+            remedy = self._remedy(stage)
+            raise UserError(f"{place} had {key} = {old}, but the plan has {new}: {remedy}")
+        return self._load(stage, RESULT) if (place / RESULT).exists() else None
 
     def checkpoint(self, stage: Stage) -> Path | None:
-        """The last checkpoint of a finished stage that trains; None where it is not finished."""
-        result = self.result(stage)
-        if result is None:
+        """The last checkpoint of a stage that trains; None if it is not finished."""
+        if (result := self.result(stage)) is None:
             return None
         return self.place(stage) / result["run"] / result["checkpoint"]
 
-    def require_same(self, stage: Stage) -> None:
-        """Raise UserError where a stage was begun with something else than the plan asks for."""
-        before, now = self._read(stage, ASKED), self.asked(stage)
-        for key, old, new in differences(before, now, absent="unset"):
-            raise UserError(
-                f"{self.place(stage)} had {key} = {old}, but the plan has {new}: "
-                f"{self._remedy(stage)}"
-            )
-
     @property
     def unfinished(self) -> list[Stage]:
-        """The stages that have no result yet."""
+        """Stages without a result."""
         return [stage for stage in self.plan.stages if self.result(stage) is None]
 
     @property
-    def cost(self) -> list[float] | None:
-        """What a step of the variant costs, see ``relative_cost``; None where it is not known."""
-        return (self._timed or {}).get("step_time")
-
-    @property
-    def cost_file(self) -> Path:
-        """Keeps the cost, which is the same for all seeds."""
-        return self.folder / self.variant / COST
-
-    @property
-    def pair(self) -> dict[str, Mapping[str, Any]]:
-        """What the two that a step's time compares are asked to do."""
-        plan = self.plan
-        names = {"variant": self.variant, "baseline": plan.baseline}
-        return {key: plan.asked[name, plan.base.name] for key, name in names.items()}
-
-    @property
-    def is_done(self) -> bool:
-        """Whether there is nothing left to do: the first seed's job times a step as well."""
-        return not self.unfinished and not self.has_to_time
+    def cost(self) -> dict[str, Any]:
+        """``{"step_time": relative_cost(...)}`` of the variant; {} if it is not measured yet."""
+        try:
+            found = json.loads(self._cost_file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return {}
+        return found if found.pop("asked", None) == self._compared else {}
 
     @property
     def has_to_time(self) -> bool:
-        """Whether it is this job's part to time a step; the baseline's is the unit."""
+        """Whether to measure the cost: it is up to the first seed, and 1 for the baseline."""
         first = self.seed == self.plan.seeds[0] and self.variant != self.plan.baseline
-        return first and self._timed is None
+        return first and not self.cost
 
     @property
-    def _timed(self) -> dict[str, Any] | None:
-        """What ``cost_file`` says; None where there is none yet, or of another pair."""
-        try:
-            found = json.loads(self.cost_file.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            return None
-        return found if found.get("asked") == self.pair else None
+    def is_done(self) -> bool:
+        """Whether nothing is left to run."""
+        return not self.unfinished and not self.has_to_time
 
-    def discard(self) -> None:
-        """Throw away all of the variant's results with this seed, and its cost.
-
-        Raises:
-            UserError: another process works on it, or a file cannot be deleted.
-        """
-        if not self.home.is_dir():
-            return
-        self.take()
-        try:
-            shutil.rmtree(self.home)
-            self.cost_file.unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.home} cannot be deleted: {reason_of(error)}") from error
-        finally:
-            self.release()
-
-    def take(self) -> None:
-        """Lock the job's folder until ``release``; UserError where another process has it."""
-        if not lock(self.home):
-            raise UserError(
-                f"another command works on {self.home}: give this one again when it is through"
-            )
-
-    def release(self) -> None:
-        """Let other processes work on the job."""
-        release(self.home)
-
-    def _read(self, stage: Stage, name: str) -> dict[str, Any]:
+    def _load(self, stage: Stage, name: str) -> dict[str, Any]:
         file = self.place(stage) / name
         try:
             return dict(json.loads(file.read_text(encoding="utf-8")))
@@ -150,5 +113,108 @@ class Job:
 
     def _remedy(self, stage: Stage) -> str:
         if stage is self.plan.base:
-            return f"start the row again with --only {self.variant} --again, or in another folder"
+            return f"start it anew with --only {self.variant} --again, or in another folder"
         return f"delete {self.place(stage)}, and the same command measures it again"
+
+    @property
+    def _cost_file(self) -> Path:
+        return self.folder / self.variant / "cost.json"
+
+    @property
+    def _compared(self) -> dict[str, Mapping[str, Any]]:
+        names = {"variant": self.variant, "baseline": self.plan.baseline}
+        return {key: self.plan.asked[name, PRETRAIN] for key, name in names.items()}
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        if not lock(self.home):
+            raise UserError(f"another command works on {self.home}: try again when it is done")
+        try:
+            yield
+        finally:
+            release(self.home)
+
+    # ---- Its runs
+
+    def discard(self) -> None:
+        """Delete all results, and the variant's cost.
+
+        Raises:
+            UserError: Another process works on the job, or a file cannot be deleted.
+        """
+        if self.home.is_dir():
+            with self._locked():
+                try:
+                    shutil.rmtree(self.home)
+                    self._cost_file.unlink(missing_ok=True)
+                except OSError as error:
+                    raise UserError(f"{self.home} cannot be deleted: {reason_of(error)}") from error
+
+    def run(self) -> Iterator[tuple[Stage, dict[str, Any]]]:
+        """Run or resume the unfinished stages; measure the cost if it is up to this job.
+
+        Yields:
+            Each stage with its result, once that is written.
+
+        Raises:
+            UserError: Another process works on the job, or a stage was begun with another
+                configuration.
+        """
+        self.home.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            for stage in self.unfinished:
+                result = self._run(stage)
+                write_json(self.place(stage) / RESULT, result)
+                yield stage, result
+            if self.has_to_time:
+                cost = relative_cost(self.plan, self.variant)
+                write_json(self._cost_file, {"step_time": cost, "asked": self._compared})
+
+    def _run(self, stage: Stage) -> dict[str, Any]:
+        self.place(stage).mkdir(exist_ok=True)
+        write_json(self.place(stage) / ASKED, self.asked(stage))
+        began = time.monotonic()
+        options = self._options(stage)
+        runner, results = launch.run(stage.config, options, evaluate=not stage.train)
+        result: dict[str, Any] = {
+            "run": runner.output_dir.name,
+            "seconds": round(time.monotonic() - began, 1),  # since it was last resumed
+            "environment": environment(runner.device),
+        }
+        if stage.train:
+            result["checkpoint"] = f"checkpoint_{runner.max_epoch - 1}.pth"
+            result["losses"] = last_losses(runner.output_dir)
+        if stage.metrics:
+            measured = next(iter((results or {}).values()), None) or {}  # of the only test split
+            for metric in stage.metrics:
+                if metric not in measured:
+                    hint = suggest(metric, measured)
+                    raise UserError(f"stage '{stage.name}' gave no '{metric}': {hint}")
+            result["metrics"] = {metric: float(measured[metric]) for metric in stage.metrics}
+        return result
+
+    def _options(self, stage: Stage) -> list[str]:
+        options = self.plan.options(self.variant, stage)
+        if stage is not self.plan.base:
+            checkpoint = self.checkpoint(self.plan.base)
+            assert checkpoint is not None  # the base ran first
+            for i, (key, _, value) in enumerate(each.partition("=") for each in options):
+                if value.startswith(f"{PRETRAINED}/"):
+                    file = checkpoint.parent / value.removeprefix(f"{PRETRAINED}/")
+                    options[i] = option(key, file)
+            if stage.pretrained:
+                options.append(option("model.pretrained", checkpoint))
+        if stage.train:
+            options.append("run.resume_ckpt_path=auto")
+        return [*options, f"run.seed={self.seed}", option("run.output_dir", self.place(stage))]
+
+
+def last_losses(run_dir: Path) -> dict[str, float]:
+    """Mean of each ``loss_<term>`` over the last epoch's log lines, by term."""
+    lines = [line for line in read_metrics(run_dir) if line.get("split") == "train"]
+    last = [line for line in lines if line["epoch"] == lines[-1]["epoch"]]
+    terms = [name for name in last[-1] if name.startswith("loss_")] if last else []
+    return {
+        name.removeprefix("loss_"): statistics.fmean(line[name] for line in last if name in line)
+        for name in terms
+    }

@@ -1,25 +1,56 @@
-"""A plan: which variants to train, from what, over which seeds, and what to measure of them."""
+"""A plan of an ablation: its YAML file, parsed and checked before anything is trained."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
-from softmask_plugin.config.check import find_config
-from softmask_plugin.config.options import ModelOptions
+from softmask_plugin import launch
+from softmask_plugin.config.check import find_config, find_file, read_config, valid_yaml
+from softmask_plugin.config.options import ModelOptions, read_options
 from softmask_plugin.config.paths import CONFIGS
+from softmask_plugin.config.run_options import RUN
+from softmask_plugin.config.values import differences, flat
 from softmask_plugin.errors import UserError, suggest
 
-PRETRAIN = "pretrain"  # the stage that a plan's `base` is
-PRETRAINED = "PRETRAINED"  # in an option of another stage: the folder of that run
+PRETRAIN = "pretrain"  # name of the stage that a plan's `base` describes
+PRETRAINED = "PRETRAINED"  # in an option of another stage: the folder of the pretraining run
 
-# Options of a variant that say of what shape its model is: every stage's model must have it.
+# Options that change the model's shape: without them no stage could load a variant's checkpoint
 SHAPE = {each.name for each in fields(ModelOptions)} | {"embed_dim"}
+
+# Options that no plan may set, and what they are set by
+RESERVED = {
+    "run.seed": "the plan's seeds",
+    "run.output_dir": "--output-dir",
+    "run.evaluate": "a stage's train",
+    "run.resume_ckpt_path": "the command, which resumes runs by itself",
+}
+
+# Options that decide how much a run learns from: the same for all variants
+BUDGET = re.compile(
+    r"run\.(max_epoch|max_iters|batch_size_train|accum_grad_iters|train_splits)\b.*"
+    r"|datasets\.\w+\.(num|captions|images|shards|items)\b.*"
+)
+
+# Options that differ from run to run, or do not affect results
+FREE = re.compile(r"run\.(seed|output_dir|num_workers|tensorboard|wandb|panel_every)\b.*")
+
+# Metrics of known tasks, the higher the better. Other tasks' are only found missing after the run.
+METRICS = {
+    "retrieval": "txt_r1 txt_r5 txt_r10 txt_r_mean img_r1 img_r5 img_r10 img_r_mean r_mean".split(),
+    "softmask_grounding": ["acc", "pointing"],
+    "multimodal_classification": ["acc"],
+    "vqa": ["agg_metrics", "yes/no", "number", "other"],
+}
+GROUPED = ["softmask_grounding"]  # also reports its metrics by group, as in acc_testA
+FRACTIONS = ["multimodal_classification"]  # reports fractions; the others report percent
 
 
 @dataclass(frozen=True)
@@ -27,13 +58,13 @@ class Stage:
     """One run of a variant and seed.
 
     Attributes:
-        name: of its folder and, before that of a metric, in the table.
-        config: a YAML file, or the name of a shipped one.
-        options: overrides of it, each "section.key=value"; a value that starts with PRETRAINED/
-            names a file in the folder of the variant's pretraining, such as its vocab.txt.
-        metrics: which of its task's metrics to keep.
-        train: whether it fine-tunes before it is tested.
-        pretrained: whether ``model.pretrained`` is the variant's last checkpoint.
+        name: Name of its folder, and first part of its metrics' names in the table.
+        config: A YAML file, or the name of a shipped one.
+        options: Overrides, each "section.key=value". A value that starts with PRETRAINED/ names a
+            file in the folder of the variant's pretraining run, such as its vocab.txt.
+        metrics: Metrics of the task to keep.
+        train: Whether to fine-tune before testing.
+        pretrained: Whether ``model.pretrained`` is the variant's last pretraining checkpoint.
     """
 
     name: str
@@ -46,17 +77,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a plan's file says.
+    """A parsed plan.
 
     Attributes:
-        name: of its file.
-        base: the pretraining that all variants share.
-        seeds: each variant is trained once with each.
-        baseline: the variant that others are compared with.
-        variants: what each changes of ``base``, by name.
-        evaluate: what follows on the pretraining, in this order.
-        asked: what each variant (first) asks of each stage (second): the values of its whole
-            configuration by dotted key, as far as they decide what is measured.
+        name: Name of the file, without its ending.
+        base: The pretraining that all variants share.
+        seeds: Each variant is trained once with each seed.
+        baseline: The variant to compare the others with.
+        variants: Overrides of ``base`` by variant.
+        evaluate: The stages after pretraining, in order.
+        asked: By variant and stage, every value of the configuration that can affect the result, by
+            dotted key.
     """
 
     name: str
@@ -64,49 +95,221 @@ class Plan:
     seeds: tuple[int, ...]
     baseline: str
     variants: dict[str, tuple[str, ...]]
-    evaluate: tuple[Stage, ...] = ()
+    evaluate: tuple[Stage, ...]
     asked: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """All runs of a variant and seed, in their order."""
+        """All runs of a variant and seed, in order."""
         return (self.base, *self.evaluate)
 
     @property
     def metrics(self) -> list[str]:
-        """Columns of the table: the stage's name, a space, and the metric's."""
+        """Columns of the table: the stage's name, a space, the metric's name."""
         return [f"{stage.name} {metric}" for stage in self.evaluate for metric in stage.metrics]
 
+    def task(self, stage: Stage) -> str:
+        """Name of a stage's task."""
+        return self.asked[self.baseline, stage.name]["run.task"]
+
+    def options(self, variant: str, stage: Stage) -> list[str]:
+        """Overrides of a stage: to pretraining all of the variant's apply, to other stages those
+        that change the model's shape."""
+        own = self.variants[variant]
+        if stage is not self.base:
+            arch = OmegaConf.load(find_config(stage.config)).model.arch
+            schema = getattr(registry.get_model_class(arch), "OPTIONS", ModelOptions)
+            shape = SHAPE & {each.name for each in fields(schema)}
+            own = tuple(option for option in own if _key(option, "model") in shape)
+        return [*stage.options, *own]
+
     def require_variants(self, argument: str, names: Sequence[str]) -> None:
-        """Raise UserError where an argument of a command names a variant that is none."""
+        """Raise UserError if an argument of the command names an unknown variant."""
         for name in names:
             if name not in self.variants:
                 hint = suggest(name, self.variants)
                 raise UserError(f"{argument}: the plan has no variant '{name}': {hint}")
 
-    def task(self, stage: Stage) -> str:
-        """The name of a stage's task."""
-        return self.asked[self.baseline, stage.name]["run.task"]
-
-    def options(self, variant: str, stage: Stage) -> list[str]:
-        """Overrides of a stage for a variant; to the pretraining go all of the variant's, to other
-        stages those that say of what shape the model is."""
-        own = self.variants[variant]
-        if stage is not self.base:
-            own = tuple(option for option in own if _shapes(option, stage))
-        return [*stage.options, *own]
-
 
 def shipped_plans() -> dict[str, Path]:
-    """Plans that come with the plugin, by the name ``--plan`` knows them by."""
+    """Plans that come with the plugin, by the name that ``--plan`` accepts."""
     files = sorted((CONFIGS / "ablation").glob("*.yaml"))
     return {f"lavis_configs/ablation/{file.name}": file for file in files}
 
 
-def _shapes(option: str, stage: Stage) -> bool:
-    section, _, key = option.partition("=")[0].partition(".")
-    key = key.partition(".")[0]
-    model = OmegaConf.load(find_config(stage.config)).model
-    schema = getattr(registry.get_model_class(model.arch), "OPTIONS", None)
-    known = SHAPE & {each.name for each in fields(schema)} if schema else SHAPE
-    return section == "model" and key in known
+def read_plan(name: str | Path, options: Sequence[str] = (), seeds: int | None = None) -> Plan:
+    """Parse a plan, and check it and the configuration of each of its runs.
+
+    Args:
+        name: A YAML file, or the name of a shipped one.
+        options: Further overrides of every stage; those of a data set go to the stages that use it.
+        seeds: Number of the plan's seeds to use; None: all.
+
+    Raises:
+        UserError: The first mistake found.
+    """
+    path = find_file("--plan", name, shipped_plans())
+    with valid_yaml(path):
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    try:
+        plan = _with_options(_parse(path.stem, content), options)
+        if seeds is not None and not 1 <= seeds <= len(plan.seeds):
+            raise UserError(f"--seeds is {seeds}, but the plan has {len(plan.seeds)} seeds")
+        plan = replace(plan, seeds=plan.seeds[:seeds])
+        return replace(plan, asked=_check_runs(plan))
+    except UserError as error:
+        raise UserError(f"{error} (in {path})") from None
+
+
+# ---- The file: keys of its sections and types of their values, a list as [type]
+
+BASE = {"config": str, "options": [str]}
+STAGE = {"name": str, **BASE, "metrics": [str], "train": bool, "pretrained": bool}
+PLAN = {"base": dict, "seeds": [int], "baseline": str, "variants": dict, "evaluate": [dict]}
+OPTIONAL = ("options", "train", "pretrained")
+KINDS = {dict: "a section", str: "a text", int: "a whole number", bool: "true or false"}
+
+
+def _parse(name: str, content: Any) -> Plan:
+    plan = _section("", content, PLAN)
+    base = Stage(PRETRAIN, train=True, **_section("base.", plan["base"], BASE))
+    stages: dict[str, Stage] = {}
+    for place, section in enumerate(plan["evaluate"]):
+        where = f"evaluate[{place}]."
+        stage = Stage(**_section(where, section, STAGE))
+        if stage.name in (PRETRAIN, *stages):
+            raise UserError(f"evaluate: two stages are called '{stage.name}': rename one")
+        _require_distinct(f"{where}metrics", stage.metrics)
+        stages[stage.name] = stage
+    _require_distinct("evaluate", [*stages])
+    _require_distinct("seeds", plan["seeds"])
+    for seed in plan["seeds"]:
+        RUN["seed"].check("seeds", seed)
+    variants = {
+        str(name): _value(f"variants.{name}", value, [str])
+        for name, value in plan["variants"].items()
+    }
+    for each in (*variants, *stages):
+        if not re.fullmatch(r"[a-z0-9_]+", each):
+            raise UserError(f"'{each}' cannot name a folder: use a-z, 0-9 and _")
+    if plan["baseline"] not in variants:
+        hint = suggest(plan["baseline"], variants)
+        raise UserError(f"baseline '{plan['baseline']}' is not one of the variants: {hint}")
+    return Plan(name, base, plan["seeds"], plan["baseline"], variants, tuple(stages.values()))
+
+
+def _section(where: str, content: Any, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the keys and values of a section; lists become tuples."""
+    place = where.rstrip(".") or "the plan"
+    if not isinstance(content, dict):
+        raise UserError(f"{place} must be a section with the keys {', '.join(kinds)}")
+    for key in map(str, content):
+        if key not in kinds:
+            raise UserError(f"unknown key '{key}' of {place}: {suggest(key, kinds)}")
+    found = {}
+    for key, kind in kinds.items():
+        if key in content:
+            found[key] = _value(f"{where}{key}", content[key], kind)
+        elif key not in OPTIONAL:
+            raise UserError(f"{place} has no '{key}'")
+    return found
+
+
+def _value(where: str, value: Any, kind: Any) -> Any:
+    if isinstance(kind, list):
+        if not isinstance(value, list):
+            raise UserError(f"{where} is {value!r}: it must be a list")
+        return tuple(_value(where, each, kind[0]) for each in value)
+    if type(value) is not kind:  # isinstance would take true for a whole number
+        raise UserError(f"{where} is {value!r}: it must be {KINDS[kind]}")
+    if kind is str and (setter := RESERVED.get(value.partition("=")[0])):
+        raise UserError(f"{where}: remove '{value}': it is set by {setter}")
+    return value
+
+
+def _require_distinct(where: str, values: Sequence[Any]) -> None:
+    if not values:
+        raise UserError(f"{where} is empty")
+    if len({*values}) < len(values):
+        raise UserError(f"{where} is {[*values]}: list each once")
+
+
+def _with_options(plan: Plan, options: Sequence[str]) -> Plan:
+    """Add options to all stages; those of a data set only to the stages that use it."""
+    _value("--options", [*options], [str])
+    shared = [option for option in options if _key(option, "datasets") is None]
+    used = {
+        stage.name: {
+            *map(str, read_config(find_config(stage.config), [*stage.options, *shared]).datasets)
+        }
+        for stage in plan.stages
+    }
+    known = set().union(*used.values())
+    for name in (_key(option, "datasets") for option in options):
+        if name is not None and name not in known:
+            raise UserError(f"--options: no stage uses the data set {name}: {suggest(name, known)}")
+
+    def extended(stage: Stage) -> Stage:
+        own = [each for each in options if _key(each, "datasets") in (None, *used[stage.name])]
+        return replace(stage, options=(*stage.options, *own))
+
+    return replace(plan, base=extended(plan.base), evaluate=tuple(map(extended, plan.evaluate)))
+
+
+def _key(option: str, section: str) -> str | None:
+    """The key that an option sets in a section; None if it belongs to another section."""
+    match = re.match(rf"{section}\.([^.=]+)", option)
+    return match[1] if match else None
+
+
+# ---- The configurations of its runs
+
+
+def _check_runs(plan: Plan) -> dict[tuple[str, str], dict[str, Any]]:
+    """Check the configuration of each run as the run itself does; return ``Plan.asked``."""
+    asked: dict[tuple[str, str], dict[str, Any]] = {}
+    checked: dict[tuple[str, ...], dict[str, Any]] = {}
+    for name in (plan.baseline, *plan.variants):
+        for stage in plan.stages:
+            given = (stage.name, *plan.options(name, stage))
+            if given not in checked:
+                checked[given] = _check_run(plan, name, stage)
+            asked[name, stage.name] = checked[given]
+        own, budget = (
+            {key: value for key, value in asked[each, PRETRAIN].items() if BUDGET.fullmatch(key)}
+            for each in (name, plan.baseline)
+        )
+        for key, value, wanted in differences(own, budget):
+            raise UserError(
+                f"variants.{name} has another budget than {plan.baseline}: {key} is {value} "
+                f"instead of {wanted}: set it in base.options"
+            )
+    return asked
+
+
+def _check_run(plan: Plan, variant: str, stage: Stage) -> dict[str, Any]:
+    where = f"variant '{variant}', stage '{stage.name}'"
+    try:
+        options = plan.options(variant, stage)
+        config = launch.load_config(stage.config, options, evaluate=not stage.train)
+        schema = getattr(registry.get_model_class(config.model_cfg.arch), "OPTIONS", None)
+        if schema is not None:
+            read_options(schema, config.model_cfg)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if stage.train and config.run_cfg.get("runner") != "softmask_runner":
+        raise UserError(f"{where}: run.runner must be softmask_runner, which can resume")
+    task = config.run_cfg.task
+    for metric in stage.metrics:
+        known = METRICS.get(task, [metric])
+        plain = metric.partition("_")[0] if task in GROUPED else metric
+        if plain not in known:
+            raise UserError(f"{where}: unknown metric '{metric}': {suggest(metric, known)}")
+    splits = config.run_cfg.get("test_splits") or []
+    if stage is not plan.base and len(splits) != 1:
+        raise UserError(
+            f"{where}: run.test_splits is {[*splits]}: name the one to measure, as in "
+            "options: [run.test_splits=[test]]"
+        )
+    values = flat(OmegaConf.to_container(config.config, resolve=True))
+    return {key: value for key, value in values.items() if not FREE.fullmatch(key)}

@@ -6,7 +6,7 @@ import pytest
 from ablations import EVALUATE, SMALL
 
 from softmask_plugin import cli
-from softmask_plugin.ablate.read import read_plan
+from softmask_plugin.ablate.plan import read_plan
 from softmask_plugin.errors import UserError
 
 SCENES = ("scenes", "scenes_tasks")
@@ -40,20 +40,26 @@ def test_the_plans_of_scenes_can_share_a_folder():
         ({"sedes": [1]}, "unknown key 'sedes' of the plan: did you mean 'seeds'"),
         ({"base": {}}, "base has no 'config'"),
         ({"base": {"config": "nowhere.yaml"}}, "there is no file 'nowhere.yaml'"),
-        ({"seeds": [1, 1]}, "list whole numbers, each once"),
+        ({"seeds": [1, 1]}, "seeds is [1, 1]: list each once"),
         ({"seeds": 3}, "seeds is 3: it must be a list"),
         ({"seeds": [-1]}, "seeds is -1: it must be a whole number in [0, 4294967295]"),
         ({"baseline": "albf"}, "did you mean 'albef'"),
-        ({"variants": []}, "variants must be a section"),
+        ({"variants": []}, "variants is []: it must be a section"),
         ({"variants": {"albef": None}}, "variants.albef is None"),
-        ({"variants": {"albef": [], "a/b": []}}, "'a/b' is no name"),
+        ({"variants": {"albef": [], "a/b": []}}, "'a/b' cannot name a folder"),
         ({"variants": {"albef": [], "b": ["run.max_epoch=9"]}}, "variants.b has another budget"),
         (
             {"variants": {"albef": [], "b": ["datasets.scenes_pretrain={num: {train: 9}}"]}},
             "datasets.scenes_pretrain.num.train is 9 instead of 16",
         ),
-        ({"variants": {"albef": ["run.seed=3"]}}, "run.seed is for the plan's seeds to say"),
-        ({"base": {"config": EVALUATE, "options": ["run.output_dir=x"]}}, "--output-dir to say"),
+        (
+            {"variants": {"albef": ["run.seed=3"]}},
+            "remove 'run.seed=3': it is set by the plan's seeds",
+        ),
+        (
+            {"base": {"config": EVALUATE, "options": ["run.output_dir=x"]}},
+            "it is set by --output-dir",
+        ),
         ({"evaluate": []}, "evaluate is empty"),
         ({"evaluate": [{"name": "a", "config": EVALUATE, "metrics": []}]}, "metrics is empty"),
         ({"variants": {"albef": ["model.itc.gama=1"]}}, "did you mean 'gamma'"),

@@ -1,4 +1,4 @@
-"""softmask ablate: jobs that go on, what a result is of, and the workers."""
+"""softmask ablate: jobs that resume, which results count, and the processes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ import torch
 from ablations import EVALUATE, SMALL, done
 
 from softmask_plugin import launch
-from softmask_plugin.ablate import command, cost, run, workers
+from softmask_plugin.ablate import command, cost, pool
+from softmask_plugin.ablate import job as jobs
 from softmask_plugin.ablate.job import Job
-from softmask_plugin.ablate.read import read_plan
-from softmask_plugin.ablate.workers import Slot
+from softmask_plugin.ablate.plan import read_plan
 from softmask_plugin.errors import UserError
+
+SLOT = [{"OMP_NUM_THREADS": "1", "SLOT": "0"}]
 
 
 def test_an_ablation_goes_on_past_a_variant_that_fails_and_is_not_run_twice(
@@ -34,7 +36,7 @@ def test_an_ablation_goes_on_past_a_variant_that_fails_and_is_not_run_twice(
     with pytest.raises(UserError, match="1 of 3 runs failed, first bad, seed 0: .*objects"):
         command.main(plan, folder, jobs=2)
     shown = capsys.readouterr().out
-    assert "gamma, seed 0: retrieval, txt_r1" in shown and "Still to be measured: bad." in shown
+    assert "gamma, seed 0: retrieval, txt_r1" in shown and "Not measured yet: bad." in shown
     content = json.loads((folder / "mine.json").read_text())
     rows = {row["name"]: row for row in content["rows"]}
     assert not rows["bad"]["metrics"] and rows["albef"]["cost"] is None
@@ -89,14 +91,14 @@ def test_a_result_counts_for_the_whole_configuration_that_it_is_of(write_plan, t
 def test_no_run_goes_on_that_began_with_something_else(write_plan, tmp_path, monkeypatch):
     plan = read_plan(write_plan(variants={"albef": []}, seeds=[1]))
     job = Job(plan, "albef", 1, tmp_path / "out")
-    monkeypatch.setattr(run.launch, "run", interrupted)
+    monkeypatch.setattr(launch, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        next(run.run(job))
+        next(job.run())
     longer = replace(plan, asked=read_plan(write_plan(seeds=[1]), ["run.max_epoch=9"]).asked)
-    with pytest.raises(UserError, match="run.max_epoch = 1, but the plan has 9: start the row"):
-        next(run.run(replace(job, plan=longer)))
+    with pytest.raises(UserError, match="run.max_epoch = 1, but the plan has 9: start it anew"):
+        next(replace(job, plan=longer).run())
     with pytest.raises(KeyboardInterrupt):  # it does go on with the same
-        next(run.run(job))
+        next(job.run())
 
 
 def interrupted(*_, **__):
@@ -115,17 +117,21 @@ def test_what_a_stage_is_run_with(write_plan, tmp_path, monkeypatch):
         runner = SimpleNamespace(output_dir=folder, device=torch.device("cpu"), max_epoch=3)
         return runner, {"test": {"txt_r1": 60.0}}
 
-    monkeypatch.setattr(run.launch, "run", pretend)
+    monkeypatch.setattr(launch, "run", pretend)
     stage = {"config": EVALUATE, "metrics": ["txt_r1"]}
     vocabulary = ["model.tokenizer=PRETRAINED/vocab.txt"]
     evaluate = [
         {**stage, "name": "a", "options": vocabulary},
         {**stage, "name": "b", "pretrained": False},
+        {**stage, "name": "c", "metrics": ["img_r1"]},
     ]
     plan = read_plan(write_plan(variants={"albef": []}, seeds=[7], evaluate=evaluate))
     job = Job(plan, "albef", 7, tmp_path / "runs #1: x")
-    (_, first), (_, a), _ = run.run(job)
-    pretrain, with_weights, without = seen
+    finished = []
+    with pytest.raises(UserError, match="stage 'c' gave no 'img_r1': did you mean 'txt_r1'"):
+        finished += job.run()
+    (_, first), (_, a), _ = finished
+    pretrain, with_weights, without, _ = seen
     assert pretrain.run.seed == 7 and pretrain.run.output_dir == str(job.home / "pretrain")
     assert pretrain.run.resume_ckpt_path == "auto" and "resume_ckpt_path" not in without.run
     folder = job.home / "pretrain" / "mine"
@@ -133,8 +139,6 @@ def test_what_a_stage_is_run_with(write_plan, tmp_path, monkeypatch):
     assert with_weights.model.pretrained == str(folder / "checkpoint_2.pth")
     assert without.model.get("pretrained") is None
     assert first["losses"] == {} and a["metrics"] == {"txt_r1": 60.0}
-    with pytest.raises(UserError, match="stage 'a' gave no 'txt_r1'"):
-        run._metrics(plan.evaluate[0], {"test": {"r_mean": 1.0}})
 
 
 def test_two_commands_do_not_work_on_one_job(write_plan, tmp_path):
@@ -152,7 +156,7 @@ def test_two_commands_do_not_work_on_one_job(write_plan, tmp_path):
     ) as other:
         other.stdout.readline()
         with pytest.raises(UserError, match=f"another command works on {job.home}"):
-            next(run.run(job))
+            next(job.run())
         with pytest.raises(UserError, match="another command works on"):
             command.main(plan, job.folder, again=True)
         other.communicate(b"\n")
@@ -181,35 +185,40 @@ def test_ctrl_c_says_how_to_go_on(write_plan, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "work", interrupt)
-    with pytest.raises(UserError, match="interrupted: the same command goes on"):
+    with pytest.raises(UserError, match="interrupted: the same command resumes it"):
         command.main(write_plan(variants={"albef": []}), tmp_path / "out")
 
 
-def test_a_step_is_timed_with_the_mask_on(write_plan, tmp_path):
+def test_a_step_is_timed_with_the_mask_on(write_plan, tmp_path, monkeypatch):
     variant = ["model.soft_mask.enabled=true", "model.soft_mask.start_iter=250"]
     plan = read_plan(write_plan(variants={"albef": [], "late": variant}))
-    stepper = cost.Stepper(plan, "late", tmp_path)
-    assert stepper.runner._model.options.soft_mask.start_iter == 0
-    assert stepper.seconds() > 0
+    launched, run = [], launch.run
+    monkeypatch.setattr(launch, "run", lambda *given: launched.append(run(*given)) or launched[0])
+    assert next(cost.take_steps(plan, "late", str(tmp_path))) > 0
+    ((runner, _),) = launched
+    assert runner._model.options.soft_mask.start_iter == 0
 
 
 def test_a_cost_is_that_of_this_pair(write_plan, tmp_path, monkeypatch, caplog):
     variants = {"albef": [], "gamma": ["model.itc.gamma=1"]}
     job = Job(read_plan(write_plan(variants=variants, seeds=[0])), "gamma", 0, tmp_path / "out")
     done(job)
-    assert job.cost is None and job.has_to_time
-    monkeypatch.setattr(run, "relative_cost", lambda *_: [1.0, 1.5, 2.0])
-    assert [*run.run(job)] == [] and job.cost == [1.0, 1.5, 2.0] and job.is_done
+    assert not job.cost and job.has_to_time
+    monkeypatch.setattr(jobs, "relative_cost", lambda *_: [1.0, 1.5, 2.0])
+    assert [*job.run()] == [] and job.cost == {"step_time": [1.0, 1.5, 2.0]} and job.is_done
     variants["albef"] = ["model.bert.layers=6"]
     other = Job(read_plan(write_plan(variants=variants, seeds=[0])), "gamma", 0, job.folder)
-    assert other.cost is None and other.has_to_time and not other.unfinished
+    assert not other.cost and other.has_to_time and not other.unfinished
 
     def too_large(*_):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(run, "relative_cost", too_large)
-    assert [*run.run(other)] == [] and "do not fit" in caplog.text
-    assert other.cost is None and other.is_done  # it would not fit the next time either
+    monkeypatch.undo()
+    monkeypatch.setattr(cost, "take_steps", too_large)
+    assert [*other.run()] == [] and "do not fit" in caplog.text
+    assert (
+        other.cost == {"step_time": None} and other.is_done
+    )  # it would not fit the next time either
 
 
 def test_a_killed_ablation_goes_on(write_plan, tmp_path):
@@ -252,35 +261,38 @@ def test_one_process_per_cuda_device(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert workers.slots(cuda=True, jobs=1) == [Slot(4, "0"), Slot(4, "1")]
+    assert pool.slots(cuda=True, jobs=1) == [
+        {"OMP_NUM_THREADS": "4", "CUDA_VISIBLE_DEVICES": device} for device in "01"
+    ]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert [slot.device for slot in workers.slots(cuda=True, jobs=1)] == ["3", "5"]
-    assert workers.slots(cuda=False, jobs=3) == [Slot(2)] * 3
-    assert workers.slots(cuda=False, jobs=99)[0] == Slot(1)
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in pool.slots(cuda=True, jobs=1)] == ["3", "5"]
+    assert pool.slots(cuda=False, jobs=3) == [{"OMP_NUM_THREADS": "2"}] * 3
+    assert pool.slots(cuda=False, jobs=99)[0] == {"OMP_NUM_THREADS": "1"}
 
 
-def test_a_worker_that_dies_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "_serve", die)
+def test_a_process_that_dies_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "_work", die)
     job = Job(read_plan(SMALL), "albef", 0, tmp_path)
-    ((told, error),) = workers.work([job], [Slot(1)], tmp_path)
-    assert told is job and "died with exit code 9" in str(error) and "worker_0.log" in str(error)
+    ((of, error),) = pool.work([job], SLOT)
+    assert of is job and "died with exit code 9" in str(error) and str(job.log) in str(error)
+    assert "SLOT" not in os.environ  # it is set for the process alone
 
 
 def die(*_):
     os._exit(9)
 
 
-def test_a_worker_that_dies_after_a_message_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "_serve", tell_and_die)
+def test_a_process_that_dies_after_a_message_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "_work", tell_and_die)
     job = Job(read_plan(SMALL), "albef", 0, tmp_path)
     messages = []
-    for _, message in workers.work([job, job], [Slot(1)], tmp_path):
+    for _, message in pool.work([job, job], SLOT):
         messages.append(message)
         time.sleep(0.3)  # it is dead before its next message is waited for
-    assert [type(message) for message in messages] == [str, UserError, str, UserError]
+    assert [type(message) for message in messages] == [tuple, UserError, tuple, UserError]
+    assert messages[0] == ("a stage", "0")
 
 
-def tell_and_die(pipe, *_):
-    pipe.recv()
-    pipe.send("a stage's result")
+def tell_and_die(job, pipe):
+    pipe.send(("a stage", os.environ["SLOT"]))
     os._exit(9)

@@ -9,9 +9,9 @@ import pytest
 import scipy.stats
 from ablations import done
 
-from softmask_plugin.ablate import losses, plot, table
-from softmask_plugin.ablate.job import Job
-from softmask_plugin.ablate.read import read_plan
+from softmask_plugin.ablate import plot, table
+from softmask_plugin.ablate.job import Job, last_losses
+from softmask_plugin.ablate.plan import read_plan
 
 
 def test_the_arithmetic_of_a_row():
@@ -21,7 +21,7 @@ def test_the_arithmetic_of_a_row():
     alone = table.measure({0: 3.0}, {})
     assert alone.deviation is None and alone.difference is None and alone.interval is None
     two = table.measure({0: 3.0, 1: 4.0}, {0: 2.0, 1: 3.0})  # alike by chance, perhaps
-    assert two.difference == 1 and two.interval is None and not two.tells
+    assert two.difference == 1 and two.interval is None and not two.excludes_zero
 
 
 def test_the_interval_of_a_difference_is_that_of_a_paired_t_test():
@@ -30,29 +30,32 @@ def test_the_interval_of_a_difference_is_that_of_a_paired_t_test():
     low, high = scipy.stats.ttest_rel(own, baseline).confidence_interval(0.95)
     assert (low + high) / 2 == pytest.approx(found.difference)
     assert (high - low) / 2 == pytest.approx(found.interval)
-    assert not found.tells  # 1.25 +- 2.1
+    assert not found.excludes_zero  # 1.25 +- 2.1
     for offset in (9, -9):
         moved = {seed: value + offset for seed, value in enumerate(own)}
-        assert table.measure(moved, dict(enumerate(baseline))).tells
+        assert table.measure(moved, dict(enumerate(baseline))).excludes_zero
 
 
-def test_the_losses_that_a_run_ended_with_are_the_last_epochs(tmp_path):
+def test_last_losses_are_those_of_the_last_epoch(tmp_path):
     lines = [{"split": "train", "epoch": 0, "lr": 1, "loss_itm": 9.0}]
     lines += [{"split": "train", "epoch": 1, "lr": 1, "loss_itm": value} for value in (0.5, 0.3)]
     lines[-1]["loss_soft"] = 0.1  # a mask that began in between
     lines += [{"split": "test", "epoch": 1, "loss_itm": 7.0}]
     log = tmp_path / "metrics.jsonl"
     log.write_text("\n".join(map(json.dumps, lines)))
-    assert losses.last_losses(tmp_path) == {"itm": pytest.approx(0.4), "soft": 0.1}
+    assert last_losses(tmp_path) == {"itm": pytest.approx(0.4), "soft": 0.1}
     log.write_text("")  # killed before its first line
-    assert losses.last_losses(tmp_path) == {}
+    assert last_losses(tmp_path) == {}
 
 
 def test_the_losses_in_markdown():
-    lines = losses.losses_table({"albef": {"itm": {0: 0.1, 1: 0.3}}, "soft": {"soft": {0: 0.01}}})
-    assert lines[2] == "| variant | itm | soft | seeds |"
-    assert lines[4] == "| albef | 0.200 (0.100 to 0.300) |  | 2 |"
-    assert lines[5] == "| soft |  | 0.010 | 1 |"
+    losses = {"albef": {"itm": {0: 0.1, 1: 0.3}}, "soft": {"soft": {0: 0.01}}}
+    assert table.range_table(losses, digits=3).splitlines() == [
+        "| variant | itm | soft | seeds |",
+        "|---|---|---|---|",
+        "| albef | 0.200 (0.100 to 0.300) |  | 2 |",
+        "| soft |  | 0.010 | 1 |",
+    ]
 
 
 def rows_of(**values):
@@ -76,7 +79,7 @@ def test_the_table_in_markdown():
     assert lines[0] == "| variant | r1 | seeds | time of a step |"
     assert lines[2] == "| **albef** | 41.0 ± 1.4 | 2 |  |"
     assert lines[3] == "| soft | 43.5 ± 0.7 (+2.5, 2/2) | 2 | 1.50 (1.41 to 1.62) |"
-    assert lines[-1] == "Still to be measured: late."
+    assert lines[-1] == "Not measured yet: late."
     clear = table.markdown(rows_of(albef=[40, 42, 41], soft=[50, 52, 51.3]), ["r1"], "albef")
     assert "| soft | 51.1 ± 1.0 (**+10.1 ± 0.4**, 3/3) | 3 |" in clear
     assert "as about 0.05 of these 1 would by chance, and in how many" in clear
@@ -122,9 +125,9 @@ def test_a_row_of_other_options_is_left_out_of_the_table(write_plan, tmp_path):
     albef, gamma = table.rows(plan, tmp_path, "albef")
     assert gamma.metrics["retrieval txt_r1"].difference == 10 and gamma.ran_on == [{"cores": 2}]
     albef, gamma = rows = table.rows(changed, tmp_path, "albef")
-    assert albef.measured and not gamma.measured
+    assert albef.metrics and not gamma.metrics
     assert "Left out: " in table.markdown(rows, changed.metrics, "albef")
     assert "--only gamma --again" in table.markdown(rows, changed.metrics, "albef")
     # Without its baseline a row is still told
     _, gamma = table.rows(plan, tmp_path, "gamma")
-    assert gamma.measured and gamma.metrics["retrieval txt_r1"].difference is None
+    assert gamma.metrics["retrieval txt_r1"].difference is None

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from benchmarks import giveaway
 from benchmarks.giveaway import COLUMNS, Variant
 from softmask_plugin.ablate.job import Job
-from softmask_plugin.ablate.read import read_plan
+from softmask_plugin.ablate.plan import read_plan
 from softmask_plugin.datasets.scenes.grammar import captions, make_scenes
 from softmask_plugin.datasets.scenes.render import render
 from softmask_plugin.errors import UserError
