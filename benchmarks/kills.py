@@ -33,7 +33,7 @@ import torch
 
 from benchmarks.traces import differences, trace
 from softmask_plugin import launch
-from softmask_plugin.runners import SoftmaskRunner, checkpoint
+from softmask_plugin.runners import SoftmaskRunner, checkpoint_files
 
 PROJECT = "lavis_configs/projects/scenes/train/retrieval_tiny.yaml"
 OPTIONS = {
@@ -195,11 +195,10 @@ def obey(folder: Path, board: Board, train: Callable[[Path], None]) -> None:
         os.dup2(log, 1)
         os.dup2(log, 2)
         signs = [
-            (SoftmaskRunner, "_step", "step"),
-            (SoftmaskRunner, "_accumulate", "step"),
+            (SoftmaskRunner, "train_step", "step"),
             (SoftmaskRunner, "eval_epoch", "evaluation"),
-            (checkpoint, "_serialize", "checkpoint"),
-            (checkpoint, "write_whole", "renaming"),
+            (checkpoint_files, "_serialize", "checkpoint"),
+            (checkpoint_files, "write_whole", "renaming"),
         ]
         for owner, name, phase in signs:
             patch.object(owner, name, board.show(phase, getattr(owner, name))).start()

@@ -39,7 +39,6 @@ from softmask_plugin.config.options import ClassificationOptions, PretrainOption
 from softmask_plugin.models.classification import SoftMaskClassification
 from softmask_plugin.models.pretrain import SoftMaskPretrain
 from softmask_plugin.runners import SoftmaskRunner
-from softmask_plugin.runners.meter import loss_terms
 
 STILL = {"dropout": 0.0, "attention_dropout": 0.0}
 RUN: dict[str, Any] = {
@@ -120,17 +119,12 @@ def run(model: Any, folder: Path, size: int, batch: int, job: str = "run", **mor
     return SoftmaskRunner(config, BaseTask(), model, data, job)
 
 
-def each_step(runner: Any) -> Iterator[list[Any]]:
-    """Take the steps of an epoch one by one; yields each one's batches, after it."""
-    runner._model.paced = True
+def each_step(runner: Any) -> Iterator[None]:
+    """Take the steps of an epoch one by one."""
     runner.model.train()
     batches = runner.train_loader.batches(0, 0)
-    with runner.meter.watch(runner._model, loss_terms):
-        for first in range(0, len(runner.train_loader), runner.accum_grad_iters):
-            group = range(first, first + runner.accum_grad_iters)
-            taken = runner._accumulate(batches, group, 0)
-            yield taken
-            runner._step(taken)
+    for first in range(0, len(runner.train_loader), runner.accum_grad_iters):
+        yield runner.train_step(batches, 0, range(first, first + runner.accum_grad_iters))
 
 
 # ---- what is compared
@@ -148,7 +142,6 @@ def same_on_every_rank(processes: int, steps: int) -> Finding:
             runner._model.image_queue.normal_()
             for _ in each_step(runner):
                 differing += _differing(runner._model.state_dict())
-            differing += _differing(runner._model.state_dict())
             pointer = int(runner._model.queue_ptr)
             if pointer != steps * processes * 3 % 50:
                 differing.append(f"the queue is at {pointer}")
@@ -208,11 +201,18 @@ def _gradients(
         size = 48  # the same data and order, however they are shared
         if part is None:
             runner = run(build(), Path(folder), size, batch, accum_grad_iters=accumulate)
+            found: dict[str, Tensor] = {}
+            runner.optimizer.register_step_pre_hook(
+                lambda *_: found.update(_gradients_of(runner._model))
+            )
             next(each_step(runner))
-            model = runner._model
-        else:
-            model = _share(build(), size, batch, part)
-        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            return found
+        return _gradients_of(_share(build(), size, batch, part))
+
+
+def _gradients_of(model: Any) -> dict[str, Tensor]:
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: grad.clone() for name, grad in found.items()}
 
 
 def _share(model: Any, size: int, batch: int, part: tuple[int, int]) -> Any:
@@ -251,7 +251,7 @@ def collectives(processes: int) -> Finding:
                 steps = each_step(runner)
                 next(steps), next(steps)
                 with profile(activities=[ProfilerActivity.CPU]) as record:
-                    next(steps)  # the end of the second step, and the third's passes
+                    next(steps)
                 names = [e.name for e in record.events() if e.name.startswith("gloo:")]
                 counts.append(dict(Counter(names)))
         return counts

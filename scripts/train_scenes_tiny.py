@@ -27,7 +27,7 @@ from softmask_plugin.config.check import option
 from softmask_plugin.config.options import read_options
 from softmask_plugin.errors import UserError
 from softmask_plugin.explain.pairs import explain
-from softmask_plugin.files.tensors import ASSETS, read_state_dict
+from softmask_plugin.files.checkpoint import ASSETS, open_checkpoint
 from softmask_plugin.host.stack import installed
 from softmask_plugin.models.features import SoftMaskFeatureExtractor
 from softmask_plugin.pointing import pointing_game, swapped
@@ -53,7 +53,7 @@ def main() -> None:
         trained, _ = launch.run(TRAIN, [*OPTIONS, option("run.output_dir", OUTPUT / "pretrain")])
         run = trained.output_dir
     config = config_of(run)
-    weights = online(read_state_dict(str(run / f"checkpoint_{config.run.max_epoch - 1}.pth")))
+    weights = online(open_checkpoint(run / f"checkpoint_{config.run.max_epoch - 1}.pth").state)
 
     OUTPUT.mkdir(parents=True, exist_ok=True)
     save_file(weights, OUTPUT / FILE.name)

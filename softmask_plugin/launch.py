@@ -29,7 +29,7 @@ from torch.distributed.rendezvous import rendezvous
 from softmask_plugin.config.check import find_config, read_config
 from softmask_plugin.config.run_options import setting
 from softmask_plugin.errors import UserError
-from softmask_plugin.runners.run_folder import AUTO, claim
+from softmask_plugin.runners.run_folder import AUTO, claim, release
 
 Results = dict[str, Mapping[str, Any]]
 
@@ -66,20 +66,26 @@ def run(
 
     task = setup_task(cfg)
     paths = registry.mapping["paths"]
-    go_on = not evaluate and cfg.run_cfg.get("resume_ckpt_path") == AUTO
-    folder = claim(Path(cfg.run_cfg.output_dir), make_job_id(), go_on)
-    # LAVIS tells where the run's folder is only after building the data sets, which log to it.
-    paths |= {"output_dir": str(folder), "result_dir": str(folder / "result")}
-    datasets = task.build_datasets(cfg)
-    model = task.build_model(cfg)
-    # Every rank has built the same model; from here on each draws its own data and dropout.
-    seed_everything(seed + cfg.run_cfg.get("rank", 0), deterministic)
+    only_evaluate = bool(setting(cfg.run_cfg, "evaluate"))
+    resume = not only_evaluate and setting(cfg.run_cfg, "resume_ckpt_path") == AUTO
+    folder = claim(Path(cfg.run_cfg.output_dir), make_job_id(), resume)
+    try:
+        # LAVIS registers the run's folder only after building the data sets, which log to it
+        paths |= {"output_dir": str(folder), "result_dir": str(folder / "result")}
+        datasets = task.build_datasets(cfg)
+        model = task.build_model(cfg)
+        # Every rank has built the same model; from here on each draws its own data and dropout
+        seed_everything(seed + cfg.run_cfg.get("rank", 0), deterministic)
 
-    # LAVIS's runner registers the two itself, and refuses to where they are known already.
-    del paths["output_dir"], paths["result_dir"]
-    runner_class = registry.get_runner_class(setting(cfg.run_cfg, "runner"))
-    runner = runner_class(cfg=cfg, job_id=folder.name, task=task, model=model, datasets=datasets)
-    results = runner.evaluate(skip_reload=True) if evaluate else runner.train()
+        # LAVIS's runner registers both paths itself, and fails if they are registered already
+        del paths["output_dir"], paths["result_dir"]
+        runner_class = registry.get_runner_class(setting(cfg.run_cfg, "runner"))
+        runner = runner_class(
+            cfg=cfg, job_id=folder.name, task=task, model=model, datasets=datasets
+        )
+        results = runner.evaluate(skip_reload=True) if only_evaluate else runner.train()
+    finally:
+        release(folder)
     return runner, results
 
 

@@ -1,28 +1,44 @@
-"""What every SoftMask++ model shares: encoders built from options, and weights."""
+"""What all models share: encoders built from the options, and their weights."""
 
 from __future__ import annotations
 
+import io
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from lavis.models.base_model import BaseModel
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from softmask_plugin.config.options import ModelOptions, read_options
+from softmask_plugin.config.paths import load_inherited, shipped
 from softmask_plugin.errors import UserError
+from softmask_plugin.files.checkpoint import Checkpoint, open_checkpoint
 from softmask_plugin.models import weights
 from softmask_plugin.nn.bert import BertForMaskedLM, BertModel, BertShape
-from softmask_plugin.nn.tokens import Layout
 from softmask_plugin.nn.vision import VisionTransformer
-from softmask_plugin.tokenization import CaptionReader, build_tokenizer
+from softmask_plugin.tokenization import Captions, CaptionTokenizer
+from softmask_plugin.vocabulary import build_tokenizer
+
+
+@dataclass
+class LossOutput(ModelOutput):
+    """Loss of a step (a scalar)."""
+
+    loss: Tensor | None = None
+
+
+def shipped_types(arch: str, *types: str) -> dict[str, str]:
+    """The YAML file of each type of a model, for LAVIS's ``PRETRAINED_MODEL_CONFIG_DICT``."""
+    return {name: shipped(f"models/{arch}_{name}.yaml") for name in types}
 
 
 class SoftMaskBase(BaseModel):
-    """Image encoder and BERT cut in two, under the names that LAVIS's ALBEF gives them.
+    """An image encoder and a BERT cut in two, under the names of LAVIS's ALBEF.
 
-    A subclass names its ``OPTIONS``, the schema of its ``model:`` section, and says in
-    ``PREDICTS_WORDS`` whether its text encoder has the MLM head, with which LAVIS's keys gain a
-    ``bert.``.
+    A subclass sets ``OPTIONS``, the schema of its ``model:`` section, and ``PREDICTS_WORDS``:
+    whether its text encoder has the MLM head, which adds ``bert.`` to LAVIS's keys.
     """
 
     PRETRAINED_MODEL_CONFIG_DICT: dict[str, str] = {}
@@ -31,21 +47,28 @@ class SoftMaskBase(BaseModel):
 
     def __init__(self, options: ModelOptions) -> None:
         super().__init__()
-        self.calls = 0  # counts steps for training loops that give no `iters`
-        self.options: Any = options  # of the class that OPTIONS names
+        self.calls = 0  # counts steps in training loops without `iters`
+        self.options: Any = options  # an instance of OPTIONS
         self.tokenizer = build_tokenizer(options.tokenizer, options.bert.vocab_size or 8192)
-        self.reader = CaptionReader(self.tokenizer, options.max_txt_len)
+        self.caption_tokenizer = CaptionTokenizer(self.tokenizer, options.max_txt_len)
         self.visual_encoder = build_vision(options)
         self.text_encoder: Any = self.build_text_encoder(bert_shape(options, len(self.tokenizer)))
 
     @property
     def bert(self) -> BertModel:
-        """The encoder whose ``encode``, ``remember`` and ``fuse`` make up a forward pass."""
+        """The text and multi-modal encoder, without the MLM head."""
         return bert_of(self.text_encoder)
 
     def build_text_encoder(self, shape: BertShape) -> nn.Module:
-        """The text and multi-modal encoder of the shape that the options describe."""
+        """Build the text and multi-modal encoder."""
         return BertForMaskedLM(shape) if self.PREDICTS_WORDS else BertModel(shape)
+
+    @classmethod
+    def default_config_path(cls, model_type: str) -> Any:
+        """The YAML file of a type, which LAVIS hands to ``OmegaConf.load``: a stream of it, whole,
+        with the keys that it inherits."""
+        path = super().default_config_path(model_type)
+        return io.StringIO(OmegaConf.to_yaml(load_inherited(path)))
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> SoftMaskBase:
@@ -68,27 +91,33 @@ class SoftMaskBase(BaseModel):
         return model
 
     def load_encoders(self) -> None:
-        """Start the encoders from their own pre-training, where the options name any."""
+        """Start the encoders from the pretrained weights that the options name, if any."""
         weights.initialise(self, self.options.vit_weights, self.options.bert_weights)
 
     def load_from_pretrained(self, url_or_filename: str, **_: Any) -> None:
-        """Load a checkpoint of this plugin or of ALBEF; says in one line what did not match."""
-        option = self.options
-        weights.load(self, url_or_filename, option.bert.fusion_layer, option.trust_checkpoint)
+        """Open a checkpoint of this plugin or of ALBEF and load it; LAVIS calls this."""
+        self.load_weights(open_checkpoint(url_or_filename, self.options.trust_checkpoint))
 
     load_checkpoint = load_from_pretrained
 
+    def load_weights(self, checkpoint: Checkpoint) -> None:
+        """Load an open checkpoint; one line of the log says what did not match."""
+        weights.load(self, checkpoint, self.options.bert.fusion_layer)
+
     def step_of(self, samples: dict[str, Any]) -> int:
-        """Index of the step in the run, from what LAVIS's tasks tell."""
+        """Index of the step in the run."""
         if "iters" in samples:
             return samples["epoch"] * samples["num_iters_per_epoch"] + samples["iters"]
         self.calls += 1
         return self.calls - 1
 
-    def read(self, captions: list[str]) -> tuple[Tensor, Layout]:
-        """Tokenize: ids (N, T) and where the tokens are, on the device."""
-        clean = self.reader.read(captions)
-        return clean.ids.to(self.device), Layout.of(clean.mask).to(self.device)
+    def tokenize(self, captions: list[str]) -> Captions:
+        """Tokenize captions, onto the model's device."""
+        return self.caption_tokenizer.tokenize(captions).to(self.device)
+
+    def part(self, name: str, suffix: str) -> Any:
+        """A module or, with suffix "_m", its momentum copy."""
+        return getattr(self, name + suffix)
 
 
 def bert_of(text_encoder: nn.Module) -> Any:
@@ -97,15 +126,10 @@ def bert_of(text_encoder: nn.Module) -> Any:
 
 
 def build_vision(options: ModelOptions) -> VisionTransformer:
-    """The image encoder that ``options`` describe."""
-    vit = options.vit
+    """Build the image encoder."""
     return VisionTransformer(
         image_size=options.image_size,
-        patch_size=vit.patch_size,
-        width=vit.width,
-        depth=vit.depth,
-        heads=vit.heads,
-        mlp_ratio=vit.mlp_ratio,
+        **vars(options.vit),
         drop_path=options.vit_drop_path_rate,
         norm_eps=options.vit_layer_norm_epsilon,
         checkpointing=options.vit_grad_ckpt,
@@ -113,17 +137,6 @@ def build_vision(options: ModelOptions) -> VisionTransformer:
 
 
 def bert_shape(options: ModelOptions, tokens: int) -> BertShape:
-    """The shape of the text and multi-modal encoder; it has room for every token."""
-    bert = options.bert
-    return BertShape(
-        vocab_size=max(bert.vocab_size or tokens, tokens),
-        width=bert.width,
-        layers=bert.layers,
-        heads=bert.heads,
-        intermediate=bert.intermediate,
-        fusion_layer=bert.fusion_layer,
-        image_width=options.vit.width,
-        max_positions=bert.max_positions,
-        dropout=bert.dropout,
-        attention_dropout=bert.attention_dropout,
-    )
+    """Shape of the text and multi-modal encoder, with an embedding of at least ``tokens`` rows."""
+    shape = BertShape(**vars(options.bert), image_width=options.vit.width)
+    return replace(shape, vocab_size=max(options.bert.vocab_size or tokens, tokens))

@@ -1,4 +1,4 @@
-"""``softmask replay FILE``: a step that stopped a run, once more and looked at closely."""
+"""``softmask replay FILE``: repeat the step that stopped a run, and find its bad numbers."""
 
 from __future__ import annotations
 
@@ -7,32 +7,33 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from softmask_plugin.errors import UserError
+from softmask_plugin.files.checkpoint import Checkpoint, open_checkpoint
 from softmask_plugin.fixed_draws import seed_draws
 from softmask_plugin.models.distillation import MomentumDistillation
 
-KEYS = {"model", "batches", "step", "rank", "config"}
+KEYS = {"batches", "step", "rank"}
 
 
 def replay(file: str | Path) -> list[str]:
     """Repeat the forward and backward passes of a ``bad_step_*.pth``, on the CPU in float32.
 
     Returns:
-        Lines for people: the losses of each batch, the first module whose output is not finite,
-        and the parameters whose gradients are not.
+        Lines of text: the losses of each batch, the first module whose output is not finite, and
+        the parameters whose gradients are not.
 
     Raises:
-        UserError: the file is not of this kind, or its model cannot be built here.
+        UserError: The file holds no bad step, or its model cannot be built here.
     """
-    content = _read(Path(file))
-    config = OmegaConf.create(content["config"])
+    checkpoint = _open(Path(file))
+    config: Any = OmegaConf.create(checkpoint.config)
+    content = checkpoint.training
     model = registry.get_model_class(config.model.arch).from_config(_without_weights(config.model))
-    model.load_state_dict(content["model"])
+    model.load_state_dict(checkpoint.state)
     if isinstance(model, MomentumDistillation):
         model.paced = True
     model.train()
@@ -58,28 +59,26 @@ def replay(file: str | Path) -> list[str]:
     return lines
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _open(file: Path) -> Checkpoint:
+    advice = "give the bad_step_<step>_rank<n>.pth of a run's folder"
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises nearly anything for a file of another kind
-        raise UserError(
-            f"{file} cannot be read ({type(error).__name__}): give the "
-            "bad_step_<step>_rank<n>.pth of a run's folder"
-        ) from error
-    if not isinstance(content, dict) or content.keys() != KEYS:
-        raise UserError(f"{file} is no bad_step_<step>_rank<n>.pth of a run's folder")
-    return content
+        checkpoint = open_checkpoint(file)
+    except UserError as error:
+        raise UserError(f"{error}; {advice}") from error
+    if checkpoint.config is None or checkpoint.training.keys() != KEYS:
+        raise UserError(f"{file} holds no bad step: {advice}")
+    return checkpoint
 
 
 def _without_weights(model: Any) -> Any:
-    """The model's section, less what it would start from: all its weights are in the file."""
+    """Return the model's section without weights to start from: the file has them all."""
     nothing = ("pretrained", "finetuned", "vit_weights", "bert_weights", "load_finetuned")
     return OmegaConf.merge(model, {key: None for key in nothing if key in model})
 
 
 @contextmanager
 def _first_bad_module(model: nn.Module) -> Iterator[list[str]]:
-    """Collects the names of modules as they give the first outputs that are not finite."""
+    """Collect the names of modules whose outputs are not finite, in order."""
     found: list[str] = []
 
     def watch(name: str) -> Any:

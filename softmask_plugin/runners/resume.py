@@ -1,4 +1,4 @@
-"""What a run must remember to go on as if nothing had happened, and where it finds it."""
+"""State needed to resume a run exactly, and how to find the checkpoint that holds it."""
 
 from __future__ import annotations
 
@@ -12,32 +12,34 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lavis.common.dist_utils import get_world_size, is_main_process
+from lavis.common.registry import registry
 from torch import nn
 
+from softmask_plugin.config.options import read_options
 from softmask_plugin.config.values import differences, flat
 from softmask_plugin.errors import UserError
-from softmask_plugin.runners import checkpoint
-from softmask_plugin.runners.checkpoint import CheckpointFiles
+from softmask_plugin.files.checkpoint import Checkpoint, open_checkpoint
+from softmask_plugin.runners.checkpoint_files import CheckpointFiles, load_trained_state
 
-# Sections of a YAML in which a run that goes on by itself may not differ from the one before.
+# Sections of a YAML that must not change when a run resumes by itself
 FIXED = ("model", "datasets")
 
 
 @dataclass
 class Progress:
-    """Where a run is, beyond weights, optimizer and scaler. Random draws need no state: each is
-    seeded by what it is for.
+    """Where a run is, beyond weights, optimizer and scaler. Random generators need no state: each
+    is seeded by what it is for.
 
     Attributes:
-        epoch: the one under way.
-        taken: its items that were trained on, over all processes.
-        step_items: items per batch, over all processes.
-        best_epoch, best_score: of the best validation so far.
-        seconds: of training.
-        skipped, skipped_in_a_row: steps skipped for numbers that were not finite.
-        meter: the epoch's losses so far, see ``LossMeter.fold``.
-        stream: place in a stream of shards, see ``StreamLoader.state``.
-        logs: bytes of the log files.
+        epoch: The current epoch.
+        taken: Items of it that were trained on, over all processes.
+        step_items: Items per batch, over all processes.
+        best_epoch, best_score: The best validation so far.
+        seconds: Training time.
+        skipped, skipped_in_a_row: Steps skipped because of numbers that were not finite.
+        meter: Losses of the epoch so far, see ``LossMeter.fold``.
+        stream: Position in a stream of shards, see ``StreamLoader.state``.
+        logs: Length of each log file, bytes.
     """
 
     epoch: int = 0
@@ -53,36 +55,54 @@ class Progress:
     logs: dict[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain values, for a checkpoint."""
+        """Plain values for a checkpoint."""
         return asdict(self)
 
     @classmethod
-    def of(cls, content: Mapping[str, Any]) -> Progress:
-        """That of a checkpoint; one of LAVIS's knows the last whole epoch only."""
-        known = content.get("progress", {"epoch": content["epoch"] + 1})
+    def of(cls, training: Mapping[str, Any]) -> Progress:
+        """Progress of a checkpoint; LAVIS's checkpoints know only the last whole epoch."""
+        known = training.get("progress", {"epoch": training["epoch"] + 1})
         names = {each.name for each in fields(cls)}
         return cls(**{name: value for name, value in known.items() if name in names})
 
 
-def find(
-    files: CheckpointFiles, model: nn.Module, device: torch.device, config: Mapping[str, Any]
-) -> tuple[Path, dict[str, Any]] | None:
-    """The furthest usable checkpoint of a run's folder, loaded into the model; the same on every
-    rank. Those that cannot be used are named and passed over.
-
-    Returns:
-        Its path and content; None where there is no checkpoint.
+def load_run(path: str | Path, model: nn.Module, device: torch.device) -> Checkpoint:
+    """Open a training checkpoint and load its weights into the model.
 
     Raises:
-        UserError: none of them can be used, or the run was configured otherwise.
+        UserError: The file cannot be opened, is no training checkpoint, or fits another model.
+    """
+    checkpoint = open_checkpoint(path, device=device)
+    if not {"optimizer", "epoch"} <= checkpoint.training.keys():
+        raise UserError(
+            f"{path} is no training checkpoint (it needs model, optimizer, epoch): to start from "
+            "weights alone, set model.pretrained instead"
+        )
+    load_trained_state(model, checkpoint.state, path)
+    return checkpoint
+
+
+def load_furthest(
+    files: CheckpointFiles, model: nn.Module, device: torch.device, config: Mapping[str, Any]
+) -> Checkpoint | None:
+    """Load the furthest usable checkpoint of a run's folder, the same one on every rank.
+
+    Unusable checkpoints are named in the log and passed over.
+
+    Returns:
+        The checkpoint; None if the folder has none.
+
+    Raises:
+        UserError: No checkpoint can be used, or the run had another configuration.
     """
     box: list[Any] = [None]
-    content: dict[str, Any] | None = None
+    found: Checkpoint | None = None
     if is_main_process():
         try:
-            box[0], content = next(_usable(files, model, device), (None, None))
-            if content is not None:
-                _require_same(content.get("config", config), config, files.folder)
+            found = next(_usable(files, model, device), None)
+            if found is not None:
+                _require_same(found.config or config, config, files.folder)
+                box[0] = found.path
         except UserError as error:
             box[0] = error
     if get_world_size() > 1:
@@ -90,34 +110,19 @@ def find(
     (path,) = box
     if isinstance(path, UserError):
         raise path
-    if path is None:
-        return None
-    return path, read(path, model, device) if content is None else content
+    return load_run(path, model, device) if path is not None and found is None else found
 
 
-def read(path: str | Path, model: nn.Module, device: torch.device) -> dict[str, Any]:
-    """Load a checkpoint's weights into the model; returns all that it holds.
-
-    Raises:
-        UserError: it cannot be read, or is of another model.
-    """
-    content = checkpoint.load(path, device)
-    checkpoint.load_trained_state(model, content["model"], str(path))
-    return content
-
-
-def _usable(
-    files: CheckpointFiles, model: nn.Module, device: torch.device
-) -> Iterator[tuple[Path, dict[str, Any]]]:
+def _usable(files: CheckpointFiles, model: nn.Module, device: torch.device) -> Iterator[Checkpoint]:
     paths, refused = files.newest_first(), []
     for path in paths:
         try:
-            content = read(path, model, device)
+            checkpoint = load_run(path, model, device)
         except UserError as error:
             refused.append(error)
             logging.warning("refused a checkpoint: %s", error)
         else:
-            yield path, content
+            yield checkpoint
     if paths and len(refused) == len(paths):
         raise UserError(
             f"none of the {len(paths)} checkpoints in {files.folder} can be used, the furthest: "
@@ -127,10 +132,17 @@ def _usable(
 
 def _require_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
     for section in FIXED:
-        old, new = (flat(each.get(section, {})) for each in (before, now))
+        old, new = (flat(_with_defaults(each, section)) for each in (before, now))
         for key, was, now_is in differences(old, new):
             raise UserError(
                 f"the run in {folder} had {section}.{key} = {was}, this one has {now_is}: set "
                 "run.output_dir to another folder to start anew, or run.resume_ckpt_path to the "
-                "file of a checkpoint to go on all the same"
+                "file of a checkpoint to resume all the same"
             )
+
+
+def _with_defaults(config: Mapping[str, Any], section: str) -> Any:
+    """A section; a model's gains all its defaults, which not every version writes out."""
+    given = config.get(section, {})
+    schema = getattr(registry.get_model_class(given.get("arch")), "OPTIONS", None)
+    return asdict(read_options(schema, given)) if section == "model" and schema else given

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from lavis.common.dist_utils import get_world_size, is_main_process
 
 from softmask_plugin.errors import UserError
-from softmask_plugin.runners.checkpoint import CheckpointFiles
+from softmask_plugin.runners.checkpoint_files import CheckpointFiles
 
 AUTO = "auto"  # of run.resume_ckpt_path: the newest run below run.output_dir that nobody works on
 

@@ -1,75 +1,126 @@
-"""softmask_runner: trains, evaluates and logs on CPU, one GPU and several processes alike."""
+"""softmask_runner: train, resume and evaluate on a CPU, one GPU or several processes alike."""
 
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lavis.common.dist_utils import get_rank, get_world_size
+from lavis.common.dist_utils import get_rank, get_world_size, is_main_process
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from softmask_plugin.config.run_options import setting
 from softmask_plugin.errors import UserError
 from softmask_plugin.fixed_draws import seed_draws
+from softmask_plugin.host.environment import note_environment
 from softmask_plugin.models.distillation import MomentumDistillation
 from softmask_plugin.registry import register
-from softmask_plugin.runners.bad_steps import gradient_norm
-from softmask_plugin.runners.checkpoint import BEST
-from softmask_plugin.runners.logs import require_finite
+from softmask_plugin.runners.bad_steps import BadSteps, gradient_norm
+from softmask_plugin.runners.boards import Boards
+from softmask_plugin.runners.checkpoint_files import BEST, CheckpointFiles, trained_state
+from softmask_plugin.runners.logs import RunLog, require_finite
 from softmask_plugin.runners.meter import LossMeter, loss_terms
-from softmask_plugin.runners.peers import peers_needed
-from softmask_plugin.runners.resumable import ResumableRunner
-from softmask_plugin.runners.resume import read
-from softmask_plugin.runners.run_folder import release
+from softmask_plugin.runners.panels import MaskPanels
+from softmask_plugin.runners.peers import any_process, peers_needed
+from softmask_plugin.runners.portable import PortableRunner
+from softmask_plugin.runners.resume import Progress, load_furthest, load_run
+from softmask_plugin.runners.run_folder import AUTO, release
 from softmask_plugin.runners.statistics import mask_terms, queue_statistics
 
 
 @register("runner", "softmask_runner")
-class SoftmaskRunner(ResumableRunner):
-    """Train and evaluate a model on the task's data sets, by epochs.
+class SoftmaskRunner(PortableRunner):
+    """Train a model on the task's data sets epoch by epoch, and evaluate it.
 
-    Options of ``run``: :data:`softmask_plugin.config.run_options.RUN`.
+    Options of ``run``: :data:`softmask_plugin.config.run_options.RUN`. Checkpoints have LAVIS's
+    names and layout, and ``progress`` besides.
 
-    Differences from LAVIS's ``runner_base``, on purpose: gradients of ``accum_grad_iters`` batches
-    are averaged, not summed, and ``warmup_steps``, ``log_freq`` and the ``iters`` that models are
-    told count optimizer steps; the first of ``valid_splits`` picks the best checkpoint;
-    ``evaluate: true`` evaluates the test splits only.
+    Intended differences from LAVIS's ``runner_base``: gradients of ``accum_grad_iters`` batches are
+    averaged, not summed; ``warmup_steps``, ``log_freq`` and the ``iters`` that models get count
+    optimizer steps; the first of ``valid_splits`` picks the best checkpoint; ``evaluate: true``
+    evaluates the test splits only.
+
+    Attributes:
+        resolved_config: The run's configuration as plain values.
+        step: Optimizer steps since the run began, including skipped ones.
+        progress: What a checkpoint holds besides weights, optimizer and scaler.
+        meter: Losses of the current epoch.
+        bad_steps: Counts skipped steps.
+        files: Checkpoints of the run's folder.
+        log: metrics.jsonl, boards and progress bar.
+        panels: Pictures of what the soft mask attenuates.
     """
+
+    # ---- Set-up
+
+    def __init__(self, cfg: Any, task: Any, model: nn.Module, datasets: Any, job_id: str) -> None:
+        super().__init__(cfg=cfg, task=task, model=model, datasets=datasets, job_id=job_id)
+        run = self.config.run_cfg
+        resolved: Any = OmegaConf.to_container(cfg.get_config(), resolve=True)
+        self.resolved_config: dict[str, Any] = resolved
+        self.step = 0
+        self.progress = Progress()
+        self.meter = LossMeter()
+        self.bad_steps = BadSteps(limit=setting(run, "max_bad_steps"))
+        self.files = CheckpointFiles(self.output_dir, setting(run, "keep_checkpoints"))
+        boards = Boards(self.output_dir, self.resolved_config)
+        self.log = RunLog(self.output_dir, boards)
+        self.panels = MaskPanels(
+            self.output_dir / "masks", setting(run, "panel_every"), model, boards
+        )
+        if isinstance(model, MomentumDistillation):
+            model.paced = True  # momentum and queues move once per optimizer step
+
+    def _note_setup(self) -> None:
+        """Write what later commands need: configuration, vocabulary, environment."""
+        if is_main_process():
+            note_environment(self.output_dir, self.device)
+            OmegaConf.save(self.config.get_config(), self.output_dir / "config.yaml")
+            tokenizer: Any = getattr(self._model, "tokenizer", None)
+            if tokenizer is not None:
+                tokenizer.save_vocabulary(str(self.output_dir))
+
+    def _close(self) -> None:
+        """Close the boards and leave the folder to other processes."""
+        self.log.close()
+        release(self.output_dir)
+
+    # ---- Train
 
     def train(self) -> dict[str, Any]:
         """Train, validate and test as the configuration says.
 
         Returns:
-            Metrics by test split, as the task gave them; None for a split without metrics, and on
-            all processes but the main one where the task reports there alone.
+            Metrics by test split as the task gave them; None for a split without metrics, and on
+            other processes than the main one if the task reports only there.
 
         Raises:
-            UserError: too many steps in a row had to be skipped, a checkpoint cannot be read or
+            UserError: Too many steps in a row were skipped, a checkpoint cannot be loaded or
                 written, or another process of the job is gone.
         """
+        if self.evaluate_only:
+            self.log_config()
+            return self.evaluate(skip_reload=True)
         try:
             with peers_needed():
                 return self._train()
         finally:
-            self.log.close()
-            release(self.output_dir)
+            self._close()
 
     def _train(self) -> dict[str, Any]:
-        if self.evaluate_only:
-            self.log_config()
-            return self.evaluate(skip_reload=True)
-        if isinstance(self._model, MomentumDistillation):
-            self._model.paced = True
         for split in (*self.valid_splits, *self.test_splits):
-            self.loader(split)  # a mistake here should not come to light after the training
+            self.loader(split)  # find mistakes before training, not after it
         self._resume()
+        self._note_setup()
         with self.log.progress(self.step, self.max_epoch * self.steps_per_epoch):
             for epoch in range(self.progress.epoch, self.max_epoch):
                 self.log_stats(self.train_epoch(epoch), "train")
@@ -77,15 +128,15 @@ class SoftmaskRunner(ResumableRunner):
                 self.progress.epoch, self.progress.taken = epoch + 1, 0
                 self.meter = LossMeter()
                 self._save_checkpoint(epoch, is_best=improved)
-        # the other processes wait here for the main one's last checkpoint, and learn of it
+        # The other processes wait here for the main one's last checkpoint
         best = _from_main_process(self.progress.best_epoch)
-        return self.evaluate(self.max_epoch - 1 if best is None else "best")
+        return self._test(self.max_epoch - 1 if best is None else "best")
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
-        """Train for what is left of an epoch.
+        """Train for the rest of an epoch.
 
         Returns:
-            The learning rate and the means of all loss terms, over the whole epoch.
+            The learning rate and the means of all loss terms over the whole epoch.
         """
         loader, progress = self.train_loader, self.progress
         self.model.train()
@@ -93,64 +144,56 @@ class SoftmaskRunner(ResumableRunner):
         end = done + loader.left(progress.taken)
         batches = loader.batches(epoch, progress.taken)
         pairs, clock = 0, time.perf_counter()
-        with self.meter.watch(self._model, loss_terms, mask_terms):
-            for first in range(done, end, self.accum_grad_iters):
-                group = range(first, min(first + self.accum_grad_iters, end))
-                self.lr_scheduler.step(cur_epoch=epoch, cur_step=first // self.accum_grad_iters)
-                self._step(self._accumulate(batches, group, epoch))
-                self.log.advance()
-                progress.taken += len(group) * loader.step_items
-                pairs += len(group) * loader.step_items
-                if self.step % self.log_freq == 0 or group.stop == end:
-                    means, now = self.meter.drain(), time.perf_counter()
-                    self._log_training(epoch, means, pairs / (now - clock))
-                    pairs, clock = 0, now
-                self.panels.after(self._model, self.step, epoch_ends=group.stop == end)
-                if self.save_every and self.step % self.save_every == 0 and group.stop < end:
-                    self._save_checkpoint(epoch, step=self.step)
+        for first in range(done, end, self.accum_grad_iters):
+            group = range(first, min(first + self.accum_grad_iters, end))
+            self.train_step(batches, epoch, group)
+            items, is_last = len(group) * loader.step_items, group.stop == end
+            progress.taken, pairs = progress.taken + items, pairs + items
+            self.log.advance()
+            if self.step % self.log_freq == 0 or is_last:
+                means, now = self.meter.drain(), time.perf_counter()
+                self._log_training(epoch, means, pairs / (now - clock))
+                pairs, clock = 0, now
+            self.panels.after(self._model, self.step, epoch_ends=is_last)
+            save_every = setting(self.config.run_cfg, "save_every_steps")
+            if save_every and self.step % save_every == 0 and not is_last:
+                self._save_checkpoint(epoch, step=self.step)
         return {"lr": self._lr, **self.meter.means()}
 
-    def _accumulate(self, batches: Iterator[Any], group: range, epoch: int) -> list[dict[str, Any]]:
-        """Add up the gradient of the mean loss over the next batches, numbered ``group``.
+    def train_step(
+        self, batches: Iterator[Any], epoch: int = 0, group: range | None = None
+    ) -> None:
+        """Take one optimizer step, or skip it if its numbers are not finite.
 
-        Where a loss is not finite, all gradients are NaN, so that every process learns of it with
-        the gradients that they exchange anyway.
+        The gradient is that of the mean loss over the group. If a loss is not finite, all gradients
+        become NaN, so that every process learns of it with the gradients that they exchange anyway.
+
+        Args:
+            batches: The next batches of the training split; the model is in training mode.
+            epoch: The current epoch.
+            group: Numbers of the batches within the epoch; None: the first
+                ``run.accum_grad_iters``.
         """
+        group = range(self.accum_grad_iters) if group is None else group
+        iters = group.start // self.accum_grad_iters  # counts optimizer steps, as the schedule does
+        place = {"epoch": epoch, "iters": iters, "num_iters_per_epoch": self.steps_per_epoch}
+        self.lr_scheduler.step(cur_epoch=epoch, cur_step=iters)
         taken = []
-        place = {
-            "epoch": epoch,
-            "iters": group.start // self.accum_grad_iters,  # optimizer steps, as the schedule's
-            "num_iters_per_epoch": self.steps_per_epoch,
-        }
-        for i in group:
-            seed_draws(int(self.config.run_cfg.seed), get_rank(), epoch, i)  # of dropout and others
-            samples = {**self.to_device(next(batches)), **place}
-            self.panels.see(samples)
-            with self._gradient_exchange(wanted=i == group[-1]):
-                with self.autocast():
-                    loss = self.task.train_step(model=self.model, samples=samples)
-                self.meter.add("loss", loss)
-                verdict = torch.where(self.meter.finite(), 1.0, math.nan)
-                self.scaler.scale(loss / len(group) * verdict).backward()
-            taken.append(samples)
-        return taken
-
-    def _gradient_exchange(self, wanted: bool) -> AbstractContextManager[None]:
-        """Keep processes from exchanging gradients that are not complete yet."""
-        if isinstance(self.model, DistributedDataParallel) and not wanted:
-            return self.model.no_sync()
-        return nullcontext()
-
-    def _step(self, batches: list[dict[str, Any]]) -> None:
-        """Take one optimizer step, or skip it where its numbers are not finite."""
-        limit = setting(self.config.run_cfg, "clip_grad_norm")
-        self.scaler.unscale_(self.optimizer)
-        if limit is None:
-            norm = gradient_norm(self._model)
-        else:
-            norm = nn.utils.clip_grad_norm_(self._model.parameters(), float(limit))
+        with self.meter.watch(self._model, loss_terms, mask_terms):
+            for i in group:
+                seed_draws(int(self.config.run_cfg.seed), get_rank(), epoch, i)  # e.g. of dropout
+                samples = {**self.to_device(next(batches)), **place}
+                self.panels.see(samples)
+                with self._gradient_exchange(wanted=i == group[-1]):
+                    with self.autocast():
+                        loss = self.task.train_step(model=self.model, samples=samples)
+                    self.meter.add("loss", loss)
+                    verdict = torch.where(self.meter.finite(), 1.0, math.nan)
+                    self.scaler.scale(loss / len(group) * verdict).backward()
+                taken.append(samples)
         self.step += 1
-        if math.isfinite(norm.item()):  # the one place in a step that waits for the device
+        norm = self._clip()
+        if math.isfinite(norm.item()):  # the only place in a step that waits for the device
             self.scaler.step(self.optimizer)
             if isinstance(self._model, MomentumDistillation):
                 self._model.advance()
@@ -158,18 +201,35 @@ class SoftmaskRunner(ResumableRunner):
             self.meter.keep()
             self.bad_steps.kept()
         else:
-            self._skip(batches)
+            self._skip(taken)
         self.scaler.update()
         self.optimizer.zero_grad()
+
+    def _gradient_exchange(self, wanted: bool) -> AbstractContextManager[None]:
+        """Keep processes from exchanging gradients that are still incomplete."""
+        if isinstance(self.model, DistributedDataParallel) and not wanted:
+            return self.model.no_sync()
+        return nullcontext()
+
+    def _clip(self) -> Tensor:
+        """Unscale and clip the gradient; return its norm from before, a scalar."""
+        self.scaler.unscale_(self.optimizer)
+        limit = setting(self.config.run_cfg, "clip_grad_norm")
+        if limit is None:
+            return gradient_norm(self._model)
+        return nn.utils.clip_grad_norm_(self._model.parameters(), float(limit))
 
     def _skip(self, batches: list[dict[str, Any]]) -> None:
         if isinstance(self._model, MomentumDistillation):
             self._model.retract()
         terms = self.meter.drop()
         if self.scaler.is_enabled() and self.scaler.get_scale() > 1:
-            return  # fp16: the scaler finds a scale at which gradients do not overflow
+            # In fp16 a gradient may overflow until the scaler has found its scale; a loss may not
+            bad_loss = not all(map(math.isfinite, terms.values()))
+            if not any_process(bad_loss, self.device):
+                return
         self.bad_steps.skipped(
-            self.step, terms, batches, self._model, self.output_dir, self.config.to_dict()
+            self.step, terms, batches, self._model, self.output_dir, self.resolved_config
         )
 
     @property
@@ -187,18 +247,105 @@ class SoftmaskRunner(ResumableRunner):
         record["skipped_steps"] = self.bad_steps.total
         self.log.training({**record, "pairs_per_s": round(pairs_per_s, 2)})
 
+    # ---- Checkpoints
+
+    def _save_checkpoint(
+        self, cur_epoch: int, is_best: bool = False, step: int | None = None
+    ) -> None:
+        """Save a checkpoint of a whole epoch or, given ``step``, of the current one."""
+        progress = self.progress
+        progress.step_items = self.train_loader.step_items
+        progress.seconds = self.log.clock
+        progress.skipped = self.bad_steps.total
+        progress.skipped_in_a_row = self.bad_steps.in_a_row
+        progress.meter = self.meter.fold()  # this and the next line involve all processes
+        progress.stream = self.train_loader.state()
+        progress.logs = self.log.lengths()
+        if is_main_process():
+            content = {
+                "model": trained_state(self._model),
+                "optimizer": self.optimizer.state_dict(),
+                "config": self.resolved_config,
+                "scaler": self.scaler.state_dict() or None,
+                "epoch": progress.epoch - 1,  # the last whole one: LAVIS's runner resumes after it
+                "progress": progress.as_dict(),
+            }
+            self.files.save(content, cur_epoch, step, is_best)
+
+    def _resume(self) -> None:
+        """Resume from the checkpoint that ``run.resume_ckpt_path`` asks for, or start."""
+        wanted, found = self.resume_ckpt_path, None
+        if wanted == AUTO:
+            found = load_furthest(self.files, self._model, self.device, self.resolved_config)
+        elif wanted:
+            found = load_run(wanted, self._model, self.device)
+        if found is None:
+            self.log_config()
+            return
+        path, training = found.path, found.training
+        self.progress = progress = Progress.of(training)
+        if wanted != AUTO and progress.epoch >= self.max_epoch:
+            raise UserError(f"{path} has all {self.max_epoch} epochs done: raise run.max_epoch")
+        try:
+            self.optimizer.load_state_dict(training["optimizer"])
+            if self.scaler.is_enabled() and training.get("scaler"):
+                self.scaler.load_state_dict(training["scaler"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: its optimizer is of another run ({error})") from error
+        self.bad_steps.total, self.bad_steps.in_a_row = progress.skipped, progress.skipped_in_a_row
+        self.meter.restore(progress.meter)
+        self.train_loader.restore(progress.stream)
+        self.log.seconds = progress.seconds
+        if path.parent == self.output_dir:
+            self.log.cut(progress.logs)
+        else:
+            self.log_config()
+            self._take_best_from(path.parent)
+        self._find_step()
+        logging.info("resumed from %s: epoch %d, step %d", path, progress.epoch, self.step)
+
+    def _take_best_from(self, folder: Path) -> None:
+        """In a new folder: copy the best checkpoint so far, or choose anew."""
+        if not is_main_process() or self.progress.best_epoch is None:
+            return
+        if not self.files.take_best_from(folder):
+            logging.warning("%s has no best checkpoint: chosen anew from here on", folder)
+            self.progress.best_epoch, self.progress.best_score = None, -math.inf
+
+    def _find_step(self) -> None:
+        """Number the step by its place in the data; the number of processes may have changed."""
+        progress, items = self.progress, self.train_loader.step_items
+        in_epoch = progress.taken // (items * self.accum_grad_iters)
+        self.step = progress.epoch * self.steps_per_epoch + in_epoch
+        if progress.step_items not in (0, items):
+            logging.warning(
+                "a batch had %d items over all processes, now %d: the run resumes at the same "
+                "place in its data and schedule, not with the same numbers",
+                progress.step_items,
+                items,
+            )
+
+    # ---- Evaluation
+
     def evaluate(self, cur_epoch: int | str = "best", skip_reload: bool = False) -> dict[str, Any]:
-        """Evaluate the test splits: with the best checkpoint, or with the weights at hand.
+        """Evaluate the test splits with the best checkpoint or with the model's present weights.
 
         Args:
-            cur_epoch: ``best`` or the epoch whose weights the model has.
-            skip_reload: with ``best``, keep the model's weights as they are.
+            cur_epoch: ``best``, or the epoch that the model's weights come from.
+            skip_reload: With ``best``, keep the model's weights.
 
         Returns:
             Metrics by split.
         """
-        with peers_needed():
-            results = super().evaluate(cur_epoch=cur_epoch, skip_reload=skip_reload) or {}
+        try:
+            with peers_needed():
+                self._note_setup()
+                return self._test(cur_epoch, skip_reload)
+        finally:
+            self._close()
+
+    def _test(self, cur_epoch: int | str, skip_reload: bool = False) -> dict[str, Any]:
+        results = super().evaluate(cur_epoch=cur_epoch, skip_reload=skip_reload) or {}
         for split, metrics in results.items():
             self.log_stats(metrics, split)
         return results
@@ -207,17 +354,17 @@ class SoftmaskRunner(ResumableRunner):
     def eval_epoch(
         self, split_name: str, cur_epoch: int | str, skip_reload: bool = False
     ) -> dict[str, Any] | None:
-        """Evaluate one split; arguments as in :meth:`evaluate`.
+        """Evaluate one split; arguments as for :meth:`evaluate`.
 
         Raises:
-            UserError: a metric is not finite.
+            UserError: A metric is not finite.
         """
         loader = self.loader(split_name)
         self.model.eval()
         epoch = cur_epoch if isinstance(cur_epoch, int) else None
         if cur_epoch == "best" and not skip_reload:
-            path = self.output_dir / f"checkpoint_{BEST}.pth"
-            epoch = read(path, self._model, self.device)["epoch"]
+            best = load_run(self.output_dir / f"checkpoint_{BEST}.pth", self._model, self.device)
+            epoch = best.training["epoch"]
         self.task.before_evaluation(model=self._model, dataset=self.datasets[split_name])
         with self.autocast():
             results = self.task.evaluation(self._model, loader, **self._evaluation_options())
@@ -238,7 +385,7 @@ class SoftmaskRunner(ResumableRunner):
         return metrics
 
     def _evaluation_options(self) -> dict[str, Any]:
-        """LAVIS's tasks move batches to CUDA unless told otherwise; not all of them can be told."""
+        """LAVIS's tasks move batches to CUDA by default, and not all of them take an argument."""
         accepted = inspect.signature(self.task.evaluation).parameters.values()
         if any(p.name == "cuda_enabled" or p.kind is p.VAR_KEYWORD for p in accepted):
             return {"cuda_enabled": self.cuda_enabled}
@@ -248,7 +395,7 @@ class SoftmaskRunner(ResumableRunner):
         """Evaluate the validation splits.
 
         Returns:
-            Whether this epoch is the best one so far (on the main process).
+            Whether this epoch is the best so far (on the main process).
         """
         progress, improved = self.progress, False
         for i, split in enumerate(self.valid_splits):

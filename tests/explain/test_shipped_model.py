@@ -15,7 +15,7 @@ from safetensors import safe_open
 from softmask_plugin.datasets.scenes.builders import SceneEvalDataset
 from softmask_plugin.datasets.scenes.grammar import make_scenes
 from softmask_plugin.errors import UserError
-from softmask_plugin.files.tensors import ASSETS, SHIPPED, read_state_dict
+from softmask_plugin.files.checkpoint import ASSETS, SHIPPED, open_checkpoint
 from softmask_plugin.models.rerank import Reranker
 
 FILE = ASSETS / "scenes_tiny.safetensors"
@@ -38,14 +38,14 @@ def test_the_file_is_small_and_says_how_it_was_made():
 
 
 def test_it_holds_online_weights_alone():
-    names = read_state_dict(f"{SHIPPED}scenes_tiny").keys()
+    names = open_checkpoint(f"{SHIPPED}scenes_tiny").state.keys()
     assert not [name for name in names if "_m." in name or "queue" in name]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_type_has_all_of_its_weights(arch):
     model, images, texts = load_model_and_preprocess(arch, "scenes_tiny", is_eval=True)
-    stored = read_state_dict(f"{SHIPPED}scenes_tiny")
+    stored = open_checkpoint(f"{SHIPPED}scenes_tiny").state
     for name, tensor in model.state_dict().items():
         source = name.replace("_m.", ".")
         source = source if source in stored else source.replace("encoder.", "encoder.bert.", 1)
@@ -82,11 +82,11 @@ print(float(model.itm_head.weight.detach().sum()))
         timeout=180,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    weight = read_state_dict(f"{SHIPPED}scenes_tiny")["itm_head.weight"].float()
+    weight = open_checkpoint(f"{SHIPPED}scenes_tiny").state["itm_head.weight"].float()
     assert float(done.stdout.split()[-1]) == pytest.approx(weight.sum().item())
 
 
 @pytest.mark.parametrize("name", ["scene_tiny", "../assets/scenes_tiny"])
 def test_weights_that_are_not_shipped(name):
     with pytest.raises(UserError, match="no weights '.*' are shipped: .*'scenes_tiny'"):
-        read_state_dict(f"{SHIPPED}{name}")
+        open_checkpoint(f"{SHIPPED}{name}")

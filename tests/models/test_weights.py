@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from transformers import BertConfig, BertForMaskedLM
 
 from softmask_plugin.errors import UserError
+from softmask_plugin.files.checkpoint import open_checkpoint
 from softmask_plugin.models import weights
 
 
@@ -124,7 +125,7 @@ def test_a_checkpoint_never_runs_code(make_model, tmp_path):
         with pytest.raises(
             UserError, match=f"{name} is no readable checkpoint .*run code"
         ) as caught:
-            weights.read_state_dict(str(tmp_path / name))
+            open_checkpoint(str(tmp_path / name))
         assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "ran").exists()
 
@@ -136,7 +137,7 @@ def test_a_checkpoint_never_runs_code(make_model, tmp_path):
 def test_files_of_another_kind_get_one_line(tmp_path, content):
     (tmp_path / "a.pth").write_bytes(content)
     with pytest.raises(UserError, match="a.pth is no readable checkpoint") as caught:
-        weights.read_state_dict(str(tmp_path / "a.pth"))
+        open_checkpoint(str(tmp_path / "a.pth"))
     assert len(str(caught.value).splitlines()) == 1
 
 

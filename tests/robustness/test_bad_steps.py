@@ -14,7 +14,6 @@ from toys import ToyData, ToyModel, build, read_metrics, weights
 from softmask_plugin.cli import main
 from softmask_plugin.errors import UserError
 from softmask_plugin.runners.bad_steps import gradient_norm
-from softmask_plugin.runners.meter import loss_terms
 
 
 def spoiled(*indices, value=math.nan):
@@ -80,6 +79,28 @@ def test_a_bad_gradient_is_a_bad_step(tmp_path, caplog):
     assert "the gradient of 3 parameters is not finite, first temp" in caplog.text
 
 
+def scaled(runner):
+    """Scale losses as fp16 does on CUDA."""
+    runner._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    return runner
+
+
+def test_fp16_counts_and_names_a_bad_loss(tmp_path, caplog):
+    runner = scaled(build(tmp_path, splits={"train": spoiled(17)}))
+    runner.train()
+    assert weights(runner.model).isfinite().all() and runner.bad_steps.total >= 1
+    named = [text for text in caplog.messages if text.startswith("skipped step")]
+    assert len(named) == runner.bad_steps.total
+    assert "17" in named[0].partition("samples")[2].replace(",", " ").split()
+
+
+def test_fp16_looks_for_its_scale_without_counting(tmp_path):
+    runner = scaled(build(tmp_path, model=FlakyModel()))
+    runner.train()
+    assert runner.bad_steps.total == 0 and weights(runner.model).isfinite().all()
+    assert runner.scaler.get_scale() == 2.0**8  # halved twice
+
+
 def test_an_accumulated_group_is_skipped_whole(tmp_path):
     runner = build(tmp_path, splits={"train": spoiled(17)}, accum_grad_iters=5, max_epoch=1)
     runner.train()
@@ -139,9 +160,7 @@ def poisoned(batch):
 
 
 def step(runner, batch, i):
-    runner.meter = type(runner.meter)()
-    with runner.meter.watch(runner._model, loss_terms):
-        runner._step(runner._accumulate(iter([batch]), range(i, i + 1), 0))
+    runner.train_step(iter([batch]), group=range(i, i + 1))
 
 
 @pytest.fixture
@@ -149,7 +168,6 @@ def pretraining(tmp_path, make_model):
     def make(**options):
         model = make_model(momentum=0.9, alpha=0.4)
         runner = build(tmp_path, model=model, job_id="run", **options)
-        model.paced = True
         runner.model.train()
         return runner
 
@@ -179,8 +197,7 @@ def test_accumulated_batches_move_queue_and_momentum_once(pretraining, make_batc
     runner = pretraining(accum_grad_iters=3)
     before = copy.deepcopy(runner._model.state_dict())
     batches = [make_batch(size) for size in (2, 3, 4)]
-    with runner.meter.watch(runner._model, loss_terms):
-        runner._step(runner._accumulate(iter(copy.deepcopy(batches)), range(3), 0))
+    runner.train_step(iter(copy.deepcopy(batches)))
     after = copy.deepcopy(runner._model.state_dict())
     assert int(after["queue_ptr"]) == 9
     name = "text_encoder.bert.encoder.layer.4.output.dense.weight"

@@ -223,7 +223,7 @@ def test_no_usable_checkpoint_is_an_error(tmp_path):
 def test_going_on_by_itself_needs_the_same_model(tmp_path):
     interrupted(tmp_path, 32)
     again = build(tmp_path, **OPTIONS)
-    again.config.config.model = {"itc": {"gamma": 1.0}}
+    again.resolved_config["model"] = {"itc": {"gamma": 1.0}}
     with pytest.raises(UserError, match=r"had model.itc.gamma = None, this one has 1.0"):
         again.train()
 
@@ -252,9 +252,9 @@ def test_checkpoints_that_do_not_fit(tmp_path):
     with pytest.raises(UserError, match="no checkpoint at"):
         build(tmp_path, resume_ckpt_path="nowhere.pth").train()
     (tmp_path / "broken.pth").write_bytes(b"half a file")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is no readable checkpoint"):
         build(tmp_path, resume_ckpt_path=str(tmp_path / "broken.pth")).train()
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is no readable checkpoint"):
         resume({"model": Path("anything"), "optimizer": {}, "epoch": 0})
     with pytest.raises(UserError, match="no training checkpoint"):
         resume(ToyModel().state_dict())

@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole or not at all, read without running code, checked before use."""
+"""The checkpoints of a run's folder: what goes into them, and when they are written and removed."""
 
 from __future__ import annotations
 
@@ -6,33 +6,32 @@ import logging
 import os
 import re
 import shutil
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from softmask_plugin.errors import UserError, reason_of
-from softmask_plugin.files.tensors import require_sound
+from softmask_plugin.files.checkpoint import StateDict, require_sound
 from softmask_plugin.files.whole import LEFTOVERS, write_whole
 
 BEST = "best"
 _NAME = re.compile(r"checkpoint_(\d+)(?:_(\d+))?\.pth")
 
 
-def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """State of ``model`` less its frozen parameters, which LAVIS leaves out of checkpoints too."""
+def trained_state(model: nn.Module) -> StateDict:
+    """Return the state of a model without frozen parameters, which LAVIS leaves out as well."""
     frozen = _frozen(model)
     return {name: value for name, value in model.state_dict().items() if name not in frozen}
 
 
-def load_trained_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load what :func:`trained_state` gave; only frozen parameters may be missing.
+def load_trained_state(model: nn.Module, state: StateDict, source: object) -> None:
+    """Load the result of :func:`trained_state`; only frozen parameters may be missing.
 
     Raises:
-        UserError: keys are missing, unexpected, of another shape, or hold numbers that are not
-            finite; ``source`` is named, and the model is as it was.
+        UserError: Keys are missing or unexpected, shapes differ, or numbers are not finite. The
+            message names ``source``, and the model stays as it was.
     """
     own, frozen = model.state_dict(), _frozen(model)
     for what, names in (
@@ -55,24 +54,24 @@ def load_trained_state(model: nn.Module, state: dict[str, Tensor], source: str) 
 class CheckpointFiles:
     """The checkpoints of a run's folder, under LAVIS's names.
 
-    ``checkpoint_<epoch>.pth`` after an epoch, ``checkpoint_<epoch>_<step>.pth`` within one (after
-    so many optimizer steps of the run), ``checkpoint_best.pth``.
+    ``checkpoint_<epoch>.pth`` after an epoch, ``checkpoint_<epoch>_<step>.pth`` within one (the
+    step counts over the whole run), and ``checkpoint_best.pth``.
 
     Args:
-        folder: the run's folder.
-        keep: how many to keep beside the best one; None: all.
+        folder: The run's folder.
+        keep: Number of checkpoints to keep besides the best; None: all.
     """
 
     def __init__(self, folder: Path, keep: int | None) -> None:
         self.folder, self.keep = folder, keep
 
     def save(self, content: dict[str, Any], epoch: int, step: int | None, is_best: bool) -> None:
-        """Write a checkpoint, as the best one too if it is; then remove those beyond ``keep``.
+        """Write a checkpoint, also as the best one if it is; then remove those beyond ``keep``.
 
-        The best one first: a run that is killed in between comes to it again.
+        The best one comes first: a run killed in between repeats the epoch and writes it again.
 
         Raises:
-            UserError: it cannot be written. What was there before stays as it was.
+            UserError: The file cannot be written. Earlier checkpoints stay as they were.
         """
         path = self.folder / _name(epoch, step)
         try:
@@ -94,17 +93,17 @@ class CheckpointFiles:
         logging.info("saved %s", path)
 
     def newest_first(self) -> list[Path]:
-        """Files of all checkpoints but the best, the furthest one first."""
+        """All checkpoints but the best, the furthest first."""
         found = []
         for path in self.folder.glob("checkpoint_*.pth"):
             if match := _NAME.fullmatch(path.name):
                 epoch, step = int(match[1]), match[2]
-                # A file of the whole epoch comes after those within it.
+                # The file of a whole epoch comes after those within it
                 found.append(((epoch, int(step)) if step else (epoch + 1, -1), path))
         return [path for _, path in sorted(found, reverse=True)]
 
     def take_best_from(self, folder: Path) -> bool:
-        """Copy the best checkpoint of another run's folder; False if it has none."""
+        """Copy the best checkpoint of another run; False if it has none."""
         name = f"checkpoint_{BEST}.pth"
         if not (folder / name).is_file():
             return False
@@ -116,34 +115,6 @@ class CheckpointFiles:
             half.unlink()
 
 
-def load(path: str | Path, device: torch.device) -> dict[str, Any]:
-    """Read a checkpoint of this runner or LAVIS's: model, optimizer, scaler, config, epoch.
-
-    Raises:
-        UserError: no such file, a damaged one, one that could run code, or another kind of file.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"no checkpoint at {path}: give the path of a checkpoint_<epoch>.pth file")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch does not compare checksums when it reads
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
-        content = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # on a damaged file the unpickler fails in any way it can
-        raise UserError(
-            f"{path} cannot be read: it is damaged, or holds objects that could run code when "
-            "loaded; a checkpoint holds tensors and plain values only"
-        ) from error
-    expected = ("model", "optimizer", "epoch")
-    if not (isinstance(content, dict) and all(key in content for key in expected)):
-        raise UserError(
-            f"{path} is no training checkpoint (it needs {', '.join(expected)}): to start from "
-            "weights alone, set model.pretrained instead"
-        )
-    return content
-
-
 def _name(epoch: int, step: int | None) -> str:
     return f"checkpoint_{epoch}.pth" if step is None else f"checkpoint_{epoch}_{step}.pth"
 
@@ -153,7 +124,7 @@ def _serialize(content: dict[str, Any], path: Path) -> None:
 
 
 def _link(source: Path, path: Path) -> None:
-    """A second name for a file, or where the file system has none, a copy."""
+    """Hard-link a file; copy it if the file system has no links."""
     try:
         os.link(source, path)
     except OSError:

@@ -1,0 +1,139 @@
+"""Open a checkpoint: its tensors and the configuration of its run, without running its code."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lavis.common.utils import is_url
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors.torch import load_file
+from torch import Tensor
+from yaml import YAMLError
+
+from softmask_plugin.config.paths import PACKAGE
+from softmask_plugin.errors import UserError, reason_of, suggest
+from softmask_plugin.files.download import fetch
+
+StateDict = dict[str, Tensor]
+ASSETS = PACKAGE / "assets"
+SHIPPED = "shipped:"  # prefix of the weights that come with the package
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The contents of a checkpoint file.
+
+    Attributes:
+        path: The local file.
+        state: The model's tensors by key.
+        config: Resolved configuration of the run that wrote the file, with its sections ``model``,
+            ``datasets`` and ``run``, from the file or from ``config.yaml`` beside it; None if
+            there is neither, as for ALBEF's own files.
+        training: Everything else in the file: ``optimizer``, ``epoch``, ``progress``, ...
+    """
+
+    path: Path
+    state: StateDict
+    config: dict[str, Any] | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def open_checkpoint(
+    source: str | Path, trusted: bool = False, device: torch.device | str = "cpu"
+) -> Checkpoint:
+    """Open a checkpoint of this plugin, LAVIS, ALBEF or any other PyTorch model.
+
+    Args:
+        source: A file, a URL (downloaded once), or ``shipped:NAME`` for bundled weights.
+        trusted: Load any pickled object, which can run any code; only for files that you trust.
+        device: Where the tensors go.
+
+    Raises:
+        UserError: There is no such file, it is damaged, or it holds objects that could run code.
+    """
+    path = _locate(str(source))
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {source}: give a file or a URL")
+    content = _load(path, trusted, device)
+    if not isinstance(content, dict):
+        content = {}
+    state, training = content, {}
+    if "model" in content:
+        state = content["model"] if isinstance(content["model"], dict) else {}
+        training = {key: value for key, value in content.items() if key not in ("model", "config")}
+    return Checkpoint(
+        path=path,
+        state={k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)},
+        config=_resolve(content.get("config"), path) or _config_beside(path),
+        training=training,
+    )
+
+
+def require_sound(state: Mapping[str, Tensor], source: object) -> None:
+    """Raise UserError at a tensor that would poison everything computed from it."""
+    for name, tensor in state.items():
+        special = tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized
+        if special or tensor.is_complex():
+            raise UserError(f"{source}: '{name}' is no plain tensor of real numbers")
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{source}: '{name}' holds NaN or infinite values: take an earlier checkpoint"
+            )
+
+
+def _locate(source: str) -> Path:
+    if is_url(source):
+        return fetch(source)
+    if not source.startswith(SHIPPED):
+        return Path(source).expanduser()
+    name = source.removeprefix(SHIPPED)
+    shipped = {file.stem: file for file in ASSETS.glob("*.safetensors")}
+    if name not in shipped:
+        raise UserError(f"no weights '{name}' are shipped: {suggest(name, shipped)}")
+    return shipped[name]
+
+
+def _load(path: Path, trusted: bool, device: torch.device | str) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path, device=str(device))
+        if zipfile.is_zipfile(path):  # torch does not compare checksums
+            with zipfile.ZipFile(path) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+        return torch.load(path, map_location=device, weights_only=not trusted)
+    except Exception as error:  # a damaged file can fail in any way
+        raise UserError(
+            f"{path} is no readable checkpoint ({type(error).__name__}): it is cut short, damaged or "
+            "of another kind, or holds objects that could run code (only for a file that you "
+            "trust: model.trust_checkpoint=true)"
+        ) from error
+
+
+def _config_beside(path: Path) -> dict[str, Any] | None:
+    file = path.parent / "config.yaml"
+    if not file.is_file():
+        return None
+    try:
+        return _resolve(OmegaConf.to_container(OmegaConf.load(file)), file)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not valid YAML: {reason_of(error)}") from error
+
+
+def _resolve(config: Any, path: Path) -> dict[str, Any] | None:
+    """Resolve references between sections; None unless it is the configuration of a run."""
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        return None
+    try:
+        resolved: Any = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(
+            f"the configuration in {path} cannot be resolved: {reason_of(error)}"
+        ) from error
+    return resolved
