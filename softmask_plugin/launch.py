@@ -1,4 +1,4 @@
-"""Train or evaluate from a YAML file, in the order LAVIS's train.py and evaluate.py follow."""
+"""Train or evaluate from a YAML file, in the order of LAVIS's train.py and evaluate.py."""
 
 from __future__ import annotations
 
@@ -37,24 +37,25 @@ Results = dict[str, Mapping[str, Any]]
 def run(
     cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = False
 ) -> tuple[Any, Results | None]:
-    """Run one YAML file: train and then test, or with ``evaluate`` only test.
+    """Run one YAML file: train, then test; or only test.
 
-    May be called again in the same process, and on every rank that torchrun starts (nccl on CUDA,
-    gloo on CPU).
+    It may be called again in the same process, and on every rank that torchrun starts (nccl on
+    CUDA, gloo on CPU).
 
     Args:
-        cfg_path: a YAML file, or the name of a shipped one ("lavis_configs/projects/...").
-        options: overrides, each "section.key=value".
-        evaluate: skip training; the weights are those that the YAML's model section names.
+        cfg_path: A YAML file, or the name of a shipped one ("lavis_configs/projects/...").
+        options: Overrides, each "section.key=value".
+        evaluate: Only test, as with ``run.evaluate=true``, with the weights that the model section
+            names.
 
     Returns:
-        The runner (its ``output_dir`` holds logs and checkpoints), and for each test split its
-        metrics; None where the runner reports none, and on ranks other than 0.
+        The runner (its ``output_dir`` holds logs and checkpoints), and the metrics of each test
+        split; None if the runner reports none, and on ranks other than 0.
 
     Raises:
-        UserError: something in the YAML file or the options is wrong.
+        UserError: Something in the YAML file or the options is wrong.
     """
-    # Data-loader workers are forked after tokenizers has run threads, which it warns about.
+    # Data-loader workers are forked after tokenizers has run threads, which it would warn about
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     cfg = load_config(cfg_path, options, evaluate)
     init_distributed(cfg.run_cfg)
@@ -92,10 +93,10 @@ def run(
 def load_config(
     cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = False
 ) -> Config:
-    """Read and check a YAML file with its overrides; add the defaults of its model and datasets.
+    """Parse and check a YAML file with its overrides; add the defaults of model and data sets.
 
-    The overrides are merged before LAVIS sees the file: its own merge comes too late for
-    ``model.model_type`` and ``datasets.*.type`` to choose the defaults they name.
+    Overrides are merged before LAVIS sees the file: its own merge comes too late for
+    ``model.model_type`` and ``datasets.*.type`` to choose their defaults.
     """
     if evaluate:
         options = [*options, "run.evaluate=true"]
@@ -104,7 +105,7 @@ def load_config(
     if evaluate and not config.run.get("test_splits"):
         raise UserError(f"run.test_splits is empty (in {path}): there is nothing to evaluate")
     config.run.setdefault("evaluate", False)
-    # LAVIS would put a relative folder inside its own installation.
+    # LAVIS would put a relative folder inside its own installation
     config.run.output_dir = str(Path(config.run.output_dir).expanduser().absolute())
     return Config(Namespace(cfg_path=io.StringIO(OmegaConf.to_yaml(config)), options=None))
 
@@ -112,7 +113,7 @@ def load_config(
 def init_distributed(run_cfg: DictConfig) -> None:
     """Join the process group that torchrun or Slurm announces, if any; note it in ``run_cfg``.
 
-    LAVIS's own function knows nccl alone, so that a run on CPUs cannot be distributed.
+    LAVIS's own function supports only nccl, so it cannot distribute a run on CPUs.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         cuda = run_cfg.device == "cuda"
@@ -133,15 +134,15 @@ def init_distributed(run_cfg: DictConfig) -> None:
 
 
 def join_group(backend: str, patience: float) -> None:
-    """Join the process group that the environment describes (torchrun's variables).
+    """Join the process group that torchrun's environment variables describe.
 
-    A torchrun that starts its processes again may hand them the store in which the addresses of
-    the dead ones still are; half of the restarts then hung (gloo, torch 2.13). So each attempt has
-    names of its own.
+    After a restart, torchrun may hand over a store that still holds the addresses of the dead
+    processes; half of the restarts then hung (gloo, torch 2.13). So each attempt uses names of its
+    own.
 
     Args:
         backend: gloo or nccl.
-        patience: seconds that a process waits for another one.
+        patience: How long a process waits for another one, seconds.
     """
     timeout = timedelta(seconds=patience)
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
@@ -152,9 +153,9 @@ def join_group(backend: str, patience: float) -> None:
 
 
 def leave_distributed() -> None:
-    """Leave the process group; to be called once the caller has let its runner go.
+    """Leave the process group; call it after dropping the runner.
 
-    A runner awaiting garbage collection still holds the group, and gloo's threads, which end with
+    A runner that awaits garbage collection still holds the group, and gloo's threads, which end with
     the group, abort the process if they free a tensor while the interpreter exits (torch 2.13).
     """
     gc.collect()
@@ -162,9 +163,9 @@ def leave_distributed() -> None:
 
 
 def make_job_id() -> str:
-    """Name of the run's folder: the time plus four random digits.
+    """Name the run's folder: the time plus four random digits.
 
-    LAVIS's job id changes every ten minutes only.
+    LAVIS's job id changes only every ten minutes.
     """
     return f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
@@ -173,9 +174,9 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     """Seed the random generators of Python, numpy and torch; ask cuDNN for repeatable kernels.
 
     Args:
-        seed: of all of them.
-        deterministic: demand repeatable kernels of all of torch (``run.deterministic``), which on
-            CUDA takes longer; an operation that has none ends the run.
+        seed: Random seed.
+        deterministic: Use only repeatable kernels (``run.deterministic``), which is slower on CUDA;
+            an operation without one ends the run.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it

@@ -1,4 +1,4 @@
-"""Momentum distillation (ALBEF, arXiv 2107.07651, 3.3): a slow copy of a model teaches it."""
+"""Momentum distillation: a momentum copy of the model teaches it (ALBEF, arXiv 2107.07651, 3.3)."""
 
 from __future__ import annotations
 
@@ -6,61 +6,60 @@ from typing import Any
 
 import torch
 from lavis.common.dist_utils import is_dist_avail_and_initialized
-from torch import Tensor, nn
+from torch import Tensor
 
 from softmask_plugin.models.base import SoftMaskBase, bert_of
 from softmask_plugin.nn.momentum import MomentumPairs, momentum_copy
 from softmask_plugin.nn.tokens import Packing, Tokens
+from softmask_plugin.tokenization import Captions
 
 
 class MomentumDistillation(SoftMaskBase):
-    """Keeps momentum copies ``<name>_m`` of some modules, and the weight of what they teach.
+    """Keeps a momentum copy ``<name>_m`` of some modules, and the weight of its soft targets.
 
     Attributes:
-        paced: whether a runner calls ``advance`` after each optimizer step that it takes, and
-            ``retract`` in place of one that it skips. What moves once per step then moves there,
-            however many batches were accumulated. Otherwise (LAVIS's runners) each forward pass
-            in training moves it, as in LAVIS's ALBEF; the sequence of values is the same.
+        paced: Whether a runner calls ``advance`` after each optimizer step, or ``retract`` if it
+            skips the step. If so, momentum copies and queues change once per optimizer step, even
+            with accumulated gradients. If not (LAVIS's runners), they change in every forward pass
+            of training, as in LAVIS's ALBEF. Either way step t sees the same values if the copies
+            start equal to the online modules; otherwise the first forward pass moves unpaced ones
+            once more.
     """
 
     paced = False
 
     def add_momentum(self, *names: str) -> None:
-        """Copy these modules. To be called last in ``__init__``, once all buffers are there."""
+        """Copy these modules. Call it last in ``__init__``, after all buffers are registered."""
         for name in names:
             setattr(self, f"{name}_m", momentum_copy(getattr(self, name)))
         pairs = [(getattr(self, name), getattr(self, f"{name}_m")) for name in names]
         self.momentum = MomentumPairs(pairs)
         self.ranks_agree = False
-        # Equal on every rank once made so; DDP would broadcast them again at each step.
+        # Once equal, they stay equal on all ranks; DDP would broadcast them at every step.
         self._ddp_params_and_buffers_to_ignore = [
             name for name, _ in self.named_buffers(remove_duplicate=False)
         ]
 
-    def part(self, name: str, suffix: str) -> nn.Module:
-        """A module, or with "_m" its momentum copy."""
-        return getattr(self, name + suffix)
-
     def load_encoders(self) -> None:
-        """As the base class does; the momentum encoders then start as copies."""
+        """As in the base class; the momentum encoders then start as copies."""
         super().load_encoders()
         self.momentum.copy()
 
     def progress(self, samples: dict[str, Any]) -> tuple[int, float]:
-        """Index of the step in the run, and the weight of the momentum model's soft targets."""
+        """Index of the step in the run, and the weight alpha of the soft targets."""
         step, alpha = self.step_of(samples), self.options.alpha
         ramp = self.options.alpha_epochs * samples.get("num_iters_per_epoch", 0)
         return step, alpha * (min(1.0, step / ramp) if ramp > 0 else 1.0)
 
     def advance(self) -> None:
-        """After an optimizer step: move what moves once per step (see ``paced``)."""
+        """After an optimizer step: update what changes once per step (see ``paced``)."""
         self.momentum.update(self.options.momentum)
 
     def retract(self) -> None:
-        """In place of an optimizer step: forget what the forward passes left for it."""
+        """Instead of an optimizer step: drop what the forward passes left for it."""
 
-    def move_momentum(self) -> None:
-        """In training: let the momentum copies take their step towards the online modules."""
+    def update_momentum(self) -> None:
+        """In training mode, update the momentum copies unless a runner does (see ``paced``)."""
         if self.training:
             self.agree_across_ranks()
             if not self.paced:
@@ -68,7 +67,7 @@ class MomentumDistillation(SoftMaskBase):
 
     @torch.no_grad()
     def agree_across_ranks(self) -> None:
-        """Once: make momentum encoders and queues those of rank 0, as DDP does with parameters.
+        """Once, copy rank 0's momentum encoders and queues to all ranks, as DDP copies parameters.
 
         LAVIS seeds each rank differently, so they start out different.
         """
@@ -79,24 +78,24 @@ class MomentumDistillation(SoftMaskBase):
 
 
 class DistilledBase(MomentumDistillation):
-    """Fine-tuned models that read images and text together, and learn from labels."""
+    """Fine-tuned models that fuse images with text, and learn from labels."""
 
     def add_momentum(self, *names: str) -> None:
-        """As the base class does; none with ``use_distill: false``."""
+        """As in the base class; copies nothing if ``use_distill`` is false."""
         super().add_momentum(*(names if self.options.use_distill else ()))
 
     def fuse(
-        self, images: Tensor, text: tuple[Tensor, Packing], wanted: Packing | None, suffix: str = ""
+        self, images: Tensor, captions: Captions, wanted: Packing | None, suffix: str = ""
     ) -> Tokens:
-        """Multi-modal states of some tokens.
+        """Compute multi-modal states.
 
         Args:
-            images: (B, 3, H, W); of two images per text (2B, 3, H, W), all first ones first.
-            text: ids (B, T) and where their tokens are.
-            wanted: the tokens that will be read; None: all.
+            images: (B, 3, H, W), or (2B, 3, H, W) for two images per caption, all first ones first.
+            captions: B captions.
+            wanted: The tokens to return; None: all.
             suffix: "_m" for the momentum model.
         """
-        bert, (ids, packing) = bert_of(self.part("text_encoder", suffix)), text
+        bert = bert_of(self.part("text_encoder", suffix))
         states = self.part("visual_encoder", suffix)(images)
-        memory = bert.remember(*states.split(len(ids)))
-        return bert.fuse(bert.encode(ids, packing), memory, wanted=wanted)
+        memory = bert.remember(*states.split(len(captions.ids)))
+        return bert.fuse(bert.encode(captions.ids, captions.packing), memory, wanted=wanted)

@@ -1,4 +1,4 @@
-"""The runner that trains on CPU, one GPU or several processes alike, and its schedule."""
+"""The runner for a CPU, one GPU or several processes, and its schedule."""
 
 from softmask_plugin.runners.runner import SoftmaskRunner
 from softmask_plugin.runners.schedule import CosineLRScheduler

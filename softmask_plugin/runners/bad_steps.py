@@ -1,4 +1,4 @@
-"""Steps whose numbers are not finite: skipped, counted, named, and in the end kept to look at."""
+"""Skip steps with numbers that are not finite; count and name them, and save the last one."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from softmask_plugin.errors import UserError
 Batches = Sequence[dict[str, Any]]
 ADVICE = "lower run.init_lr, lengthen run.warmup_steps or set run.clip_grad_norm=1"
 SHOWN = 8  # samples named in a message
-IDS = ("instance_id", "image_id")  # of a sample, in the order in which they say most
+IDS = ("instance_id", "image_id")  # a sample's keys, the most telling first
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
-    """The norm of all gradients of a model, a float32 scalar; not finite if one of them is not."""
+    """Norm of all gradients, a float32 scalar; not finite if any of them is not."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     norms = torch._foreach_norm(grads)
     return torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
@@ -33,8 +33,8 @@ class BadSteps:
     """Counts steps that were skipped because a loss or gradient was NaN or infinite.
 
     Attributes:
-        limit: so many in a row end the run.
-        total, in_a_row: how many there were.
+        limit: Number of skipped steps in a row that ends the run.
+        total, in_a_row: Skipped steps so far.
     """
 
     limit: int
@@ -50,18 +50,18 @@ class BadSteps:
         folder: Path,
         config: dict[str, Any],
     ) -> None:
-        """Tell of a skipped step, which left no trace in ``model``.
+        """Report a skipped step, which left no trace in ``model``.
 
         Args:
-            step: its number in the run.
-            terms: this process's losses.
-            batches: this process's accumulated batches.
-            model: the model, with the step's gradients.
-            folder: where a file that reproduces the step goes, if it is the last one in a row.
-            config: of the run.
+            step: Its number in the run.
+            terms: This process's losses.
+            batches: This process's accumulated batches.
+            model: The model with the step's gradients.
+            folder: Gets a file that reproduces the step, if this one ends the run.
+            config: The run's configuration.
 
         Raises:
-            UserError: it is one too many.
+            UserError: It is one too many in a row.
         """
         self.total += 1
         self.in_a_row += 1
@@ -84,12 +84,12 @@ class BadSteps:
         )
 
     def kept(self) -> None:
-        """A step was taken."""
+        """Record a step that was not skipped."""
         self.in_a_row = 0
 
 
 def _blame(terms: Mapping[str, float], model: nn.Module) -> str:
-    """The losses that are not finite, or else the gradients."""
+    """Name the losses that are not finite, or else the gradients."""
     losses = [f"{name} is {value}" for name, value in terms.items() if not math.isfinite(value)]
     if losses:
         return ", ".join(losses)
@@ -101,7 +101,7 @@ def _blame(terms: Mapping[str, float], model: nn.Module) -> str:
 
 
 def _samples(batches: Batches) -> str:
-    """The first samples' names, as the data set calls them."""
+    """Names of the first samples."""
     names = [str(name) for batch in batches for name in _names(batch)]
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" * (len(names) > SHOWN))
 

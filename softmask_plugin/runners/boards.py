@@ -1,4 +1,4 @@
-"""A run's numbers and pictures on the boards that people watch: TensorBoard, Weights & Biases."""
+"""Show a run's numbers and pictures on TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from PIL import Image
 from softmask_plugin.config.run_options import setting
 from softmask_plugin.errors import UserError
 
-NO_NUMBERS = ("split", "epoch", "step", "time")  # keys of a record that say where it belongs
-PROJECT = "softmask"  # of Weights & Biases, where run.wandb names none
+NO_NUMBERS = ("split", "epoch", "step", "time")  # keys of a record that are no measurements
+PROJECT = "softmask"  # on Weights & Biases, unless run.wandb names one
 
 
 class Boards:
-    """Writes to TensorBoard where it is installed, and to Weights & Biases where that is asked for.
+    """Writes to TensorBoard if it is installed, and to Weights & Biases if ``run.wandb`` asks.
 
-    A board is opened when the first thing is written to it. To be used on the main process alone.
+    A board opens with the first write. Use it on the main process only.
 
     Args:
-        folder: of the run; TensorBoard's files go into its ``tensorboard``.
-        config: of the run, as plain values; ``run.tensorboard`` and ``run.wandb`` choose.
+        folder: The run's folder; TensorBoard's files go into ``tensorboard``.
+        config: The run's configuration as plain values.
 
     Attributes:
-        began: optimizer steps taken before this process; what TensorBoard shows of later ones,
-            which an earlier process took and this one takes again, gives way to this one's.
+        began: Optimizer steps taken before this process started. A resumed run repeats steps after
+            its checkpoint; TensorBoard then drops the earlier process's numbers for them.
 
     Raises:
-        UserError: Weights & Biases is asked for, but is not installed.
+        UserError: ``run.wandb`` is set, but wandb is not installed.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
@@ -50,7 +50,7 @@ class Boards:
         self._boards: list[Any] | None = None
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Show the numbers of a line of metrics.jsonl, under the name of its split."""
+        """Show the numbers of a line of metrics.jsonl under the name of its split."""
         numbers = {
             f"{record['split']}/{name}": float(value)
             for name, value in record.items()
@@ -65,7 +65,7 @@ class Boards:
             board.picture(name, path, step)
 
     def close(self) -> None:
-        """Write out all that is left; writing again opens the boards again."""
+        """Flush and close; the next write opens the boards again."""
         for board in self._boards or ():
             board.close()
         self._boards = None
@@ -79,12 +79,12 @@ class Boards:
     def _tensorboard(self) -> _TensorBoard | None:
         try:
             from torch.utils.tensorboard import SummaryWriter
-        except Exception as error:  # nobody asked for it: a broken installation stops no run
+        except Exception as error:  # it is optional: a broken installation must not stop a run
             logging.warning("no TensorBoard: it cannot be imported (%s)", error)
             self._makers.remove(self._tensorboard)
             return None
         later = self.began + 1 if self.began else None
-        self.began = 0  # what this process writes stays, should the board be opened again
+        self.began = 0  # if the board opens again, keep what this process wrote
         return _TensorBoard(SummaryWriter(str(self._folder / "tensorboard"), purge_step=later))
 
     def _weights_and_biases(self) -> _WeightsAndBiases:
@@ -99,8 +99,7 @@ class Boards:
             resume="allow",
             config=dict(self._config),
         )
-        # A split's numbers may belong to a step before the last one, which wandb's own count of
-        # steps does not allow.
+        # A split's numbers may belong to an earlier step, which wandb's own step count forbids
         run.define_metric("*", step_metric="step")
         return _WeightsAndBiases(run, wandb.Image)
 
@@ -112,7 +111,7 @@ class _TensorBoard:
     def numbers(self, numbers: Mapping[str, float], step: int) -> None:
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
-        self._writer.flush()  # a run that is killed should not take what it showed along
+        self._writer.flush()  # a killed run should not lose what it showed
 
     def picture(self, name: str, path: Path, step: int) -> None:
         pixels = np.asarray(Image.open(path).convert("RGB"))

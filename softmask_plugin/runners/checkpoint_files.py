@@ -87,7 +87,7 @@ class CheckpointFiles:
         except (OSError, RuntimeError) as error:  # a full disk: torch's writer raises the latter
             last = next((str(file) for file in self.newest_first()), "none")
             raise UserError(
-                f"cannot save {path} ({reason_of(error)[:200]}): make room, then go on with "
+                f"cannot save {path} ({reason_of(error)[:200]}): make room, then resume with "
                 f"run.resume_ckpt_path=auto; the last whole checkpoint: {last}"
             ) from error
         logging.info("saved %s", path)

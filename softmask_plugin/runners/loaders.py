@@ -1,4 +1,4 @@
-"""Data loaders whose order and random draws depend on the seed and the place in the data alone."""
+"""Data loaders whose order and random draws depend only on the seed and the place in the data."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ Collate = Callable[[list[Any]], Any]
 
 
 class SeededItems(Dataset[Any]):
-    """A map-style data set whose items are asked for by (epoch, index).
+    """A map-style data set whose items are requested by (epoch, index).
 
-    What an item draws from torch's, numpy's and Python's generators is a function of ``seed``,
-    epoch and index: the same for any number of workers or processes, and after a restart. Torch's
-    generator, which the model draws from too, is left as it was.
+    An item's draws from torch's, numpy's and Python's generators are a function of ``seed``, epoch
+    and index: the same for any number of workers or processes, and after a restart. The state of
+    torch's generator, which the model uses too, is restored.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
@@ -47,11 +47,11 @@ class SeededItems(Dataset[Any]):
 
 
 class EpochSampler(Sampler[Any]):
-    """This process's share of what is left of a shuffled epoch, as (epoch, index).
+    """This process's share of the rest of a shuffled epoch, as (epoch, index).
 
-    The order is a function of seed and epoch; of it the processes take turns. So the first
-    ``taken`` items are those of the first steps, for any number of processes, and the rest can be
-    shared among another number.
+    The order is a function of seed and epoch, and processes take turns in it. So the first
+    ``taken`` items belong to the first steps for any number of processes, and another number can
+    share the rest.
     """
 
     def __init__(self, size: int, seed: int) -> None:
@@ -59,7 +59,7 @@ class EpochSampler(Sampler[Any]):
         self.begin(0, 0)
 
     def begin(self, epoch: int, taken: int) -> None:
-        """Set where the next iteration starts: after ``taken`` items, over all processes."""
+        """Start the next iteration after ``taken`` items, counted over all processes."""
         self.epoch, self.taken = epoch, taken
 
     def __len__(self) -> int:
@@ -76,10 +76,7 @@ class TrainLoader:
     """Full batches of a data set, epoch by epoch, from any place in an epoch.
 
     Attributes:
-        batch_size: items per batch and process.
-
-    Raises:
-        UserError: streams together with other data sets.
+        batch_size: Items per batch and process.
     """
 
     def __init__(
@@ -107,32 +104,32 @@ class TrainLoader:
 
     @property
     def step_items(self) -> int:
-        """Items that all processes take together at a time."""
+        """Items per batch, over all processes."""
         return self.batch_size * get_world_size()
 
     def __len__(self) -> int:
-        """Batches of a whole epoch, in each process."""
+        """Batches per epoch and process."""
         return len(self.dataset) // self.step_items
 
     def left(self, taken: int) -> int:
-        """Batches that are left of an epoch of which so many items were taken."""
+        """Batches left in an epoch after ``taken`` items."""
         return (len(self.dataset) - taken) // self.step_items
 
     def batches(self, epoch: int, taken: int) -> Iterator[Any]:
-        """The batches that are left of an epoch, see ``left``."""
+        """Iterate over the rest of an epoch, see ``left``."""
         self.sampler.begin(epoch, taken)
         return iter(self.loader)
 
     def state(self) -> dict[str, Any] | None:
-        """What the place depends on beyond epoch and items taken; all processes must ask."""
+        """Position beyond epoch and items taken; all processes must call this."""
         return None
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Go on from what ``state`` gave."""
+        """Continue from the result of ``state``."""
 
 
 class StreamLoader(TrainLoader):
-    """Batches of an endless stream of shards, of which an epoch is so many items."""
+    """Batches of an endless stream of shards; an epoch is a fixed number of items."""
 
     def __init__(
         self,
@@ -143,8 +140,8 @@ class StreamLoader(TrainLoader):
         pin_memory: bool,
     ) -> None:
         self.dataset, self.batch_size = dataset, batch_size
-        self.positions: dict[int, Tensor] = {}  # by reader: after its last sample of those taken
-        self.turn = 0  # the worker whose batch is next
+        self.positions: dict[int, Tensor] = {}  # after the last sample taken from each reader
+        self.turn = 0  # worker of the next batch
         self.loader = DataLoader(
             dataset,
             batch_size=batch_size,
@@ -156,7 +153,7 @@ class StreamLoader(TrainLoader):
         dataset.require(get_world_size(), max(num_workers, 1))
 
     def batches(self, epoch: int, taken: int) -> Iterator[Any]:
-        """The batches that are left of an epoch; the stream goes on where it was left."""
+        """Iterate over the rest of an epoch, from the stream's present position."""
         self.restore(self.state())
         for batch in islice(self.loader, self.left(taken)):
             position = batch.pop("position")[-1]
@@ -165,7 +162,7 @@ class StreamLoader(TrainLoader):
             yield batch
 
     def state(self) -> dict[str, Any] | None:
-        """How far the readers of all processes are, and whose turn it is (in each the same)."""
+        """Positions of all processes' readers, and the worker whose turn it is (same on each)."""
         mine = list(self.positions.values())
         everyone: list[Any] = [mine]
         if get_world_size() > 1:
@@ -176,7 +173,7 @@ class StreamLoader(TrainLoader):
         return {"read": read, "turn": self.turn}
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Begin again where all readers were."""
+        """Continue where all readers were."""
         read, turn = (state["read"], state["turn"]) if state else (None, 0)
         self.turn = turn % max(self.loader.num_workers, 1)
         self.dataset.begin(read, self.turn)
@@ -191,10 +188,10 @@ def train_loader(
     pin_memory: bool,
     seed: int,
 ) -> TrainLoader:
-    """The loader for a data set or, chained by LAVIS, a stream of shards.
+    """Make the loader of a data set or of a stream of shards (which LAVIS chains).
 
     Raises:
-        UserError: another kind of stream, several streams, or a stream beside data sets.
+        UserError: Another kind of stream, several streams, or a stream beside data sets.
     """
     common = (batch_size, num_workers, collate_fn, pin_memory)
     if isinstance(dataset, ChainDataset):
@@ -218,7 +215,7 @@ def eval_loader(
     pin_memory: bool,
     shard: bool,
 ) -> DataLoader[Any]:
-    """A loader in order; with ``shard``, of this process's share (padded to equal shares)."""
+    """Make a loader that keeps the order; ``shard``: only this process's share, padded."""
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -226,5 +223,5 @@ def eval_loader(
         num_workers=num_workers,
         collate_fn=collate_fn,
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # evaluation must not move the training's random numbers
+        generator=torch.Generator(),  # evaluation must not change the training's random numbers
     )

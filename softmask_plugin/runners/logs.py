@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, the boards and the progress bar."""
+"""A run's log: metrics.jsonl, boards and progress bar."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from softmask_plugin.runners.boards import Boards
 
 
 class RunLog:
-    """metrics.jsonl, and the progress of a run: a bar on a terminal, plain lines elsewhere.
+    """metrics.jsonl and the progress of a run: a bar on a terminal, plain lines elsewhere.
 
     Args:
-        folder: the run's output folder.
-        boards: get the lines of metrics.jsonl too.
+        folder: The run's folder.
+        boards: Also get the lines of metrics.jsonl.
     """
 
     NAMES = ("metrics.jsonl", "log.txt", "evaluate.txt")  # ours, and LAVIS's
@@ -35,10 +35,10 @@ class RunLog:
         self._folder = folder
         self._boards = boards
         self._path = folder / "metrics.jsonl"
-        self.seconds = 0.0  # of training, before the progress that is shown
+        self.seconds = 0.0  # training time before this process
 
     def lengths(self) -> dict[str, int]:
-        """Bytes of each log so far, on the disk."""
+        """Length of each log on the disk, bytes."""
         found = {}
         for path in (self._folder / name for name in self.NAMES):
             if path.exists():
@@ -48,7 +48,7 @@ class RunLog:
         return found
 
     def cut(self, lengths: Mapping[str, int]) -> None:
-        """Take back (on the main process) what was written after ``lengths`` were told."""
+        """Cut the logs back to earlier ``lengths`` (on the main process)."""
         if is_main_process():
             for name in self.NAMES:
                 path = self._folder / name
@@ -58,18 +58,18 @@ class RunLog:
 
     @property
     def clock(self) -> float:
-        """Seconds of training so far, those before an interruption included."""
+        """Training time so far, including that before an interruption, seconds."""
         return self.seconds + time.monotonic() - self._start
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl, and show it (on the main process)."""
+        """Append a line to metrics.jsonl and show it on the boards (on the main process)."""
         if is_main_process():
             with self._path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
             self._boards.write(record)
 
     def close(self) -> None:
-        """Close the boards, when the run ends."""
+        """Close the boards."""
         self._boards.close()
 
     @contextmanager
@@ -108,7 +108,7 @@ class RunLog:
 
 
 def require_finite(values: Mapping[str, Any], where: str, advice: str) -> None:
-    """Raise UserError, naming the place and the remedy, if one of the numbers is inf or nan."""
+    """Raise UserError with the place and the remedy if a number is inf or nan."""
     for name, value in values.items():
         if isinstance(value, (float, np.floating)) and not math.isfinite(value):
             raise UserError(f"{where}: '{name}' is {value}: {advice}")

@@ -1,4 +1,4 @@
-"""Means of the loss terms over the steps that were kept."""
+"""Means of the loss terms over the steps that were taken."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Describe = Callable[[Mapping[str, Any]], Mapping[str, Tensor]]  # of a model's o
 
 
 class LossMeter:
-    """Means of scalars over the steps that were kept, summed on their device.
+    """Means of scalars over the steps that were taken, summed on their device.
 
-    What is added belongs to the step under way until :meth:`keep` or :meth:`drop` ends it. Only
+    Added values belong to the current step until :meth:`keep` or :meth:`drop` ends it. Only
     :meth:`fold`, :meth:`drain` and :meth:`drop` wait for the device.
     """
 
@@ -30,12 +30,12 @@ class LossMeter:
         self._drained: Totals = {}  # over all processes, before
 
     def add(self, name: str, value: Tensor) -> None:
-        """Count ``value``, a 0-dim tensor, in the mean called ``name``."""
+        """Add ``value``, a 0-dim tensor, to the mean called ``name``."""
         self._step.append((name, value.detach().float()))
 
     @contextmanager
     def watch(self, model: nn.Module, *describe: Describe) -> Iterator[None]:
-        """Count what each of ``describe`` makes of the output of every forward of ``model``."""
+        """Add the scalars that ``describe`` makes of each forward pass of ``model``."""
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Mapping):
@@ -50,7 +50,7 @@ class LossMeter:
             handle.remove()
 
     def finite(self) -> Tensor:
-        """Whether all that was added in the step is finite, 0-dim bool, on the device."""
+        """Whether all values of the step are finite, 0-dim bool, on the device."""
         return torch.stack([value for _, value in self._step]).isfinite().all()
 
     def keep(self) -> None:
@@ -61,22 +61,22 @@ class LossMeter:
         self._step = []
 
     def drop(self) -> dict[str, float]:
-        """End the step; its values do not count, but are returned (the last of each name)."""
+        """End the step; its values do not count. Return the last one of each name."""
         values = {name: value.item() for name, value in self._step}
         self._step = []
         return values
 
     def fold(self) -> dict[str, Any]:
-        """Add up over all processes (each of which must call this).
+        """Add up over all processes; all of them must call this.
 
         Returns:
-            All that the meter knows, as plain values for :meth:`restore`.
+            The meter's state as plain values, for :meth:`restore`.
         """
         sums = torch.stack(list(self._sums.values())).tolist() if self._sums else []
         mine = dict(zip(self._sums, zip(sums, self._counts.values(), strict=True), strict=True))
         self._sums, self._counts = {}, {}
         parts = [mine]
-        if get_world_size() > 1:  # by name: one process may lack a term that another one has
+        if get_world_size() > 1:  # by name: a process may lack a term that another has
             parts = [{}] * get_world_size()
             dist.all_gather_object(parts, mine)
         for part in parts:
@@ -84,11 +84,11 @@ class LossMeter:
         return {"folded": dict(self._folded), "drained": dict(self._drained)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`fold` gave."""
+        """Continue from the result of :meth:`fold`."""
         self._folded, self._drained = dict(state["folded"]), dict(state["drained"])
 
     def drain(self) -> dict[str, float]:
-        """Means since the last drain, over all processes (each of which must call this)."""
+        """Means since the last drain, over all processes; all of them must call this."""
         self.fold()
         means = _means(self._folded)
         _add_up(self._drained, self._folded)
@@ -96,12 +96,12 @@ class LossMeter:
         return means
 
     def means(self) -> dict[str, float]:
-        """Means of all that was drained."""
+        """Means of everything drained."""
         return _means(self._drained)
 
 
 def loss_terms(output: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The loss terms of a model's output: ``loss_*``, 0-dim."""
+    """Loss terms of a model's output: ``loss_*``, 0-dim."""
     return {
         name: value
         for name, value in output.items()

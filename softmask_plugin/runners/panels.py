@@ -82,7 +82,7 @@ class MaskPanels:
         assert self._pairs is not None
         images = [_pixels(image) for image in self._pairs["image"]]
         pairs = [
-            Shown(image, each, each.naming[:WORDS])
+            Shown(image, each, each.content_words[:WORDS])
             for image, each in zip(images, found, strict=True)
         ]
         word_panels(pairs).savefig(path, dpi=DPI)

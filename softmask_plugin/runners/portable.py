@@ -1,4 +1,4 @@
-"""LAVIS's runner with its CUDA-only parts replaced: set-up, data, precision."""
+"""LAVIS's runner without its CUDA-only parts: device, precision, optimizer and data."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from softmask_plugin.runners.run_folder import AUTO, claim
 
 
 class PortableRunner(RunnerBase):
-    """What a run stands on, on CPU, one GPU and several processes alike.
+    """The properties of LAVIS's runner, for a CPU, one GPU or several processes alike.
 
     Raises:
-        UserError: an option has a value that cannot work on this machine or with this data.
+        UserError: An option's value cannot work on this machine or with this data.
     """
 
     _model: nn.Module
@@ -35,7 +35,7 @@ class PortableRunner(RunnerBase):
     _lr_sched: Any
 
     def __init__(self, cfg: Any, task: Any, model: nn.Module, datasets: Any, job_id: str) -> None:
-        check_values(cfg.run_cfg)  # LAVIS's own scripts have checked nothing
+        check_values(cfg.run_cfg)  # LAVIS's own scripts check nothing
         super().__init__(cfg=cfg, task=task, model=model, datasets=datasets, job_id=job_id)
         if self.cuda_enabled and not torch.cuda.is_available():
             raise UserError("run.device is 'cuda' but no CUDA card is usable: set run.device=cpu")
@@ -43,11 +43,11 @@ class PortableRunner(RunnerBase):
         self.compile_backend = _compile_backend(setting(self.config.run_cfg, "compile"))
 
     def setup_output_dir(self) -> None:
-        """Claim the run's folder; a second run in one process may follow the first."""
+        """Claim the run's folder; one process may run several runs in turn."""
         self.job_id: str
-        go_on = self.resume_ckpt_path == AUTO and not self.evaluate_only
+        resume = self.resume_ckpt_path == AUTO and not self.evaluate_only
         output_dir = Path(registry.get_path("library_root"), self.config.run_cfg.output_dir)
-        self.job_id = claim(output_dir, self.job_id, go_on).name
+        self.job_id = claim(output_dir, self.job_id, resume).name
         for name in ("output_dir", "result_dir"):
             registry.mapping["paths"].pop(name, None)  # registering a name twice is an error
         super().setup_output_dir()
@@ -61,12 +61,12 @@ class PortableRunner(RunnerBase):
 
     @property
     def use_distributed(self) -> bool:
-        """Whether several processes train together (torchrun, any backend)."""
+        """Whether several processes train together, with any backend."""
         return is_dist_avail_and_initialized()
 
     @property
     def model(self) -> nn.Module:
-        """The model on its device, wrapped for distributed training where that is on."""
+        """The model on its device, wrapped if training is distributed."""
         if self._wrapped_model is None:
             self._wrapped_model = self._model.to(self.device)
             self._compile()
@@ -79,7 +79,7 @@ class PortableRunner(RunnerBase):
         return self._wrapped_model
 
     def _compile(self) -> None:
-        # In place, so that the names of weights stay; the text's shapes change with every batch.
+        # In place, to keep the names of weights; not the text, whose shapes change with every batch
         if self.compile_backend is None:
             return
         for name in ("visual_encoder", "visual_encoder_m"):
@@ -89,21 +89,21 @@ class PortableRunner(RunnerBase):
 
     @property
     def scaler(self) -> torch.amp.GradScaler:
-        """Gradient scaler for fp16; passes everything through where it is off."""
+        """Gradient scaler for fp16; does nothing otherwise."""
         if self._scaler is None:
             enabled = self.amp_dtype == torch.float16
             self._scaler = torch.amp.GradScaler(self.device.type, enabled=enabled)
         return self._scaler
 
     def autocast(self) -> torch.autocast:
-        """Mixed precision as ``run.amp`` says."""
+        """Mixed precision as set by ``run.amp``."""
         return torch.autocast(
             self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None
         )
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """LAVIS's AdamW, in its fused form: one pass over the memory instead of a dozen."""
+        """LAVIS's AdamW in its fused form: one pass over memory instead of a dozen."""
         optimizer: torch.optim.Optimizer = super().optimizer
         for group in optimizer.param_groups:
             group["fused"] = True
@@ -111,7 +111,7 @@ class PortableRunner(RunnerBase):
 
     @property
     def lr_scheduler(self) -> Any:
-        """The schedule named by ``run.lr_sched``, LAVIS's or ours; stepped per optimizer step."""
+        """The schedule that ``run.lr_sched`` names, LAVIS's or ours."""
         if self._lr_sched is None:
             run = self.config.run_cfg
             self._lr_sched = registry.get_lr_scheduler_class(run.lr_sched)(
@@ -137,10 +137,10 @@ class PortableRunner(RunnerBase):
         collate_fns: list[Any],
         dataset_ratios: Any = None,
     ) -> list[DataLoader[Any] | TrainLoader]:
-        """Plain, seeded torch loaders, one per data set (LAVIS's own need CUDA)."""
+        """Make plain, seeded torch loaders, one per data set (LAVIS's own need CUDA)."""
         if dataset_ratios is not None:
             raise UserError("softmask_runner does not know run.train_dataset_ratios: remove it")
-        # workers may start after a tokenizer was used, which it would remark on at every start
+        # Workers are forked after tokenizers has run threads, which it would warn about
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         run = self.config.run_cfg
         shard = self.use_distributed and setting(run, "use_dist_eval_sampler")
@@ -157,10 +157,10 @@ class PortableRunner(RunnerBase):
         return loaders
 
     def loader(self, split: str) -> Any:
-        """The loader of a split.
+        """Get the loader of a split.
 
         Raises:
-            UserError: there is no such split, or it does not fill one batch.
+            UserError: There is no such split, or it does not fill one batch.
         """
         if split not in self.dataloaders:
             raise UserError(f"no data set has a '{split}' split: {sorted(self.dataloaders)} exist")
@@ -176,18 +176,18 @@ class PortableRunner(RunnerBase):
 
     @property
     def train_loader(self) -> TrainLoader:
-        """The loader of the train split, of which one pass is an epoch."""
+        """The loader of the train split; one pass is an epoch."""
         if "train" not in self.train_splits:
             raise UserError("run.train_splits does not name 'train': add it, or set run.evaluate")
         return self.loader("train")
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps per epoch; a last, smaller group of batches makes one too."""
+        """Optimizer steps per epoch, including the last one with fewer batches."""
         return math.ceil(len(self.train_loader) / self.accum_grad_iters)
 
     def to_device(self, samples: Any) -> Any:
-        """Copy a batch's tensors to the device, without waiting for them."""
+        """Copy a batch's tensors to the device without waiting for them."""
 
         def copy(tensor: Tensor) -> Tensor:
             return tensor.to(self.device, non_blocking=True)
@@ -196,7 +196,7 @@ class PortableRunner(RunnerBase):
 
 
 def _compile_backend(compile: bool | str | None) -> str | None:
-    """What ``run.compile`` asks of torch.compile; None for no compiling."""
+    """Backend for torch.compile; None: do not compile."""
     if not compile:
         return None
     backend = "inductor" if compile is True else compile
@@ -209,7 +209,7 @@ def _compile_backend(compile: bool | str | None) -> str | None:
 def _amp_dtype(amp: bool | str, device: torch.device) -> torch.dtype | None:
     if not amp:
         return None
-    if amp is True:  # LAVIS's meaning, as far as the device can follow it
+    if amp is True:  # LAVIS means fp16, which a CPU lacks
         return torch.float16 if device.type == "cuda" else torch.bfloat16
     if amp == "bf16":
         return torch.bfloat16

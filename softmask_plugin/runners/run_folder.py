@@ -1,4 +1,4 @@
-"""A run's folder: one process's alone while it runs, and found again by a run that goes on."""
+"""Claim a run's folder for one process, and find it again to resume."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from lavis.common.dist_utils import get_world_size, is_main_process
 from softmask_plugin.errors import UserError
 from softmask_plugin.runners.checkpoint_files import CheckpointFiles
 
-AUTO = "auto"  # of run.resume_ckpt_path: the newest run below run.output_dir that nobody works on
+AUTO = "auto"  # run.resume_ckpt_path: the newest run below run.output_dir that is not running
 
-# POSIX locks: the kernel frees those of a process that is killed, and the workers of its data
-# loader, which outlive it for some seconds, do not inherit them (as they would flock's).
+# POSIX locks: the kernel frees them when a process is killed, and its data loader's workers, which
+# live some seconds longer, do not inherit them (as they would with flock).
 _held: dict[Path, IO[str]] = {}
 
 
-def claim(output_dir: Path, job_id: str, go_on: bool = False) -> Path:
-    """Return the folder of this run, which no other living process has; the same on every rank.
+def claim(output_dir: Path, job_id: str, resume: bool = False) -> Path:
+    """Claim a folder that no other living process has; the same one on every rank.
 
     Args:
-        output_dir: what holds the folders of runs.
-        job_id: what to call a new one; a number is added where there is one of this name.
-        go_on: take the newest one that has a checkpoint instead, if there is any.
+        output_dir: Parent of the runs' folders.
+        job_id: Name of a new folder; gets a number if it is taken.
+        resume: Take the newest folder with a checkpoint instead, if there is one.
 
     Raises:
-        UserError: no folder can be made there.
+        UserError: No folder can be made there.
     """
     box: list[Path | UserError | None] = [None]
     if is_main_process():
         try:
-            box[0] = _claim(output_dir, job_id, go_on)
+            box[0] = _claim(output_dir, job_id, resume)
         except UserError as error:
             box[0] = error
     if get_world_size() > 1:
@@ -46,20 +46,20 @@ def claim(output_dir: Path, job_id: str, go_on: bool = False) -> Path:
 
 
 def release(folder: Path) -> None:
-    """Let other processes have the folder."""
+    """Give up a claimed folder."""
     file = _held.pop(folder, None)
     if file is not None:
         file.close()
 
 
-def _claim(output_dir: Path, job_id: str, go_on: bool) -> Path:
+def _claim(output_dir: Path, job_id: str, resume: bool) -> Path:
     if output_dir / job_id in _held:  # claimed earlier in this process
         return output_dir / job_id
-    if go_on:
+    if resume:
         for folder in _with_checkpoints(output_dir):
             if folder in _held or lock(folder):
                 return folder
-            logging.info("%s belongs to a run that is under way", folder)
+            logging.info("%s belongs to a run that is still running", folder)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         for number in itertools.count(1):
@@ -79,7 +79,7 @@ def _claim(output_dir: Path, job_id: str, go_on: bool) -> Path:
 
 
 def _with_checkpoints(output_dir: Path) -> list[Path]:
-    """Folders of runs that have a checkpoint to go on from, the newest checkpoint first."""
+    """Folders with a checkpoint to resume from, the newest checkpoint first."""
     found = []
     for folder in output_dir.glob("*/"):
         if files := CheckpointFiles(folder, None).newest_first():
@@ -88,7 +88,7 @@ def _with_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def lock(folder: Path) -> bool:
-    """Take a folder that this process does not have yet; False if another process has it."""
+    """Lock a folder that this process does not have yet; False if another process has it."""
     file = (folder / ".lock").open("w")
     try:
         import fcntl  # which Windows lacks
@@ -97,7 +97,7 @@ def lock(folder: Path) -> bool:
     except (BlockingIOError, PermissionError):
         file.close()
         return False
-    except (OSError, ImportError):  # some network file systems know no locks either
-        logging.warning("%s cannot be locked: start no second run in it", folder)
+    except (OSError, ImportError):  # some network file systems have no locks either
+        logging.warning("%s cannot be locked: do not start a second run in it", folder)
     _held[folder] = file
     return True

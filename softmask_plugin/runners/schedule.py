@@ -1,4 +1,4 @@
-"""Learning-rate schedule: linear warm-up, then a cosine, both by step rather than by epoch."""
+"""Learning-rate schedule: linear warm-up, then a cosine, both by step."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from softmask_plugin.registry import register
 class CosineLRScheduler:
     """Linear warm-up from ``warmup_start_lr`` to ``init_lr``, then a cosine to ``min_lr``.
 
-    LAVIS's ``linear_warmup_cosine_lr`` holds the rate still within an epoch and ends the warm-up
-    with the first epoch; here the rate moves at every step, wherever the epochs end.
+    LAVIS's ``linear_warmup_cosine_lr`` keeps the rate constant within an epoch and ends the warm-up
+    with the first epoch; here the rate changes at every step.
 
     Args:
-        optimizer: all its parameter groups get the same rate.
-        max_epoch: epochs of the whole run.
-        iters_per_epoch: steps per epoch; ``softmask_runner`` passes it (optimizer steps).
-        min_lr: rate at the end of the run.
-        init_lr: rate after the warm-up, the highest of the run.
-        warmup_steps: steps of the warm-up, counted over the whole run.
-        warmup_start_lr: rate of the first step (``run.warmup_lr``); 0 where none is given.
-        kwargs: options of LAVIS's other schedules (``decay_rate``), not used here.
+        optimizer: All its parameter groups get the same rate.
+        max_epoch: Epochs of the run.
+        iters_per_epoch: Optimizer steps per epoch; only ``softmask_runner`` passes it.
+        min_lr: Rate at the end of the run.
+        init_lr: Rate after the warm-up, the highest.
+        warmup_steps: Steps of the warm-up, which may be longer than an epoch.
+        warmup_start_lr: Rate of the first step (``run.warmup_lr``); 0 if negative.
+        kwargs: Options of LAVIS's other schedules (``decay_rate``), unused here.
 
     Raises:
-        UserError: the runner gives no ``iters_per_epoch``, as LAVIS 1.0.2's own does not.
+        UserError: The runner passes no ``iters_per_epoch``; LAVIS 1.0.2's own does not.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class CosineLRScheduler:
             )
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of step ``step``, counted from 0 over the whole run."""
+        """Learning rate of a step, counted from 0 over the whole run."""
         if step < self.warmup_steps:
             rise = self.init_lr - self.warmup_start_lr
             return self.warmup_start_lr + rise * step / self.warmup_steps
@@ -77,7 +77,7 @@ class CosineLRScheduler:
         return self.min_lr + (self.init_lr - self.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
     def step(self, cur_epoch: int, cur_step: int) -> None:
-        """Set the rate of step ``cur_step`` of epoch ``cur_epoch``, which is about to be taken."""
+        """Set the rate for the next step, ``cur_step`` of epoch ``cur_epoch``."""
         lr = self.lr_at(cur_epoch * self.iters_per_epoch + cur_step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr

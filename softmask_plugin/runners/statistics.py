@@ -1,4 +1,4 @@
-"""What a run tells of its soft masks and its queues, beside the losses."""
+"""Statistics of soft masks and feature queues, logged beside the losses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def mask_terms(output: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The statistics of the masks in a model's output; nothing where it has none."""
+    """Statistics of the masks in a model's output; empty without masks."""
     if output.get("keep") is None:
         return {}
     return mask_statistics(output["keep"], output["word"])
@@ -22,14 +22,14 @@ def mask_statistics(keep: Tensor, word: Tensor) -> dict[str, Tensor]:
     """Describe the masks of a batch, on its device and without waiting for it.
 
     Args:
-        keep: factor of each image token, (B, 1 + patches), [CLS] first.
-        word: the picked word of each caption, (B,), -1 where there was none to pick.
+        keep: Factor of each image token, (B, 1 + patches), [CLS] first.
+        word: Picked word of each caption, (B,); -1 if there was none to pick.
 
     Returns:
-        Scalars: ``mask_hidden``, the mean share of the image that is hidden; ``mask_spread``, the
-        entropy of what is hidden as a share of the largest possible, 0 for a single patch and 1 for
-        all patches alike, over the captions with a mask; ``mask_no_word``, the share of captions
-        without a word to pick.
+        Scalars: ``mask_hidden``, the mean share of the image that is masked; ``mask_spread``, the
+        entropy of the mask over the largest possible, 0 for a single patch and 1 for all patches
+        alike, averaged over captions with a mask; ``mask_no_word``, the share of captions without
+        a word to pick.
     """
     hidden = 1 - keep[:, 1:].float()
     total = hidden.sum(dim=1, keepdim=True)
@@ -43,16 +43,16 @@ def mask_statistics(keep: Tensor, word: Tensor) -> dict[str, Tensor]:
 
 
 def queue_statistics(model: nn.Module, entered: int) -> dict[str, float]:
-    """Describe a model's feature queues; nothing for a model without any. Waits for the device.
+    """Describe a model's feature queues, if it has any. Waits for the device.
 
     Args:
-        model: its ``image_queue`` and ``text_queue`` are unit vectors, (width, size).
-        entered: features that the run has put into each.
+        model: Its ``image_queue`` and ``text_queue`` hold unit vectors, (width, size).
+        entered: Number of features that the run has put into each.
 
     Returns:
         ``queue_filled``, the share of a queue that the run has written; ``queue_image_mean`` and
-        ``queue_text_mean``, the length of the mean feature: near 0 where features spread in all
-        directions, 1 where they have collapsed into one.
+        ``queue_text_mean``, the length of the mean feature: near 0 if features spread in all
+        directions, 1 if they have collapsed to one.
     """
     found = {}
     for name in ("image", "text"):

@@ -52,10 +52,10 @@ PROJECT = "lavis_configs/projects/scenes/train/retrieval_tiny.yaml"
 OPTIONS = [
     "model.arch=softmask_pretrain",
     "model.queue_size=8",
-    *("datasets.scenes_retrieval.num.train=24", "datasets.scenes_retrieval.num.val=4"),
+    *("datasets.scenes_retrieval.num.train=48", "datasets.scenes_retrieval.num.val=4"),
     "datasets.scenes_retrieval.num.test=6",
-    *("run.batch_size_train=4", "run.max_epoch=2", "run.k_test=4", "run.num_workers=0"),
-    *("run.save_every_steps=2", "run.log_freq=1", "run.resume_ckpt_path=auto"),
+    *("run.batch_size_train=4", "run.accum_grad_iters=2", "run.max_epoch=2", "run.k_test=4"),
+    *("run.num_workers=0", "run.save_every_steps=2", "run.log_freq=1", "run.resume_ckpt_path=auto"),
 ]
 
 
@@ -73,7 +73,7 @@ def test_killed_under_torchrun_a_run_ends_as_if_it_was_not(tmp_path):
     (whole,), (killed,) = ((tmp_path / name).iterdir() for name in ("whole", "killed"))
     assert not differences(trace(killed), trace(whole))
     splits = [(line["split"], line["step"]) for line in trace(killed)["metrics.jsonl"]]
-    steps = [("train", step) for step in range(1, 7)]  # of 24 scenes: 4 on each of 2 ranks
+    steps = [("train", step) for step in range(1, 7)]  # of 48 scenes: twice 4 on each of 2 ranks
     assert splits == [*steps[:3], ("val", 3), *steps[3:], ("val", 6), ("test", splits[-1][1])]
     assert OmegaConf.load(killed / "config.yaml").run.world_size == 2
 
@@ -95,7 +95,7 @@ def main(died, *options):
 
     def die_once(model, samples):
         calls.append(samples)
-        if os.environ["RANK"] == "1" and len(calls) == 5 and not Path(died).exists():
+        if os.environ["RANK"] == "1" and len(calls) == 10 and not Path(died).exists():
             Path(died).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return forward(model, samples)
