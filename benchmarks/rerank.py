@@ -22,7 +22,6 @@ from lavis.tasks.retrieval import RetrievalTask
 from benchmarks.baseline import albef_retrieval
 from benchmarks.harness import Row, alternate, compare, timed
 from benchmarks.material import build, texts
-from softmask_plugin.config.run_options import RerankOptions
 from softmask_plugin.models.rerank import NOT_A_CANDIDATE, Reranker, candidates
 
 IMAGES, PER_IMAGE, K = 64, 5, 64
@@ -51,7 +50,7 @@ class Rivals:
         self.gallery = Gallery(
             self.model.options.image_size, texts(self.model, captions, IMAGES * PER_IMAGE)
         )
-        self.ours = Reranker(self.model, RerankOptions(k_test=K))
+        self.ours = Reranker(self.model, {"k_test": K})
         self.lavis = albef_retrieval(self.model).eval()
         # What LAVIS's function asks of its encoders, answered from memory while it is timed.
         self.image_states: list[torch.Tensor] = []

@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from benchmarks.harness import Cost, timed
 from benchmarks.material import batch, build
-from softmask_plugin.config.run_options import RerankOptions
 from softmask_plugin.models.rerank import Reranker
 
 BATCHES = (1, 2, 4, 8, 16)
@@ -49,7 +48,7 @@ def step_seconds(model: Any, size: int, words: int, rounds: int) -> float:
 
 def rerank_seconds(model: Any, images: int, k: int, rounds: int) -> float:
     """Median of scoring a gallery whose features are at hand."""
-    reranker = Reranker(model, RerankOptions(k_test=k))
+    reranker = Reranker(model, {"k_test": k})
     size, width = model.options.image_size, model.visual_encoder.vision_width
     tokens = 1 + (size // model.options.vit.patch_size) ** 2
     states = {i: torch.randn(tokens, width) for i in range(images)}

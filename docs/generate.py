@@ -153,14 +153,11 @@ def run_page() -> str:
             rows = sections[above[2:]] = []
         default, meaning = entry.args[:2]
         rows.append((key.value, literal(default), ast.literal_eval(meaning)))
-    lines = (PACKAGE / "config" / "run_options.py").read_text("utf-8").splitlines()
-    for node in ast.parse("\n".join(lines)).body:
-        if isinstance(node, ast.ClassDef) and node.name == "RerankOptions":
-            sections["Retrieval"] = [*fields(node, lines)]
     parts = [
         "# Options of a run",
         "The `run:` section of a YAML, or `--options run.<key>=<value>`. Other keys are errors, "
-        "unless a task or runner of another package may read them.",
+        "unless the task is LAVIS's `vqa_reading_comprehension`, or the task or runner comes from "
+        "another package: these may read keys of their own.",
         *(f"## {heading}\n\n{table(rows)}" for heading, rows in sections.items()),
     ]
     return "\n\n".join(parts) + "\n"
@@ -177,18 +174,31 @@ def fields(node: ast.ClassDef, lines: list[str]) -> Iterator[tuple[str, str, str
     for field in node.body:
         if isinstance(field, ast.AnnAssign) and field.value is not None:
             default = field_default(field.annotation, field.value)
-            yield ast.unparse(field.target), default, comment(field, lines)
+            meaning = "; ".join(filter(None, [comment(field, lines), field_range(field.value)]))
+            yield ast.unparse(field.target), default, meaning
 
 
 def field_default(kind: ast.expr, value: ast.expr) -> str:
     """A field's default; of a section, where its own are, and those that are others here."""
     if not isinstance(value, ast.Call):
         return literal(value)
+    if value.args:  # ranged(default, ...) or choice(default, ...)
+        return literal(value.args[0])
     factory = value.keywords[0].value  # field(default_factory=Class, or lambda: Class(key=other))
     others = factory.body.keywords if isinstance(factory, ast.Lambda) else []
     return ", ".join(
         [section_link(kind), *(f"`{each.arg}`: {literal(each.value)}" for each in others)]
     )
+
+
+def field_range(value: ast.expr) -> str:
+    """The values that a field takes, from ``ranged`` or ``choice``; "" for other fields."""
+    if not isinstance(value, ast.Call) or not value.args:
+        return ""
+    if ast.unparse(value.func) == "choice":
+        return ", ".join(literal(each) for each in value.args)
+    low, *high = map(literal, value.args[1:])
+    return f"{low} to {high[0]}" if high else f"at least {low}"
 
 
 def literal(value: ast.expr) -> str:

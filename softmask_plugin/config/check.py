@@ -1,11 +1,10 @@
-"""Checks of a YAML file and its overrides: a typo gets one line with the nearest valid names."""
+"""Checks of a YAML file and its overrides: each mistake gets one line with the nearest names."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from softmask_plugin.config.run_options import (
     NEEDED,
     NEEDED_TO_TRAIN,
     RUN,
-    RerankOptions,
     check_values,
     setting,
 )
@@ -29,31 +27,29 @@ from softmask_plugin.errors import UserError, reason_of, suggest
 
 SECTIONS = ("model", "datasets", "run")
 
-RUN_KEYS = frozenset([*RUN, *(field.name for field in fields(RerankOptions))])
-
-ALWAYS_NEEDED = [key for key, known in RUN.items() if known.default == NEEDED]
-TO_TRAIN = [key for key, known in RUN.items() if known.default == NEEDED_TO_TRAIN]
+# A task of LAVIS that reads more keys than RUN has; no model of this plugin supports it.
+OTHER_KEYS = "vqa_reading_comprehension"
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Project YAML files that come with the plugin, by the name ``--cfg-path`` knows them by."""
+    """Shipped project YAML files, by the name that ``--cfg-path`` takes."""
     files = sorted((CONFIGS / "projects").rglob("*.yaml"))
     return {f"lavis_configs/{file.relative_to(CONFIGS).as_posix()}": file for file in files}
 
 
 def summary(file: Path) -> str:
-    """First line of a YAML file, where it is a comment."""
+    """First line of a YAML file, if it is a comment."""
     first = file.read_text(encoding="utf-8").partition("\n")[0]
     return first.lstrip("# ") if first.startswith("#") else ""
 
 
 def find_config(cfg_path: str | Path) -> Path:
-    """Return the file that ``cfg_path`` names: a file as such, else a shipped one."""
+    """Find the file that ``--cfg-path`` names: a path, or the name of a shipped file."""
     return find_file("--cfg-path", cfg_path, shipped_configs())
 
 
 def find_file(option: str, name: str | Path, shipped: dict[str, Path]) -> Path:
-    """Return the file that an option of the command names: a file as such, else a shipped one."""
+    """Find the file that a command-line option names: a path, or the name of a shipped file."""
     path = Path(name).expanduser()
     if path.is_file():
         return path
@@ -65,13 +61,13 @@ def find_file(option: str, name: str | Path, shipped: dict[str, Path]) -> Path:
 
 
 def read_config(path: Path, options: Sequence[str] = ()) -> DictConfig:
-    """Load a YAML file, merge overrides of the form "section.key=value", and check the result.
+    """Load a YAML file, merge overrides "section.key=value", and check the result.
 
-    Checked are the names that LAVIS looks up in its registry and the keys of the run section; the
-    plugin's models, data sets and processors check their own keys.
+    This checks registered names, processors, image sizes and the run section. Models, data sets
+    and processors of this plugin check their own keys when they are built.
 
     Raises:
-        UserError: at the first thing found wrong.
+        UserError: At the first mistake.
     """
     overrides = parse_options(options)
     with valid_yaml(path):
@@ -79,13 +75,14 @@ def read_config(path: Path, options: Sequence[str] = ()) -> DictConfig:
     try:
         _check_sections(loaded)
         config: Any = OmegaConf.merge(loaded, overrides)
-        defaults = _check_model(config.model)
+        defaults = [_model_defaults(config.model)]
         for name in config.datasets:
             if config.datasets[name] is None:
-                config.datasets[name] = {}  # all of its defaults
-            known = _check_dataset(str(name), config.datasets[name])
-            defaults = OmegaConf.merge(defaults, {"datasets": {name: known}})
-        whole: Any = OmegaConf.merge(defaults, config)
+                config.datasets[name] = {}  # all defaults
+            defaults.append(_dataset_defaults(str(name), config.datasets[name]))
+        whole: Any = OmegaConf.merge(*defaults, config)
+        for name in config.datasets:
+            _check_processors(f"datasets.{name!s}", whole.datasets[name])
         check_image_sizes(whole)
         _check_run(config.run)
     except (UserError, OmegaConfBaseException) as error:
@@ -97,7 +94,7 @@ def read_config(path: Path, options: Sequence[str] = ()) -> DictConfig:
 
 @contextmanager
 def valid_yaml(path: Path) -> Iterator[None]:
-    """Within: what goes wrong with a YAML file becomes one line that names it."""
+    """Turn errors of a YAML file into one line that names it."""
     try:
         yield
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
@@ -105,7 +102,7 @@ def valid_yaml(path: Path) -> Iterator[None]:
 
 
 def parse_options(options: Sequence[str], sections: Sequence[str] = SECTIONS) -> DictConfig:
-    """Read overrides of the form "section.key=value"; UserError where one is not of it."""
+    """Parse overrides; UserError unless each is of the form "section.key=value"."""
     for option in options:
         key, equals, _ = option.partition("=")
         if not equals or "." not in key:
@@ -118,7 +115,7 @@ def parse_options(options: Sequence[str], sections: Sequence[str] = SECTIONS) ->
 
 
 def option(key: str, value: object) -> str:
-    """An override of a text, which YAML might read otherwise: a path with " #" in it, say.
+    """An override with any text as its value, quoted so that YAML takes it literally.
 
     >>> print(option("run.output_dir", "runs/ #1"))
     run.output_dir="runs/ #1"
@@ -134,8 +131,7 @@ def _check_sections(config: Any) -> None:
             raise UserError(f"the section '{section}' is missing or empty")
 
 
-def _check_model(model: DictConfig) -> Any:
-    """Returns the defaults of its type."""
+def _model_defaults(model: DictConfig) -> Any:
     _needed(model, ["arch", "model_type"], "model")
     _known(f"model.arch '{model.arch}'", model.arch, registry.list_models())
     cls = registry.get_model_class(model.arch)
@@ -144,45 +140,49 @@ def _check_model(model: DictConfig) -> Any:
     return OmegaConf.load(cls.default_config_path(model.model_type))
 
 
-def _check_dataset(name: str, dataset: Any) -> DictConfig:
-    """Returns its defaults."""
+def _dataset_defaults(name: str, dataset: Any) -> Any:
     where = f"datasets.{name}"
     _known(f"data set {where}", name, registry.list_datasets())
     require_section(where, dataset)
     builder = registry.get_builder_class(name)
     kind = dataset.get("type", "default")
     _known(f"{where}.type '{kind}'", kind, builder.DATASET_CONFIG_DICT)
-    defaults = OmegaConf.load(builder.default_config_path(type=kind)).datasets[name]
-    merged: Any = OmegaConf.merge(defaults, dataset)
+    return OmegaConf.load(builder.default_config_path(type=kind))
+
+
+def _check_processors(where: str, dataset: DictConfig) -> None:
     for slot in ("vis_processor", "text_processor"):
-        if merged.get(slot) is None:
+        if dataset.get(slot) is None:
             continue
-        require_section(f"{where}.{slot}", merged[slot])
-        for split, processor in merged[slot].items():
+        require_section(f"{where}.{slot}", dataset[slot])
+        for split, processor in dataset[slot].items():
             if processor is not None:
                 require_section(f"{where}.{slot}.{split!s}", processor)
             found = (processor or {}).get("name")
             _known(f"{where}.{slot}.{split!s}.name '{found}'", found, registry.list_processors())
-    return defaults
 
 
 def _check_run(run: DictConfig) -> None:
-    _needed(run, ALWAYS_NEEDED, "run")
+    _needed(run, [key for key, known in RUN.items() if known.default == NEEDED], "run")
     runner = setting(run, "runner")
     _known(f"run.task '{run.task}'", run.task, registry.list_tasks())
     _known(f"run.runner '{runner}'", runner, registry.list_runners())
-    readers = (registry.get_task_class(run.task), registry.get_runner_class(runner))
-    for key in run:
-        if all(_is_known_package(reader) for reader in readers):
-            _known(f"key run.{key!s}", key, RUN_KEYS)
+    if not _may_read_other_keys(str(run.task), runner):
+        for key in run:
+            _known(f"key run.{key!s}", key, RUN)
     check_values(run)
-    RerankOptions.of(run)  # checks its values
     if not setting(run, "evaluate"):
-        _needed(run, TO_TRAIN, "run")
+        _needed(run, [key for key, known in RUN.items() if known.default == NEEDED_TO_TRAIN], "run")
         if "max_iters" not in run:  # which runner_iter counts instead of epochs
             _needed(run, ["max_epoch"], "run")
         _known(f"run.lr_sched '{run.lr_sched}'", run.lr_sched, registry.list_lr_schedulers())
     _check_device(run.device)
+
+
+def _may_read_other_keys(task: str, runner: str) -> bool:
+    readers = (registry.get_task_class(task), registry.get_runner_class(runner))
+    packages = {reader.__module__.partition(".")[0] for reader in readers}
+    return task == OTHER_KEYS or not packages <= {"lavis", "softmask_plugin"}
 
 
 def _check_device(device: str) -> None:
@@ -192,11 +192,6 @@ def _check_device(device: str) -> None:
             "run.device is cuda, but PyTorch finds no CUDA device: "
             "see 'softmask doctor', or add --options run.device=cpu"
         )
-
-
-def _is_known_package(cls: type) -> bool:
-    """Whether all keys a class reads are known here; other packages may read keys of their own."""
-    return cls.__module__.split(".")[0] in ("lavis", "softmask_plugin")
 
 
 def _needed(section: DictConfig, keys: Iterable[str], where: str) -> None:

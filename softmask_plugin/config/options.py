@@ -1,8 +1,8 @@
-"""Every option of the models with its default: the schema that YAML files are checked against."""
+"""Schema of a YAML's ``model:`` section: every option of every model, its default and its range."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from math import inf, isfinite
 from typing import Any
 
@@ -12,262 +12,225 @@ from omegaconf.errors import OmegaConfBaseException
 from softmask_plugin.errors import UserError, suggest
 
 
+def ranged(default: float | None, low: float, high: float = inf) -> Any:
+    """Declare an option that takes finite numbers from ``low`` to ``high``."""
+    return field(default=default, metadata={"range": (low, high)})
+
+
+def choice(default: str, *others: str) -> Any:
+    """Declare an option that takes one of a few words."""
+    return field(default=default, metadata={"choices": (default, *others)})
+
+
 @dataclass
 class VitOptions:
-    """Image encoder; the defaults are ViT-B/16's."""
+    """Image encoder. Defaults: ViT-B/16."""
 
-    patch_size: int = 16  # pixels
-    width: int = 768  # channels of a token
-    depth: int = 12  # blocks
-    heads: int = 12  # of its attention; width must be a multiple
-    mlp_ratio: float = 4.0  # width of the MLP's hidden layer over `width`
+    patch_size: int = ranged(16, 1)  # side of a patch, pixels; must divide image_size
+    width: int = ranged(768, 1)  # channels per token; a multiple of heads
+    depth: int = ranged(12, 1)  # number of blocks
+    heads: int = 12  # attention heads
+    mlp_ratio: float = ranged(4.0, 0)  # hidden width of the MLP, as a multiple of width
 
 
 @dataclass
 class BertOptions:
-    """Text and multi-modal encoder; the defaults are BERT-base's."""
+    """Text and fusion encoder. Defaults: BERT-base, cut in two as in ALBEF."""
 
-    vocab_size: int | None = 30522  # null: as many as the tokenizer has
-    width: int = 768  # channels of a token
-    layers: int = 12  # of both encoders together
-    heads: int = 12  # of its attention; width must be a multiple
-    intermediate: int = 3072  # width of the feed-forward layer
-    fusion_layer: int = 6  # the first layer with cross-attention
-    max_positions: int = 512  # tokens that there are positions for; max_txt_len is at most this
-    dropout: float = 0.1  # chance of an activation to be dropped, 0 to 0.99
-    attention_dropout: float = 0.1  # chance of an attention weight to be dropped, 0 to 0.99
+    vocab_size: int | None = ranged(30522, 1)  # number of tokens; null: the tokenizer's
+    width: int = ranged(768, 1)  # channels per token; a multiple of heads
+    layers: int = 12  # number of layers, text and fusion together
+    heads: int = 12  # attention heads
+    intermediate: int = ranged(3072, 1)  # hidden width of the feed-forward layers
+    fusion_layer: int = 6  # index of the first layer with cross-attention
+    max_positions: int = 512  # position embeddings; max_txt_len may not exceed them
+    dropout: float = ranged(0.1, 0, 0.99)  # dropout probability
+    attention_dropout: float = ranged(0.1, 0, 0.99)  # dropout probability of attention weights
 
 
 @dataclass
 class SoftMaskOptions:
-    """Innovation 1: text-driven soft mask for ITM."""
+    """Innovation 1: the text-driven soft mask for ITM."""
 
-    enabled: bool = True  # whether ITM sees masked images too
-    layer: int | None = None  # BERT layer that gives the map; null: the 3rd with cross-attention,
-    # or the last but one. Not the last: ITM reads its [CLS] alone, so words have no gradient there.
-    words: str = "uniform"  # which word is picked: uniform | content | energy
-    kind: str = "soft"  # soft, or for ablations hard | random | uniform
-    strength: float = 1.0  # share of a patch that the map's maximum hides, 0 to 1
-    start_iter: int = 0  # no mask before this iteration: early maps are noise
-    in_mlm: bool = False  # predict words from the masked features too (the paper advises against)
-    negatives: bool = False  # masked images with wrong captions too, so that a mask is no giveaway
-    weight: float = 1.0  # of its terms, on top of itm_weight and mlm_weight
+    enabled: bool = True  # whether ITM also sees masked images
+    layer: int | None = None  # BERT layer whose cross-attention gives the map; null: the third
+    # with cross-attention, at most the last but one. Of the last, ITM uses [CLS] alone, so words
+    # have no gradient there.
+    words: str = choice("uniform", "content", "energy")  # how the word to mask for is picked
+    kind: str = choice("soft", "hard", "random", "uniform")  # all but soft are for ablations
+    strength: float = ranged(1.0, 0, 1)  # share of a patch hidden where the map peaks
+    start_iter: int = ranged(0, 0)  # first step with a mask; early maps are noise
+    in_mlm: bool = False  # predict words from masked images too (the paper advises against it)
+    negatives: bool = False  # also pair masked images with wrong captions: a mask is no giveaway
+    weight: float = ranged(1.0, 0)  # weight of its losses, on top of itm_weight and mlm_weight
 
 
 @dataclass
 class ItcOptions:
     """Innovation 2: the contrastive loss."""
 
-    loss: str = "focal_itc"  # a name given to register_loss
-    gamma: float = 2.0  # 0 is ALBEF's ITC
-    weight: float = 1.0  # of its term in the loss, 0 or more
+    loss: str = "focal_itc"  # name of a loss registered with register_loss
+    gamma: float = ranged(2.0, 0)  # focusing parameter; 0: ALBEF's ITC
+    weight: float = ranged(1.0, 0)  # weight of the loss
 
 
 @dataclass
 class TextOptions:
     """Innovation 3, text side: masked captions."""
 
-    shared: bool = True  # one masked caption for all losses; false: ITC and ITM read clean text
-    mask_prob: float = 0.15  # chance of a token to be masked, 0 to 1
+    shared: bool = True  # one masked caption for all losses; false: ITC and ITM see the clean one
+    mask_prob: float = ranged(0.15, 0, 1)  # probability that a token is masked
 
 
 @dataclass
 class ModelOptions:
-    """What every model has (the ``model:`` section of a YAML)."""
+    """Options of every model, and all options of ``softmask_nlvr_pretrain``."""
 
-    arch: str = ""  # the model's name, such as softmask_pretrain
-    model_type: str = "base"  # which of its files in lavis_configs/models has the defaults
+    arch: str = ""  # the model, such as softmask_pretrain
+    model_type: str = "base"  # which of its files in lavis_configs/models gives the defaults
 
-    # Weights to start from. A checkpoint makes vit_weights and bert_weights moot.
-    load_pretrained: bool = True  # whether to load `pretrained`, where it is given
-    pretrained: str | None = None  # checkpoint of ALBEF or of this plugin: path, URL or
-    # "shipped:scenes_tiny", the tiny model that comes with the package
-    load_finetuned: bool = False  # whether to load `finetuned` instead, LAVIS's key for evaluation
-    finetuned: str | None = None  # checkpoint of a fine-tuned model: path, URL or "shipped:NAME"
-    trust_checkpoint: bool = False  # true: read pickled objects too, which can run any code
-    vit_weights: str | None = None  # "deit" (downloaded), a path or URL; null: random
-    bert_weights: str | None = None  # a BERT of the hub or a local folder; null: random
+    # Initial weights. A checkpoint takes precedence over vit_weights and bert_weights.
+    load_pretrained: bool = True  # whether to load `pretrained`, if it is set
+    pretrained: str | None = None  # checkpoint of ALBEF or of this plugin: a path, a URL or
+    # "shipped:scenes_tiny", the bundled tiny model
+    load_finetuned: bool = False  # load `finetuned` instead, as LAVIS does for evaluation
+    finetuned: str | None = None  # checkpoint of a fine-tuned model: a path, URL or "shipped:NAME"
+    trust_checkpoint: bool = False  # true: unpickle arbitrary objects, which can run any code
+    vit_weights: str | None = None  # "deit" (downloaded), a path or a URL; null: random
+    bert_weights: str | None = None  # name of a BERT on the Hub, or a local folder; null: random
 
     # Encoders
-    image_size: int = 256  # pixels; the processors' image_size must be the same
-    vit: VitOptions = field(default_factory=VitOptions)  # shape of the image encoder
-    vit_drop_path_rate: float = 0.0  # chance to skip the last block, 0 to 0.99; earlier: less
-    vit_layer_norm_epsilon: float = 1e-6  # added to variances, so that none is divided by zero
-    vit_grad_ckpt: bool = False  # recompute image blocks in the backward pass: less memory
-    bert: BertOptions = field(default_factory=BertOptions)  # shape of the text and fusion encoder
-    tokenizer: str | None = "bert-base-uncased"  # or "scenes", a vocab.txt, a file of captions,
-    # questions or statements to make one from, a folder
-    max_txt_len: int = 30  # tokens, [CLS] and [SEP] included
+    image_size: int = ranged(256, 1)  # pixels; must equal the image processors' image_size
+    vit: VitOptions = field(default_factory=VitOptions)  # image encoder
+    vit_drop_path_rate: float = ranged(0.0, 0, 0.99)  # probability of skipping the last block;
+    # falls linearly to 0 at the first
+    vit_layer_norm_epsilon: float = ranged(1e-6, 0)  # epsilon of the image encoder's layer norms
+    vit_grad_ckpt: bool = False  # recompute image blocks in the backward pass, to save memory
+    bert: BertOptions = field(default_factory=BertOptions)  # text and fusion encoder
+    tokenizer: str | None = "bert-base-uncased"  # name on the Hub, "scenes", a vocab.txt, a
+    # tokenizer's folder, or a file of captions, questions or statements to build a vocabulary from
+    max_txt_len: int = 30  # tokens, including [CLS] and [SEP]; 3 to bert.max_positions
 
     def __post_init__(self) -> None:
         vit, bert = self.vit, self.bert
-        _within("image_size", self.image_size, 1, inf)
-        _within("vit.patch_size", vit.patch_size, 1, self.image_size)
-        for key, value, least in (
-            ("vit.width", vit.width, 1),
-            ("vit.depth", vit.depth, 1),
-            ("vit.mlp_ratio", vit.mlp_ratio, 0),
-            ("vit_layer_norm_epsilon", self.vit_layer_norm_epsilon, 0),
-            ("bert.width", bert.width, 1),
-            ("bert.intermediate", bert.intermediate, 1),
-            ("bert.vocab_size", 1 if bert.vocab_size is None else bert.vocab_size, 1),
-        ):
-            _within(key, value, least, inf)
-        for key, chance in (
-            ("vit_drop_path_rate", self.vit_drop_path_rate),
-            ("bert.dropout", bert.dropout),
-            ("bert.attention_dropout", bert.attention_dropout),
-        ):
-            _within(key, chance, 0, 0.99)
-        _within("max_txt_len", self.max_txt_len, 3, self.bert.max_positions)
-        _within("bert.fusion_layer", self.bert.fusion_layer, 0, self.bert.layers - 1)
-        _multiple("vit.width", self.vit.width, "vit.heads", self.vit.heads)
-        _multiple("bert.width", self.bert.width, "bert.heads", self.bert.heads)
-        _multiple("image_size", self.image_size, "vit.patch_size", self.vit.patch_size)
+        _check_values(self, "model")
+        _within("model.max_txt_len", self.max_txt_len, 3, bert.max_positions)
+        _within("model.bert.fusion_layer", bert.fusion_layer, 0, bert.layers - 1)
+        _multiple("vit.width", vit.width, "vit.heads", vit.heads)
+        _multiple("bert.width", bert.width, "bert.heads", bert.heads)
+        _multiple("image_size", self.image_size, "vit.patch_size", vit.patch_size)
 
-    @property
-    def default_map_layer(self) -> int:
-        """The third fusion layer, as in ALBEF, or the last but one: of the last only [CLS] counts,
-        in which words have no gradient."""
-        return min(self.bert.fusion_layer + 2, self.bert.layers - 2)
-
-    def check_map_layer(self, key: str, layer: int) -> None:
-        """Raise UserError where a layer's cross-attention gives no map of a word."""
+    def checked_map_layer(self, key: str, layer: int | None) -> int:
+        """The layer whose cross-attention gives the maps; None: the third, as in ALBEF, or the last
+        that can give any."""
         first, last = self.bert.fusion_layer, self.bert.layers - 2
+        if layer is None:
+            layer = min(first + 2, last)
         if not first <= layer <= last:
             raise UserError(
                 f"model.{key} is {layer}: choose from {first} to {last}, the layers with "
                 "cross-attention before the last, in which only [CLS] counts"
             )
+        return layer
 
 
 @dataclass
 class AlignedOptions(ModelOptions):
-    """Models that compare images and texts: ``softmask_image_text_matching`` and
-    ``softmask_feature_extractor``."""
+    """Models that compare images and texts."""
 
-    embed_dim: int = 256  # of the features that ITC compares
-    temp: float = 0.07  # temperature of their similarities
-    map_layer: int | None = None  # BERT layer that gives word maps; null: as soft_mask.layer
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.map_layer is None:
-            self.map_layer = self.default_map_layer
-        self.check_map_layer("map_layer", self.map_layer)
-        _within("embed_dim", self.embed_dim, 1, inf)
-        _within("temp", self.temp, 0.001, 0.5)
+    embed_dim: int = ranged(256, 1)  # size of the features that ITC compares
+    temp: float = ranged(0.07, 0.001, 0.5)  # temperature of their similarities; initial value if
+    # it is learned
 
 
 @dataclass
-class DistilledOptions(ModelOptions):
-    """Models with a momentum copy that teaches them: soft targets beside the labels."""
+class MatchingOptions(AlignedOptions):
+    """``softmask_image_text_matching`` and ``softmask_feature_extractor``."""
 
-    use_distill: bool = True  # false: no momentum copy at all, less time and memory
-    momentum: float = 0.995  # share of itself that the momentum copy keeps in a step, 0 to 1
-    alpha: float = 0.4  # weight of the momentum model's soft targets, 0 to 1
-    alpha_epochs: float = 1.0  # epochs over which alpha rises from 0
+    map_layer: int | None = None  # BERT layer that gives the word maps; null: as soft_mask.layer
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _within("momentum", self.momentum, 0, 1)
-        _within("alpha", self.alpha, 0, 1)
-        _within("alpha_epochs", self.alpha_epochs, 0, inf)
+        self.map_layer = self.checked_map_layer("map_layer", self.map_layer)
+
+
+@dataclass
+class MomentumOptions(ModelOptions):
+    """Models with a momentum copy, whose predictions are soft targets beside the labels."""
+
+    momentum: float = ranged(0.995, 0, 1)  # share of itself that the copy keeps in each step
+    alpha: float = ranged(0.4, 0, 1)  # weight of the soft targets
+    alpha_epochs: float = ranged(1.0, 0)  # epochs in which alpha rises from 0
+
+
+@dataclass
+class DistilledOptions(MomentumOptions):
+    """Models in which the momentum copy is optional."""
+
+    use_distill: bool = True  # false: no momentum copy, which saves time and memory
 
 
 @dataclass
 class ClassificationOptions(DistilledOptions):
     """``softmask_classification``."""
 
-    max_txt_len: int = 40  # tokens, [CLS] and [SEP] included
-    num_classes: int = 3  # that pairs are sorted into: as many as the data has labels
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _within("num_classes", self.num_classes, 2, inf)
+    max_txt_len: int = 40  # tokens, including [CLS] and [SEP]
+    num_classes: int = ranged(3, 2)  # number of labels in the data
 
 
 @dataclass
 class NlvrOptions(ClassificationOptions):
-    """``softmask_nlvr`` and its pretraining step ``softmask_nlvr_pretrain``."""
+    """``softmask_nlvr``."""
 
-    num_classes: int = 2  # false and true
-    alpha_epochs: float = 2.0  # epochs over which alpha rises from 0
+    num_classes: int = ranged(2, 2)  # false and true
+    alpha_epochs: float = ranged(2.0, 0)  # epochs in which alpha rises from 0
 
 
 @dataclass
 class VqaOptions(DistilledOptions):
     """``softmask_vqa``."""
 
-    max_txt_len: int = 25  # tokens of a question, [CLS] and [SEP] included
-    label_smoothing: float = 0.1  # 0 to 1, of an answer's words; LAVIS: 0.1, original ALBEF: 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _within("label_smoothing", self.label_smoothing, 0, 1)
+    max_txt_len: int = 25  # tokens of a question, including [CLS] and [SEP]
+    label_smoothing: float = ranged(
+        0.1, 0, 1
+    )  # label smoothing over an answer's words; original ALBEF: 0
 
 
 @dataclass
-class ContrastOptions(ModelOptions):
+class ContrastOptions(AlignedOptions, MomentumOptions):
     """Models that learn by contrast and matching, with the soft mask and the focal loss."""
 
-    # Contrast and momentum distillation
-    embed_dim: int = 256  # of the features that ITC compares
-    queue_size: int = 65536  # earlier images, and as many texts, in ITC; 0: the batch alone
-    momentum: float = 0.995  # share of itself that the momentum copy keeps in a step, 0 to 1
-    temp: float = 0.07  # temperature of ITC's similarities, at first if it is learnt; 0.001 to 0.5
-    learn_temp: bool = True  # false at learning rates far above 1e-4, which drive it to its clamp
-    alpha: float = 0.4  # weight of the momentum model's soft targets, 0 to 1
-    alpha_epochs: float = 2.0  # epochs over which alpha rises from 0; LAVIS: 2, original ALBEF: 1
-
-    itm_weight: float = 1.0  # of matching's term in the loss, 0 or more
-
-    soft_mask: SoftMaskOptions = field(default_factory=SoftMaskOptions)  # of the images in ITM
-    itc: ItcOptions = field(default_factory=ItcOptions)  # the loss that contrasts images and texts
+    queue_size: int = ranged(65536, 0)  # earlier images, and as many texts, that ITC contrasts with
+    learn_temp: bool = (
+        True  # whether temp is learned; learning rates far above 1e-4 drive it to its
+    )
+    # limit
+    alpha_epochs: float = ranged(2.0, 0)  # epochs in which alpha rises from 0; original ALBEF: 1
+    itm_weight: float = ranged(1.0, 0)  # weight of the matching loss
+    soft_mask: SoftMaskOptions = field(default_factory=SoftMaskOptions)  # masks images for ITM
+    itc: ItcOptions = field(default_factory=ItcOptions)  # contrasts images with texts
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        mask = self.soft_mask
-        _one_of("soft_mask.words", mask.words, ("uniform", "content", "energy"))
-        _one_of("soft_mask.kind", mask.kind, ("soft", "hard", "random", "uniform"))
-        _within("soft_mask.strength", mask.strength, 0, 1)
-        _within("momentum", self.momentum, 0, 1)
-        _within("alpha", self.alpha, 0, 1)
-        _within("alpha_epochs", self.alpha_epochs, 0, inf)
-        _within("embed_dim", self.embed_dim, 1, inf)
-        _within("itc.gamma", self.itc.gamma, 0, inf)
-        _within("itc.weight", self.itc.weight, 0, inf)
-        _within("itm_weight", self.itm_weight, 0, inf)
-        _within("soft_mask.start_iter", mask.start_iter, 0, inf)
-        _within("soft_mask.weight", mask.weight, 0, inf)
-        _within("temp", self.temp, 0.001, 0.5)
-        _within("queue_size", self.queue_size, 0, inf)
-        if mask.layer is None:
-            mask.layer = self.default_map_layer
-        self.check_map_layer("soft_mask.layer", mask.layer)
+        self.soft_mask.layer = self.checked_map_layer("soft_mask.layer", self.soft_mask.layer)
 
 
 @dataclass
 class PretrainOptions(ContrastOptions):
     """``softmask_pretrain``: all three innovations on."""
 
-    mlm_weight: float = 1.0  # of the term of predicted words in the loss, 0 or more
-    text: TextOptions = field(default_factory=TextOptions)  # how captions are masked
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _within("mlm_weight", self.mlm_weight, 0, inf)
-        _within("text.mask_prob", self.text.mask_prob, 0, 1)
+    mlm_weight: float = ranged(1.0, 0)  # weight of the masked-word loss
+    text: TextOptions = field(default_factory=TextOptions)  # masks captions
 
 
 @dataclass
 class RetrievalOptions(ContrastOptions):
-    """``softmask_retrieval``: ALBEF's fine-tuning; the paper does not say whether its own has the
+    """``softmask_retrieval``: ALBEF's fine-tuning. The paper does not say whether its own uses the
     soft mask and the focal loss, so both are off."""
 
     soft_mask: SoftMaskOptions = field(
         default_factory=lambda: SoftMaskOptions(enabled=False)
-    )  # of the images in ITM
+    )  # masks images for ITM
     itc: ItcOptions = field(default_factory=lambda: ItcOptions(gamma=0.0))  # ALBEF's ITC
 
     def __post_init__(self) -> None:
@@ -277,10 +240,10 @@ class RetrievalOptions(ContrastOptions):
 
 
 def read_options(schema: type, section: DictConfig | dict[str, Any]) -> Any:
-    """Check a ``model:`` section against its schema and return it as an instance of the schema.
+    """Check a ``model:`` section against its schema, and return it as an instance of the schema.
 
     Raises:
-        UserError: an unknown key (with the nearest known ones), a wrong type or a bad value.
+        UserError: An unknown key (the nearest known ones are named), a wrong type or a bad value.
     """
     try:
         if isinstance(section, DictConfig):  # references to other sections need the whole file
@@ -304,17 +267,23 @@ def _check_keys(known: DictConfig, given: DictConfig, place: str) -> None:
             _check_keys(known[key], given[key], f"{place}.{key}")
 
 
-def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"model.{key} is '{value}': {suggest(value, choices)}")
-
-
-def _multiple(key: str, value: int, of: str, divisor: int) -> None:
-    if divisor < 1 or value % divisor:
-        raise UserError(f"model.{key} is {value}, not a multiple of model.{of} {divisor}")
+def _check_values(section: Any, place: str) -> None:
+    for each in fields(section):
+        value, key = getattr(section, each.name), f"{place}.{each.name}"
+        if is_dataclass(value):
+            _check_values(value, key)
+        elif "range" in each.metadata and value is not None:
+            _within(key, value, *each.metadata["range"])
+        elif "choices" in each.metadata and value not in each.metadata["choices"]:
+            raise UserError(f"{key} is '{value}': {suggest(value, each.metadata['choices'])}")
 
 
 def _within(key: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high or not isfinite(value):
         allowed = f"lie in [{low}, {high}]" if isfinite(high) else f"be finite and at least {low}"
-        raise UserError(f"model.{key} is {value}: it must {allowed}")
+        raise UserError(f"{key} is {value}: it must {allowed}")
+
+
+def _multiple(key: str, value: int, of: str, divisor: int) -> None:
+    if divisor < 1 or value % divisor:
+        raise UserError(f"model.{key} is {value}, not a multiple of model.{of} {divisor}")

@@ -1,4 +1,4 @@
-"""Values of a YAML that belong together, and sections that must be such."""
+"""Values of a YAML that must fit together, and comparison of configurations."""
 
 from __future__ import annotations
 
@@ -13,34 +13,38 @@ from softmask_plugin.errors import UserError
 
 
 def check_image_sizes(config: DictConfig) -> None:
-    """Raise UserError where an image processor makes images of another size than the model takes.
-
-    The processors looked at are those of the splits that the run reads.
+    """Raise UserError if an image processor that the run uses has another size than the model.
 
     Args:
-        config: the whole file, the defaults of its model and its data sets included. Models of
-            other packages are not looked at.
+        config: The whole file with the defaults of its model and data sets. Models of other
+            packages are not checked.
     """
     options = getattr(registry.get_model_class(config.model.arch), "OPTIONS", None)
     if options is None:
         return
     wanted, run = config.model.get("image_size", options.image_size), config.run
-    unread = {
+    unused = {
         *(["train"] if run.get("evaluate", False) else []),
         *([] if run.get("valid_splits") or run.get("test_splits") else ["eval"]),
     }
     for name, dataset in config.datasets.items():
         for split, processor in (dataset.get("vis_processor") or {}).items():
             accepted = inspect.signature(registry.get_processor_class(processor.name)).parameters
-            if split in unread or "image_size" not in accepted:
+            if split in unused or "image_size" not in accepted:
                 continue
             given = processor.get("image_size", accepted["image_size"].default)
-            # What is no number is refused by the processor and by the model themselves
+            # The processor and the model themselves refuse values that are not numbers
             if isinstance(given, int) and isinstance(wanted, int) and given != wanted:
                 raise UserError(
                     f"datasets.{name!s}.vis_processor.{split!s}.image_size is {given}, but "
-                    f"model.image_size is {wanted}: set both alike"
+                    f"model.image_size is {wanted}: set both to the same value"
                 )
+
+
+def require_section(where: str, section: Any) -> None:
+    """Raise UserError unless the value is a section."""
+    if not isinstance(section, DictConfig):
+        raise UserError(f"{where} is {section!r}: it must be a section of keys")
 
 
 def flat(section: Any, prefix: str = "") -> dict[str, Any]:
@@ -60,18 +64,14 @@ def flat(section: Any, prefix: str = "") -> dict[str, Any]:
 def differences(
     before: Mapping[str, Any], now: Mapping[str, Any], absent: Any = None
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Each key whose values differ, in order, with both; a missing one counts as ``absent``.
+    """Each key whose values differ, sorted, with both values; ``absent`` stands for a missing one.
 
-    >>> [*differences({"a": 1, "b": 2}, {"b": 3, "c": None})]
-    [('a', 1, None), ('b', 2, 3)]
+    >>> for difference in differences({"a": 1, "b": 2}, {"b": 3, "c": None}):
+    ...     print(*difference)
+    a 1 None
+    b 2 3
     """
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key, absent), now.get(key, absent)
         if old != new:
             yield key, old, new
-
-
-def require_section(where: str, section: Any) -> None:
-    """Raise UserError where a value stands in the place of keys."""
-    if not isinstance(section, DictConfig):
-        raise UserError(f"{where} is {section!r}: it must be a section of keys")

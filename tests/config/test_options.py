@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
 from softmask_plugin.config.options import PretrainOptions, read_options
+from softmask_plugin.config.paths import load_inherited
+from softmask_plugin.config.values import differences, flat
 from softmask_plugin.errors import UserError
 from softmask_plugin.models.pretrain import SoftMaskPretrain
 
@@ -75,11 +78,35 @@ def test_an_unknown_loss_gets_the_nearest_name(make_model):
         make_model(itc={"loss": "focal"})
 
 
+@pytest.mark.parametrize(
+    "name", ["pretrain", "retrieval", "image_text_matching", "feature_extractor"]
+)
+def test_scenes_tiny_inherits_all_but_its_weights_from_tiny(name):
+    cls = registry.get_model_class(f"softmask_{name}")
+    tiny, trained = (
+        flat(OmegaConf.to_container(OmegaConf.load(cls.default_config_path(model_type))))
+        for model_type in ("tiny", "scenes_tiny")
+    )
+    assert [*differences(tiny, trained)] == [
+        ("model.model_type", "tiny", "scenes_tiny"),
+        ("model.pretrained", None, "shipped:scenes_tiny"),
+    ]
+
+
+def test_a_file_inherits_from_the_one_beside_it(tmp_path):
+    (tmp_path / "parent.yaml").write_text("model: {image_size: 60, vit: {depth: 3, width: 128}}")
+    child = tmp_path / "child.yaml"
+    child.write_text("inherits: parent.yaml\nmodel: {arch: mine, vit: {depth: 4}}")
+    assert load_inherited(child) == {
+        "model": {"image_size": 60, "vit": {"depth": 4, "width": 128}, "arch": "mine"}
+    }
+
+
 def test_shipped_models_are_built_from_their_files():
     """Base on the meta device, without what would have to be downloaded."""
     sizes = {}
-    for model_type, path in SoftMaskPretrain.PRETRAINED_MODEL_CONFIG_DICT.items():
-        section = OmegaConf.load(path).model
+    for model_type in SoftMaskPretrain.PRETRAINED_MODEL_CONFIG_DICT:
+        section = OmegaConf.load(SoftMaskPretrain.default_config_path(model_type)).model
         section.merge_with({"vit_weights": None, "bert_weights": None, "tokenizer": "scenes"})
         options = read_options(PretrainOptions, section)
         with torch.device("meta"):

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from lavis.common.config import Config
 from lavis.common.registry import registry
 from omegaconf import DictConfig, OmegaConf
 
 from softmask_plugin import launch
-from softmask_plugin.ablate.plan import shipped_plans
-from softmask_plugin.ablate.read import read_plan
+from softmask_plugin.ablate.plan import read_plan, shipped_plans
 from softmask_plugin.config import check as config_check
 from softmask_plugin.config.options import read_options
 from softmask_plugin.config.paths import CONFIGS
-from softmask_plugin.tokenization import build_tokenizer
+from softmask_plugin.vocabulary import build_tokenizer
 
 PROJECTS = config_check.shipped_configs()
+PLAN = OmegaConf.load(CONFIGS / "ablation" / "pretrain_4m.yaml")
+# Every project, and every variant of the plan of the same size: a file's name and overrides
+RUNS = {name.removeprefix("lavis_configs/projects/"): (name, ()) for name in PROJECTS}
+RUNS |= {f"ablation/{name}": (PLAN.base.config, own) for name, own in PLAN.variants.items()}
 EVERY_FILE = sorted(CONFIGS.rglob("*.yaml"))
 # What makes any model small, and keeps it from downloading
 SMALL = {
@@ -29,13 +34,17 @@ SMALL = {
 }
 
 
+ON_CPU = ["run.device=cpu"]
+
+
 def loaded(name, *options):
-    return launch.load_config(name, ["run.device=cpu", *options], evaluate="/eval/" in name)
+    return launch.load_config(name, [*ON_CPU, *options], evaluate="/eval/" in name)
 
 
-@pytest.fixture(params=PROJECTS, ids=lambda name: name.removeprefix("lavis_configs/projects/"))
+@pytest.fixture(params=RUNS)
 def project(request):
-    return loaded(request.param)
+    name, options = RUNS[request.param]
+    return loaded(name, *options)
 
 
 def test_the_model_is_built(project):
@@ -49,11 +58,23 @@ def test_the_model_is_built(project):
     assert registry.get_runner_class(project.run_cfg.runner)
 
 
+@pytest.mark.parametrize("name", PROJECTS)
+def test_lavis_own_script_reads_the_same_configuration(name):
+    """Its train.py hands it the file and the overrides as they are."""
+    theirs = Config(Namespace(cfg_path=PROJECTS[name], options=ON_CPU)).config
+    theirs, ours = (
+        OmegaConf.to_container(each, resolve=True) for each in (theirs, loaded(name).config)
+    )
+    for config in (theirs, ours):
+        config["run"] |= {"output_dir": "absolute in ours", "evaluate": "set in ours"}
+    assert theirs == ours
+
+
 def test_the_data_sets_processors_fit_the_model(project):
     for name, section in project.datasets_cfg.items():
         builder = registry.get_builder_class(name)(section)
         builder.build_processors()
-        used = ["train"] if project.run_cfg.train_splits else []
+        used = ["train"] if project.run_cfg.get("train_splits") else []
         used += ["eval"] if project.run_cfg.get("test_splits") and name != "vg_vqa" else []
         for split in used:
             assert builder.text_processors[split] and builder.vis_processors[split]
@@ -72,19 +93,17 @@ def test_a_data_sets_keys_are_those_of_its_builder(name):
 
 
 @pytest.mark.parametrize(
-    ("data", "first", "files"),
+    ("data", "task", "files"),
     [
         ("captions_folder", "pretrain", "captions"),
         ("captions_folder", "retrieval", "captions"),
-        ("vqa_folder", "vqa_folder", "questions"),
-        ("entailment_folder", "entailment_folder", "sentences"),
-        ("nlvr_folder", "nlvr_folder", "sentences"),
+        ("vqa_folder", "vqa", "questions"),
+        ("entailment_folder", "entailment", "sentences"),
+        ("nlvr_folder", "nlvr", "sentences"),
     ],
 )
-def test_a_tiny_models_vocabulary_is_made_from_your_own_file(data, first, files, tmp_path):
-    (name,) = [
-        n for n in PROJECTS if f"projects/{data}/train" in n and n.endswith(f"{first}_tiny.yaml")
-    ]
+def test_a_tiny_models_vocabulary_is_built_from_your_own_file(data, task, files, tmp_path):
+    name = f"lavis_configs/projects/{data}/train/{task}_tiny.yaml"
     rows = "image,image0,image1,caption,question,answer,sentence,label\n"
     rows += "a.jpg,a.jpg,b.jpg,a quokka,a quokka,a quokka,a quokka,true\n" * 3
     (tmp_path / "train.csv").write_text(rows)
@@ -112,7 +131,7 @@ def test_every_registered_type_has_a_project_or_an_example():
 
 @pytest.mark.parametrize("name", shipped_plans())
 def test_every_option_of_a_plan_is_accepted(name):
-    plan = read_plan(name)  # reads the configuration of every run, and its model's options
+    plan = read_plan(name, ON_CPU)  # checks the configuration of every run
     for variant in plan.variants:
         config = launch.load_config(plan.base.config, plan.options(variant, plan.base))
         for data, section in config.datasets_cfg.items():
@@ -124,7 +143,7 @@ def test_a_plan_says_what_each_variant_tests(name):
     lines = shipped_plans()[name].read_text("utf-8").splitlines()
     lines = lines[lines.index("variants:") :]
     named = [i for i, line in enumerate(lines) if re.match(r"  \w+:", line)]
-    assert len(named) == len(read_plan(name).variants)
+    assert len(named) == len(read_plan(name, ON_CPU).variants)
     assert all(lines[i - 1].startswith("  # ") for i in named)
 
 

@@ -16,7 +16,6 @@ from lavis.tasks.retrieval import RetrievalTask
 from torch.utils.data import DistributedSampler
 
 from benchmarks.baseline import albef_retrieval
-from softmask_plugin.config.run_options import RerankOptions
 from softmask_plugin.errors import UserError
 from softmask_plugin.models.rerank import NOT_A_CANDIDATE, Reranker, candidates
 
@@ -93,7 +92,7 @@ def test_more_candidates_than_the_gallery_has_means_all(make_model, gallery):
 def test_texts_in_batches_score_the_same(make_model, gallery):
     model = make_model().eval()
     for a, b in zip(
-        Reranker(model, RerankOptions(k_test=3), text_batch=2).scores(gallery),
+        Reranker(model, {"k_test": 3}, text_batch=2).scores(gallery),
         ours(model, gallery, 3),
         strict=True,
     ):
@@ -165,9 +164,9 @@ def test_a_gallery_smaller_than_k_is_said(make_model, gallery, caplog):
         ({"rerank_memory": float("inf")}, "rerank_memory is inf: it must be a number above 0"),
     ],
 )
-def test_a_wrong_option_is_named(option, message):
+def test_a_wrong_option_is_named(make_model, option, message):
     with pytest.raises(UserError, match=message):
-        RerankOptions.of(option)
+        Reranker(make_model(), option)
 
 
 def test_two_ranks_share_the_work(make_model, gallery, tmp_path):

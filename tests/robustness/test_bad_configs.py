@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from softmask_plugin import cli
 from softmask_plugin.config import check as config_check
 from softmask_plugin.config.options import PretrainOptions, RetrievalOptions, read_options
+from softmask_plugin.config.run_options import RUN as RUN_OPTIONS
 from softmask_plugin.errors import UserError
 from softmask_plugin.report import write_report
 
@@ -117,8 +118,19 @@ def test_good_values_however_spelt(config, option):
     config_check.read_config(Path("my.yaml"), [option])
 
 
+def test_unknown_keys_of_a_run_are_errors_unless_its_task_may_read_them(config):
+    typo, patches = "run.warmup_step=5", "run.num_patches=20"  # the latter for one task of LAVIS's
+    theirs = ["model.arch=blip_retrieval", "model.model_type=coco"]
+    for options in ([typo], [typo, *theirs], [patches]):
+        with pytest.raises(UserError, match="unknown key run.(warmup_step|num_patches)"):
+            config_check.read_config(Path("my.yaml"), options)
+    for key in (typo, patches):
+        options = [key, *theirs, "run.task=vqa_reading_comprehension"]
+        config_check.read_config(Path("my.yaml"), options)
+
+
 def test_every_key_that_lavis_lists_is_known():
-    assert set(create_runner_config_validator().arguments) <= config_check.RUN_KEYS
+    assert set(create_runner_config_validator().arguments) <= {*RUN_OPTIONS}
 
 
 @pytest.mark.parametrize("schema", [PretrainOptions, RetrievalOptions])
