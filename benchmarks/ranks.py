@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import time
@@ -9,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing.connection import wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -48,21 +50,23 @@ def on_ranks(number: int, function: RunOnRank, patience: float = 1800.0) -> list
         function: returns what torch can save.
         patience: seconds that one waits for another, see ``run.dist_timeout``.
     """
+    fork = multiprocessing.get_context("fork")
     with TemporaryDirectory() as name:
-        folder = Path(name)
-        start, children = time.monotonic(), {}
-        for rank in range(number):
-            child = os.fork()
-            if child == 0:
-                _obey(rank, number, function, folder, patience)
-            children[child] = rank
+        folder, start = Path(name), time.monotonic()
         ended: list[Any] = [None] * number
-        while children:
-            child, status = os.wait()
-            rank, file = children.pop(child), folder / f"{child}.pt"
-            result, error = torch.load(file, weights_only=True) if file.exists() else (None, "")
-            seconds = time.monotonic() - start
-            ended[rank] = Ended(result, error, os.waitstatus_to_exitcode(status), seconds)
+        running: dict[Any, tuple[int, Any]] = {}
+        for rank in range(number):
+            process = fork.Process(target=_obey, args=(rank, number, function, folder, patience))
+            process.start()
+            running[process.sentinel] = rank, process
+        while running:
+            for sentinel in wait([*running]):
+                rank, process = running.pop(sentinel)
+                process.join()
+                file = folder / f"{rank}.pt"
+                result, error = torch.load(file, weights_only=True) if file.exists() else (None, "")
+                seconds = time.monotonic() - start
+                ended[rank] = Ended(result, error, process.exitcode, seconds)
         return ended
 
 
@@ -83,6 +87,5 @@ def _obey(rank: int, number: int, function: RunOnRank, folder: Path, patience: f
         box[1] = str(error)
     except BaseException:
         box[1] = traceback.format_exc()
-    torch.save(box, folder / f"{os.getpid()}.pt")
-    sys.stdout.flush()
-    os._exit(1 if box[1] else 0)
+    torch.save(box, folder / f"{rank}.pt")
+    sys.exit(1 if box[1] else 0)

@@ -6,14 +6,14 @@ import itertools
 import logging
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forks import forked
 from toys import ScriptedTask, ToyModel, ToyTask, build, read_metrics, weights
 
+from benchmarks import kills
 from benchmarks.traces import differences, trace
 from softmask_plugin.errors import UserError
 
@@ -286,12 +286,10 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
 def test_killed_at_random_moments_a_real_run_ends_as_if_it_was_not():
     """SIGKILL, 20 times at least: in steps, evaluations and the writing of checkpoints."""
-    command = [sys.executable, "-m", "benchmarks.kills", "--kills", "20", "--workers", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
-    print(done.stdout)
+    done = forked(kills.main, ["--kills", "20", "--workers", "0"])
     assert done.returncode == 0, done.stdout + done.stderr
-    kills, ended, differing = map(
+    killed, ended, differing = map(
         int, re.match(r"killed (\d+) .*?; (\d+) runs ended, (\d+) diff", done.stdout).groups()
     )
-    assert kills >= 20 and ended >= 1 and differing == 0
+    assert killed >= 20 and ended >= 1 and differing == 0
     assert all(phase in done.stdout for phase in ("step", "evaluation", "checkpoint"))
