@@ -36,7 +36,7 @@ def forked(function, *arguments, timeout=300) -> CompletedProcess:
 def _call(out, err, function, *arguments):
     for name, file, number in (("stdout", out, 1), ("stderr", err, 2)):
         os.dup2(file.fileno(), number)
-        setattr(sys, name, open(number, "w", closefd=False))  # pytest's is in memory
+        setattr(sys, name, os.fdopen(number, "w", closefd=False))  # pytest's is in memory
     be_another_process()
     sys.exit(function(*arguments))
 

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
+from forks import FORK, be_another_process, forked
 from toys import build
 
 from softmask_plugin.cli import main
+from softmask_plugin.errors import UserError
 from softmask_plugin.runners import run_folder
 
-CHILD = """
-import os, sys, time
-from pathlib import Path
-from softmask_plugin.runners import run_folder
-folder = run_folder.claim(Path(sys.argv[1]), "job", go_on=sys.argv[2] == "auto")
-worker = os.fork()  # as a data loader's, which outlives a killed parent for some seconds
-if worker == 0:
-    time.sleep(30)
-    os._exit(0)
-print(folder.name, worker, flush=True)
-sys.stdin.read()
-"""
+
+def hold(pipe, output_dir, how):
+    """Claim a folder and keep it, beside a worker as data loaders have them."""
+    be_another_process()
+    folder = run_folder.claim(output_dir, "job", go_on=how == "auto")
+    worker = FORK.Process(target=time.sleep, args=(30,))  # outlives a killed parent
+    worker.start()
+    pipe.send((folder.name, worker.pid))
+    pipe.recv()
 
 
 @pytest.fixture
@@ -34,16 +33,13 @@ def another():
     processes, workers = [], []
 
     def start(output_dir, how="new"):
-        process = subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(output_dir), how],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        ours, theirs = FORK.Pipe()
+        process = FORK.Process(target=hold, args=(theirs, output_dir, how))
+        process.start()
         processes.append(process)
-        name, worker = process.stdout.readline().split()
-        workers.append(int(worker))
+        assert ours.poll(60)
+        name, worker = ours.recv()
+        workers.append(worker)
         return process, name
 
     yield start
@@ -68,7 +64,7 @@ def test_a_living_run_is_not_taken_over_a_killed_one_is(tmp_path, another):
     assert run_folder.claim(tmp_path, "mine", go_on=True).name == "mine"
     run_folder.release(tmp_path / "mine")
     process.kill()
-    process.wait()
+    process.join()
     assert run_folder.claim(tmp_path, "mine", go_on=True).name == "job"  # its worker still lives
     run_folder.release(tmp_path / "job")
 
@@ -107,35 +103,25 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys, where):
     assert "Traceback" not in error
 
 
-FULL = """
-import resource, signal, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-import toys
-from softmask_plugin.errors import UserError
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-runner = toys.build(sys.argv[1], max_epoch=3, keep_checkpoints=None)
-size = []
-def fill(model, args):  # after the first epoch there is no room for half a checkpoint
-    if len(model.seen) == 12:
-        half = (runner.output_dir / "checkpoint_0.pth").stat().st_size // 2
-        resource.setrlimit(resource.RLIMIT_FSIZE, (half, half))
-runner.model.register_forward_pre_hook(fill)
-try:
-    runner.train()
-except UserError as error:
-    print(error)
-"""
+def fill_the_disk(output_dir):
+    """Train; after the first epoch there is no room for more than half a checkpoint."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    runner = build(output_dir, max_epoch=3, keep_checkpoints=None)
+
+    def fill(model, _):
+        if len(model.seen) == 12:
+            half = (runner.output_dir / "checkpoint_0.pth").stat().st_size // 2
+            resource.setrlimit(resource.RLIMIT_FSIZE, (half, half))
+
+    runner.model.register_forward_pre_hook(fill)
+    try:
+        runner.train()
+    except UserError as error:
+        print(error)
 
 
 def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, str(tmp_path), str(Path(__file__).parents[1])],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = forked(fill_the_disk, tmp_path)
     folder = tmp_path / "job"
     (message,) = done.stdout.splitlines()
     assert f"cannot save {folder / 'checkpoint_1.pth'} (" in message
