@@ -16,7 +16,7 @@ from softmask_plugin import launch
 from softmask_plugin.ablate.cost import relative_cost
 from softmask_plugin.ablate.plan import PRETRAIN, PRETRAINED, Plan, Stage
 from softmask_plugin.config.check import option
-from softmask_plugin.config.values import differences
+from softmask_plugin.config.values import comparable, differences
 from softmask_plugin.errors import UserError, reason_of, suggest
 from softmask_plugin.files.whole import write_json
 from softmask_plugin.host.environment import environment
@@ -67,7 +67,7 @@ class Job:
         place = self.place(stage)
         if not (place / ASKED).exists() and not (place / RESULT).exists():
             return None
-        before, now = self._load(stage, ASKED), self.asked(stage)
+        before, now = map(comparable, (self._load(stage, ASKED), self.asked(stage)))
         for key, old, new in differences(before, now, absent="unset"):
             remedy = self._remedy(stage)
             raise UserError(f"{place} had {key} = {old}, but the plan has {new}: {remedy}")
@@ -91,7 +91,11 @@ class Job:
             found = json.loads(self._cost_file.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return {}
-        return found if found.pop("asked", None) == self._compared else {}
+        before, now = (
+            {key: comparable(values) for key, values in asked.items()}
+            for asked in (found.pop("asked", {}), self._compared)
+        )
+        return found if before == now else {}
 
     @property
     def has_to_time(self) -> bool:

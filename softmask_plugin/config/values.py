@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from lavis.common.registry import registry
 from omegaconf import DictConfig
 
+from softmask_plugin.config.run_options import RUN
 from softmask_plugin.errors import UserError
 
 
@@ -59,6 +61,18 @@ def flat(section: Any, prefix: str = "") -> dict[str, Any]:
     for name, value in section.items():
         found |= flat(value, f"{prefix}.{name}" if prefix else str(name))
     return found
+
+
+def comparable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration by dotted key, with all defaults of its model and run sections: files of
+    other versions state other ones. Without ``preprocess``, which runs do not use."""
+    filled = {f"run.{key}": known.default for key, known in RUN.items()}
+    filled["run.train_splits"] = []  # needed to train, but otherwise LAVIS takes this
+    schema = getattr(registry.get_model_class(values.get("model.arch")), "OPTIONS", None)
+    if schema is not None:
+        filled |= flat({"model": asdict(schema())})
+    filled |= values
+    return {key: value for key, value in filled.items() if not key.startswith("preprocess.")}
 
 
 def differences(

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from softmask_plugin.config.options import PretrainOptions, read_options
 from softmask_plugin.config.paths import load_inherited
-from softmask_plugin.config.values import differences, flat
+from softmask_plugin.config.values import comparable, differences, flat
 from softmask_plugin.errors import UserError
 from softmask_plugin.models.pretrain import SoftMaskPretrain
 
@@ -100,6 +100,13 @@ def test_a_file_inherits_from_the_one_beside_it(tmp_path):
     assert load_inherited(child) == {
         "model": {"image_size": 60, "vit": {"depth": 4, "width": 128}, "arch": "mine"}
     }
+
+
+def test_a_stated_default_is_as_good_as_none():
+    arch = {"model.arch": "softmask_pretrain"}
+    stated = {"run.amp": False, "run.train_splits": [], "model.itc.gamma": 2.0, "preprocess.x": 1}
+    assert comparable({**arch, **stated}) == comparable(arch)
+    assert comparable({**arch, "run.amp": True}) != comparable(arch)
 
 
 def test_shipped_models_are_built_from_their_files():

@@ -229,7 +229,7 @@ def test_an_output_folder_that_cannot_be_written(config, capsys, folder):
 def test_a_report_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     nothing = {"metrics": {}, "records": [], "config": {}, "environment": {}}
-    with pytest.raises(UserError, match="cannot write the report .*report.html"):
+    with pytest.raises(UserError, match="the report .*report.html cannot be written"):
         write_report(tmp_path / "file" / "report.html", title="", **nothing)
 
 
