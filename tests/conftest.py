@@ -57,7 +57,7 @@ def albef() -> dict:
     return {"soft_mask": {"enabled": False}, "itc": {"gamma": 0.0}, "text": {"shared": False}}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model():
     """Build a small softmask_pretrain: ``make_model(soft_mask={...}, itc={...}, ...)``."""
 
@@ -70,7 +70,7 @@ def make_model():
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_other():
     """Build a small model of any class: ``make_other(SoftMaskVqa, bert={"layers": 8}, ...)``."""
 
@@ -95,7 +95,7 @@ def shake(model: torch.nn.Module) -> None:
         model.momentum.copy()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_batch():
     """A batch as LAVIS's tasks give it: ``make_batch(size, image_size)``."""
 
@@ -110,7 +110,7 @@ def make_batch():
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def albef_twin():
     """LAVIS's AlbefPretrain of the same shape with the same weights: ``albef_twin(model)``."""
     return albef_pretrain

@@ -59,14 +59,15 @@ class PairTask(ToyTask):
         raise NotImplementedError
 
 
-@pytest.fixture
-def pretraining(tmp_path, make_model):
+@pytest.fixture(scope="module")
+def pretraining(tmp_path_factory, make_model):
     """A run of 12 steps of the pretraining model: ``pretraining(folder, **run)``."""
 
-    def make(folder="run", **run):
+    def make(folder=None, **run):
         options = {"init_lr": 1e-3, "log_freq": 2, "resume_ckpt_path": "auto", **run}
+        folder = folder or tmp_path_factory.mktemp("run")
         data = {"train": PairData()}
-        return build(tmp_path / folder, PairTask(), make_model(), splits=data, **options)
+        return build(folder, PairTask(), make_model(), splits=data, **options)
 
     return make
 
@@ -209,47 +210,52 @@ def test_a_run_tells_of_its_masks_and_queues(pretraining):
 # ---- pictures
 
 
-def test_pictures_after_every_so_many_steps_and_each_epoch(pretraining, monkeypatch):
-    runner = pretraining(panel_every=4)
+WITH_PICTURES = {"panel_every": 4, "save_every_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def pictured(pretraining):
+    """The folder of a run that draws pictures, each of which takes a second."""
+    runner = pretraining(**WITH_PICTURES)
     runner.train()
-    folder = runner.output_dir / "masks"
+    return runner.output_dir
+
+
+def test_pictures_after_every_so_many_steps_and_each_epoch(pictured):
+    folder = pictured / "masks"
     assert sorted(file.name for file in folder.iterdir()) == [
         "pairs.pth",
         *sorted(f"step_{step}.png" for step in (4, 6, 8, 12)),
     ]
-    assert board(runner.output_dir)[1] == {"masks": [4, 6, 8, 12]}
+    assert board(pictured)[1] == {"masks": [4, 6, 8, 12]}
     assert (
         Image.open(folder / "step_4.png").tobytes() != Image.open(folder / "step_12.png").tobytes()
     )
     assert len(torch.load(folder / "pairs.pth", weights_only=True)["text_input"]) == panels.PAIRS
 
 
-def test_pictures_and_boards_change_nothing_that_is_learnt(pretraining):
-    plain = pretraining("plain", tensorboard=False)
-    shown = pretraining("shown", panel_every=5)
+def test_pictures_and_boards_change_nothing_that_is_learnt(pretraining, pictured):
+    plain = pretraining(tensorboard=False, save_every_steps=3)
     plain.train()
-    shown.train()
-    assert not differences(trace(plain.output_dir), trace(shown.output_dir))
+    assert not differences(trace(plain.output_dir), trace(pictured))
 
 
-def test_interrupted_a_run_shows_the_same_pairs_and_ends_the_same(pretraining):
-    whole = pretraining("whole", panel_every=4, save_every_steps=3)
-    whole.train()
+def test_an_interrupted_run_draws_the_same_pairs_and_ends_the_same(pretraining, pictured, tmp_path):
     calls = itertools.count()
 
     def stop(*_):
         if next(calls) == 9:
             raise KeyboardInterrupt
 
-    first = pretraining("cut", panel_every=4, save_every_steps=3)
+    first = pretraining(tmp_path, **WITH_PICTURES)
     first.model.register_forward_pre_hook(stop)
     with pytest.raises(KeyboardInterrupt):
         first.train()
-    again = pretraining("cut", panel_every=4, save_every_steps=3)
+    again = pretraining(tmp_path, **WITH_PICTURES)
     again.train()
     assert again.output_dir == first.output_dir
-    assert not differences(trace(whole.output_dir), trace(again.output_dir))
-    for file in (whole.output_dir / "masks").glob("*.png"):
+    assert not differences(trace(pictured), trace(again.output_dir))
+    for file in (pictured / "masks").glob("*.png"):
         assert file.read_bytes() == (again.output_dir / "masks" / file.name).read_bytes()
 
 
