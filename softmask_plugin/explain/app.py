@@ -1,4 +1,4 @@
-"""``softmask app``: a page to click a word and see where the model looks and what a mask hides."""
+"""``softmask app``: a page to click a word and see where the model looks and what a mask does."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,48 +26,46 @@ from softmask_plugin.explain.pairs import Explanation
 from softmask_plugin.explain.trained import Trained, load_trained
 
 ADDRESS = "127.0.0.1"  # others on the network see the page only if the user forwards it
-SCENES = 200  # held-out scenes, to look into and to search
+SCENES = 200  # held-out scenes to look at and to search
 UPLOAD_MB = 10
 SEARCHED = 2000  # images of a folder, at most
 SHOWN = 420  # longest side of a picture on the page, pixels
-SCENE, UPLOAD = "A rendered scene", "An image of yours"
-EXPLAINED = """
-**Match** is how sure the model is that the caption describes the image, from 0 to 1. Click a word:
+SCENE, UPLOAD = "A rendered scene", "Your own image"
+HELP = """
+**Match** is the model's probability that the caption describes the image. Click a word:
 
-- the **heat map** shows where the model looks for it, brightest where it looks most;
-- the **soft mask** dims just those patches. Where they are dark, the model no longer sees them;
-- the second number is the match **with the mask on**.
+- The **heat map** shows where the model looks for it, brightest where it looks most.
+- The **soft mask** dims just those patches: the darker a patch, the less the model sees of it.
+- The second number is the match **with the mask on**.
 
-Training plays this game with a word of each caption: the match has to hold although the most
-telling part is dimmed. So a model trained with the soft mask has learnt to match without what is
-hidden, and its match hardly moves. In a model trained without it, a fall says that the model
-relied on what is hidden.
+Training does this to one word of each caption, and the pair must still match. So a model trained
+with the soft mask has learnt to match without the masked patches, and its match hardly moves. In a
+model trained without it, a fall says that the match relied on them.
 """
-OF_THE_SHIPPED = """
-The tiny model that comes along tells true captions from wrong ones well. Its maps find the things
-in a scene, but as often the other thing as the one that the word names.
+BUNDLED = """
+The bundled tiny model tells true captions from wrong ones well. Its maps find the objects of a
+scene, but the other object as often as the one that the word names.
 """
-SHIPPED_READS = (
-    "The tiny model that comes along was trained on captions about two things, such as “a red ring "
-    "above a blue star”: with one thing alone the match is low."
+BUNDLED_CAPTIONS = (
+    "The bundled tiny model was trained on captions about two objects, such as “a red ring above a "
+    "blue star”. For a caption about one object the match is low."
 )
-SHIPPED_SEES = (
-    "The tiny model that comes along was trained on rendered scenes: of a photo its match means "
-    "nothing."
+BUNDLED_IMAGES = (
+    "The bundled tiny model was trained on rendered scenes. For a photo its match means nothing."
 )
 
 
 class Weights(NamedTuple):
-    """Where the model comes from, see ``load_trained``; nothing: the shipped one."""
+    """Arguments of ``load_trained``; by default the bundled model."""
 
     checkpoint: str | None = None
-    model: str | None = None
-    type: str | None = None
-    options: tuple[str, ...] = ()
+    arch: str | None = None
+    model_type: str | None = None
+    options: Sequence[str] = ()
 
     @property
-    def shipped(self) -> bool:
-        """Whether it is the tiny model that comes along."""
+    def bundled(self) -> bool:
+        """Whether this is the bundled model."""
         return self == Weights(options=self.options)
 
 
@@ -74,12 +73,12 @@ def serve(weights: Weights, images: str | None, port: int) -> None:
     """Serve the page until the process is interrupted.
 
     Args:
-        weights: of the model to look into.
-        images: folder that the second tab searches; None: rendered scenes.
-        port: of ``ADDRESS``.
+        weights: The model to look into.
+        images: Folder that the second tab searches; None: rendered scenes.
+        port: Port at ``ADDRESS``.
 
     Raises:
-        UserError: the port is none or taken, or the model or the folder cannot be used.
+        UserError: The port is out of range or taken, or the model or the folder cannot be used.
     """
     if not 1 <= port <= 65535:
         raise UserError(f"--port is {port}: it must be 1 to 65535")
@@ -88,11 +87,11 @@ def serve(weights: Weights, images: str | None, port: int) -> None:
         readable_images(Path(images), limit=1)
     with socket.socket() as probe:
         if probe.connect_ex((ADDRESS, port)) == 0:
-            raise UserError(f"port {port} is taken: name another one with --port")
+            raise UserError(f"port {port} is taken: choose another one with --port")
     flags = {
         "server.address": ADDRESS,
         "server.port": port,
-        "server.headless": True,  # no browser is opened, no e-mail asked for
+        "server.headless": True,  # opens no browser and asks for no e-mail
         "server.maxUploadSize": UPLOAD_MB,
         "server.fileWatcherType": "none",
         "browser.gatherUsageStats": False,
@@ -103,7 +102,7 @@ def serve(weights: Weights, images: str | None, port: int) -> None:
 
 
 def page(weights: Weights, images: str | None = None) -> None:
-    """Draw the page; Streamlit calls this anew at every click."""
+    """Draw the page; Streamlit calls this again at every click."""
     st.set_page_config("softmask: what the mask hides", "🔍", layout="wide")
     st.header("See what the mask hides", anchor=False)
     look, search = st.tabs(["Look at words", "Search by text"])
@@ -117,7 +116,7 @@ def page(weights: Weights, images: str | None = None) -> None:
 
 
 def plain(text: str) -> str:
-    """A text that Markdown shows as it is: file names and captions may hold anything."""
+    """Escape a text so that Markdown shows it as it is; file names and captions hold anything."""
     return re.sub(r"([^\w\s])", r"\\\1", one_line(text), flags=re.ASCII)
 
 
@@ -142,8 +141,8 @@ def _gallery(weights: Weights, images: str | None) -> tuple[Gallery, list[Path],
     if images is None:
         size = trained.model.options.image_size
         return Gallery(trained, (render(scene, size) for scene in _scenes())), [], 0
-    files, left = readable_images(Path(images), SEARCHED)
-    return Gallery(trained, map(open_rgb, files)), files, left
+    files, left_out = readable_images(Path(images), SEARCHED)
+    return Gallery(trained, map(open_rgb, files)), files, left_out
 
 
 # ---- first tab
@@ -153,18 +152,18 @@ def _look(weights: Weights) -> None:
     left, right = st.columns([1, 2], gap="large")
     with left:
         source = st.radio(
-            "Image", (SCENE, UPLOAD), key="source", horizontal=True, on_change=_start_caption
+            "Image", (SCENE, UPLOAD), key="source", horizontal=True, on_change=_true_caption
         )
         image, picture = _scene(weights) if source == SCENE else _uploaded(weights)
         if picture is not None:
             st.image(picture, width="stretch")
-        st.markdown(EXPLAINED + (OF_THE_SHIPPED if weights.shipped else ""))
+        st.markdown(HELP + (BUNDLED if weights.bundled else ""))
     with right:
         caption = _caption(source == SCENE)
-        if weights.shipped:
-            st.caption(SHIPPED_READS)
+        if weights.bundled:
+            st.caption(BUNDLED_CAPTIONS)
         if image is None:
-            st.info("Choose an image on the left: it stays on this computer.")
+            st.info("Choose an image on the left. It stays on this computer.")
         elif not _trained(weights).text_processor(caption):
             st.info("Type what the image shows, then press Enter.")
         else:
@@ -172,42 +171,45 @@ def _look(weights: Weights) -> None:
 
 
 def _scene(weights: Weights) -> tuple[Image.Image, Image.Image]:
-    """Let a scene be picked; as the model sees it, and larger."""
+    """Let the user choose a scene; returns it as the model sees it, and larger to be shown."""
     number, more = st.columns([2, 1], vertical_alignment="bottom")
-    number.number_input("Scene", 1, SCENES, key="scene", on_change=_start_caption)
+    number.number_input("Scene", 1, SCENES, key="scene", on_change=_true_caption)
     more.button("Next scene", on_click=_next_scene, width="stretch")
     scene = _scenes()[st.session_state.scene - 1]
     return render(scene, _trained(weights).model.options.image_size), render(scene, SHOWN)
 
 
 def _uploaded(weights: Weights) -> tuple[Image.Image | None, Image.Image | None]:
-    """Let an image be uploaded; as it is, and at the size that is shown."""
+    """Let the user upload an image; returns it at full size, and smaller to be shown."""
     file = st.file_uploader(f"An image, up to {UPLOAD_MB} MB", key="upload")
-    if weights.shipped:
-        st.caption(SHIPPED_SEES)
+    if weights.bundled:
+        st.caption(BUNDLED_IMAGES)
     if file is None:
         return None, None
     if file.size > UPLOAD_MB * 2**20:
         raise UserError(f"{file.name} has more than {UPLOAD_MB} MB: choose a smaller image")
     image = open_rgb(file.name, data=file.getvalue())
-    picture = image.copy()
-    picture.thumbnail((SHOWN, SHOWN))
-    return image, picture
+    return image, _small(image)
+
+
+def _small(image: Image.Image) -> Image.Image:
+    small = image.copy()
+    small.thumbnail((SHOWN, SHOWN))
+    return small
 
 
 def _caption(of_scene: bool) -> str:
-    """Let a caption be typed, or a scene's true or wrong one be taken."""
+    """Let the user type a caption, or take a true or a wrong one of the scene."""
     if "caption" not in st.session_state:
-        _start_caption()
-    if not of_scene:
-        return st.text_input("Caption", key="caption", max_chars=200)
+        _true_caption()
     text, true, wrong = st.columns([4, 1, 1], vertical_alignment="bottom")
-    true.button("True one", on_click=_start_caption, width="stretch")
-    wrong.button("Wrong one", on_click=_wrong_caption, width="stretch")
+    if of_scene:
+        true.button("True one", on_click=_true_caption, width="stretch")
+        wrong.button("Wrong one", on_click=_wrong_caption, width="stretch")
     return text.text_input("Caption", key="caption", max_chars=200)
 
 
-def _start_caption() -> None:
+def _true_caption() -> None:
     state = st.session_state
     state.caption = ""
     if state.source == SCENE:
@@ -220,17 +222,17 @@ def _wrong_caption() -> None:
 
 def _next_scene() -> None:
     st.session_state.scene = st.session_state.scene % SCENES + 1
-    _start_caption()
+    _true_caption()
 
 
 def _show(found: Explanation, picture: np.ndarray) -> None:
-    """Let a word be clicked; show its maps and what its mask does to the match."""
+    """Let the user click a word; show its maps and what its mask does to the match."""
     if found.cut:
         st.warning(f"The caption is too long for the model: {found.cut}.")
     word = st.pills(
         "Click a word",
         range(len(found.words)),
-        default=found.naming[-1] if found.naming else 0,
+        default=found.content_words[-1] if found.content_words else 0,
         format_func=lambda index: _label(found.words, index),
         key=f"words of {found.caption}",
     )
@@ -250,11 +252,11 @@ def _show(found: Explanation, picture: np.ndarray) -> None:
     heat.image(heat_overlay(picture, found.cams[word].numpy()), width="stretch")
     heat.caption(f"Heat map of “{name}”: bright is where the model looks")
     mask.image(soft_masked(picture, found.masks[word].numpy()), width="stretch")
-    mask.caption(f"{found.mask_name.capitalize()}: dark is what it hides from the model")
+    mask.caption(f"{found.mask_name.capitalize()}: dark is what the model does not see")
 
 
 def _label(words: list[str], index: int) -> str:
-    """A word as it is clicked; a repeated one gains what is not seen: Streamlit goes by labels."""
+    """A word to click. Streamlit tells labels apart, so repeated ones gain an invisible space."""
     return plain(words[index]) + "\u200b" * words[:index].count(words[index])
 
 
@@ -265,41 +267,37 @@ def _search(weights: Weights, images: str | None) -> None:
     query = st.text_input(
         "What to look for", "a red heart above a blue diamond", key="query", max_chars=200
     )
-    gallery, files, left = _gallery(weights, images)
+    gallery, files, left_out = _gallery(weights, images)
     place = f"{SCENES} rendered scenes" if images is None else f"{len(files)} images"
     st.caption(
-        f"{place}: the contrast of text and image (ITC) proposes the most similar ones, the "
-        "matching head (ITM) looks at each with the text and ranks them anew."
-        + (f" {left} more could not be read or are too many." if left else "")
+        f"{place}: the similarity of text and image (ITC) proposes candidates, and the matching "
+        "head (ITM) ranks them."
+        + (f" {left_out} more could not be read or are too many." if left_out else "")
     )
     if not _trained(weights).text_processor(query):
         return
     hits = gallery.search(query)
     for start in range(0, len(hits), 4):
         for column, hit in zip(st.columns(4), hits[start : start + 4], strict=False):
-            with column:
-                if images is None:
-                    st.image(render(_scenes()[hit.index], SHOWN), width="stretch")
-                    st.text(captions(_scenes()[hit.index])[0].text)
-                else:
-                    st.image(_thumbnail(files[hit.index]), width="stretch")
-                    st.text(one_line(str(files[hit.index].relative_to(images))))
-                st.caption(
-                    f"match {hit.match:.2f}, similarity {hit.cosine:+.2f} (place {hit.rank} by it)"
-                )
-
-
-def _thumbnail(file: Path) -> Image.Image:
-    image = open_rgb(file, min_side=SHOWN)
-    image.thumbnail((SHOWN, SHOWN))
-    return image
+            if images is None:
+                scene = _scenes()[hit.index]
+                picture, name = render(scene, SHOWN), captions(scene)[0].text
+            else:
+                file = files[hit.index]
+                picture = _small(open_rgb(file, min_side=SHOWN))
+                name = one_line(str(file.relative_to(images)))
+            column.image(picture, width="stretch")
+            column.text(name)
+            column.caption(
+                f"match {hit.match:.2f}, similarity {hit.cosine:+.2f} (rank {hit.rank} by it)"
+            )
 
 
 def _main() -> None:
-    # Streamlit adds this file's folder, whose modules would hide others of their names.
+    # Streamlit adds this file's folder, whose modules would shadow others of the same name.
     sys.path[:] = [folder for folder in sys.path if folder != str(Path(__file__).parent)]
-    (checkpoint, model, kind, options), images = json.loads(sys.argv[1])  # as serve() gave them
-    page(Weights(checkpoint, model, kind, tuple(options)), images)
+    weights, images = json.loads(sys.argv[1])  # as serve() passed them
+    page(Weights(*weights), images)
 
 
 if __name__ == "__main__":

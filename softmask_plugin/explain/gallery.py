@@ -1,9 +1,10 @@
-"""What the app shows, apart from its page: wrong captions, search by text."""
+"""What the app shows, apart from its page: wrong captions, and search by text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def wrong_caption(scene: Scene) -> str:
-    """The scene's first caption, with another colour for its first thing."""
+    """The scene's first caption, with a wrong colour for its first object."""
     first, *others = scene.things
     shown = {thing.colour for thing in scene.things}
     colour = next(colour for colour in COLOURS if colour not in shown)
@@ -29,33 +30,27 @@ def wrong_caption(scene: Scene) -> str:
 
 @dataclass(frozen=True)
 class Hit:
-    """An image that a search found.
+    """An image that a search found."""
 
-    Attributes:
-        index: of the image in its gallery.
-        match: probability that the text describes it.
-        cosine: of text and image, which ITC compares.
-        rank: its place by cosine alone, from 1.
-    """
-
-    index: int
-    match: float
-    cosine: float
-    rank: int
+    index: int  # in the gallery
+    match: float  # probability that the text describes it
+    cosine: float  # similarity of text and image, as ITC compares them
+    rank: int  # by cosine alone, from 1
 
 
 class Gallery:
-    """Images that are encoded once, to be searched by any number of texts.
+    """Images that are encoded once and searched by any number of texts.
 
     Args:
-        trained: what encodes them.
-        images: the images; taken in batches, so that an iterator need not hold them all.
+        trained: The model and its processors.
+        images: The images; an iterator need not hold them all, as they are encoded in batches.
+        batch: Size of a batch.
     """
 
     def __init__(self, trained: Trained, images: Iterable[Image.Image], batch: int = 64) -> None:
         self.trained, self.reranker = trained, Reranker(trained.model)
         with torch.no_grad():
-            batches = _batches((trained.image_processor(image) for image in images), batch)
+            batches = _batches(map(trained.image_processor, images), batch)
             states, self.features = self.reranker.encode_images(batches)
         self.states = torch.stack([*states.values()])
 
@@ -64,12 +59,12 @@ class Gallery:
         """Find the images that a text describes best.
 
         Args:
-            text: as a user types it.
-            count: how many to return, best first.
-            candidates: how many of the most similar images (ITC) the matching head (ITM) compares.
+            text: Any text; the text processor cleans it.
+            count: Number of images to return, best first.
+            candidates: Number of the most similar images (ITC) that the matching head (ITM) scores.
 
         Raises:
-            UserError: a score is NaN or infinite.
+            UserError: A score is NaN or infinite.
         """
         model = self.trained.model
         texts, feature = self.reranker.encode_texts([self.trained.text_processor(text)])
@@ -85,31 +80,26 @@ class Gallery:
 
 
 def _batches(images: Iterable[Tensor], size: int) -> Iterable[dict[str, Tensor]]:
-    batch: list[Tensor] = []
-    for image in images:
-        batch.append(image)
-        if len(batch) == size:
-            yield {"image": torch.stack(batch)}
-            batch = []
-    if batch:
+    remaining = iter(images)
+    while batch := list(islice(remaining, size)):
         yield {"image": torch.stack(batch)}
 
 
 def readable_images(folder: Path, limit: int) -> tuple[list[Path], int]:
-    """The image files in a folder and those below it, by name.
+    """Image files in a folder and below, sorted by path.
 
     Returns:
-        At most ``limit`` files that can be decoded, and how many more there are or cannot be.
+        At most ``limit`` files that can be decoded, and the number of files left out.
 
     Raises:
-        UserError: no such folder, or nothing in it can be decoded.
+        UserError: There is no such folder, or none of the first ``limit`` files can be decoded.
     """
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}: give one that holds images")
+        raise UserError(f"no folder {folder}: give a folder of images")
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
     good = [file for file in files[:limit] if _is_readable(file)]
     if not good:
-        raise UserError(f"no image that can be read in {folder} ({', '.join(SUFFIXES)})")
+        raise UserError(f"no readable image in {folder} ({', '.join(SUFFIXES)})")
     return good, len(files) - len(good)
 
 

@@ -1,4 +1,4 @@
-"""Pictures of what the soft mask hides, made as a run goes on, of the same few pairs throughout."""
+"""Pictures of what the soft mask hides in the same few pairs, drawn while a run trains."""
 
 from __future__ import annotations
 
@@ -13,83 +13,79 @@ from lavis.common.dist_utils import is_main_process
 from torch import Tensor, nn
 
 from softmask_plugin.errors import UserError
-from softmask_plugin.explain.pairs import Explanation, explain
+from softmask_plugin.explain.pairs import explain
 from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.processors.image import CLIP_MEAN, CLIP_STD
 from softmask_plugin.runners.boards import Boards
 
-PAIRS, WORDS = 4, 5  # shown, and of each pair
+PAIRS, WORDS = 4, 5  # pairs in a picture, and words of each
 DPI = 140
 
 
 class MaskPanels:
-    """Draws ``step_<n>.png`` after some steps: the first pairs that the run trained on, as the
-    model in evaluation mode sees them: for some words, function words left out, heat maps, masks
-    and scores.
+    """Draws ``step_<n>.png``: the heat maps, masks and scores of some content words, in the first
+    pairs that the run trained on, by the model in evaluation mode.
 
-    The pairs are kept in ``pairs.pth``, so that a run that goes on shows the same ones. Neither
-    the model nor random draws are touched.
+    The pairs are kept in ``pairs.pth``, so that a resumed run shows the same ones. The model and
+    the random state stay as they are.
 
     Args:
-        folder: for the pictures.
-        every: optimizer steps between them, beside one at the end of each epoch; None: never.
-        model: what is trained.
-        boards: get the pictures too.
+        folder: Folder for the pictures.
+        every: Optimizer steps between pictures, besides one at the end of each epoch; None: never.
+        model: The model that is trained.
+        boards: They show the pictures too.
 
     Raises:
-        UserError: the model has no matching head, whose maps could be shown.
+        UserError: The model has no matching head, so it has no maps to show.
     """
 
     def __init__(self, folder: Path, every: int | None, model: nn.Module, boards: Boards) -> None:
         if every is not None and not isinstance(model, AlignedBase):
             raise UserError(
-                f"run.panel_every is {every}, but the model has no matching head, so no maps of "
-                "words to show: remove it"
+                f"run.panel_every is {every}, but the model has no matching head, so there are no "
+                "maps to show: remove the key"
             )
         self._folder, self._boards = folder, boards
         self._every = every if is_main_process() else None
-        self._pairs: dict[str, Any] | None = None
+        self._pairs: dict[str, Any] = {}
 
     def see(self, samples: Mapping[str, Any]) -> None:
-        """Take the pairs out of the run's first batch, unless the run has some."""
-        if self._every is None or self._pairs is not None:
+        """Take the pairs from the run's first batch, unless the run has some already."""
+        if self._every is None or self._pairs:
             return
         file = self._folder / "pairs.pth"
         try:
             self._pairs = torch.load(file, weights_only=True)
-        except Exception:  # none yet, or half a file of a process that was killed
+        except Exception:  # none yet, or half a file of a killed process
             images = samples["image"][:PAIRS].detach().float().cpu()
             self._pairs = {"image": images, "text_input": list(samples["text_input"][:PAIRS])}
             self._folder.mkdir(parents=True, exist_ok=True)
             torch.save(self._pairs, file)
 
     def after(self, model: nn.Module, step: int, epoch_ends: bool) -> None:
-        """Draw, if it is time to."""
-        if self._every is None or self._pairs is None or (step % self._every and not epoch_ends):
+        """Draw a picture if one is due after this step."""
+        if self._every is None or not self._pairs or (step % self._every and not epoch_ends):
             return
+        path = self._folder / f"step_{step}.png"
         try:
-            shown: Any = model  # checked when the run began
-            found = explain(shown, self._pairs["image"], self._pairs["text_input"])
-            path = self._draw(found, self._folder / f"step_{step}.png")
+            self._draw(model, path)
         except (UserError, OSError) as error:  # a picture is no reason to end a run
             logging.warning("no picture of the masks after step %d: %s", step, error)
             return
         self._boards.picture("masks", path, step)
 
-    def _draw(self, found: list[Explanation], path: Path) -> Path:
+    def _draw(self, model: Any, path: Path) -> None:
         from softmask_plugin.explain.figure import Shown, word_panels  # matplotlib takes a second
 
-        assert self._pairs is not None
-        images = [_pixels(image) for image in self._pairs["image"]]
-        pairs = [
-            Shown(image, each, each.content_words[:WORDS])
-            for image, each in zip(images, found, strict=True)
+        images, captions = self._pairs["image"], self._pairs["text_input"]
+        shown = [
+            Shown(_pixels(image), each, each.content_words[:WORDS])
+            for image, each in zip(images, explain(model, images, captions), strict=True)
         ]
-        word_panels(pairs).savefig(path, dpi=DPI)
-        return path
+        word_panels(shown).savefig(path, dpi=DPI)
 
 
 def _pixels(image: Tensor) -> np.ndarray:
-    """A processed image (3, H, W) as (H, W, 3) uint8; true colours where CLIP's mean was used."""
+    """A processed image (3, H, W) as (H, W, 3) uint8; true colours if CLIP's mean was used."""
     unit = image.permute(1, 2, 0) * torch.tensor(CLIP_STD) + torch.tensor(CLIP_MEAN)
     return (unit.clamp(0, 1) * 255).round().byte().numpy()

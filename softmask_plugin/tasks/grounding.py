@@ -1,7 +1,7 @@
-"""Grounding without boxes in training: which candidate box do the words of an expression point at?
+"""Grounding without boxes in training: which candidate box do an expression's words point at?
 
-The evaluation of ALBEF (arXiv 2107.07651, 4.4) on RefCOCO+, and the pointing game of Zhang et al.
-(ECCV 2016), both with the word maps that training masks with.
+ALBEF's evaluation on RefCOCO+ (arXiv 2107.07651, 4.4) and the pointing game (Zhang et al., ECCV
+2016), both with the word maps that the soft mask trains with.
 """
 
 from __future__ import annotations
@@ -26,34 +26,33 @@ from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.pointing import Box, energy_inside, hits
 from softmask_plugin.registry import register
 
-NEEDED = ("box", "boxes", "group")  # of each entry of a data set's `annotation`
-TIED = 1 - 1e-9  # scores no further apart than by rounding are equal
+NEEDED = ("box", "boxes", "group")  # keys of each entry of a data set's `annotation`
+TIED = 1 - 1e-9  # scores that differ by rounding alone are equal
 
 
 @register("task", "softmask_grounding")
 class GroundingTask(BaseTask):
-    """Find the thing that an expression refers to, by where its words' maps lie.
+    """Find the object that an expression refers to, by the maps of its words.
 
-    Of ``run`` it reads ``grounding_alpha``: a candidate box scores the map's mass inside it
-    per ``area ** grounding_alpha``. 0 favours large boxes, 1 small ones.
+    ``run.grounding_alpha`` weighs size: a candidate box scores the map's mass inside it divided by
+    ``area ** grounding_alpha``, so 0 favours large boxes and 1 small ones.
 
-    A data set for it has an attribute ``annotation``, a list of ``{"box": the true box, "boxes":
+    A data set has an attribute ``annotation``, a list of ``{"box": the true box, "boxes":
     candidates, "group": name}`` with boxes ``(x0, y0, x1, y1)`` in [0, 1], and samples ``{"image",
     "text_input", "instance_id", "index": position in annotation}``.
 
-    Metrics are in percent, for all items and, with ``_<group>`` at the end, for each group:
+    Metrics are in percent, for all items and, with the suffix ``_<group>``, for each group:
 
-    - ``acc``: the candidate that scores best has an IoU with the true box above 0.5 (in ALBEF's
-      code: of at least 0.5);
-    - ``acc_chance``: share of the candidates that have, what one drawn at random would give;
-    - ``pointing``: the map's peak, a patch's centre, lies in the true box;
-    - ``pointing_chance``: share of all patch centres that lie there.
+    - ``acc``: the best candidate's IoU with the true box is above 0.5 (ALBEF's code: 0.5 or more);
+    - ``acc_chance``: the same for a candidate drawn at random;
+    - ``pointing``: the map's peak, the centre of a patch, lies in the true box;
+    - ``pointing_chance``: the same for a patch drawn at random.
 
-    Of n tied candidates or peaks each counts 1/n. ``agg_metrics`` is ``acc``.
+    Each of n tied candidates or peaks counts 1/n. ``agg_metrics`` is ``acc``.
 
     Raises:
-        UserError: ``grounding_alpha`` is no number >= 0, a model or data set of another kind, or a
-            map is NaN or infinite.
+        UserError: ``grounding_alpha`` is not a number >= 0, the model has no matching head, the
+            data set has no boxes, or a map is NaN or infinite.
     """
 
     def __init__(self, alpha: float) -> None:
@@ -69,7 +68,7 @@ class GroundingTask(BaseTask):
         return cls(setting(cfg.run_cfg, "grounding_alpha"))
 
     def before_evaluation(self, model: Any, dataset: Any, **rest: Any) -> None:
-        """Note the boxes of the data set that comes next."""
+        """Keep the boxes of the data set that is evaluated next."""
         if not isinstance(model, AlignedBase):
             raise UserError(
                 f"run.task softmask_grounding cannot evaluate {type(model).__name__}, which has no "
@@ -90,14 +89,12 @@ class GroundingTask(BaseTask):
 
         Returns:
             For each item its ``instance_id`` and ``index``; ``peak`` (x, y) of its map in [0, 1],
-            the first of tied ones; the share ``hit`` of its peaks and ``chance`` of all patches
-            that lie in the true box; ``scores`` of the candidate boxes, in their order.
+            the first one if several are tied; ``hit`` and ``chance``, see ``pointing.hits``; and
+            ``scores`` of the candidate boxes, in their order.
         """
-        words = word_maps(model, samples["image"], samples["text_input"])
-        heat = phrase_maps(words).double()
+        heat = phrase_maps(word_maps(model, samples["image"], samples["text_input"])).double()
         require_finite_scores("a heat map", heat)
-        maps = heat.cpu().numpy()
-        indices = samples["index"].tolist()
+        maps, indices = heat.cpu().numpy(), samples["index"].tolist()
         items = [self.annotation[index] for index in indices]
         hit, chance = hits(maps, [item["box"] for item in items])
         scores = box_scores(maps, [item["boxes"] for item in items], self.alpha)
@@ -119,7 +116,7 @@ class GroundingTask(BaseTask):
     def after_evaluation(
         self, val_result: list[dict[str, Any]], split_name: str, **_: Any
     ) -> dict[str, float] | None:
-        """Merge what all processes found; metrics on the main process, None on the others."""
+        """Merge the results of all processes; metrics on the main process, None on the others."""
         file = self.save_result(
             val_result,
             result_dir=registry.get_path("result_dir"),
@@ -133,23 +130,23 @@ class GroundingTask(BaseTask):
         results = json.loads(Path(file).read_text(encoding="utf-8"))
         metrics = grounding_metrics(results, self.annotation)
         logging.info("grounding: %s", metrics)
-        # where LAVIS's tasks leave theirs, whichever runner is used
+        # Where LAVIS's own tasks write theirs
         with Path(registry.get_path("output_dir"), "evaluate.txt").open("a") as log:
             log.write(json.dumps(metrics) + "\n")
         return metrics
 
 
 def box_scores(maps: np.ndarray, boxes: Sequence[Sequence[Box]], alpha: float) -> list[np.ndarray]:
-    """Score the candidate boxes of each map: its mass inside a box per ``area ** alpha``.
+    """Score the candidate boxes of each map: its mass inside a box, over ``area ** alpha``.
 
-    A map's mass is 1 and an image's area is 1, which changes no ranking within an image. Patches
-    on a box's edge count for the part inside (ALBEF resizes the map to pixels instead); an all-zero
-    map counts as constant.
+    Maps are scaled to a mass of 1, which changes no ranking within an image. A patch on a box's
+    edge counts by its part inside (ALBEF resizes maps to pixels instead); an all-zero map counts as
+    constant.
 
     Args:
         maps: (B, h, w), finite, >= 0.
-        boxes: (K_i, 4) for each map, ``(x0, y0, x1, y1)`` in [0, 1], none of them empty.
-        alpha: power of the area.
+        boxes: (K_i, 4) for each map, ``(x0, y0, x1, y1)`` in [0, 1], none empty.
+        alpha: Power of the area.
 
     Returns:
         (K_i,) for each map.
@@ -164,7 +161,7 @@ def box_scores(maps: np.ndarray, boxes: Sequence[Sequence[Box]], alpha: float) -
 def grounding_metrics(
     results: list[dict[str, Any]], annotation: list[dict[str, Any]]
 ) -> dict[str, float]:
-    """Metrics of :class:`GroundingTask` from what its ``valid_step`` gave for each item."""
+    """Metrics of :class:`GroundingTask` from the results of its ``valid_step``."""
     rows: dict[str, list[tuple[float, ...]]] = {}
     for result in results:
         item = annotation[result["index"]]
@@ -184,7 +181,7 @@ def grounding_metrics(
 
 
 def _accuracy(scores: list[float], item: dict[str, Any]) -> tuple[float, float]:
-    """Whether the best candidate is right, and the share of right ones; 0 where there is none."""
+    """Whether the best candidate is right, and the share of right ones; 0 without candidates."""
     if not scores:
         return 0.0, 0.0
     candidates, truth = (torch.tensor(item[key], dtype=torch.float64) for key in ("boxes", "box"))

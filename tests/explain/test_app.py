@@ -1,4 +1,4 @@
-"""The page of `softmask app`: as Streamlit runs it, and in a real browser where there is one."""
+"""The page of `softmask app`: as Streamlit runs it, and in a real browser if there is one."""
 
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 @pytest.fixture(autouse=True)
 def own_main_module(monkeypatch):
-    """AppTest leaves its script in the place of ``__main__``, which processes that a later test
-    spawns would run."""
+    """AppTest replaces ``__main__`` with its script, which processes of later tests would run."""
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
 
 
@@ -46,7 +45,9 @@ def shown(images=None, checkpoint=None):
 
 
 def drawn_by(code):
-    drawn = AppTest.from_string(f"from softmask_plugin.explain import app; {code}", default_timeout=60)
+    drawn = AppTest.from_string(
+        f"from softmask_plugin.explain import app; {code}", default_timeout=60
+    )
     drawn.run()
     assert not drawn.exception
     return drawn
@@ -62,7 +63,7 @@ def press(drawn, label):
     assert not drawn.exception
 
 
-def test_a_scene_comes_with_a_true_caption_and_a_word():
+def test_a_scene_starts_with_a_true_caption_and_a_word():
     drawn = shown()
     assert drawn.text_input("caption").value == captions(make_scenes("test", 1)[0])[0].text
     match, masked = scores(drawn)
@@ -70,7 +71,7 @@ def test_a_scene_comes_with_a_true_caption_and_a_word():
     assert "masked" in drawn.metric[1].label
 
 
-def test_the_page_says_what_a_mask_does_to_the_shipped_model():
+def test_the_page_is_right_about_masks_and_the_bundled_model():
     """It was trained with the soft mask: its match hardly moves, and does not fall."""
     trained, moves = load_trained(), []
     for scene in make_scenes("test", 8):
@@ -92,51 +93,51 @@ def test_a_wrong_caption_does_not_match_and_the_true_one_comes_back():
 
 
 @pytest.mark.parametrize("text", ["", "  ?!", "<script>alert(1)</script>", "café [x](y) $1$ `a`"])
-def test_any_caption_is_taken(text):
+def test_any_caption_is_accepted(text):
     drawn = shown()
     drawn.text_input("caption").set_value(text).run()
     assert not drawn.exception and not drawn.error
     assert bool(drawn.metric) == bool(re.search(r"\w", text))
 
 
-def test_a_long_caption_says_what_of_it_is_read():
+def test_a_long_caption_gets_a_warning():
     drawn = shown()
     assert not drawn.warning
     drawn.text_input("caption").set_value("ring " * 35).run()
-    assert "only the first 28 of 35 words were read" in drawn.warning[0].value
+    assert "only the first 28 of 35 words fit" in drawn.warning[0].value
 
 
-def test_what_the_shipped_model_was_trained_on_is_said_at_caption_and_upload(tmp_path):
-    def told(drawn):
-        notes = [caption.value for caption in drawn.caption]
-        return app.SHIPPED_READS in notes, app.SHIPPED_SEES in notes
+def test_notes_say_what_the_bundled_model_was_trained_on(tmp_path):
+    def notes(drawn):
+        written = [caption.value for caption in drawn.caption]
+        return app.BUNDLED_CAPTIONS in written, app.BUNDLED_IMAGES in written
 
     drawn = shown()
-    assert told(drawn) == (True, False)
-    assert told(drawn.radio("source").set_value(app.UPLOAD).run()) == (True, True)
+    assert notes(drawn) == (True, False)
+    assert notes(drawn.radio("source").set_value(app.UPLOAD).run()) == (True, True)
 
-    model = load_trained().model  # as one of the user's own
+    model = load_trained().model  # as a model of the user
     section = {**OmegaConf.to_container(OmegaConf.structured(model.options)), "pretrained": None}
     content = {"model": model.state_dict(), "config": {"model": section}}
     torch.save(content, tmp_path / "mine.pth")
     drawn = shown(checkpoint=str(tmp_path / "mine.pth"))
-    assert told(drawn) == (False, False)
-    assert told(drawn.radio("source").set_value(app.UPLOAD).run()) == (False, False)
+    assert notes(drawn) == (False, False)
+    assert notes(drawn.radio("source").set_value(app.UPLOAD).run()) == (False, False)
 
 
-def test_weights_that_no_run_left_are_served(tmp_path, monkeypatch):
+def test_weights_from_elsewhere_are_served(tmp_path, monkeypatch):
     torch.save({"model": load_trained().model.state_dict()}, tmp_path / "ALBEF.pth")
     given = []
     monkeypatch.setattr(app.bootstrap, "load_config_options", lambda flags: None)
     monkeypatch.setattr(app.bootstrap, "run", lambda file, hello, args, flags: given.extend(args))
     asked = ["app", "--checkpoint", str(tmp_path / "ALBEF.pth"), "--port", str(free_port())]
-    assert cli.main(asked) == 2 and not given  # nothing says what model they are of
+    assert cli.main(asked) == 2 and not given  # nothing says which model they belong to
     asked += ["--model", "softmask_image_text_matching", "--type", "scenes_tiny"]
     assert cli.main(asked) == 0
     monkeypatch.setattr(sys, "argv", ["app.py", *given])
     drawn = drawn_by("app._main()")
     assert not drawn.error and scores(drawn)[0] > 0.8
-    assert app.SHIPPED_READS not in [caption.value for caption in drawn.caption]
+    assert app.BUNDLED_CAPTIONS not in [caption.value for caption in drawn.caption]
 
 
 def test_options_reach_the_page(monkeypatch):
@@ -152,7 +153,7 @@ def test_options_reach_the_page(monkeypatch):
     assert not shown().warning
 
 
-def test_an_image_of_ones_own_waits_for_its_file():
+def test_an_upload_waits_for_its_file():
     drawn = shown()
     drawn.radio("source").set_value(app.UPLOAD).run()
     assert not drawn.exception and not drawn.metric
@@ -166,7 +167,7 @@ def test_a_folder_is_searched(tmp_path):
     drawn = shown(str(tmp_path))
     assert sorted(text.value for text in drawn.text) == ["[b](x).png", "a.png"]
     assert any("1 more could not be read" in caption.value for caption in drawn.caption)
-    with pytest.raises(UserError, match="no image that can be read in .*empty"):
+    with pytest.raises(UserError, match="no readable image in .*empty"):
         (tmp_path / "empty").mkdir()
         readable_images(tmp_path / "empty", 9)
     with pytest.raises(UserError, match="no folder .*none"):
@@ -185,7 +186,7 @@ def test_search_finds_the_scene_that_is_described():
 def test_text_is_escaped():
     assert app.plain("a:red[b] <i>`$x\n") == r"a\:red\[b\] \<i\>\`\$x\\n"
     words = ["a", "star", "a"]
-    assert len({app._label(words, i) for i in range(3)}) == 3  # Streamlit tells words by labels
+    assert len({app._label(words, i) for i in range(3)}) == 3  # Streamlit needs unique labels
 
 
 def test_a_taken_port_or_missing_folder_is_one_line(capsys, tmp_path):
@@ -210,14 +211,14 @@ def free_port():
 
 @pytest.fixture
 def address(tmp_path):
-    """Of a served page, in a process of its own."""
+    """Address of a served page, in a process of its own."""
     port = free_port()
     command = [sys.executable, "-m", "softmask_plugin.cli", "app", "--port", str(port)]
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(
             command,
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(app.Path(app.__file__).parents[1])},
+            env={**os.environ, "PYTHONPATH": str(app.Path(app.__file__).parents[2])},
             stdout=log,
             stderr=log,
         )

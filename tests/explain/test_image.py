@@ -1,4 +1,4 @@
-"""softmask explain: a checkpoint finds its own model, words and figures, mistakes in one line."""
+"""softmask explain: the model of a checkpoint, words, figures, and mistakes in one line."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def photo(tmp_path):
 
 
 def save(model, folder, *, arch="softmask_pretrain", within=True, **section):
-    """A checkpoint as a run leaves it: with its configuration, and its vocabulary beside it."""
+    """A checkpoint as a run writes it: with its configuration, and its vocabulary beside it."""
     config = {
         "model": {**OmegaConf.to_container(OmegaConf.structured(model.options)), "arch": arch},
         "datasets": {"mine": {"vis_processor": {"train": {"mean": MEAN, "std": STD}}}},
@@ -61,7 +61,7 @@ def checkpoint(make_model, tmp_path):
 
 
 @pytest.mark.parametrize("within", [True, False])
-def test_a_checkpoint_says_itself_what_it_is_of(make_model, tmp_path, photo, within):
+def test_a_checkpoint_describes_its_own_model(make_model, tmp_path, photo, within):
     model = make_model()
     found = softmask_plugin.explain_image(photo, CAPTION, save(model, tmp_path, within=within))
     pixels = Image.open(photo).resize((32, 32), Image.Resampling.BICUBIC)
@@ -74,7 +74,7 @@ def test_a_checkpoint_says_itself_what_it_is_of(make_model, tmp_path, photo, wit
 
 
 @pytest.mark.parametrize("kind", ["path", "picture", "array"])
-def test_images_and_models_of_every_kind(make_other, photo, kind):
+def test_every_kind_of_image_and_model(make_other, photo, kind):
     model = make_other(SoftMaskImageTextMatching)
     picture = Image.open(photo)
     image = {"path": photo, "picture": picture, "array": np.asarray(picture)}[kind]
@@ -83,7 +83,7 @@ def test_images_and_models_of_every_kind(make_other, photo, kind):
     assert torch.equal(found.cams, again.cams) and found.score == again.score
 
 
-def test_named_words_alone_wherever_they_stand(make_model, photo):
+def test_chosen_words_are_explained_at_every_place(make_model, photo):
     model = make_model()
     whole = softmask_plugin.explain_image(photo, CAPTION, model)
     found = softmask_plugin.explain_image(photo, CAPTION, model, words=["A", "Star!"])
@@ -102,23 +102,23 @@ def test_named_words_alone_wherever_they_stand(make_model, photo):
     ("tokens", "limit"),
     [(12, "model.max_txt_len is 12"), (40, "its text processor's max_words is 30")],
 )
-def test_a_caption_that_is_cut_says_so_once(make_model, photo, caplog, tokens, limit):
+def test_cutting_a_caption_is_logged_once(make_model, photo, caplog, tokens, limit):
     words = [*WORDS, *["star"] * 25]
     found = softmask_plugin.explain_image(photo, " ".join(words), make_model(max_txt_len=tokens))
     count = min(tokens - 2, 30)
     assert found.words == words[:count] and found.caption == " ".join(words)
-    assert found.as_dict()["read"] == found.read == " ".join(words[:count])
-    told = f"only the first {count} of 34 words were read"
-    assert caplog.messages == [f"{told} ({limit})"]
-    assert found.table().splitlines()[0].endswith(f"{found.read} ... ({told})")
+    assert found.as_dict()["read"] == found.kept == " ".join(words[:count])
+    message = f"only the first {count} of 34 words fit"
+    assert caplog.messages == [f"{message} ({limit})"]
+    assert found.table().splitlines()[0].endswith(f"{found.kept} ... ({message})")
 
 
-def test_a_caption_that_fits_is_read_to_its_end(make_model, photo, caplog):
+def test_a_caption_that_fits_is_kept_whole(make_model, photo, caplog):
     found = softmask_plugin.explain_image(photo, CAPTION, make_model())
-    assert found.read == found.caption and not found.cut and not caplog.messages
+    assert found.kept == found.caption and not found.cut and not caplog.messages
 
 
-def test_a_checkpoint_cannot_say_that_it_is_to_be_trusted(make_model, tmp_path):
+def test_a_checkpoint_cannot_make_itself_trusted(make_model, tmp_path):
     path = save(make_model(), tmp_path, trust_checkpoint=True, vit_weights="deit")
     options = load_trained(path).model.options
     assert options.trust_checkpoint is False and options.vit_weights is None
@@ -151,18 +151,18 @@ def test_bare_weights_of_lavis_albef(make_model, albef_twin, tmp_path, photo):
         load_trained(tmp_path / "ALBEF.pth")
 
 
-def test_a_checkpoint_s_model_is_named_in_python_as_on_the_command_line(photo, tmp_path):
+def test_arch_and_model_type_name_the_model_of_a_bare_checkpoint(photo, tmp_path):
     named = ("softmask_image_text_matching", "scenes_tiny")
     bare = tmp_path / "bare.pth"
     torch.save({"model": load_trained(None, *named).model.state_dict()}, bare)
-    with pytest.raises(UserError, match="does not say what model it is of"):
+    with pytest.raises(UserError, match="does not say which model it belongs to"):
         softmask_plugin.explain_image(photo, CAPTION, bare)
     found = softmask_plugin.explain_image(photo, CAPTION, bare, arch=named[0], model_type=named[1])
     assert found.score == softmask_plugin.explain_image(photo, CAPTION).score
 
 
 @pytest.mark.parametrize("kind", ["vqa", "lavis", "other"])
-def test_a_model_that_cannot_be_explained_names_those_that_can(make_other, photo, kind):
+def test_a_model_without_a_matching_head_names_the_models_that_have_one(make_other, photo, kind):
     if kind == "vqa":
         model = make_other(SoftMaskVqa, bert={"layers": 8})
     else:
@@ -189,7 +189,7 @@ def test_weights_without_a_matching_head_are_refused(make_model, tmp_path):
         load_trained(path)
 
 
-def test_a_model_comes_along(photo, tmp_path):
+def test_the_bundled_model_is_the_default(photo, tmp_path):
     found = softmask_plugin.explain_image(photo, CAPTION)
     assert found.words == WORDS and found.cams.shape[1:] == (6, 6)
 
@@ -216,13 +216,13 @@ def test_mistakes(monkeypatch, arguments, message):
         load_trained(**arguments)
 
 
-def test_a_model_without_a_matching_head(make_other, tmp_path):
+def test_a_checkpoint_of_a_model_without_a_matching_head(make_other, tmp_path):
     model = make_other(SoftMaskVqa, bert={"layers": 8})
     with pytest.raises(UserError, match="no model 'softmask_vqa' with a matching head"):
         load_trained(save(model, tmp_path, arch="softmask_vqa"))
 
 
-def test_without_a_checkpoint_the_default_type(monkeypatch, make_model, tmp_path):
+def test_without_a_checkpoint_the_default_type_is_loaded(monkeypatch, make_model, tmp_path):
     path = save(make_model(), tmp_path)
     config = {"model": OmegaConf.load(tmp_path / "config.yaml").model, "preprocess": {}}
     config["model"] |= {"pretrained": str(path), "tokenizer": "scenes"}
@@ -258,14 +258,14 @@ def test_the_command_writes_figure_and_json(photo, checkpoint, tmp_path, capsys,
     assert f"match {found['score']:.3f}: {' '.join(WORDS)}" in out and str(figure) in out
 
 
-def test_json_on_the_standard_output_is_alone_there(photo, checkpoint, tmp_path, capsys):
+def test_json_is_alone_on_standard_output(photo, checkpoint, tmp_path, capsys):
     more = ["-o", str(tmp_path / "a.svg"), "--word", "star", "--json"]
     assert command(photo, checkpoint, *more) == 0
     (word,) = json.loads(capsys.readouterr().out)["words"]
     assert word["word"] == "star"
 
 
-def test_a_figure_has_the_width_that_is_asked_for(photo, checkpoint, tmp_path, capsys):
+def test_a_figure_has_the_given_width(photo, checkpoint, tmp_path, capsys):
     for width, pixels in (("3.3", 990), ("7", 2100)):
         figure = tmp_path / "a.png"
         assert command(photo, checkpoint, "-o", str(figure), "--width", width) == 0
@@ -309,7 +309,7 @@ def test_a_mistake_gets_one_line(photo, checkpoint, tmp_path, monkeypatch, capsy
 
 @pytest.fixture
 def clone(tmp_path, monkeypatch):
-    """A folder that looks like a clone, to run what README says in."""
+    """A folder that looks like a clone, to run README's commands in."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -320,7 +320,7 @@ def snippets(file, mention):
     return [block for block in blocks if mention in block]
 
 
-def test_the_scene_of_the_examples_is_the_one_that_its_seed_gives():
+def test_the_scene_of_the_examples_comes_from_its_seed():
     shipped = np.asarray(Image.open(ROOT / "examples" / "scene.png"), dtype=int)
     (scene,) = make_scenes("test", 1)
     assert abs(shipped - np.asarray(render(scene, 224))).max() <= 2

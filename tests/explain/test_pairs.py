@@ -1,4 +1,4 @@
-"""explain() against the same computation by hand, with LAVIS's modules where they can do it."""
+"""explain() against the same computation by hand, with LAVIS's modules if they can do it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from softmask_plugin.models.matching import SoftMaskImageTextMatching
 from softmask_plugin.models.pretrain import SoftMaskPretrain
 from softmask_plugin.models.retrieval import SoftMaskRetrieval
 from softmask_plugin.soft_mask import keep_factors, normalize
-from softmask_plugin.tokenization import CaptionReader
+from softmask_plugin.tokenization import CaptionTokenizer
 
 CAPTION = "a small red circle above a large blue star"
 
@@ -27,7 +27,7 @@ def images():
 
 def fuse_plainly(twin, model, image_states, caption, keep=None):
     """LAVIS's match probability of one pair, image features masked before any projection."""
-    tokens = model.reader.read([caption])
+    tokens = model.caption_tokenizer.tokenize([caption])
     if keep is not None:
         image_states = image_states * keep[None, :, None]
     text = twin.text_encoder.bert(
@@ -89,7 +89,7 @@ def test_masks_are_those_of_training(make_model, make_batch):
 
 @pytest.mark.parametrize("cls", [SoftMaskPretrain, SoftMaskRetrieval])
 @pytest.mark.parametrize("kind", ["soft", "hard", "uniform"])
-def test_masks_are_of_the_kind_and_strength_of_training(make_other, images, cls, kind):
+def test_masks_have_the_kind_and_strength_of_training(make_other, images, cls, kind):
     option = {"enabled": True, "kind": kind, "strength": 0.4}
     (got,) = explain(make_other(cls, soft_mask=option), images[:1], [CAPTION])
     keep = keep_factors(normalize(got.cams.flatten(1)), kind, 0.4)
@@ -108,7 +108,7 @@ def test_a_random_mask_is_one_draw_of_the_same_amounts(make_model, images):
 
 
 @pytest.mark.parametrize("cls", [SoftMaskPretrain, SoftMaskImageTextMatching])
-def test_a_model_that_trains_with_no_mask_shows_the_paper_s(make_other, images, cls):
+def test_a_model_that_trains_without_masks_shows_the_paper_s(make_other, images, cls):
     off = {"soft_mask": {"enabled": False, "kind": "hard", "strength": 0.1}}
     model = make_other(cls, **(off if cls is SoftMaskPretrain else {}))
     (got,) = explain(model, images[:1], [CAPTION])
@@ -116,20 +116,20 @@ def test_a_model_that_trains_with_no_mask_shows_the_paper_s(make_other, images, 
     assert got.mask_name == "soft mask"
 
 
-def test_words_that_may_name_something(model, images):
+def test_content_words(model, images):
     (got,) = explain(model, images[:1], [CAPTION])
-    assert [got.words[i] for i in got.naming] == "small red circle large blue star".split()
+    assert [got.words[i] for i in got.content_words] == "small red circle large blue star".split()
 
 
-def test_a_long_caption_shows_the_words_that_the_model_reads(make_model, images):
+def test_a_long_caption_shows_the_words_that_fit(make_model, images):
     (got,) = explain(make_model(max_txt_len=6), images[:1], [CAPTION])
     assert got.words == ["a", "small", "red", "circle"]
-    assert got.read == "a small red circle" and got.caption == CAPTION
-    assert got.cut == "only the first 4 of 9 words were read"
+    assert got.kept == "a small red circle" and got.caption == CAPTION
+    assert got.cut == "only the first 4 of 9 words fit"
 
 
 @pytest.mark.parametrize(
-    ("caption", "read"),
+    ("caption", "kept"),
     [
         ("A  Star,\n[MASK] of [SEP] rings", "A  Star,\n["),
         ("a star, [MASK]", "a star, ["),
@@ -139,9 +139,9 @@ def test_a_long_caption_shows_the_words_that_the_model_reads(make_model, images)
         ("a \u200b star \u200b", None),
     ],
 )
-def test_what_is_read_of_a_caption_is_in_its_own_spelling(model, caption, read):
-    reader = CaptionReader(model.tokenizer, 6)
-    assert reader.beginning(caption) == (caption if read is None else read)
+def test_a_cut_caption_keeps_its_spelling(model, caption, kept):
+    tokenizer = CaptionTokenizer(model.tokenizer, 6)
+    assert tokenizer.truncate(caption) == (caption if kept is None else kept)
 
 
 def test_pieces_make_one_word(model, images):
@@ -151,7 +151,7 @@ def test_pieces_make_one_word(model, images):
     assert got.words == ["circlestar", "ring"]
 
 
-def test_a_caption_without_words_has_a_score_alone(model, images):
+def test_a_caption_without_words_has_only_a_score(model, images):
     (got,) = explain(model, images[:1], [""])
     assert got.words == [] and got.masks.shape == (0, 4, 4) and 0 <= got.score <= 1
 

@@ -218,7 +218,7 @@ class TestFigures:
         assert "0.95 → 0.50" in written and "0.95 → 0.90" in written
         assert "0.95 → 0.10" not in written
 
-    def test_word_panel_shows_as_much_of_a_caption_as_was_read(self):
+    def test_word_panel_shows_the_part_of_a_caption_that_was_kept(self):
         cut = replace(explanation(), caption="a red star above a ring")
         figure = word_panel(np.zeros((30, 20, 3), np.uint8), cut, [1])
         assert "a red star […]" in [text.get_text() for text in figure.texts]

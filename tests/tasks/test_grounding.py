@@ -69,7 +69,7 @@ def test_explain_shows_these_maps(model, images):
 def test_maps_equal_the_grad_cam_of_lavis_modules(model, images, albef_twin):
     """LAVIS's own attention, hooks and gradients, one pair; words of several tokens averaged."""
     caption, twin = "a circlestar ring", albef_twin(model).eval()
-    tokens = model.reader.read([caption])
+    tokens = model.caption_tokenizer.tokenize([caption])
     look = twin.text_encoder.bert.encoder.layer[model.map_layer].crossattention.self
     look.save_attention = True
     text = twin.text_encoder.bert(
@@ -97,7 +97,7 @@ def test_maps_equal_the_grad_cam_of_lavis_modules(model, images, albef_twin):
     assert got.score.item() == pytest.approx(logits.softmax(-1)[0, 1].item(), abs=1e-5)
 
 
-def test_phrase_maps_are_means_over_the_words_there_are(model, images):
+def test_phrase_maps_are_means_over_the_words(model, images):
     words = word_maps(model, images, RAGGED)
     got = phrase_maps(words)
     for i, count in enumerate(WORDS):
@@ -113,7 +113,7 @@ def test_word_maps_leave_no_gradient_behind(model, images, grad):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_maps_in_half_precision_are_about_the_same(model, images):
+def test_maps_in_half_precision_are_similar(model, images):
     exact = phrase_maps(word_maps(model, images, RAGGED))
     with torch.autocast("cpu", torch.bfloat16):
         rough = phrase_maps(word_maps(model, images, RAGGED))
@@ -121,7 +121,7 @@ def test_maps_in_half_precision_are_about_the_same(model, images):
     torch.testing.assert_close(rough, exact, rtol=0, atol=0.1 * float(exact.max()))
 
 
-def test_as_many_images_as_captions(model, images):
+def test_images_and_captions_must_pair(model, images):
     with pytest.raises(ValueError, match="4 images do not pair with 2 captions"):
         word_maps(model, images, RAGGED[:2])
 
@@ -216,7 +216,7 @@ def test_tied_candidates_share_the_hit_and_none_is_a_miss():
 
 
 class Expressions(BaseDataset):
-    """A data set in memory, to the task's contract."""
+    """A data set in memory that keeps the task's contract."""
 
     def __init__(self, images, annotation):
         super().__init__()
@@ -263,7 +263,7 @@ def task_of(**run) -> GroundingTask:
 
 
 def evaluate(task, model, dataset, batch_size=3):
-    """What LAVIS's runners do for a split, before the results are merged."""
+    """What LAVIS's runners do for a split before they merge the results."""
     task.before_evaluation(model=model, dataset=dataset)
     loader = DataLoader(dataset, batch_size, collate_fn=dataset.collater)
     return task.evaluation(model, loader, cuda_enabled=False)
@@ -290,7 +290,7 @@ def test_results_are_those_of_explained_pairs(model, images, dataset):
 
 
 @torch.no_grad()
-def test_each_item_counts_once_and_metrics_are_left_for_people(model, dataset, folders):
+def test_each_item_counts_once_and_metrics_are_written(model, dataset, folders):
     task = task_of()
     results = evaluate(task, model, dataset)
     padded = [*results, results[0]]  # as a distributed sampler pads
