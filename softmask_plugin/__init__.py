@@ -1,17 +1,17 @@
 """SoftMask++ (arXiv 2304.00719) for Salesforce LAVIS.
 
-Importing this package registers its models, losses, processors, data sets and runner with LAVIS.
-Without LAVIS the torch-only parts (``losses``, ``soft_mask``, ``nn``) can still be imported; where
-LAVIS is there but its versions cannot work together, a warning says what to do.
+Importing this package registers its models, losses, processors, data sets, task and runner with
+LAVIS. Without LAVIS the torch-only parts (``losses``, ``soft_mask``, ``nn``) can still be imported;
+if LAVIS is installed but cannot work with the other packages, a warning says what to do.
 """
 
 import os
 import warnings
 from importlib.util import find_spec
 
-# Before torch is imported, which reads it once: OpenMP's waiting threads spin for milliseconds by
-# default. With data-loader workers or other programs on the cores that made a training step ten
-# times slower (9.0 s against 0.93 s on two busy cores); some microseconds do as well on idle ones.
+# Before the import of torch, which reads it once. By default OpenMP's waiting threads spin for
+# milliseconds, which made a training step ten times slower (9.0 s against 0.93 s) on two cores that
+# data-loader workers shared. Spinning for microseconds is as fast on idle cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 from softmask_plugin.host import stack

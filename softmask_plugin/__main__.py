@@ -10,11 +10,11 @@ USAGE = """\
 usage: python -m softmask_plugin SCRIPT [ARGUMENT ...]
 
 Registers the plugin with LAVIS, then runs SCRIPT (such as LAVIS's own train.py) as python would.
-For the plugin's own commands use 'softmask --help'."""
+For the plugin's own commands see 'softmask --help'."""
 
 
 def main() -> int:
-    """Run the script that the command line names."""
+    """Run the script that the command line names; returns the exit code."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(USAGE)
         return 0 if len(sys.argv) > 1 else 2

@@ -1,10 +1,11 @@
-"""The whole story in minutes: render scenes, pretrain, retrieve, and show what the masks hide."""
+"""The demo: pretrain on rendered scenes, rank held-out ones, and show what the mask hides."""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 
 from softmask_plugin import launch, report
 from softmask_plugin.config.check import option
-from softmask_plugin.datasets.scenes.builders import SceneEvalDataset
+from softmask_plugin.datasets.scenes.builders import SceneRetrievalDataset
 from softmask_plugin.datasets.scenes.render import render
 from softmask_plugin.explain.figure import word_panel
 from softmask_plugin.explain.pairs import Explanation, explain
@@ -24,99 +25,85 @@ from softmask_plugin.pointing import pointing_game, swapped
 
 TRAIN = "lavis_configs/projects/scenes/train/pretrain_tiny.yaml"
 EVALUATE = "lavis_configs/projects/scenes/eval/retrieval_tiny.yaml"
-PANELS = 6  # scenes shown
-POINTED = 200  # scenes whose words play the pointing game
+PANELS = 6  # scenes in the report
+POINTED = 200  # scenes in the pointing game
 
 
-def main(output_dir: str | Path = "outputs/demo", options: list[str] | None = None) -> Path:
+def main(output_dir: str | Path = "outputs/demo", options: Sequence[str] = ()) -> Path:
     """Pretrain a tiny SoftMask++ on scenes, evaluate retrieval on held-out ones, write a report.
 
     Args:
-        output_dir: gets ``report.html``, ``metrics.json`` and the folders of the two runs.
-        options: overrides of the pretraining YAML, each "section.key=value".
+        output_dir: Folder for ``report.html``, ``metrics.json`` and the folders of the two runs.
+        options: Overrides of the pretraining YAML, each "section.key=value".
 
     Returns:
         The report's path.
     """
-    began, output = time.perf_counter(), Path(output_dir)
-    trained, _ = launch.run(
-        TRAIN, [option("run.output_dir", output / "pretrain"), *(options or [])]
-    )
+    start, output = time.perf_counter(), Path(output_dir)
+    trained, _ = launch.run(TRAIN, [option("run.output_dir", output / "pretrain"), *options])
     weights = trained.output_dir / f"checkpoint_{trained.max_epoch - 1}.pth"
+    shared = [each for each in options if each.startswith(("model.", "run.device"))]
     given = [option("run.output_dir", output / "retrieval"), option("model.pretrained", weights)]
-    given += [each for each in options or [] if each.startswith(("model.", "run.device"))]
-    evaluated, results = launch.run(EVALUATE, given, evaluate=True)
+    evaluated, results = launch.run(EVALUATE, [*given, *shared], evaluate=True)
 
     model, loader = evaluated.unwrap_dist_model(evaluated.model), evaluated.dataloaders["test"]
-    scenes: SceneEvalDataset = loader.dataset
-    explained = [_explain(model, scenes, image) for image in range(min(POINTED, len(scenes)))]
+    scenes: SceneRetrievalDataset = loader.dataset
+    texts = [scenes.img2txt[image][0] for image in range(min(POINTED, len(scenes)))]
+    explained = {
+        text: explain(model, scenes[image]["image"][None], [scenes.text[text]])[0]
+        for image, text in enumerate(texts)
+    }
+    cosines = Reranker(model).similarity(loader).cpu().numpy()
     metrics = {
         "retrieval": {
             "chance": report.retrieval_chance(scenes.img2txt),
-            "itc": _itc_alone(model, loader),
+            "itc": RetrievalTask._report_metrics(
+                cosines, cosines.T, scenes.txt2img, scenes.img2txt
+            ),
             "itm": results["test"] if results else {},
         },
         "images": len(scenes.image),
         "texts": len(scenes.text),
         **_pointing(scenes, explained),
-        "seconds": round(time.perf_counter() - began, 1),
+        "seconds": round(time.perf_counter() - start, 1),
     }
-    records = report.read_metrics(trained.output_dir)
     page = report.write_report(
         output / "report.html",
         title="SoftMask++ on rendered scenes",
-        summary="A tiny model, pretrained from nothing on rendered scenes, matches scenes that it "
-        "never saw with their captions. The pictures show where it looks for a word, and what the "
-        "soft mask hides when training picks that word.",
+        summary="A tiny model, pretrained from scratch on rendered scenes, matches unseen scenes "
+        "with their captions. The pictures show where it looks for a word, and what the soft mask "
+        "hides when training picks that word.",
         metrics=metrics,
-        records=records,
-        panels=_panels(scenes, explained),
+        records=report.read_metrics(trained.output_dir),
+        panels=[_panel(scenes, text, explained[text]) for text in texts[:PANELS]],
         config=trained.config.to_dict(),
         environment=environment(trained.device),
     )
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    _say(page, metrics)
+    _print(page, metrics)
     return page
 
 
-def _itc_alone(model: Any, loader: Any) -> dict[str, float]:
-    """Recalls by the contrastive similarity alone, counted by LAVIS's retrieval task."""
-    similarity = Reranker(model).similarity(loader).cpu().numpy()
-    data = loader.dataset
-    return RetrievalTask._report_metrics(similarity, similarity.T, data.txt2img, data.img2txt)
-
-
-def _explain(model: Any, scenes: SceneEvalDataset, image: int) -> tuple[int, Explanation]:
-    """Explain one scene by its first caption; returns that caption's index as well."""
-    text = scenes.img2txt[image][0]
-    return text, explain(model, scenes[image]["image"][None], [scenes.text[text]])[0]
-
-
-def _pointing(scenes: SceneEvalDataset, explained: list[tuple[int, Explanation]]) -> dict[str, Any]:
-    """Pointing game of the words' maps: on their own object, and on the scene's other one."""
+def _pointing(scenes: SceneRetrievalDataset, explained: dict[int, Explanation]) -> dict[str, Any]:
+    """Pointing game with each word's own object, and with the scene's other one."""
     own, other = [], []
-    for text, explanation in explained:
+    for text, explanation in explained.items():
         boxes = scenes.boxes(text)
         own += [(explanation.cams[word], box, role) for word, box, role in boxes]
         other += [(explanation.cams[word], box, role) for word, box, role in swapped(boxes)]
-    return {
-        "pointing": pointing_game(own),
-        "pointing_other": pointing_game(other),
-    }
+    return {"pointing": pointing_game(own), "pointing_other": pointing_game(other)}
 
 
-def _panels(scenes: SceneEvalDataset, explained: list[tuple[int, Explanation]]) -> list[Figure]:
-    """Pictures of the first scenes: for each word of an object, its heat map and its mask."""
-    panels = []
-    for text, explanation in explained[:PANELS]:
-        boxes = scenes.boxes(text)
-        picture = np.asarray(render(scenes.scenes[scenes.txt2img[text]], 256))
-        words = [word for word, _, role in boxes if role in ("colour", "shape")]
-        panels.append(word_panel(picture, explanation, words, boxes))
-    return panels
+def _panel(scenes: SceneRetrievalDataset, text: int, explanation: Explanation) -> Figure:
+    """Picture of a scene: heat map and mask of each word for an object's colour or shape."""
+    boxes = scenes.boxes(text)
+    (scene,) = scenes.annotation[scenes.txt2img[text]]["scenes"]
+    picture = np.asarray(render(scene, 256))
+    words = [word for word, _, role in boxes if role in ("colour", "shape")]
+    return word_panel(picture, explanation, words, boxes)
 
 
-def _say(page: Path, metrics: dict[str, Any]) -> None:
+def _print(page: Path, metrics: dict[str, Any]) -> None:
     best, chance = metrics["retrieval"]["itm"], metrics["retrieval"]["chance"]
     point, other = metrics["pointing"]["shape"], metrics["pointing_other"]["shape"]
     logging.info("finished after %.0f s", metrics["seconds"])

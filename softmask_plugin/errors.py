@@ -10,21 +10,21 @@ from torch import Tensor
 
 
 class UserError(Exception):
-    """Something the user can mend. The command line prints its message without a traceback.
+    """A mistake that the user can fix. The command line prints its message without a traceback.
 
     Args:
-        message: what is wrong, where, and what to do; kept as one line, see ``one_line``.
+        message: What is wrong, where, and what to do; made one line by :func:`one_line`.
     """
 
     def __init__(self, message: str) -> None:
-        # A data loader raises what its worker raised anew, with the worker's traceback for message.
+        # A data loader re-raises its worker's error with the worker's traceback as the message.
         if message.startswith("Caught ") and "\nOriginal Traceback" in message:
             message = message.rstrip().rpartition("\n")[2].partition(": ")[2]
         super().__init__(one_line(message))
 
 
 def one_line(text: str) -> str:
-    r"""A text that shows as one line: what a terminal would obey or not show is spelt out.
+    r"""Escape what a terminal would obey or not show, so that the text is one line.
 
     >>> print(one_line("photos/\x1b[2J.jpg"))
     photos/\x1b[2J.jpg
@@ -34,7 +34,7 @@ def one_line(text: str) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    r"""What an exception says, in one line, or its type where it says nothing.
+    r"""An exception's message in one line, or its type if the message is empty.
 
     >>> print(reason_of(ValueError("line 3:\n  no mapping")), reason_of(KeyError()))
     line 3: no mapping KeyError
@@ -43,7 +43,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def suggest(name: str, choices: Iterable[str], limit: int = 3) -> str:
-    """Return the choices nearest to ``name``, worded to end an error message.
+    """The choices nearest to ``name``, worded to end an error message.
 
     >>> suggest("softmsk_pretrain", ["softmask_pretrain", "albef_vqa"])
     "did you mean 'softmask_pretrain'?"
@@ -58,14 +58,14 @@ def suggest(name: str, choices: Iterable[str], limit: int = 3) -> str:
 
 
 def require_finite_scores(what: str, *scores: Tensor) -> None:
-    """Raise UserError where a score is NaN or infinite: it would still be ranked and counted.
+    """Raise UserError if a score is NaN or infinite, as it would still be ranked and counted.
 
     Args:
-        what: how the message calls one of them, as in "a retrieval score".
-        scores: of any shapes.
+        what: Name of one score in the message, such as "a retrieval score".
+        scores: Tensors of any shape.
     """
     if not all(bool(torch.isfinite(values).all()) for values in scores):
         raise UserError(
-            f"{what} is NaN or infinite, so no result can be told from it: the weights are broken "
-            "or the images are; try another checkpoint"
+            f"{what} is NaN or infinite: the weights or the images are broken; try another "
+            "checkpoint"
         )

@@ -1,4 +1,4 @@
-"""``torchrun ... -m softmask_plugin.evaluate ...``: as ``softmask evaluate``, on every rank."""
+"""``torchrun ... -m softmask_plugin.evaluate ...``: ``softmask evaluate`` on every rank."""
 
 from __future__ import annotations
 

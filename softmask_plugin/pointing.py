@@ -1,4 +1,4 @@
-"""The pointing game: does a word's heat map peak on the thing that the word names?
+"""The pointing game: does a word's heat map peak on the object that the word names?
 
 After Zhang et al., "Top-down Neural Attention by Excitation Backprop" (ECCV 2016), on a patch grid.
 """
@@ -14,42 +14,41 @@ Box = tuple[float, float, float, float]
 
 
 def swapped(boxes: Collection[tuple[int, Box, str]]) -> list[tuple[int, Box, str]]:
-    """Give each word the boxes of the *other* things in its image: the pointing game's control.
+    """Give each word the boxes of the *other* objects: the control of the pointing game.
 
-    On a plain ground even an untrained model's maps prefer things to ground, far beyond
-    ``chance``. What a map owes to its own word is what it scores above this control.
+    On a plain background even an untrained model's maps prefer objects, far beyond ``chance``. Only
+    what a map scores above this control is due to its word.
 
     Args:
-        boxes: of one image, ``(word index, box, role)``.
+        boxes: ``(word index, box, role)`` for one image.
 
     Returns:
-        The same for every other box among them; nothing where the words name a single thing.
+        The same with every other box; empty if there is only one object.
     """
-    things = dict.fromkeys(box for _, box, _ in boxes)
-    return [(word, other, role) for word, box, role in boxes for other in things if other != box]
+    objects = dict.fromkeys(box for _, box, _ in boxes)
+    return [(word, other, role) for word, box, role in boxes for other in objects if other != box]
 
 
 def pointing_game(samples: Iterable[tuple[ArrayLike, Box, str]]) -> dict[str, dict[str, float]]:
-    """Score heat maps against the boxes of the things their words name.
+    """Score heat maps against the boxes of the objects that their words name.
 
     Args:
-        samples: one ``(map, box, role)`` per word. The map is (h, w), finite and >= 0; the box is
-            ``(x0, y0, x1, y1)`` in [0, 1], measured from the image's top left corner; the role
-            groups the results (``"shape"``, ``"colour"``, ``"size"``).
+        samples: ``(map, box, role)`` for each word. The map is (h, w), finite and >= 0; the box is
+            ``(x0, y0, x1, y1)`` in [0, 1], from the image's top left corner; the role groups the
+            results (``"shape"``, ``"colour"``, ``"size"``).
 
     Returns:
-        One dict for each role and one for ``"all"``, each with means over its words:
-        ``hit``: share of maps whose peak patch has its centre in the box; of n tied peaks each
+        A dict for each role and one for ``"all"``, with means over the words; empty if there are
+        no samples:
+        ``hit``: share of maps whose peak patch has its centre in the box; each of n tied peaks
         counts 1/n, so a constant map scores exactly ``chance``;
         ``chance``: share of all patch centres that lie in the box;
-        ``energy_inside``: share of the map's mass in the box, patches on the edge counting for the
-        part inside (an all-zero map counts as constant);
-        ``area``: share of the image that the box covers, what a constant map's energy would be;
-        ``count``: number of words. Without samples the result is empty.
+        ``energy_inside``: see :func:`energy_inside`;
+        ``area``: share of the image that the box covers, which is a constant map's energy;
+        ``count``: number of words.
 
     Raises:
-        ValueError: a map is not 2-D, not finite or has negative values; a box is empty or not
-            in [0, 1].
+        ValueError: A map is not 2-D, not finite or negative; a box is empty or not in [0, 1].
     """
     rows: dict[str, list[tuple[float, ...]]] = {}
     for heat, box, role in samples:
@@ -78,11 +77,11 @@ def _score(heat: np.ndarray, box: Box) -> tuple[float, float, float, float]:
 
 
 def hits(maps: np.ndarray, boxes: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Play the pointing game with N maps (N, h, w) and a box for each, (N, 4).
+    """Play the pointing game with N maps (N, h, w), each with a box, (N, 4).
 
     Returns:
-        For each map, (N,): the share of its tied peaks, mostly one, whose patch has its centre in
-        the box; and the share of all patch centres that lie there, the chance to hit it.
+        ``hit``, the share of each map's (tied) peaks whose patch has its centre in the box, (N,);
+        and ``chance``, the share of all patch centres in the box, (N,).
     """
     inside = _over_grid(_centres_within, boxes, maps)
     peaks = maps == maps.max(axis=(1, 2), keepdims=True)
@@ -93,7 +92,7 @@ def hits(maps: np.ndarray, boxes: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
 def energy_inside(maps: np.ndarray, boxes: ArrayLike) -> np.ndarray:
     """Share of each map's mass that lies in its box: (N, h, w), (N, 4) -> (N,).
 
-    Patches on the edge count for the part inside; an all-zero map counts as constant.
+    A patch on the box's edge counts by its part inside; an all-zero map counts as constant.
     """
     peak = maps.max(axis=(1, 2), keepdims=True)
     heat = np.where(peak > 0, maps / np.where(peak > 0, peak, 1), 1)
@@ -104,7 +103,7 @@ def energy_inside(maps: np.ndarray, boxes: ArrayLike) -> np.ndarray:
 def _over_grid(
     along: Callable[[np.ndarray, np.ndarray, int], np.ndarray], boxes: ArrayLike, maps: np.ndarray
 ) -> np.ndarray:
-    """``along`` the rows times ``along`` the columns of the maps' grid: (N, 4) -> (N, h, w)."""
+    """Outer product of ``along`` over the rows and the columns of a grid: (N, 4) -> (N, h, w)."""
     x0, y0, x1, y1 = np.asarray(boxes, dtype=np.float64).reshape(-1, 4).T[..., None]
     height, width = maps.shape[1:]
     return along(y0, y1, height)[:, :, None] * along(x0, x1, width)[:, None, :]

@@ -1,4 +1,4 @@
-"""LAVIS's registry with two additions: a kind for losses, and registering that can be repeated."""
+"""LAVIS's registry with two additions: losses, and registering a class again."""
 
 from __future__ import annotations
 
@@ -19,17 +19,32 @@ LOSSES: dict[str, type] = registry.mapping.setdefault("loss_name_mapping", {})
 def register(kind: str, name: str) -> Callable[[Class], Class]:
     """Class decorator: LAVIS's ``registry.register_<kind>(name)``, safe to run again.
 
-    LAVIS raises KeyError for a name it knows, which a second import or a notebook's reload would
-    hit. Here a class replaces its own earlier self; a name taken by another class is an error.
+    LAVIS raises KeyError for a known name, as on a second import or a notebook's reload. Here a
+    class replaces its own earlier self. The name becomes its attribute ``NAME``.
 
     Args:
-        kind: ``builder``, ``task``, ``processor``, ``model``, ``lr_scheduler`` or ``runner``.
-        name: the name that YAML files use.
+        kind: ``builder``, ``task``, ``processor``, ``model``, ``lr_scheduler``, ``runner`` or
+            ``loss``.
+        name: The name that YAML files use.
+
+    Raises:
+        UserError: Another class has the name.
     """
 
     def wrap(cls: Class) -> Class:
-        _forget_earlier_self(registry.mapping[f"{kind}_name_mapping"], kind, name, cls)
-        getattr(registry, f"register_{kind}")(name)(cls)
+        names = registry.mapping[f"{kind}_name_mapping"]
+        known = names.get(name, cls)
+        if _path(known) != _path(cls):
+            raise UserError(
+                f"{kind} '{name}' is already registered by {_path(known)}: choose another name "
+                f"for {_path(cls)}"
+            )
+        names.pop(name, None)
+        if kind == "loss":
+            names[name] = cls
+        else:
+            getattr(registry, f"register_{kind}")(name)(cls)
+        cls.NAME = name  # type: ignore[attr-defined]
         if kind == "model":  # the zoo is a snapshot, taken when LAVIS was imported
             model_zoo.model_zoo[name] = list(cls.PRETRAINED_MODEL_CONFIG_DICT)  # type: ignore[attr-defined]
         return cls
@@ -38,18 +53,12 @@ def register(kind: str, name: str) -> Callable[[Class], Class]:
 
 
 def register_loss(name: str) -> Callable[[Class], Class]:
-    """Class decorator: make a loss known to YAML files under ``name`` (``model.itc.loss``)."""
-
-    def wrap(cls: Class) -> Class:
-        _forget_earlier_self(LOSSES, "loss", name, cls)
-        LOSSES[name] = cls
-        return cls
-
-    return wrap
+    """Class decorator: let YAML files use a loss as ``model.itc.loss: <name>``."""
+    return register("loss", name)
 
 
 def get_loss_class(name: str) -> Any:
-    """Return the loss class registered as ``name``; UserError with the nearest names otherwise."""
+    """The loss class registered as ``name``; UserError with the nearest names if there is none."""
     if name not in LOSSES:
         raise UserError(f"no loss is registered as '{name}': {suggest(name, LOSSES)}")
     return LOSSES[name]
@@ -60,16 +69,8 @@ def list_losses() -> list[str]:
     return sorted(LOSSES)
 
 
-def _forget_earlier_self(mapping: dict[str, type], kind: str, name: str, cls: type) -> None:
-    known = mapping.get(name)
-    if known is None:
-        return
-    if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise UserError(
-            f"{kind} '{name}' is already registered by {known.__module__}.{known.__qualname__}: "
-            f"choose another name for {cls.__module__}.{cls.__qualname__}"
-        )
-    del mapping[name]
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 register_loss("focal_itc")(FocalITCLoss)

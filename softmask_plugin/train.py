@@ -1,4 +1,4 @@
-"""``torchrun ... -m softmask_plugin.train ...``: as ``softmask train``, on every rank."""
+"""``torchrun ... -m softmask_plugin.train ...``: ``softmask train`` on every rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The softmask command, its launcher, its checks of YAML files, and the doctor."""
+"""The softmask command, its launcher, the checks of YAML files, and the doctor."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def weights(runner, name="checkpoint_0.pth"):
 # ---- launching
 
 
-def test_evaluate_gives_what_training_ended_with(config, tmp_path):
+def test_evaluate_repeats_the_results_of_training(config, tmp_path):
     trained, after_training = launch.run(config)
     checkpoint = trained.output_dir / "checkpoint_0.pth"
     options = [f"model.pretrained={checkpoint}", "run.seed=8"]
@@ -89,7 +89,7 @@ def test_the_seed_decides_everything(config):
 
 
 def test_options_choose_the_defaults_they_name(config):
-    """LAVIS's Config keeps the defaults of the file's model_type; ours are those asked for."""
+    """LAVIS's Config keeps the defaults of the file's model_type; ours follows the options."""
     assert launch.load_config(config).model_cfg.tokenizer == "scenes"
     options = ["model.model_type=base", "model.image_size=60", "datasets.scenes_pretrain.seed=3"]
     cfg = launch.load_config(config, options)
@@ -101,7 +101,7 @@ def test_options_choose_the_defaults_they_name(config):
 
 
 def test_data_sets_log_to_the_folder_of_their_own_run(config, tmp_path, monkeypatch):
-    """With LAVIS's own runner too, which registers that folder itself; twice in one process."""
+    """Also with LAVIS's own runner, which registers that folder itself; twice in one process."""
     Image.new("RGB", (8, 8)).save("a.png")
     Path("captions.json").write_text(
         '[{"image": "a.png", "caption": "a"}, {"image": "b.png", "caption": "b"}]'
@@ -147,7 +147,7 @@ def test_a_script_runs_with_the_plugin_registered(tmp_path, monkeypatch):
     assert sys.modules.pop("helper").seen == ([str(script), "--cfg-path", "x.yaml"], True)
 
 
-def test_a_missing_script_is_told(monkeypatch, capsys):
+def test_a_missing_script_is_an_error(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["-m", "nowhere.py"])
     assert script_runner.main() == 2
     assert "no file 'nowhere.py'" in capsys.readouterr().err
@@ -191,7 +191,7 @@ def test_a_mistake_gets_one_line(config, capsys, option, message):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_cuda_asked_for_where_there_is_none(config, capsys):
+def test_cuda_on_a_machine_without_it(config, capsys):
     assert cli.main(["evaluate", "--cfg-path", config, "--options", "run.device=cuda"]) == 2
     assert "run.device=cpu" in capsys.readouterr().err
 
@@ -239,7 +239,7 @@ def test_a_missing_file_gets_the_nearest_names(config):
         config_check.find_config(name.replace("lavis_configs", "lavis_config"))
 
 
-def test_shipped_files_are_found_from_anywhere_and_local_ones_first(tmp_path, monkeypatch):
+def test_shipped_files_are_found_from_anywhere_but_local_ones_come_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name, shipped = next(iter(config_check.shipped_configs().items()))
     assert config_check.find_config(name) == shipped
@@ -250,7 +250,7 @@ def test_shipped_files_are_found_from_anywhere_and_local_ones_first(tmp_path, mo
 
 
 @pytest.mark.parametrize("file", config_check.shipped_configs().values(), ids=lambda f: f.stem)
-def test_every_shipped_file_passes_the_checks_and_says_what_it_is(file):
+def test_every_shipped_file_passes_the_checks_and_describes_itself(file):
     config_check.read_config(file, ["run.device=cpu"])
     assert config_check.summary(file)
 
@@ -297,7 +297,7 @@ def test_versions_that_cannot_work_together(changes, message):
     assert all(message in problem for problem in problems)
 
 
-def test_doctor_is_content_here_and_knows_the_plugin(capsys, tmp_path, monkeypatch):
+def test_doctor_finds_no_problem_here_and_knows_the_plugin(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -311,7 +311,7 @@ def test_doctor_is_content_here_and_knows_the_plugin(capsys, tmp_path, monkeypat
     assert "blip" not in str(found)
 
 
-def test_doctor_tells_what_to_do(capsys, monkeypatch):
+def test_doctor_says_what_to_do(capsys, monkeypatch):
     monkeypatch.setattr(stack, "installed", lambda: {**GOOD, "numpy": "2.0.0"})
     assert cli.main(["doctor"]) == 1
     lines = capsys.readouterr().out.splitlines()

@@ -17,7 +17,7 @@ def small_demo(tmp_path_factory):
     return demo.main(folder, options)
 
 
-def test_demo_leaves_report_and_metrics(small_demo):
+def test_demo_writes_report_and_metrics(small_demo):
     metrics = json.loads((small_demo.parent / "metrics.json").read_text())
     assert metrics["images"] == 500 and metrics["texts"] == 1000
     for ranking in ("chance", "itc", "itm"):

@@ -1,1 +1,1 @@
-"""The LAVIS stack: patches, versions, what is installed and what a run ran on."""
+"""The LAVIS stack: patches, versions, the doctor, and the environment of a run."""

@@ -11,23 +11,23 @@ from typing import Any
 import numpy as np
 import torch
 
-# Libraries live as long as the process; torch drops their definitions when they are collected.
+# torch drops a library's definitions when the library is garbage-collected.
 _LIBRARIES: list[Any] = []
 
 
 def patch() -> None:
-    """Apply every patch. Each looks first whether it is needed, so repeating is harmless."""
+    """Apply every patch that is needed. Repeating this is harmless."""
     _define_torchvision_schemas()
     _restore_numpy_inf()
     _quiet_fairscale()
 
 
 def _define_torchvision_schemas() -> None:
-    """A PyPI torchvision beside a CPU build of torch (seen: torchvision 0.28, torch 2.13 + cpu).
+    """Let torchvision from PyPI import beside a CPU build of torch (seen with 0.28 and 2.13+cpu).
 
-    The compiled part of such a torchvision does not load, and its Python part then dies while it
-    registers a fake kernel: "operator torchvision::nms does not exist". Defining the two schemas
-    lets transforms, models and datasets work; detection's ``nms`` itself stays unavailable.
+    Its compiled part does not load, so registering a fake kernel fails: "operator torchvision::nms
+    does not exist". With the two schemas defined, transforms, models and datasets work; ``nms``
+    itself stays unavailable.
     """
     try:
         import torchvision  # noqa: F401
@@ -42,11 +42,11 @@ def _define_torchvision_schemas() -> None:
 
 
 def _restore_numpy_inf() -> None:
-    """numpy 2 dropped ``np.Inf``; LAVIS's ALBEF and BLIP models use it (every LAVIS release)."""
+    """numpy 2 dropped ``np.Inf``, which ALBEF and BLIP use in every LAVIS release."""
     if not hasattr(np, "Inf"):
         vars(np)["Inf"] = np.inf
 
 
 def _quiet_fairscale() -> None:
-    """fairscale 0.4.4, which LAVIS pins, warns of its own torch.cuda.amp calls (torch >= 2.4)."""
+    """fairscale 0.4.4, which LAVIS pins, triggers torch.cuda.amp warnings (torch >= 2.4)."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"fairscale\.")

@@ -1,4 +1,4 @@
-"""``softmask doctor``: what is installed, registered and usable here, and what to do about it."""
+"""``softmask doctor``: what is installed, registered and usable here, and how to fix problems."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KINDS = ("model", "processor", "builder", "task", "runner", "lr_scheduler")
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report; ``advice`` says what to do, where something needs doing."""
+    """One line of the report; ``advice`` says how to fix a problem, "" if there is none."""
 
     section: str
     name: str
@@ -35,7 +35,7 @@ def main(as_json: bool = False) -> int:
     """Print the report.
 
     Returns:
-        0 if all is well, 1 if something needs action.
+        0 if all is well, 1 if there is a problem.
     """
     findings = examine()
     healthy = not any(finding.advice for finding in findings)
@@ -47,97 +47,79 @@ def main(as_json: bool = False) -> int:
 
 
 def examine() -> list[Finding]:
-    """Look at everything; what needs a working LAVIS is left out where there is none."""
-    findings = [*_installed(), *_devices(), *_files()]
+    """Check everything, or without a working LAVIS everything that does not need it."""
+    sections = {"Installed": _installed(), "Devices": _devices(), "Files": _files()}
     if not stack.problems(stack.installed()):
-        findings += _registered()
-    return findings
+        sections["Registered with LAVIS"] = _registered()
+    return [Finding(section, *line) for section, lines in sections.items() for line in lines]
 
 
-def _installed() -> Iterator[Finding]:
-    section, versions = "Installed", stack.installed()
-    yield Finding(section, "python", platform.python_version())
+def _installed() -> Iterator[tuple[str, ...]]:
+    versions = stack.installed()
+    yield "python", platform.python_version()
     for name, have in versions.items():
-        yield Finding(section, name, have or "missing")
-    problems = stack.problems(versions)
-    for problem in problems:
-        yield Finding(section, "stack", "does not work", problem)
-    if not problems:
+        yield name, have or "missing"
+    if problems := stack.problems(versions):
+        for problem in problems:
+            yield "stack", "does not work", problem
+    else:
         beyond = ", ".join(stack.beyond_pins(versions))
-        yield Finding(
-            section, "stack", f"beyond LAVIS's own: {beyond}" if beyond else "LAVIS's own versions"
-        )
+        yield "stack", f"newer than LAVIS's pins: {beyond}" if beyond else "LAVIS's own versions"
 
 
-def _devices() -> Iterator[Finding]:
-    section = "Devices"
+def _devices() -> Iterator[tuple[str, ...]]:
     capability = torch.backends.cpu.get_cpu_capability()
-    cores = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores, {capability}"
-    yield Finding(section, "cpu", cores)
+    yield "cpu", f"{torch.get_num_threads()} threads on {os.cpu_count()} cores, {capability}"
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         bf16 = "bf16" if card.major >= 8 else "no bf16: use run.amp=fp16"
-        memory = card.total_memory / 2**30
-        yield Finding(section, f"cuda:{index}", f"{card.name}, {memory:.0f} GiB, {bf16}")
+        yield f"cuda:{index}", f"{card.name}, {card.total_memory / 2**30:.0f} GiB, {bf16}"
     if not torch.cuda.is_available():
-        yield _no_cuda(section)
+        yield _no_cuda()
     backends = [name for name in ("gloo", "nccl") if _has_backend(name)]
-    yield Finding(section, "torchrun", " and ".join(backends) or "not available")
+    yield "torchrun", " and ".join(backends) or "not available"
 
 
-def _no_cuda(section: str) -> Finding:
+def _no_cuda() -> tuple[str, str, str]:
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only"
-    value = f"none (this torch is built for {build})"
-    if not shutil.which("nvidia-smi"):
-        return Finding(section, "cuda", value)
-    if torch.version.cuda:
-        advice = "PyTorch cannot use the NVIDIA card here: update its driver (see nvidia-smi)"
-    else:
-        advice = (
-            "there is an NVIDIA driver, but this torch is built for CPUs only: install a CUDA build"
+    advice = ""
+    if shutil.which("nvidia-smi"):
+        advice = "PyTorch cannot use the NVIDIA card here: "
+        advice += (
+            "update its driver (see nvidia-smi)" if torch.version.cuda else "install a CUDA build"
         )
-    return Finding(section, "cuda", value, advice)
+    return "cuda", f"none (this torch is built for {build})", advice
 
 
 def _has_backend(name: str) -> bool:
     return dist.is_available() and getattr(dist, f"is_{name}_available")()
 
 
-def _files() -> Iterator[Finding]:
-    section = "Files"
+def _files() -> Iterator[tuple[str, ...]]:
     shipped = sorted((CONFIGS / "projects").rglob("*.yaml"))
-    yield Finding(
-        section,
-        "configs",
-        f"{len(shipped)} in {CONFIGS}",
-        "" if shipped else "the shipped YAML files are missing: reinstall softmask-plugin",
-    )
+    missing = "" if shipped else "the shipped YAML files are missing: reinstall softmask-plugin"
+    yield "configs", f"{len(shipped)} in {CONFIGS}", missing
     folder = Path("outputs").absolute()
-    writable = os.access(folder if folder.exists() else folder.parent, os.W_OK)
-    yield Finding(
-        section,
-        "outputs",
-        f"{folder} {'can' if writable else 'cannot'} be written",
-        "" if writable else f"{folder} cannot be written: set run.output_dir to another folder",
-    )
+    if os.access(folder if folder.exists() else folder.parent, os.W_OK):
+        yield "outputs", f"{folder} is writable"
+    else:
+        value = f"{folder} is not writable"
+        yield "outputs", value, f"{value}: set run.output_dir to another folder"
     cached = isinstance(try_to_load_from_cache("bert-base-uncased", "vocab.txt"), str)
-    yield Finding(
-        section,
-        "bert-base-uncased",
-        "vocabulary is in the hub cache" if cached else "vocabulary is downloaded when first used",
-    )
+    where = "in the Hugging Face cache" if cached else "downloaded when first used"
+    yield "bert-base-uncased", f"vocabulary is {where}"
 
 
-def _registered() -> Iterator[Finding]:
+def _registered() -> Iterator[tuple[str, ...]]:
     from lavis.common.registry import registry
 
     from softmask_plugin.registry import list_losses
 
     for kind in KINDS:
-        classes = registry.mapping[f"{kind}_name_mapping"].items()
-        names = [_with_types(name, cls) for name, cls in sorted(classes) if _is_ours(cls)]
-        yield Finding("Registered with LAVIS", kind, ", ".join(names) or "none")
-    yield Finding("Registered with LAVIS", "loss", ", ".join(list_losses()))
+        classes = sorted(registry.mapping[f"{kind}_name_mapping"].items())
+        ours = [_with_types(*item) for item in classes if _is_ours(item[1])]
+        yield kind, ", ".join(ours) or "none"
+    yield "loss", ", ".join(list_losses())
 
 
 def _is_ours(cls: type) -> bool:
@@ -158,10 +140,7 @@ def _text(findings: list[Finding]) -> str:
             lines += ["", section]
         mark = "!" if finding.advice else " "
         first, indent = f"{mark} {finding.name:<{width}}  ", " " * (width + 4)
-        lines += textwrap.wrap(
-            finding.value, 100, initial_indent=first, subsequent_indent=indent
-        ) or [first]
-    advice = [finding.advice for finding in findings if finding.advice]
-    lines += ["", "What to do" if advice else "All is well."]
-    lines += [f"! {text}" for text in advice]
+        lines += textwrap.wrap(finding.value, 100, initial_indent=first, subsequent_indent=indent)
+    advice = [f"! {finding.advice}" for finding in findings if finding.advice]
+    lines += ["", *(["What to do", *advice] if advice else ["All is well."])]
     return "\n".join(lines).lstrip()

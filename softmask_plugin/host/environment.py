@@ -1,4 +1,4 @@
-"""What a run ran on: versions, processor, devices, and how they changed from start to start."""
+"""The environment of a run: versions, processor and devices, at each start of it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from softmask_plugin.errors import UserError
 from softmask_plugin.files.whole import write_json
 from softmask_plugin.host.stack import installed, version_of
 
-FILE = "environment.json"  # in a run's folder: what it began on, and each later start on another
+FILE = "environment.json"  # in a run's folder: a list, which grows when the environment changes
 
 
 def environment(device: torch.device) -> dict[str, object]:
-    """Versions and devices by name, as plain values."""
+    """Versions and devices by name, as plain values for JSON."""
     cuda = device.type == "cuda"
     return {
         "python": platform.python_version(),
@@ -33,39 +33,39 @@ def environment(device: torch.device) -> dict[str, object]:
 
 
 def note_environment(folder: Path, device: torch.device) -> None:
-    """Add what this start of a run is on to those before it, unless nothing has changed."""
+    """Append this start's environment to the run's list, unless it equals the last one."""
     noted, now = noted_environments(folder), environment(device)
     if noted[-1:] != [now]:
         write_json(folder / FILE, [*noted, now])
 
 
 def noted_environments(folder: Path) -> list[dict[str, object]]:
-    """What a run was on, in the order of its starts; empty where it noted nothing.
+    """Environments of a run in the order of its starts; empty if none was noted.
 
     Raises:
-        UserError: the file is broken.
+        UserError: The file is broken.
     """
     path = folder / FILE
     try:
         noted = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-        # earlier versions kept the last start alone, without a list
+        # Earlier versions kept only the last start, without a list
         return [dict(start) for start in ([noted] if isinstance(noted, dict) else noted)]
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is not a JSON list of objects: delete it") from error
 
 
 def _own_version() -> str | None:
-    """The plugin's; of a checkout also the commit that it is at."""
+    """The plugin's version, in a checkout with the commit."""
     number, commit = version_of("softmask-plugin"), _commit(PACKAGE.parent / ".git")
     return f"{number}+{commit[:9]}" if commit else number
 
 
 def _commit(git: Path) -> str | None:
-    """What a checkout is at, read from git's own files: to run git would run its hooks as well."""
+    """The commit of a checkout, from git's own files: running git could run its hooks as well."""
     try:
         head = (git / "HEAD").read_text(encoding="utf-8").strip()
         name = head.removeprefix("ref: ")
-        if name == head:  # no branch
+        if name == head:  # detached
             return head
         if (git / name).is_file():
             return (git / name).read_text(encoding="utf-8").strip()
@@ -76,7 +76,7 @@ def _commit(git: Path) -> str | None:
 
 
 def _processor() -> str:
-    """Its name; Linux tells it in a file, not to Python."""
+    """The processor's name, which on Linux Python does not know."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

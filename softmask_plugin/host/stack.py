@@ -1,4 +1,4 @@
-"""Which versions are installed and whether they can work together; imports none of them."""
+"""Which versions are installed, and whether they work together; imports none of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PACKAGES = (
 
 
 def installed() -> dict[str, str | None]:
-    """Versions of the packages that matter, None where one is missing."""
+    """Versions of the packages that matter; None if one is missing."""
     versions = {name: version_of(name) for name in PACKAGES}
     for variant in ("opencv-python", "opencv-contrib-python-headless", "opencv-contrib-python"):
         have = versions["opencv-python-headless"]
@@ -32,7 +32,7 @@ def installed() -> dict[str, str | None]:
 
 
 def problems(versions: dict[str, str | None]) -> list[str]:
-    """What keeps LAVIS from being imported, one line each with the remedy; empty if nothing."""
+    """What keeps LAVIS from being imported: one line each, with the remedy."""
     found = [
         f"{name} is not installed: pip install {name}{'==1.0.2' if 'lavis' in name else ''}"
         for name, have in versions.items()
@@ -47,14 +47,14 @@ def problems(versions: dict[str, str | None]) -> list[str]:
     transformers = versions["transformers"]
     if transformers and not Version("4.25") <= Version(transformers) < Version("4.56"):
         found.append(
-            f"transformers is {transformers}, but LAVIS 1.0.2 can be imported with 4.25 to 4.55 "
-            "only: pip install transformers==4.51.3 (the newest one that is tested)"
+            f"transformers is {transformers}, but LAVIS 1.0.2 needs 4.25 to 4.55: "
+            "pip install transformers==4.51.3 (the newest version that is tested)"
         )
     return found
 
 
 def beyond_pins(versions: dict[str, str | None]) -> list[str]:
-    """Packages that are newer than LAVIS's own requirements allow; none on LAVIS's own stack."""
+    """Packages that are newer than LAVIS's own requirements allow, with their versions."""
     pins = [Requirement(line) for line in requires("salesforce-lavis") or []]
     return [
         f"{pin.name} {have}"
@@ -64,7 +64,7 @@ def beyond_pins(versions: dict[str, str | None]) -> list[str]:
 
 
 def version_of(name: str) -> str | None:
-    """The installed version of a package, None where it is missing."""
+    """The installed version of a package; None if it is missing."""
     try:
         return version(name)
     except PackageNotFoundError:

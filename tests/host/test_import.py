@@ -1,4 +1,4 @@
-"""``import softmask_plugin`` where LAVIS is missing, cannot work, or works."""
+"""``import softmask_plugin`` if LAVIS is missing, cannot work, or works."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-# Stands in for another environment: some packages have another version, or none.
+# Pretends another environment: some packages have another version, or are missing.
 PRETEND = """
 import importlib.metadata as metadata, os, sys
 real, pretended = metadata.version, {versions}
@@ -39,12 +39,12 @@ def python(code, versions=(), **environment):
     )
 
 
-def test_without_lavis_the_torch_only_parts_are_there_silently():
+def test_without_lavis_the_torch_only_parts_import_without_a_warning():
     done = python(TORCH_ONLY, {"salesforce-lavis": None})
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_stack_that_cannot_work_is_told_in_one_warning():
+def test_a_stack_that_cannot_work_gets_one_warning():
     done = python(TORCH_ONLY, {"numpy": "2.0.0", "opencv-python-headless": "4.5.5.64"})
     assert done.returncode == 0, done.stderr
     (warning,) = (line for line in done.stderr.splitlines() if "UserWarning" in line)
@@ -60,7 +60,7 @@ def test_the_doctor_runs_on_a_broken_stack(versions):
     assert any(line.startswith("! ") and "pip install" in line for line in done.stdout.splitlines())
 
 
-def test_idle_threads_sleep_soon_unless_the_user_says_otherwise():
+def test_idle_threads_spin_briefly_unless_the_user_sets_it():
     show = "import softmask_plugin; print(os.environ['GOMP_SPINCOUNT'])"
     missing = {"salesforce-lavis": None}
     assert python(show, missing).stdout.strip() == "3000"
