@@ -1,8 +1,8 @@
-"""A contrastive loss of your own, by name in a YAML or an option.
+"""Register a contrastive loss of your own, and choose it by name.
 
     python examples/custom_loss.py [--options run.max_epoch=2 ...]
 
-Trains the tiny model on rendered scenes for 20 steps with it; prints the loss every five.
+Trains the tiny model on rendered scenes for 20 steps with it, and prints the loss every five.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ YAML = "lavis_configs/projects/scenes/train/pretrain_tiny.yaml"
 
 @register_loss("sigmoid_itc")  # then `model: {itc: {loss: sigmoid_itc}}`
 class SigmoidITC(torch.nn.Module):
-    """Each pair on its own, match or no match, after SigLIP (arXiv 2303.15343)."""
+    """Classify each pair on its own as match or no match, as SigLIP does (arXiv 2303.15343)."""
 
-    def __init__(self, gamma: float) -> None:  # every loss is given `itc.gamma`
+    def __init__(self, gamma: float) -> None:  # every loss gets `itc.gamma`
         super().__init__()
 
     def forward(

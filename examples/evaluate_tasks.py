@@ -1,9 +1,10 @@
-"""Evaluate every downstream task through LAVIS's own tasks, on held-out scenes.
+"""Evaluate every downstream task with LAVIS's own tasks, on held-out scenes.
 
     python examples/evaluate_tasks.py [--models outputs/tasks]
 
-The folder is what `make tasks` wrote: the fine-tuned model of each task. Prints for each task its
-metric beside chance, in percent. Chance is a random ranking or choice, or the most frequent answer.
+The folder holds a fine-tuned model for each task, as `make tasks` writes it. Prints for each task
+its metric beside chance, in percent. Chance is a random ranking or choice, or the most frequent
+answer.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from softmask_plugin import launch, report
 from softmask_plugin.config.check import option
 
 YAML = "lavis_configs/projects/scenes/eval/{}_tiny.yaml"
-# The task and its metric; LAVIS gives some as shares, some in percent
+# Task, metric and scale: LAVIS reports some metrics as shares, some in percent
 TASKS = (
     ("retrieval", "txt_r1", 1),
     ("entailment", "acc", 100),
@@ -47,7 +48,7 @@ def main() -> None:
 
 
 def trained_model(models: Path, task: str) -> Path:
-    """The newest model of a task; grounding reads the word maps of the one for retrieval."""
+    """The newest model of a task; grounding uses the word maps of the one for retrieval."""
     name = "retrieval" if task == "grounding" else task
     found = sorted(models.glob(f"{name}_pretrained/*/checkpoint_best.pth"))
     if not found:

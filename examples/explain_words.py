@@ -1,12 +1,12 @@
-"""Which part of an image does each word mean? Heat maps, soft masks and what they do to the match.
+"""Where does each word look? Heat maps, soft masks and their effect on the match.
 
     python examples/explain_words.py [--checkpoint FILE] [--output words.png]
 
-Without a checkpoint it takes the shipped model. Prints the probability of a match, and for each
-word of the caption that probability with the word's soft mask applied; draws the words that name
-something. A model trained with the soft mask, such as the shipped one, has learnt to match without
-what is hidden: its match hardly moves, and rather up than down. In a model trained without it, a
-fall says that the model relied on what is hidden.
+The default is the bundled model. Prints the probability of a match and, for each word of the
+caption, the probability with that word's soft mask on. Draws the words for colours and shapes.
+A model trained with the soft mask, such as the bundled one, has learnt to match without the masked
+patches, so its match hardly moves. In a model trained without it, a fall says that the match relied
+on them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 
 import numpy as np
 
-import softmask_plugin  # noqa: F401  (first: registers the models, and makes LAVIS import)
+import softmask_plugin  # noqa: F401  (first: registers the models, and lets LAVIS import)
 
 # isort: split
 from lavis.models import load_model_and_preprocess
@@ -44,7 +44,7 @@ def main() -> None:
     for word, score in zip(explanation.words, explanation.masked_scores.tolist(), strict=True):
         print(f"  {word:10} masked: match {score:.2f}")
 
-    # The same scene at more pixels, to look at; a white frame is where the named thing is
+    # The same scene with more pixels, to look at; a white frame outlines the named object
     picture = np.asarray(render(scene, 240))
     words = [index for index, _, role in caption.boxes if role != "size"]
     panel = word_panel(picture, explanation, words, caption.boxes)

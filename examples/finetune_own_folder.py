@@ -1,12 +1,12 @@
-"""Fine-tune retrieval on a folder of your own images and captions; evaluate before and after.
+"""Fine-tune retrieval on your own images and captions; evaluate before and after.
 
     python examples/finetune_own_folder.py [--data IMAGES TRAIN.json TEST.json]
         [--checkpoint FILE] [--options run.max_epoch=2 ...]
 
-IMAGES is a folder. Without data it renders scenes with three things into outputs/own; the shipped
-model has seen two at a time only. Without a checkpoint it takes the shipped model.
+IMAGES is a folder. The default data are scenes with three objects, rendered into outputs/own; the
+default checkpoint is the bundled model, which was trained on scenes with two.
 Prints the percentage of images whose caption ranks first (and among the first ten), and of captions
-whose image does. The run is described by finetune_own_folder.yaml, beside this file.
+whose image does. finetune_own_folder.yaml, beside this file, configures the run.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def show(when: str, results: Any) -> None:
 
 
 def save_scenes(folder: Path) -> tuple[Path, Path, Path]:
-    """Images and two caption files, in the simplest of the forms that are read."""
+    """Write images and two caption files, in the simplest format."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, count in (("train", 2000), ("test", 200)):
         rows = []

@@ -2,15 +2,15 @@
 
     python examples/score_pairs.py [--checkpoint FILE]
 
-Without a checkpoint it takes the shipped model. Prints three captions and, for each
-of the three scenes they belong to, its scores with all of them: the diagonal should win.
+The default is the bundled model. Prints the captions of three scenes, and the scores of each scene
+with each caption: the diagonal should win.
 """
 
 from __future__ import annotations
 
 import argparse
 
-import softmask_plugin  # noqa: F401  (first: registers the models, and makes LAVIS import)
+import softmask_plugin  # noqa: F401  (first: registers the models, and lets LAVIS import)
 
 # isort: split
 import torch
@@ -35,7 +35,7 @@ def main() -> None:
 
     with torch.no_grad():
         cosines = model({"image": images, "text_input": texts}, match_head="itc")
-        # ITM reads pairs: item i of the batch is image i with text i. Here: each image, each text.
+        # ITM scores image i with text i, so each image is repeated for each text
         pairs = {"image": images.repeat_interleave(3, dim=0), "text_input": texts * 3}
         matches = model(pairs, match_head="itm").softmax(dim=1)[:, 1].view(3, 3)
 

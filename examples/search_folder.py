@@ -1,10 +1,9 @@
-"""Search a folder of images by text: features of all images once, then one product per query.
+"""Search a folder of images by text: encode all images once, then one product per query.
 
     python examples/search_folder.py [--images FOLDER] [--query "a red circle"] [--checkpoint FILE]
 
-Without a folder it searches 200 rendered scenes, whose files are named by what they show; without a
-checkpoint it takes the shipped model. Prints the five most similar images with their
-cosines, best first.
+The defaults are the bundled model and 200 rendered scenes, in files named after what they show.
+Prints the five most similar images with their cosines, best first.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import softmask_plugin  # noqa: F401  (first: registers the models, and makes LAVIS import)
+import softmask_plugin  # noqa: F401  (first: registers the models, and lets LAVIS import)
 
 # isort: split
 import torch

@@ -1,4 +1,4 @@
-"""Every example as a reader starts it, in a small setting."""
+"""Every example as a reader runs it, in a small setting."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import tasks
-from softmask_plugin.datasets.tables.captions import read_captions
+from softmask_plugin.datasets.tables.captions import parse_captions
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -25,7 +25,7 @@ EXAMPLES = ROOT / "examples"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """What `make tasks` leaves, after a few steps of each task."""
+    """What `make tasks` writes, after a few steps of each task."""
     folder = tmp_path_factory.mktemp("tasks #1")  # YAML would take # for a comment
     out = StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
@@ -56,7 +56,7 @@ def folder(tmp_path):
 
 
 def example(name: str, cwd: Path, *arguments: object) -> list[str]:
-    """Run a script in a process of its own; the lines that it prints."""
+    """Run a script in its own process; returns the lines that it prints."""
     done = subprocess.run(
         [sys.executable, EXAMPLES / f"{name}.py", *map(str, arguments)],
         cwd=cwd,
@@ -70,7 +70,7 @@ def example(name: str, cwd: Path, *arguments: object) -> list[str]:
 
 
 def in_process(name: str, monkeypatch, cwd: Path, *arguments: object) -> None:
-    """Run a script in this process, which has LAVIS loaded: for variants of what runs above."""
+    """Run a script in this process, which has LAVIS loaded: for variants of the tests above."""
     monkeypatch.chdir(cwd)
     monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
@@ -95,7 +95,7 @@ def test_search_folder(checkpoint, tmp_path):
     assert all(re.fullmatch(r"an? .+\.png", line.split(maxsplit=1)[1]) for line in lines)
 
 
-def test_search_folder_of_ones_own(checkpoint, folder, monkeypatch, capsys):
+def test_search_your_own_folder(checkpoint, folder, monkeypatch, capsys):
     for name in range(3, 16):
         (folder / f"{name}.png").unlink()
     (folder / "1.png").rename(folder / "1.PNG")
@@ -135,12 +135,12 @@ def test_finetune_own_folder(checkpoint, folder):
     assert str(checkpoint) in (run / "config.yaml").read_text()
 
 
-def test_finetune_own_folder_renders_one(tmp_path, monkeypatch):
+def test_finetune_own_folder_renders_data(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     script = runpy.run_path(str(EXAMPLES / "finetune_own_folder.py"))
     images, *files = script["save_scenes"](tmp_path / "data")
     for file, count in zip(files, (2000, 200), strict=True):
-        items = read_captions(file)
+        items = parse_captions(file)
         assert len(items) == count
         assert all((images / item.image).is_file() and len(item.captions) == 5 for item in items)
 
@@ -167,7 +167,7 @@ def test_custom_loss(tmp_path):
     assert len(losses) == 2 and losses[1] < losses[0]
 
 
-def test_without_a_checkpoint_the_shipped_model_is_used(tmp_path, monkeypatch, capsys):
+def test_without_a_checkpoint_the_bundled_model_is_used(tmp_path, monkeypatch, capsys):
     in_process("score_pairs", monkeypatch, tmp_path)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("image ")]
     matches = [[float(x) for x in re.findall(r"([\d.]+) \(", row)] for row in rows]

@@ -41,7 +41,7 @@ def test_the_cells_run(cells, tmp_path):
         if output.get("name") == "stdout"
         for text in output["text"]
     ]
-    # What a reader sees in the file is what the cells print, but for the last digits.
+    # The printed lines in the file are those that the cells print, apart from digits.
     assert [line.split()[0] for line in done.stdout.splitlines()] == [
         line.split()[0] for line in "".join(printed).splitlines()
     ]

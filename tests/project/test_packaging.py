@@ -1,4 +1,4 @@
-"""The wheel: what is in it, and that it works installed elsewhere, away from the checkout."""
+"""The wheel: what is in it, and that it works when installed away from the checkout."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def wheel(tmp_path_factory):
     return file
 
 
-def test_the_wheel_holds_the_package_and_its_data_alone(wheel):
+def test_the_wheel_holds_only_the_package_and_its_data(wheel):
     held = set(ZipFile(wheel).namelist())
     source = {
         file.relative_to(ROOT).as_posix()
@@ -55,7 +55,7 @@ def test_the_wheel_holds_the_package_and_its_data_alone(wheel):
     assert {name for name in held if ".dist-info/" not in name} == source | configs
 
 
-def test_the_source_archive_holds_what_its_tests_and_its_docs_read(tmp_path):
+def test_the_source_archive_holds_every_tracked_file(tmp_path):
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout, so nothing says what the project is made of")
     tracked = run("git", "ls-files", cwd=ROOT).stdout.splitlines()
