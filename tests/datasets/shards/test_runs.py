@@ -33,6 +33,9 @@ def train(shards, folder, workers):
     options = {
         "model.tokenizer": "scenes",
         "model.image_size": 32,
+        "model.vit": "{patch_size: 16, width: 32, depth: 1, heads: 2}",
+        "model.bert.width": 24,
+        "model.bert.intermediate": 48,
         "datasets.caption_shards.shards": shards,
         "datasets.caption_shards.items": 40,
         "datasets.caption_shards.shuffle": 4,
