@@ -2,6 +2,7 @@
 
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -15,6 +16,15 @@ DIRECTIONS = {
     "below": (0, 1),
 }
 NOUN = rf"(?:(small|large) )?(?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)}|thing)"
+
+
+def item_of(entry):
+    """What the functions below read, from an entry of a data set's annotation."""
+    text = next(entry[key] for key in ("sentence", "question", "text") if key in entry)
+    left, right = entry["scenes"][0], entry["scenes"][-1]
+    return SimpleNamespace(
+        text=text, scene=left, left=left, right=right, curtain=entry.get("curtain")
+    )
 
 
 def things_called(noun, things):

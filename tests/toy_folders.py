@@ -1,4 +1,4 @@
-"""Small question and statement files about images in photos/, and LAVIS's tasks that read them."""
+"""Small question and statement files about images in photos/, and LAVIS's tasks on them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import csv
 import json
 from pathlib import Path
 
+import toy_builders
 from lavis.common.registry import registry
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 COLOURS = ["red", "green", "blue", "yellow"]
@@ -50,16 +51,16 @@ def write(path: Path | str, rows: list[dict] | str) -> Path:
     return path
 
 
-def settings(name: str, *options: str):
-    """The shipped YAML with options, as a run reads it."""
-    default = OmegaConf.load(registry.get_builder_class(name).default_config_path())
-    shrink = [f"vis_processor.{mode}.image_size=8" for mode in ("train", "eval")]
-    given = [f"datasets.{name}.{o}" for o in ("images=photos", *shrink, *options)]
-    return OmegaConf.merge(default, OmegaConf.from_dotlist(given)).datasets[name]
+SMALL = ("images=photos", *(f"vis_processor.{mode}.image_size=8" for mode in ("train", "eval")))
+
+
+def settings(name: str, *options: str) -> DictConfig:
+    """The default section for 8 x 8 pixels of photos/, with options."""
+    return toy_builders.section(name, *SMALL, *options)
 
 
 def build(name: str, *options: str) -> dict:
-    return registry.get_builder_class(name)(settings(name, *options)).build_datasets()
+    return toy_builders.build(name, *SMALL, *options)
 
 
 def task(name: str, dataset: str, *options: str):

@@ -11,12 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lavis.common.registry import registry
-from omegaconf import OmegaConf
+import toy_builders
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from softmask_plugin.datasets.shards.builder import CaptionShardsBuilder
 from softmask_plugin.datasets.shards.stream import ShardStream
 
 SHARDS, PER_SHARD = 8, 5
@@ -71,12 +69,7 @@ def make(shards, **options) -> ShardStream:
 
 
 def build(*options: str) -> dict:
-    config = OmegaConf.load(CaptionShardsBuilder.default_config_path())
-    shrink = ["datasets.caption_shards.vis_processor.train.image_size=8"]
-    given = [f"datasets.caption_shards.{option}" for option in options]
-    config = OmegaConf.merge(config, OmegaConf.from_dotlist(shrink + given))
-    builder = registry.get_builder_class("caption_shards")
-    return builder(config.datasets.caption_shards).build_datasets()
+    return toy_builders.build("caption_shards", "vis_processor.train.image_size=8", *options)
 
 
 def plain(sample: dict) -> tuple:

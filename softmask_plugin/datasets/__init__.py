@@ -1,15 +1,18 @@
 """Data sets; importing this registers their builders with LAVIS."""
 
-from softmask_plugin.datasets.folders.captions import CaptionsFolderBuilder
-from softmask_plugin.datasets.folders.entailment import EntailmentFolderBuilder
-from softmask_plugin.datasets.folders.nlvr import NLVRFolderBuilder
+from softmask_plugin.datasets.folders.builders import (
+    CaptionsFolderBuilder,
+    EntailmentFolderBuilder,
+    NLVRFolderBuilder,
+    VQAFolderBuilder,
+)
 from softmask_plugin.datasets.folders.refcoco import RefCocoPlusGroundingBuilder
-from softmask_plugin.datasets.folders.vqa import VQAFolderBuilder
-from softmask_plugin.datasets.scenes.builders import ScenesPretrainBuilder, ScenesRetrievalBuilder
-from softmask_plugin.datasets.scenes.task_builders import (
+from softmask_plugin.datasets.scenes.builders import (
     ScenesEntailmentBuilder,
     ScenesGroundingBuilder,
     ScenesNLVRBuilder,
+    ScenesPretrainBuilder,
+    ScenesRetrievalBuilder,
     ScenesVQABuilder,
 )
 from softmask_plugin.datasets.shards.builder import CaptionShardsBuilder

@@ -17,33 +17,29 @@ from lavis.common.vqa_tools.vqa_eval import VQAEval
 ANNOTATORS = 10
 
 
-def write_coco_vqa(
-    owner: object, questions: Iterable[Mapping[str, Any]], split: str
-) -> tuple[str, str]:
+def write_coco_vqa(owner: object, items: Iterable[Mapping[str, Any]]) -> tuple[str, str]:
     """Write questions and answers in COCO's VQA format, in files that live as long as ``owner``.
 
-    The metric (Antol et al., ICCV 2015) asks how many of ten annotators gave an answer, so the ten
-    are shared out in proportion to the weights of a question's answers.
+    The metric (Antol et al., ICCV 2015) counts how many of ten annotators gave an answer, so the
+    ten are shared out in proportion to the weights of a question's answers.
 
     Args:
-        owner: whom the files are for, a data set.
-        questions: ``{"image", "question", "question_id", "answer": {text: weight}}`` each.
-        split: its name, for the record.
+        owner: The data set that the files belong to.
+        items: ``{"image", "question", "question_id", "answer": {text: weight}}`` each.
 
     Returns:
-        Paths of the files of questions and annotations, LAVIS's ``coco_fmt_qust_file`` and
+        Paths of the question file and the annotation file, LAVIS's ``coco_fmt_qust_file`` and
         ``coco_fmt_anno_file``.
     """
     folder = mkdtemp(prefix="coco_vqa_")
     weakref.finalize(owner, _remove, folder, os.getpid())
-    about = {"info": {}, "license": {}, "data_type": "images", "data_subtype": split}
-    asked, annotated = [], []
+    questions, annotations = [], []
     evaluator = VQAEval()
-    for item in questions:
+    for item in items:
         keys = {"image_id": item["image"], "question_id": item["question_id"]}
-        answers = [_normal(evaluator, text) for text in _votes(item["answer"])]
-        asked.append({**keys, "question": item["question"]})
-        annotated.append(
+        answers = [_normalize(evaluator, text) for text in _votes(item["answer"])]
+        questions.append({**keys, "question": item["question"]})
+        annotations.append(
             {
                 **keys,
                 "question_type": "all",
@@ -52,8 +48,8 @@ def write_coco_vqa(
             }
         )
     return (
-        _write(folder, "questions", {**about, "task_type": "Open-Ended", "questions": asked}),
-        _write(folder, "annotations", {**about, "annotations": annotated}),
+        _write(folder, "questions", questions, task_type="Open-Ended"),
+        _write(folder, "annotations", annotations),
     )
 
 
@@ -66,21 +62,22 @@ def _votes(weights: Mapping[str, float]) -> list[str]:
     return np.repeat(list(weights), votes.astype(int)).tolist()
 
 
-def _normal(evaluator: VQAEval, answer: str) -> str:
-    """As the metric changes predictions, and expects annotations to be already."""
+def _normalize(evaluator: VQAEval, answer: str) -> str:
+    """Spell an answer as the metric spells predictions; it expects annotations spelt so already."""
     return evaluator.processDigitArticle(evaluator.processPunctuation(answer))
 
 
 def _kind(answer: str) -> str:
-    """VQA's three kinds of answers, for which the metric is reported apart."""
+    """VQA's three kinds of answers, for each of which the metric is reported."""
     if answer in ("yes", "no"):
         return "yes/no"
     return "number" if answer.isnumeric() else "other"
 
 
-def _write(folder: str, name: str, content: dict[str, Any]) -> str:
+def _write(folder: str, name: str, entries: list[dict[str, Any]], **about: str) -> str:
     path = Path(folder, f"{name}.json")
-    path.write_text(json.dumps(content), encoding="utf-8")
+    content = {"info": {}, "license": {}, "data_type": "images", "data_subtype": "", **about}
+    path.write_text(json.dumps(content | {name: entries}), encoding="utf-8")
     return str(path)
 
 

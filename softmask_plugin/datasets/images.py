@@ -1,4 +1,4 @@
-"""Open whatever a folder of images holds as 8-bit RGB."""
+"""Decode image files of any kind to 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from softmask_plugin.errors import UserError, reason_of
 
-# More than this is refused before it is decoded: Pillow merely warns here, up to twice as many.
+# Larger images are refused before they are decoded: Pillow only warns, up to twice as many pixels.
 MAX_PIXELS = 89_478_485
 
-# Formats of photographs and graphics. Others need not be read, and Pillow hands EPS, which is a
-# program, to Ghostscript.
+# Formats of photographs and graphics. Pillow would pass EPS, which is a program, to Ghostscript.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 _ALPHA_MODES = ("RGBA", "RGBa", "LA", "PA")
 
 
 class UnreadableImageError(UserError):
-    """An image file that cannot be decoded; the message is its path and the reason."""
+    """An image file cannot be decoded; the message is its path and the reason."""
 
 
 def open_rgb(
@@ -33,14 +32,14 @@ def open_rgb(
     """Decode an image file, upright (EXIF orientation applied), as 8-bit RGB.
 
     Args:
-        path: the file.
-        min_side: let a JPEG be decoded at 1/2, 1/4 or 1/8 of its size (several times as fast) as
-            long as no side gets shorter than this, pixels. None: full size.
-        data: what the file holds, if it was read before (out of an archive, say); ``path`` then
-            only names it in messages.
+        path: The file.
+        min_side: Decode a JPEG at 1/2, 1/4 or 1/8 of its size (several times as fast) as long as no
+            side becomes shorter than this, in pixels. None: full size.
+        data: The file's content, if it was read before (from an archive, say); ``path`` then only
+            names it in messages.
 
     Raises:
-        UnreadableImageError: the file is missing or truncated, has more than ``MAX_PIXELS``, or is
+        UnreadableImageError: The file is missing or truncated, has more than ``MAX_PIXELS``, or is
             no image of one of the ``FORMATS``.
     """
     try:
@@ -50,17 +49,17 @@ def open_rgb(
             if min_side is not None:
                 image.draft(None, (min_side, min_side))
             return to_rgb(ImageOps.exif_transpose(image))
-    except UnidentifiedImageError as error:  # whose own message may hold an address in memory
+    except UnidentifiedImageError as error:  # its message may contain an address in memory
         raise UnreadableImageError(f"{path}: no image of a known format") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        # The whole text of a system's error says the name once more.
+        # The full text of a system error repeats the path
         reason = getattr(error, "strerror", None) or reason_of(error)
         raise UnreadableImageError(f"{path}: {reason}") from error
 
 
 @cache
 def _known_formats() -> list[str]:
-    """Those of ``FORMATS`` that this Pillow was built with."""
+    """The formats that this build of Pillow knows."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
@@ -68,14 +67,12 @@ def _known_formats() -> list[str]:
 def _check_size(image: Image.Image) -> None:
     pixels = image.width * image.height
     if not 0 < pixels <= MAX_PIXELS:
-        raise ValueError(
-            f"{image.width} x {image.height} pixels: it must have 1 to {MAX_PIXELS:,} of them"
-        )
+        raise ValueError(f"{image.width} x {image.height} pixels: it must have 1 to {MAX_PIXELS:,}")
 
 
 @contextmanager
 def _whole_files_only() -> Iterator[None]:
-    """Let truncated files raise: LAVIS tells Pillow to fill them up with grey, everywhere."""
+    """Make truncated files an error: LAVIS tells Pillow to fill them up with grey."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
@@ -85,13 +82,13 @@ def _whole_files_only() -> Iterator[None]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any PIL mode to 8-bit RGB; transparent parts lie over white.
+    """Convert an image of any PIL mode to 8-bit RGB; transparent parts become white.
 
-    16-bit images are scaled to 8 bits. Modes I and F carry no range of their own: values are
-    divided by the smallest of 1 (F only), 255 and 65,535 that bounds them, and stretched from
-    their minimum to their maximum where none does or a value is negative.
+    16-bit images are scaled to 8 bits. Modes I and F have no range of their own: values are divided
+    by the smallest of 1 (F only), 255 and 65,535 that bounds them; if none does or a value is
+    negative, they are stretched from their minimum to their maximum.
     """
-    if image.mode == "La":  # Pillow converts it to nothing else
+    if image.mode == "La":  # Pillow converts it only to LA
         image = image.convert("LA")
     if image.mode.startswith("I;16"):
         image = _eight_bits(np.asarray(image, dtype=np.float64) / 65535)

@@ -1,4 +1,4 @@
-"""What a data set leaves out: counted, named in a file, never silent."""
+"""Report what a data set leaves out: a count, and each name in a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lavis.common.registry import registry
 
 from softmask_plugin.errors import one_line
 
-PATIENCE = 10  # seconds that another process may hold the file
+PATIENCE = 10  # seconds to wait for another process that holds the file
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class SkipLog:
     """Reports what is skipped: one warning with the first names, all names in a file.
 
     Attributes:
-        path: the file; None (no run under way): the warning is all there is.
-        muted: report nothing.
+        path: The file; None (outside a run): only the warning.
+        muted: Report nothing.
     """
 
     path: Path | None = None
@@ -30,9 +30,9 @@ class SkipLog:
 
     @classmethod
     def of_run(cls) -> SkipLog:
-        """``skipped_images.log`` in the run's output folder.
+        """Report to ``skipped_images.log`` in the run's output folder.
 
-        LAVIS makes the run's own folder after the data sets; until then it is the one above.
+        LAVIS makes the run's own folder after the data sets; until then, the log is above it.
         """
         folder = registry.get_path("output_dir")
         configuration = registry.get("configuration", no_warning=True)
@@ -41,9 +41,9 @@ class SkipLog:
         return cls(Path(folder) / "skipped_images.log" if folder else None)
 
     def add(self, what: str, names: Sequence[str]) -> None:
-        """Report ``names`` (of ``what``, a plural noun) that the file does not hold yet.
+        """Report ``names`` (of ``what``, a plural noun) that are not in the file yet.
 
-        Processes may add the same name at the same time: one of them does, and warns.
+        If several processes report the same name at once, only one of them adds it and warns.
         """
         if self.muted or not names:
             return
@@ -52,7 +52,7 @@ class SkipLog:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with ExitStack() as held:
-                # Some network file systems know no locks: better a name twice than a run ended
+                # Some network file systems have no locks: rather a name twice than a failed run
                 with suppress(OSError, NotImplementedError):
                     held.enter_context(FileLock(f"{self.path}.lock", timeout=PATIENCE))
                 file = held.enter_context(self.path.open("a+", encoding="utf-8"))

@@ -12,13 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import toy_builders
 from lavis.common.registry import registry
-from omegaconf import OmegaConf
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from softmask_plugin.datasets import images
-from softmask_plugin.datasets.folders.captions import CaptionsFolderBuilder
 from softmask_plugin.datasets.images import MAX_PIXELS, UnreadableImageError, open_rgb, to_rgb
 from softmask_plugin.errors import UserError
 from softmask_plugin.processors import ImageEvalProcessor, ImageTrainProcessor
@@ -85,12 +84,9 @@ def here(tmp_path, monkeypatch):
 def build(*names: str, split: str = "train"):
     rows = [{"image": name, "caption": f"a caption of {name}"} for name in names]
     Path("captions.json").write_text(json.dumps(rows))
-    config = OmegaConf.load(CaptionsFolderBuilder.default_config_path())
-    section = config.datasets.captions_folder
-    section.merge_with({"images": "photos", "captions": {split: "captions.json"}})
-    for mode in ("train", "eval"):
-        section.vis_processor[mode].image_size = 16
-    return CaptionsFolderBuilder(section).build_datasets()[split]
+    small = (f"vis_processor.{mode}.image_size=16" for mode in ("train", "eval"))
+    options = "images=photos", f"captions.{split}=captions.json", *small
+    return toy_builders.build("captions_folder", *options)[split]
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

@@ -1,222 +1,234 @@
-"""Scenes as data sets for LAVIS: what all share, and those for pretraining and retrieval."""
+"""Scenes as data sets for LAVIS: pretraining, retrieval, entailment, NLVR, VQA and grounding."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-import torch
-from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder, load_dataset_config
-from lavis.datasets.datasets.base_dataset import BaseDataset
-from omegaconf import DictConfig, OmegaConf
-from PIL import Image
-from torch import Tensor
+from omegaconf import DictConfig
 
 from softmask_plugin.config.paths import shipped
-from softmask_plugin.datasets.folders.base import check_keys
+from softmask_plugin.datasets.builder import Builder, require_known
 from softmask_plugin.datasets.scenes.grammar import (
     MAX_OBJECTS,
     Box,
-    Caption,
     Composition,
     Scene,
     allowed_compositions,
     captions,
+    heldout_compositions,
     make_scenes,
 )
-from softmask_plugin.datasets.scenes.render import render
+from softmask_plugin.datasets.scenes.render import render_item
+from softmask_plugin.datasets.scenes.tasks import ANSWERS, ask, compare, entail, refer
+from softmask_plugin.datasets.task_datasets import (
+    Annotation,
+    EntailmentDataset,
+    GroundingDataset,
+    ItemDataset,
+    NLVRDataset,
+    PretrainDataset,
+    RetrievalDataset,
+    VQADataset,
+    VQAEvalDataset,
+)
 from softmask_plugin.errors import UserError
 from softmask_plugin.registry import register
 
 
-class SceneTrainDataset(BaseDataset):
-    """One sample per scene, drawn when asked for, with one of its captions at random.
+class ScenesBuilder(Builder):
+    """Makes the scenes of each split in ``num`` from a seed; they are rendered when accessed.
 
-    Args:
-        vis_processor: turns an RGB image into a tensor (3, H, W).
-        text_processor: turns a caption into the model's text.
-        scenes: what to draw.
-        image_size: side of the drawn image in pixels.
+    Attributes:
+        OBJECTS: Least and greatest number of things per scene.
+        SCENES_PER_ITEM: How many consecutive scenes make up an item.
     """
 
-    def __init__(
-        self,
-        vis_processor: Callable[[Image.Image], Tensor],
-        text_processor: Callable[[str], str],
-        scenes: list[Scene],
-        image_size: int,
-    ) -> None:
-        super().__init__(vis_processor, text_processor)
-        self.scenes = scenes
-        self.image_size = image_size
+    OBJECTS = (1, MAX_OBJECTS)
+    SCENES_PER_ITEM = 1
 
-    def __len__(self) -> int:
-        return len(self.scenes)
+    def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> Annotation:
+        """Make the items of a split, whose texts may name the compositions of ``pool``."""
+        raise NotImplementedError
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        choices = captions(self.scenes[index])
-        chosen = choices[int(torch.randint(len(choices), ()))]
-        return {
-            "image": self.vis_processor(render(self.scenes[index], self.image_size)),
-            "text_input": self.text_processor(chosen.text),
-            "image_id": index,
-            "instance_id": str(index),
-        }
+    def build(self) -> dict[str, ItemDataset]:
+        """Build the data sets, by split.
+
+        Raises:
+            UserError: A key or a value that the default YAML does not allow.
+        """
+        splits, num = list(self._check_keys().num), self.config.num
+        if not isinstance(num, DictConfig):
+            raise UserError(
+                f"{self.place}.num is {num!r}: it must give a number for each of "
+                f"{', '.join(splits)}"
+            )
+        require_known(f"{self.place}.num", num, splits)
+        seed = self._number("seed", 0)
+        image_size = self._number("image_size", 16)
+        objects = self._number("objects", *self.OBJECTS)
+        heldout = self._number("heldout", 0, 0.5, float)
+        self.build_processors()
+        datasets: dict[str, ItemDataset] = {}
+        for split in map(str, num):
+            count = self.SCENES_PER_ITEM * self._number(f"num.{split}", 1)
+            scenes = make_scenes(split, count, seed, objects, heldout, str(self.config.layout))
+            annotation = self._annotate(split, scenes, allowed_compositions(split, heldout))
+            datasets[split] = self._dataset(split, annotation, partial(render_item, image_size))
+        return datasets
 
 
-class SceneEvalDataset(BaseDataset):
-    """Scenes and captions to match with each other, as LAVIS's ``retrieval`` task reads them.
-
-    Args:
-        vis_processor: turns an RGB image into a tensor (3, H, W).
-        text_processor: turns a caption into the model's text.
-        scenes: the gallery.
-        image_size: side of the drawn image in pixels.
-        captions_per_image: how many of each scene's captions to use, the most detailed first.
-
-    Raises:
-        UserError: the scenes have fewer captions than that.
-    """
-
-    def __init__(
-        self,
-        vis_processor: Callable[[Image.Image], Tensor],
-        text_processor: Callable[[str], str],
-        scenes: list[Scene],
-        image_size: int,
-        captions_per_image: int = 2,
-    ) -> None:
-        super().__init__(vis_processor, text_processor)
-        self.scenes = scenes
-        self.image_size = image_size
-        self.captions: list[Caption] = []
-        self.txt2img: dict[int, int] = {}
-        self.img2txt: dict[int, list[int]] = {}
-        for i, scene in enumerate(scenes):
-            known = captions(scene)
-            if captions_per_image > len(known):
-                raise UserError(
-                    f"captions_per_image is {captions_per_image}, but a scene of "
-                    f"{len(scene.things)} object(s) has {len(known)} captions: ask for fewer"
-                )
-            first = len(self.captions)
-            self.captions += known[:captions_per_image]
-            self.img2txt[i] = list(range(first, len(self.captions)))
-            self.txt2img.update(dict.fromkeys(self.img2txt[i], i))
-        self.text = [text_processor(caption.text) for caption in self.captions]
-        self.image = [f"scene {i}" for i in range(len(scenes))]
-
-    def __len__(self) -> int:
-        return len(self.scenes)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        image = render(self.scenes[index], self.image_size)
-        return {"image": self.vis_processor(image), "index": index}
+class SceneRetrievalDataset(RetrievalDataset):
+    """Scenes and captions to match, with the boxes of the things that the captions name."""
 
     def boxes(self, text_index: int) -> list[tuple[int, Box, str]]:
-        """What each word of ``text[text_index]`` that names a thing points at.
+        """Find what each word of ``text[text_index]`` that names a thing points at.
 
         Returns:
             (index of the word in ``text.split()``, box (x0, y0, x1, y1) in [0, 1], role), the role
             being ``"size"``, ``"colour"`` or ``"shape"``.
         """
-        return list(self.captions[text_index].boxes)
+        image = self.txt2img[text_index]
+        return list(self.annotation[image]["word_boxes"][self.img2txt[image].index(text_index)])
 
 
-class ScenesBuilder(BaseDatasetBuilder):
-    """Draws the scenes of each split that ``num`` names, from a seed.
+def caption_scenes(scenes: Sequence[Scene], captions_per_image: int | None = None) -> Annotation:
+    """Make one item per scene.
 
-    The keys of ``datasets.<NAME>`` are described in the shipped YAML file.
+    Args:
+        scenes: The scenes.
+        captions_per_image: How many captions of each scene to use, the most detailed first; None:
+            all.
 
-    Attributes:
-        NAME: the name it is registered under.
-        OBJECTS: least and greatest number of things per scene.
-        SCENES_PER_ITEM: how many consecutive scenes make up an item.
+    Raises:
+        UserError: A scene has fewer captions.
     """
-
-    NAME: str
-    OBJECTS = (1, MAX_OBJECTS)
-    SCENES_PER_ITEM = 1
-
-    def items(self, scenes: list[Scene], pool: Sequence[Composition]) -> list[Any]:
-        """Make a data set's items; ``pool``: the compositions that its split may name."""
-        return scenes
-
-    def arguments(self, split: str) -> dict[str, Any]:
-        """Arguments of a split's data set that others do not have."""
-        return {}
-
-    def _download_data(self) -> None:
-        """Nothing to download: scenes are drawn at run time."""
-
-    def build(self) -> dict[str, BaseDataset]:
-        """Build the data sets, by split.
-
-        Raises:
-            UserError: a key or a value that the shipped YAML file does not allow.
-        """
-        self._check_keys()
-        seed = self._number("seed", int, 0)
-        image_size = self._number("image_size", int, 16)
-        objects = self._number("objects", int, *self.OBJECTS)
-        heldout = self._number("heldout", float, 0, 0.5)
-        layout = str(self.config.layout)
-
-        self.build_processors()
-        datasets: dict[str, BaseDataset] = {}
-        for split in map(str, self.config.num):
-            num = self.SCENES_PER_ITEM * self._number(f"num.{split}", int, 1)
-            scenes = make_scenes(split, num, seed, objects, heldout, layout)
-            mode = "train" if split == "train" else "eval"
-            dataset_class: Any = getattr(self, f"{mode}_dataset_cls")
-            datasets[split] = dataset_class(
-                self.vis_processors[mode],
-                self.text_processors[mode],
-                self.items(scenes, allowed_compositions(split, heldout)),
-                image_size,
-                **self.arguments(split),
-            )
-        return datasets
-
-    def _check_keys(self) -> None:
-        place, num = f"datasets.{self.NAME}", self.config.num
-        known = load_dataset_config(self.default_config_path())
-        check_keys(place, self.config, [*known, "type"])
-        if not isinstance(num, DictConfig):
-            raise UserError(
-                f"{place}.num is {num!r}: it must give a number for each of {', '.join(known.num)}"
-            )
-        check_keys(f"{place}.num", num, known.num)
-
-    def _number(self, key: str, kind: type, low: float, high: float = float("inf")) -> Any:
-        value = OmegaConf.select(self.config, key)
-        right_kind = isinstance(value, (int, kind)) and not isinstance(value, bool)
-        if not right_kind or not low <= value <= high:
-            noun = "a whole number" if kind is int else "a number"
-            span = f">= {low}" if high == float("inf") else f"from {low} to {high}"
-            raise UserError(f"datasets.{self.NAME}.{key} is {value!r}: it must be {noun} {span}")
-        return value
+    annotation: Annotation = []
+    for index, scene in enumerate(scenes):
+        chosen = captions(scene)
+        if captions_per_image is not None:
+            if captions_per_image > len(chosen):
+                raise UserError(
+                    f"captions_per_image is {captions_per_image}, but a scene of "
+                    f"{len(scene.things)} object(s) has {len(chosen)} captions: ask for fewer"
+                )
+            chosen = chosen[:captions_per_image]
+        annotation.append(
+            {
+                "image": f"scene {index}",
+                "image_id": index,
+                "scenes": (scene,),
+                "caption": [caption.text for caption in chosen],
+                "word_boxes": [caption.boxes for caption in chosen],
+            }
+        )
+    return annotation
 
 
 @register("builder", "scenes_pretrain")
 class ScenesPretrainBuilder(ScenesBuilder):
-    """Scenes to pretrain on: a train split."""
+    """Scenes for pretraining: a train split."""
 
-    NAME = "scenes_pretrain"
     DATASET_CONFIG_DICT = {"default": shipped("datasets/scenes/pretrain.yaml")}
-    train_dataset_cls = SceneTrainDataset
+    train_dataset_cls = PretrainDataset
+
+    def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> Annotation:
+        return caption_scenes(scenes)
 
 
 @register("builder", "scenes_retrieval")
-class ScenesRetrievalBuilder(ScenesPretrainBuilder):
+class ScenesRetrievalBuilder(ScenesBuilder):
     """Scenes for image-text retrieval: train, val and test."""
 
-    NAME = "scenes_retrieval"
     DATASET_CONFIG_DICT = {"default": shipped("datasets/scenes/retrieval.yaml")}
-    eval_dataset_cls = SceneEvalDataset
+    train_dataset_cls = PretrainDataset
+    eval_dataset_cls = SceneRetrievalDataset
 
-    def arguments(self, split: str) -> dict[str, Any]:
-        """How many captions of a val or test scene to use."""
-        if split == "train":
-            return {}
-        return {"captions_per_image": self._number("captions_per_image", int, 1)}
+    def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> Annotation:
+        limit = None if split == "train" else self._number("captions_per_image", 1)
+        return caption_scenes(scenes, limit)
+
+
+@register("builder", "scenes_entailment")
+class ScenesEntailmentBuilder(ScenesBuilder):
+    """Scenes behind a curtain with a statement each, for ``multimodal_classification``."""
+
+    OBJECTS = (2, MAX_OBJECTS)
+    DATASET_CONFIG_DICT = {"default": shipped("datasets/scenes/entailment.yaml")}
+    train_dataset_cls = eval_dataset_cls = EntailmentDataset
+
+    def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> Annotation:
+        return [
+            {
+                "image": f"scene {index}",
+                "scenes": (item.scene,),
+                "curtain": item.curtain,
+                "sentence": item.text,
+                "label": item.label,
+            }
+            for index, item in enumerate(entail(scene, pool) for scene in scenes)
+        ]
+
+
+@register("builder", "scenes_nlvr")
+class ScenesNLVRBuilder(ScenesBuilder):
+    """Pairs of scenes with a statement, for ``multimodal_classification``."""
+
+    SCENES_PER_ITEM = 2
+    DATASET_CONFIG_DICT = {"default": shipped("datasets/scenes/nlvr.yaml")}
+    train_dataset_cls = eval_dataset_cls = NLVRDataset
+
+    def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> Annotation:
+        heldout = heldout_compositions(self.config.heldout)
+        pairs = zip(scenes[::2], scenes[1::2], strict=True)
+        items = [compare(left, right, pool, heldout) for left, right in pairs]
+        return [
+            {"scenes": (item.left, item.right), "sentence": item.text, "label": str(item.label)}
+            for item in items
+        ]
+
+
+@register("builder", "scenes_vqa")
+class ScenesVQABuilder(ScenesBuilder):
+    """Scenes with a question each, for ``vqa``."""
+
+    DATASET_CONFIG_DICT = {"default": shipped("datasets/scenes/vqa.yaml")}
+    train_dataset_cls = VQADataset
+    eval_dataset_cls = VQAEvalDataset
+
+    def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> Annotation:
+        return [
+            {
+                "image": index,
+                "question_id": index,
+                "scenes": (item.scene,),
+                "question": item.text,
+                "answer": {item.answer: 1.0},
+            }
+            for index, item in enumerate(ask(scene, pool) for scene in scenes)
+        ]
+
+    def _arguments(self, split: str) -> dict[str, Any]:
+        return {} if split == "train" else {"answer_list": list(ANSWERS)}
+
+
+@register("builder", "scenes_grounding")
+class ScenesGroundingBuilder(ScenesBuilder):
+    """Scenes with a referring expression each: val and test, for ``softmask_grounding``."""
+
+    OBJECTS = (2, MAX_OBJECTS)
+    DATASET_CONFIG_DICT = {"default": shipped("datasets/scenes/grounding.yaml")}
+    eval_dataset_cls = GroundingDataset
+
+    def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> Annotation:
+        return [
+            {
+                "scenes": (scene,),
+                "text": expression.text,
+                "box": expression.thing.box,
+                "boxes": [thing.box for thing in scene.things],
+                "group": split,
+            }
+            for scene, expression in ((scene, refer(scene)) for scene in scenes)
+        ]

@@ -1,7 +1,7 @@
-"""Scenes: a few coloured shapes on a plain ground, and captions that are true of them.
+"""Scenes: a few coloured shapes on a plain ground, with captions that are true.
 
-Everything about a scene follows from a seed, so exact ground truth exists for whatever is asked of
-it: which captions are true, and where in the image the thing that a word names lies.
+Everything about a scene follows from a seed, so the ground truth is exact: which captions are true,
+and where in the image the thing lies that a word names.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ LEFT, RIGHT, ABOVE, BELOW = "to the left of", "to the right of", "above", "below
 COMPOSITIONS: tuple[Composition, ...] = tuple((c, s) for c in COLOURS for s in SHAPES)
 
 SPLITS = ("train", "val", "test")
-MAX_OBJECTS = 4  # more do not fit with every relation unambiguous
+MAX_OBJECTS = 4  # with more, some relations would be ambiguous
 _BOARD = 3  # cells along a side of the board
 _MARGIN = 0.02  # least distance of a thing from the image's edge
 GAP = 0.03  # least distance between two things along the axis of their relation
-_DOMINANCE = 1.5  # centres are this much farther apart along that axis than across it
+_DOMINANCE = 1.5  # centres are at least this much farther apart along that axis than across it
 
-# What the captions say besides the names, and what the statements and questions of scene_tasks do.
+# Other words of the captions, and of the statements and questions in tasks.py.
 _CAPTION_WORDS = "there is a an and picture of"
 _TASK_WORDS = """are both colour how image images many no one only other shape show shows size thing
     things what yes"""
@@ -49,11 +49,11 @@ _TASK_WORDS = """are both colour how image images many no one only other shape s
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where things may stand, and how large they are (shares of the image's side)."""
+    """Where things may stand, and how large they are, in shares of the image's side."""
 
     diameters: dict[str, float]
-    spread: float  # a diameter varies by this share of itself
-    shrinks: bool  # more than two things are drawn smaller
+    spread: float  # a diameter varies by up to this share of itself
+    shrinks: bool  # whether more than two things are drawn smaller
     centres: Callable[[np.random.Generator, np.ndarray, int], np.ndarray]
 
 
@@ -68,7 +68,7 @@ def _anywhere(rng: np.random.Generator, diameter: np.ndarray, tries: int) -> np.
 
 
 LAYOUTS = {
-    # In the middle of the cells of a 3 x 3 board, where shapes can be learned in minutes.
+    # In the middle of the cells of a 3 x 3 board: shapes can be learned in minutes.
     "board": Layout({"small": 0.19, "large": 0.29}, 0, False, _on_board),
     # Anywhere: a small vision transformer takes several times as long to tell shapes apart.
     "free": Layout({"small": 0.26, "large": 0.42}, 0.07, True, _anywhere),
@@ -77,7 +77,7 @@ LAYOUTS = {
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One object. ``x``, ``y`` (its centre) and ``diameter`` are shares of the image's side."""
+    """One object. ``x``, ``y`` (centre) and ``diameter`` are shares of the image's side."""
 
     colour: str
     shape: str
@@ -88,7 +88,7 @@ class Thing:
 
     @property
     def composition(self) -> Composition:
-        """Its (colour, shape)."""
+        """(colour, shape)."""
         return self.colour, self.shape
 
     @property
@@ -100,9 +100,12 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Things, all of different (colour, shape), with a clear relation between any two.
+    """Things of different (colour, shape), with a clear relation between any two.
 
-    ``novel``: one of them has a held-out composition. ``texture``: seeds grain and shades.
+    Attributes:
+        things: The things.
+        novel: Whether one of them has a held-out composition.
+        texture: Seed of the image's grain and shades.
     """
 
     things: tuple[Thing, ...]
@@ -111,15 +114,18 @@ class Scene:
 
     @property
     def compositions(self) -> frozenset[Composition]:
-        """What the scene shows, without places and sizes; unique within an evaluation split."""
+        """The (colour, shape) pairs shown; no two scenes of val or test show the same set."""
         return frozenset(thing.composition for thing in self.things)
 
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """A sentence, and for each word that names a thing (index in ``text.split()``, box, role).
+    """A sentence with the boxes of its words.
 
-    The role is ``"size"``, ``"colour"`` or ``"shape"``.
+    Attributes:
+        text: The sentence.
+        boxes: For each word that names a thing: index in ``text.split()``, box, and role:
+            ``"size"``, ``"colour"`` or ``"shape"``.
     """
 
     text: str
@@ -127,13 +133,13 @@ class Caption:
 
 
 def heldout_compositions(fraction: float) -> frozenset[Composition]:
-    """The (colour, shape) pairs that training never sees; the same for every seed.
+    """Return the (colour, shape) pairs that training never shows; they do not depend on the seed.
 
-    They are taken along the diagonals of the colour × shape table, so that every colour and every
-    shape loses about the same share of its partners.
+    They lie along the diagonals of the colour × shape table, so that every colour and every shape
+    loses about the same share of its partners.
 
     Args:
-        fraction: share of all pairs, in [0, 0.5].
+        fraction: Share of all pairs, in [0, 0.5].
     """
 
     def diagonal(pair: Composition) -> int:
@@ -144,13 +150,13 @@ def heldout_compositions(fraction: float) -> frozenset[Composition]:
 
 
 def allowed_compositions(split: str, heldout: float) -> list[Composition]:
-    """The (colour, shape) pairs that a split may show: in ``train`` not those held out."""
+    """Return the (colour, shape) pairs that a split may show: ``train`` shows none held out."""
     kept_back = heldout_compositions(heldout) if split == "train" else ()
     return [pair for pair in COMPOSITIONS if pair not in kept_back]
 
 
 def relation(a: Thing, b: Thing) -> str:
-    """The relation for which "a <relation> b" is true, along the axis that separates them more."""
+    """Return the relation that makes "a <relation> b" true, along the axis that separates more."""
     dx, dy = a.x - b.x, a.y - b.y
     if abs(dx) > abs(dy):
         return LEFT if dx < 0 else RIGHT
@@ -158,19 +164,19 @@ def relation(a: Thing, b: Thing) -> str:
 
 
 def captions(scene: Scene) -> list[Caption]:
-    """Captions of a scene, each true and naming every thing by colour and shape.
+    """Write the captions of a scene; each is true and names every thing by colour and shape.
 
-    In order: the first thing's relation to the others, with sizes; the same seen from the last
-    thing; a plainer form of the first; two lists without a relation. Five, less where a scene of
-    one thing makes some the same.
+    In order: the first thing's relations to the others, with sizes; the same seen from the last
+    thing; the first without sizes; two lists without relations. They are five, or four if the scene
+    has one thing.
     """
     there, back = scene.things, scene.things[::-1]
     drafts = [
-        _write(*_related(there, sized=True)),
-        _write(*_related(back, sized=True)),
-        _write("a picture of", *_related(there, sized=False)),
-        _write("there is", *_listed(there, sized=True)),
-        _write(*_listed(back, sized=False)),
+        _write("", there),
+        _write("", back),
+        _write("a picture of", there, sized=False),
+        _write("there is", there, related=False),
+        _write("", back, sized=False, related=False),
     ]
     return list({draft.text: draft for draft in drafts}.values())
 
@@ -183,21 +189,21 @@ def make_scenes(
     heldout: float = 0.125,
     layout: str = "board",
 ) -> list[Scene]:
-    """Draw the first ``num`` scenes of a split.
+    """Make the first ``num`` scenes of a split.
 
-    Scene i depends on (seed, split, i) alone, and in val and test on the scenes before it as well:
-    there no two scenes show the same set of compositions, so that a caption fits one scene only.
+    Scene i depends only on (seed, split, i); in val and test also on the scenes before it, since
+    there no two scenes show the same set of compositions, so that a caption fits only one scene.
 
     Args:
         split: ``train`` (never shows a held-out composition), ``val`` or ``test``.
-        num: how many scenes.
-        seed: any whole number >= 0.
-        objects: things per scene, 1 to MAX_OBJECTS.
-        heldout: share of the (colour, shape) pairs kept from training, in [0, 0.5].
-        layout: where things may stand, a name in LAYOUTS.
+        num: How many scenes.
+        seed: Random seed, >= 0.
+        objects: Things per scene, 1 to MAX_OBJECTS.
+        heldout: Share of the (colour, shape) pairs kept from training, in [0, 0.5].
+        layout: Where things may stand: a name in LAYOUTS.
 
     Raises:
-        UserError: the split or the layout is unknown, or there are fewer than ``num`` different
+        UserError: The split or the layout is unknown, or there are fewer than ``num`` different
             scenes.
     """
     if split not in SPLITS:
@@ -226,14 +232,14 @@ def make_scenes(
 
 
 def article(word: str) -> str:
-    """``a`` or ``an``, as it stands before a word."""
+    """Return the article, ``a`` or ``an``, for a word."""
     return "an" if word[0] in "aeiou" else "a"
 
 
 def vocabulary() -> list[str]:
-    """WordPiece vocabulary, one token per word of the grammar.
+    """Return a WordPiece vocabulary with one token per word of the grammar.
 
-    Letters and digits, at a word's start and within it, let any other ASCII text tokenize as well.
+    Letters and digits, at a word's start and within it, make other ASCII text tokenizable too.
     """
     relations = (LEFT, RIGHT, ABOVE, BELOW)
     phrases = (*COLOURS, *SHAPES, *SIZES, *relations, _CAPTION_WORDS, _TASK_WORDS)
@@ -253,7 +259,7 @@ def _choose(
 def _place(
     rng: np.random.Generator, shown: Sequence[Composition], layout: Layout
 ) -> tuple[Thing, ...]:
-    """Sizes and places for what is shown: the first of random layouts with clear relations."""
+    """Draw sizes and places: the first random arrangement with clear relations."""
     count = len(shown)
     sizes = [SIZES[i] for i in rng.integers(len(SIZES), size=count)]
     diameter = np.array([layout.diameters[s] for s in sizes])
@@ -279,34 +285,16 @@ def _place(
     )
 
 
-_Part = str | tuple[Thing, bool]  # words as they are, or a thing and whether to say its size
-
-
-def _related(things: Sequence[Thing], sized: bool) -> list[_Part]:
-    subject, *others = things
-    parts: list[_Part] = [(subject, sized)]
-    for i, other in enumerate(others):
-        parts += ["and"] if i else []
-        parts += [relation(subject, other), (other, sized)]
-    return parts
-
-
-def _listed(things: Sequence[Thing], sized: bool) -> list[_Part]:
-    parts: list[_Part] = []
-    for thing in things:
-        parts += ["and"] if parts else []
-        parts.append((thing, sized))
-    return parts
-
-
-def _write(*parts: _Part) -> Caption:
-    words: list[str] = []
-    boxes: list[tuple[int, Box, str]] = []
-    for part in parts:
-        if isinstance(part, str):
-            words += part.split()
-            continue
-        thing, sized = part
+def _write(
+    opening: str, things: Sequence[Thing], sized: bool = True, related: bool = True
+) -> Caption:
+    """Name the things after an opening: the first one's relations to the others, or a list."""
+    words, boxes = opening.split(), []
+    for i, thing in enumerate(things):
+        if i > 1 or (i == 1 and not related):
+            words.append("and")
+        if i and related:
+            words += relation(things[0], thing).split()
         named = [("size", thing.size)] if sized else []
         named += [("colour", thing.colour), ("shape", thing.shape)]
         words.append(article(named[0][1]))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from softmask_plugin.datasets.scenes.grammar import COLOURS, Scene
+from softmask_plugin.datasets.scenes.grammar import COLOURS, Box, Scene
 
-_CANVAS = 512  # shapes are drawn at this size once, then reduced: that is the antialiasing
+_CANVAS = 512  # each shape is drawn once at this size, then reduced, which smooths its edges
 
 
 def _circle(radius: float = 1.0, x: float = 0.0) -> np.ndarray:
@@ -60,12 +61,20 @@ def stencil(shape: str, width: int, height: int) -> Image.Image:
     return canvas.crop(canvas.getbbox()).resize((width, height), Image.Resampling.BOX)
 
 
+def render_item(size: int, item: dict[str, Any], min_side: int | None) -> list[Image.Image]:
+    """Draw the ``scenes`` of a data set's item, the first behind its ``curtain`` if it has one."""
+    images = [render(scene, size) for scene in item["scenes"]]
+    if "curtain" in item:
+        _draw_curtain(images[0], item["curtain"])
+    return images
+
+
 def render(scene: Scene, size: int) -> Image.Image:
     """Draw a scene.
 
     Args:
-        scene: what to draw; grain and shades follow from its ``texture``.
-        size: the image's side in pixels.
+        scene: What to draw; its ``texture`` seeds grain and shades.
+        size: The image's side in pixels.
 
     Returns:
         RGB image, ``size`` × ``size``. A thing's box is exact to half a pixel.
@@ -85,3 +94,11 @@ def render(scene: Scene, size: int) -> Image.Image:
 def _shaded(colour: tuple[int, int, int], shade: list[int]) -> tuple[int, ...]:
     # At most 245, which leaves the grain room below 255.
     return tuple(min(245, max(0, c + s)) for c, s in zip(colour, shade, strict=True))
+
+
+def _draw_curtain(image: Image.Image, box: Box) -> None:
+    """Cover a part of the image with an opaque grey curtain, pleated lest it look like a square."""
+    x0, y0, x1, y1 = (round(edge * image.width) for edge in box)
+    pleats = np.arange(x1 - x0) * 30 // image.width % 2
+    greys = np.where(pleats, 150, 95).astype(np.uint8)
+    image.paste(Image.fromarray(np.tile(greys, (y1 - y0, 1))), (x0, y0))

@@ -1,8 +1,8 @@
-"""What can be asked of scenes: entailment, two-image statements, questions, referring expressions.
+"""Statements, questions and referring expressions about scenes, with their truth.
 
-Each function makes one item of what it is given and of nothing else: its draws are seeded by the
-scene's ``texture``. Whether it says the truth follows from the scene; the words alone give nothing
-away, for right and wrong statements are drawn alike.
+Each function makes one item from its arguments alone: the scene's ``texture`` seeds its draws. The
+truth follows from the scene; the words alone give nothing away, since right and wrong statements
+are drawn in the same way.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ KINDS = ("colour", "shape", "size", "exists", "count")  # of questions
 CONTRADICTION, NEUTRAL, ENTAILMENT = "contradiction", "neutral", "entailment"
 
 # Statements about two compositions, of which each image shows one; then which of them the left and
-# the right image show where the statement is true, and where it is false. Who sees one image only
-# is right about the first 75% of the time, 50%, 50% and 83%.
+# the right image show if the statement is true, and if it is false. With only one image in view,
+# the best guess about them is right 75%, 50%, 50% and 83% of the time.
 _PAIR_STATEMENTS = (
     ("both images show {0}", ((0, 0),), ((0, 1), (1, 0))),
     ("only one image shows {0}", ((0, 1), (1, 0)), ((0, 0), (1, 1))),
@@ -48,7 +48,7 @@ Option = TypeVar("Option")
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Words that fit one thing of a scene alone; ``anchor``: the thing that they start from."""
+    """Words that fit only one thing of a scene, perhaps by its relation to an ``anchor``."""
 
     text: str
     thing: Thing
@@ -57,10 +57,11 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
-    """A statement about a scene, part of which an opaque curtain hides.
+    """A statement about a scene, part of which is behind an opaque curtain.
 
-    The label is ``"contradiction"``, ``"neutral"`` or ``"entailment"``; the curtain (x0, y0, x1,
-    y1) in [0, 1].
+    Attributes:
+        curtain: (x0, y0, x1, y1) in [0, 1].
+        label: ``"contradiction"``, ``"neutral"`` or ``"entailment"``.
     """
 
     scene: Scene
@@ -90,14 +91,14 @@ class Question:
 
 
 def references(things: Sequence[Thing], secret: str | None = None) -> list[Reference]:
-    """All expressions that fit one of the things and no other.
+    """List all expressions that fit exactly one of the things.
 
-    They are "the small red circle" with one to three of its words ("the red thing" where the shape
-    is not said), and "the thing above the red circle".
+    They are "the small red circle" with one to three of its words ("the red thing" without the
+    shape), and "the thing above the red circle".
 
     Args:
-        things: what the scene shows.
-        secret: ``"colour"``, ``"shape"`` or ``"size"``: what is not to be said of the thing meant.
+        things: The things of a scene.
+        secret: ``"colour"``, ``"shape"`` or ``"size"``, which no expression may tell.
     """
     attributes = [name for name in ("size", "colour", "shape") if name != secret]
     subsets = [told for n in range(len(attributes)) for told in combinations(attributes, n + 1)]
@@ -118,23 +119,23 @@ def references(things: Sequence[Thing], secret: str | None = None) -> list[Refer
 
 
 def refer(scene: Scene) -> Reference:
-    """A referring expression, half of the time by a relation: "the thing above the red circle"."""
+    """Refer to a thing, half of the time by a relation: "the thing above the red circle"."""
     return _pick_reference(_rng(scene), references(scene.things))
 
 
 def entail(scene: Scene, pool: Sequence[Composition]) -> Hypothesis:
-    """Say of one thing which colour or shape it has, and draw a curtain over one thing.
+    """State the colour or shape of one thing, and hide one thing behind a curtain.
 
-    "The circle is red" is entailed or contradicted where the circle is seen, and neutral where it
-    is behind the curtain: then nobody can tell. The thing meant and the label are drawn before the
-    curtain, so that the picture without the words gives nothing away either.
+    "The circle is red" is entailed or contradicted if the circle is in view, and neutral if it is
+    behind the curtain. The thing meant and the label are drawn before the curtain, so that the
+    picture without the words gives nothing away either.
 
     Args:
-        scene: of two or more things; from three on, some are meant by their relation to another.
-        pool: compositions that may be stated, rightly or wrongly.
+        scene: Two or more things; if more, some are meant by their relation to another.
+        pool: Compositions that may be stated, rightly or wrongly.
     """
     rng = _rng(scene)
-    spare = len(scene.things) > 2  # to hide one beside the thing meant and its anchor
+    spare = len(scene.things) > 2  # one can be hidden besides the thing meant and its anchor
     described = {
         secret: [r for r in references(scene.things, secret) if spare or r.anchor is None]
         for secret in ("colour", "shape")
@@ -165,17 +166,17 @@ def entail(scene: Scene, pool: Sequence[Composition]) -> Hypothesis:
     return Hypothesis(scene, curtain, f"{meant.text} is {said}", label)
 
 
-def pair_up(
+def compare(
     left: Scene, right: Scene, pool: Sequence[Composition], heldout: Collection[Composition]
 ) -> Pair:
-    """Say of two images what they show, true half of the time whatever is said.
+    """State what two images show; each kind of statement is true half of the time.
 
-    One thing of each scene is exchanged for one of the two things that the statement is about.
+    In each scene, one thing is replaced by one of the two things that the statement is about.
 
     Args:
-        left, right: scenes to draw, after the exchange.
-        pool: compositions that the statement may name.
-        heldout: compositions that make a scene ``novel``.
+        left, right: Scenes before the replacement.
+        pool: Compositions that the statement may name.
+        heldout: Compositions that make a scene ``novel``.
     """
     rng = _rng(left)
     free = [pair for pair in pool if pair not in left.compositions | right.compositions]
@@ -183,8 +184,8 @@ def pair_up(
     template, where_true, where_false = _pick(rng, _PAIR_STATEMENTS)
     label = _pick(rng, (True, False))
     on_left, on_right = _pick(rng, where_true if label else where_false)
-    left = _exchange(left, named[on_left], heldout)
-    right = _exchange(right, named[on_right], heldout)
+    left = _replace_first(left, named[on_left], heldout)
+    right = _replace_first(right, named[on_right], heldout)
     text = template.format(*(_a(" ".join(composition)) for composition in named))
     return Pair(left, right, text, label)
 
@@ -192,19 +193,19 @@ def pair_up(
 def ask(scene: Scene, pool: Sequence[Composition]) -> Question:
     """Ask for a colour, shape or size, whether something is there, or how many things are.
 
-    "Yes" and "no" are as frequent as each other; so are "small" and "large", and all counts. Where
-    a question of another kind cannot be asked, it is asked whether something is there.
+    "Yes" and "no" are equally frequent, and so are "small" and "large", and all counts. If a
+    question of another kind is impossible, the question is whether something is there.
 
     Args:
-        scene: what is asked about.
-        pool: compositions that may be asked for.
+        scene: The scene in question.
+        pool: Compositions that may be asked for.
     """
     rng = _rng(scene)
     kind = _pick(rng, KINDS)
     if kind == "count":
         size = _pick(rng, SIZES)
         count = sum(thing.size == size for thing in scene.things)
-        # Sizes fall like coins: kept this often, all counts become equally frequent.
+        # Sizes fall like coins; asking this often makes all counts equally frequent.
         if rng.random() < 1 / math.comb(len(scene.things), count):
             return Question(scene, f"how many {size} things are there", str(count), kind)
     elif kind != "exists" and (found := references(scene.things, kind)):
@@ -221,7 +222,7 @@ def ask(scene: Scene, pool: Sequence[Composition]) -> Question:
 
 
 def _rng(scene: Scene) -> np.random.Generator:
-    return np.random.default_rng((scene.texture, 1))  # the texture alone seeds the drawing
+    return np.random.default_rng((scene.texture, 1))  # scene.texture alone seeds render()
 
 
 def _pick(rng: np.random.Generator, options: Sequence[Option]) -> Option:
@@ -231,12 +232,12 @@ def _pick(rng: np.random.Generator, options: Sequence[Option]) -> Option:
 def _pick_near(
     rng: np.random.Generator, options: Sequence[Option], near: Sequence[Option]
 ) -> Option:
-    """Half of the time one of the ``near`` options: words that the scene shows, wrongly bound."""
+    """Pick a ``near`` option half of the time: words that the scene shows, wrongly combined."""
     return _pick(rng, near if near and rng.random() < 0.5 else options)
 
 
 def _pick_reference(rng: np.random.Generator, found: Sequence[Reference]) -> Reference:
-    """By name or by relation with equal chances, as far as there are both."""
+    """Pick by name or by relation with equal chances, if there are both."""
     named = [reference for reference in found if reference.anchor is None]
     related = [reference for reference in found if reference.anchor is not None]
     return _pick(rng, _pick(rng, [family for family in (named, related) if family]))
@@ -251,8 +252,9 @@ def _a(words: str) -> str:
     return f"{article(words)} {words}"
 
 
-def _exchange(scene: Scene, composition: Composition, heldout: Collection[Composition]) -> Scene:
-    """The scene with its first thing's colour and shape replaced."""
+def _replace_first(
+    scene: Scene, composition: Composition, heldout: Collection[Composition]
+) -> Scene:
     first, *others = scene.things
     things = (replace(first, colour=composition[0], shape=composition[1]), *others)
     return replace(scene, things=things, novel=any(t.composition in heldout for t in things))

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
-from contextlib import ExitStack
-from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, BinaryIO
+from typing import Any
 
 import webdataset as wds
 from tqdm import tqdm
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from softmask_plugin.datasets.images import UnreadableImageError, open_rgb
 from softmask_plugin.datasets.shards.files import IMAGE_SUFFIXES, INDEX, INDEX_KIND
 from softmask_plugin.datasets.skip_log import SkipLog
-from softmask_plugin.datasets.tables.captions import CaptionedImage, read_captions
+from softmask_plugin.datasets.tables.captions import CaptionedImage, parse_captions
 from softmask_plugin.errors import UserError
 
 
@@ -30,23 +29,22 @@ def pack_shards(
 ) -> dict[str, int]:
     """Write ``00000.tar``, ... and ``index.json`` (webdataset's wids layout) into a new folder.
 
-    Images keep their bytes; the same input gives the same shards, byte for byte. The folder appears
-    when all is written. Unreadable images, and rows and captions that cannot be used, are left out
-    and named in the file ``<out>.skipped.log`` beside it.
+    Images keep their bytes, and the same input gives the same shards, byte for byte. The folder
+    appears once all is written. Unreadable images and unusable rows and captions are left out and
+    named in the file ``<out>.skipped.log`` beside it.
 
     Args:
-        captions: a caption file, as ``read_captions`` reads it; of Karpathy's layout, its train
-            split.
-        images: the folder that the names in it start from.
-        out: the folder of the shards: a new or an empty one.
-        per_shard: samples per shard; the last one has what is left.
-        seed: of the order in which images are packed.
+        captions: A caption file for ``parse_captions``; of a Karpathy file, the train split.
+        images: The folder that the names in it start from.
+        out: The folder for the shards: new or empty.
+        per_shard: Samples per shard; the last shard may have fewer.
+        seed: Random seed for the order of the images.
 
     Returns:
-        Samples by shard.
+        Number of samples, by name of the shard.
 
     Raises:
-        UserError: an argument cannot be used, no image is readable, or the disk is full.
+        UserError: An argument is unusable, no image is readable, or the disk is full.
     """
     images, out = Path(images).expanduser(), Path(out).expanduser().absolute()
     if per_shard < 1:
@@ -55,23 +53,23 @@ def pack_shards(
         raise UserError(f"--images: there is no folder {images}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out: {out} exists and is no empty folder: give a new one, or remove it")
-    left_out = out.with_name(f"{out.name}.skipped.log")
+    log = out.with_name(f"{out.name}.skipped.log")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        left_out.unlink(missing_ok=True)  # of an earlier attempt
-        items = read_captions(captions, "train", SkipLog(left_out))
+        log.unlink(missing_ok=True)  # of an earlier attempt
+        items = parse_captions(captions, "train", SkipLog(log))
         random.Random(seed).shuffle(items)
         defects: list[str] = []
-        # on the same disk, so that the finished folder only changes its name
+        # On the same disk, so that the finished folder can be renamed
         with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as parent:
             folder = Path(parent, out.name)
             folder.mkdir()
             counts = _write(_samples(items, images, defects), folder, per_shard)
-            if not sum(counts.values()):
+            if not counts:
                 raise UserError(f"none of the {len(items)} images can be read: {defects[0]}")
             _write_index(folder, counts)
             folder.rename(out)
-        SkipLog(left_out).add("unreadable images", defects)
+        SkipLog(log).add("unreadable images", defects)
     except OSError as error:
         raise UserError(f"cannot write the shards {out}: {error.strerror or error}") from error
     return counts
@@ -80,7 +78,7 @@ def pack_shards(
 def _samples(
     items: list[CaptionedImage], images: Path, defects: list[str]
 ) -> Iterator[dict[str, Any]]:
-    """Samples as webdataset writes them, numbered; ``defects`` gets a line for what is left out."""
+    """Yield numbered samples in webdataset's form; ``defects`` gets a line per unreadable image."""
     number = 0
     for item in tqdm(items, "packing", unit=" images"):
         path = images / item.image
@@ -100,7 +98,7 @@ def _samples(
 
 
 def _checked_bytes(path: Path) -> bytes:
-    if not path.is_file():  # a pipe is no image; reading one may hang
+    if not path.is_file():  # reading a pipe may hang
         raise UnreadableImageError(f"{path}: no such file")
     try:
         data = path.read_bytes()
@@ -111,26 +109,16 @@ def _checked_bytes(path: Path) -> bytes:
 
 
 def _write(samples: Iterator[dict[str, Any]], folder: Path, per_shard: int) -> dict[str, int]:
-    """Write shards into ``folder``; returns samples by shard."""
     counts: dict[str, int] = {}
-    with ExitStack() as stack:
-
-        def opened(name: str) -> BinaryIO:  # by ourselves: webdataset would take a name for a URL
-            stack.close()
-            return stack.enter_context((folder / name).open("wb"))
-
-        writer = wds.ShardWriter(
-            "%05d.tar", per_shard, opener=opened, verbose=0, encoder=False, mtime=0
-        )
-        writer.post = partial(_count, writer, counts)
-        with writer:
-            for sample in samples:
-                writer.write(sample)
+    for first in samples:
+        name = f"{len(counts):05d}.tar"
+        counts[name] = 0
+        # An open file, because webdataset would take a name for a URL
+        with (folder / name).open("wb") as file, wds.TarWriter(file, encoder=False, mtime=0) as tar:
+            for sample in chain([first], islice(samples, per_shard - 1)):
+                tar.write(sample)
+                counts[name] += 1
     return counts
-
-
-def _count(writer: Any, counts: dict[str, int], name: str) -> None:
-    counts[name] = writer.count
 
 
 def _write_index(folder: Path, counts: dict[str, int]) -> None:

@@ -1,12 +1,11 @@
-"""Pretraining samples streamed out of WebDataset shards: shuffled, split, resumable, endless."""
+"""Pretraining samples streamed from WebDataset shards: shuffled, split, resumable, endless."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
-from itertools import count, islice
+from itertools import chain, count, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,50 +27,52 @@ from softmask_plugin.errors import UserError
 from softmask_plugin.fixed_draws import fixed_draws
 
 
+END: RawSample = {}  # stands after the last sample of a shard
+
+
 class Place(NamedTuple):
-    """How far a reader is: of shard ``shard`` in its list for a pass it took ``samples``."""
+    """A reader's position: it took ``samples`` of shard ``shard`` in its list for a pass."""
 
     pass_: int
     shard: int
     samples: int
 
 
-@dataclass(frozen=True)
-class Start:
+class Start(NamedTuple):
     """Where an iteration starts.
 
     Attributes:
-        pass_: the lowest pass in which something is left.
-        done: names of shards that are not read in that pass.
-        places: of each reader.
+        pass_: The lowest unfinished pass.
+        done: Names of the shards to leave out of that pass.
+        places: The position of each reader.
     """
 
-    pass_: int
-    done: frozenset[str]
-    places: list[Place]
+    pass_: int = 0
+    done: frozenset[str] = frozenset()
+    places: tuple[Place, ...] = ()
 
 
 class ShardStream(wds.DataPipeline):
-    """Samples of WebDataset shards, pass after pass without end.
+    """Samples of WebDataset shards, in endless passes.
 
-    A *reader* is one of the ``readers`` = processes x workers that read at the same time. A pass
-    shuffles the list of shards, and reader i takes ``[i::readers]`` of it, so that each sample is
-    met once per pass. Within a shard samples go, undecoded, through a shuffle buffer. Order and
-    random draws (which caption, what the image processor draws) are functions of the seed, the
-    pass, the shard and the sample: the same for any number of readers, and after a restart.
+    A *reader* is one of the ``readers`` = processes x workers that read at the same time. Each pass
+    shuffles the list of shards, and reader i takes ``[i::readers]`` of it, so that each sample
+    comes once per pass. Within a shard, undecoded samples go through a shuffle buffer. Order and
+    random draws (of the caption, and in the image processor) depend only on the seed, the pass, the
+    shard and the sample: they are the same for any number of readers, and after a restart.
 
     Broken samples are skipped and named in ``skipped``: an image that is missing or cannot be
-    decoded, no usable caption, the rest of a shard that is cut short.
+    decoded, no usable caption, the rest of a truncated shard.
 
-    webdataset's class is its base because LAVIS takes no other streams.
+    The base class is webdataset's because LAVIS accepts no other streams.
 
     Args:
-        shards: paths of shards on this machine.
-        items: samples per epoch, over all processes.
-        vis_processor, text_processor: applied to each PIL image and caption.
-        shuffle: samples in the shuffle buffer; 0 or 1: the order of the shard.
-        seed: of order and draws, not negative.
-        skipped: where broken samples are reported; by default a warning names the first.
+        shards: Paths of shards on this machine.
+        items: Samples per epoch, over all processes.
+        vis_processor, text_processor: Applied to each PIL image and caption.
+        shuffle: Samples in the shuffle buffer; 0 or 1 keeps the shard's order.
+        seed: Random seed for order and draws, >= 0.
+        skipped: Where broken samples are reported; None: a warning names the first.
     """
 
     def __init__(
@@ -92,20 +93,18 @@ class ShardStream(wds.DataPipeline):
         self.shuffle = shuffle
         self.seed = seed
         self.skipped = skipped or SkipLog()
-        self.begun: dict[str, Any] | None = None
-        self.turn = 0
-        self.process: tuple[int, int] | None = None  # rank and number; None: ask torch
+        self.start, self.turn = Start(), 0
+        self.process: tuple[int, int] | None = None  # rank and number of processes; None: ask torch
 
     def __getstate__(self) -> dict[str, Any]:
-        # workers that are not forked get a copy, and know nothing of the other processes
+        # A worker that is not forked gets a copy and does not know the other processes
         return {**self.__dict__, "process": self.process or (get_rank(), get_world_size())}
 
     def __len__(self) -> int:
-        """Samples per epoch, over all processes."""
         return self.items
 
     def require(self, processes: int, workers: int) -> None:
-        """Raise UserError if there are too few shards for so many processes and workers of each."""
+        """Raise UserError if there are fewer shards than processes x workers."""
         readers = processes * workers
         if len(self.shards) < readers:
             raise UserError(
@@ -117,49 +116,50 @@ class ShardStream(wds.DataPipeline):
     def begin(self, state: dict[str, Any] | None, turn: int = 0) -> None:
         """Set where the next iteration starts; call it before a loader starts its workers.
 
-        With as many readers as ``state`` was taken from, the stream goes on with the very next
-        sample of each. With another number, shards that were finished in the lowest unfinished
-        pass are not read again in that pass, and the rest of it is split anew: of a shard that was
-        read in part, and of what was read in later passes, samples come once more.
+        With the same number of readers as in ``state``, each continues with its very next sample.
+        With another number, the rest of the lowest unfinished pass is split anew: shards that were
+        finished in it are left out, but samples of a shard that was read in part, or of later
+        passes, come again.
 
         Args:
-            state: what ``state`` returned; None: the very start.
-            turn: which of a process's workers gives the next batch: a loader always starts with its
-                first worker, so that one then reads as worker ``turn`` would have done. So many
-                batches of this process as were taken since its workers started, modulo their
-                number, make the batches come in the order in which they would have come.
+            state: What ``state`` returned; None: the very beginning.
+            turn: The worker that gives the next batch. A loader always starts with its first
+                worker, so that one then reads as worker ``turn``. The number of batches that this
+                process took since its workers started, modulo their number, keeps the batches in
+                order.
 
         Raises:
-            UserError: the state is of other shards, another seed or another shuffle buffer.
+            UserError: The state belongs to other shards, another seed or another shuffle buffer.
         """
+        start = Start()
         if state is not None:
             for what, value in self._identity().items():
                 if state["stream"][what] != value:
                     raise UserError(
-                        f"the checkpoint's place in the shards means nothing here, since "
-                        f"caption_shards.{what} is not what it was: set it back, or start a new "
-                        "run from the checkpoint's weights (model.pretrained)"
+                        f"cannot resume: caption_shards.{what} is not what it was when the "
+                        "checkpoint was saved; set it back, or start a new run from the "
+                        "checkpoint's weights (model.pretrained)"
                     )
-        self.begun, self.turn = state, turn
+            places = tuple(Place(*place) for place in state["places"])
+            start = Start(state["pass"], frozenset(state["done"]), places)
+        self.start, self.turn = start, turn
 
     def state(self, positions: Tensor) -> dict[str, Any]:
-        """What ``begin`` needs to go on after the samples that were taken: plain values only.
+        """Return what ``begin`` needs to continue after the samples taken: plain values only.
 
         Args:
-            positions: the ``position`` of each reader's last sample (or of more of its samples), of
-                all processes, (n, 5). Readers without any are where the iteration started.
+            positions: The ``position`` of the last sample (or of several) of each reader of all
+                processes, (n, 5). A reader without one is still where the iteration started.
         """
         rows = sorted(positions.tolist())
-        if not rows and self.begun is not None:
-            return self.begun
-        readers = rows[0][-1] if rows else 0
-        start = self._start(readers)
+        readers = rows[0][-1] if rows else len(self.start.places)
+        start = self._split(readers)
         places = list(start.places)
-        for reader, *place, _ in rows:  # sorted: the furthest comes last
+        for reader, *place, _ in rows:  # sorted: a reader's last position comes last
             places[reader] = Place(*place)
         orders = {pass_: self._order(pass_, start) for pass_ in {place.pass_ for place in places}}
         for reader, (pass_, shard, _) in enumerate(places):
-            if shard >= len(orders[pass_][reader::readers]):  # nothing of this pass is left
+            if shard >= len(orders[pass_][reader::readers]):  # the pass is finished
                 places[reader] = Place(pass_ + 1, 0, 0)
         lowest = min((place.pass_ for place in places), default=start.pass_)
         return {
@@ -170,49 +170,46 @@ class ShardStream(wds.DataPipeline):
         }
 
     def _identity(self) -> dict[str, Any]:
-        """What a place depends on."""
+        """What a position depends on."""
         names = _hash("\n".join(sorted(self.shards)))
         return {"shards": names, "seed": self.seed, "shuffle": self.shuffle}
 
-    def _start(self, readers: int) -> Start:
-        """Where so many readers start, given the state that was begun with."""
-        if self.begun is None:
-            return Start(0, frozenset(), [Place(0, 0, 0)] * readers)
-        pass_, places = self.begun["pass"], [Place(*place) for place in self.begun["places"]]
-        start = Start(pass_, frozenset(self.begun["done"]), places)
+    def _split(self, readers: int) -> Start:
+        """Where the readers start; if their number changed, the unfinished pass is split anew."""
+        pass_, done, places = self.start
         if len(places) == readers:
-            return start
-        done, order = set(start.done), self._order(pass_, start)
+            return self.start
+        order, finished = self._order(pass_, self.start), set(done)
         for reader, place in enumerate(places):
             share = order[reader :: len(places)]
-            done.update(share if place.pass_ > pass_ else share[: place.shard])
-        return Start(pass_, frozenset(done), [Place(pass_, 0, 0)] * readers)
+            finished.update(share if place.pass_ > pass_ else share[: place.shard])
+        return Start(pass_, frozenset(finished), (Place(pass_, 0, 0),) * readers)
 
     def _order(self, pass_: int, start: Start) -> list[str]:
-        """Names of the shards that are read in a pass, in order; reader i has ``[i::readers]``."""
+        """Names of the shards to read in a pass, in order; reader i has ``[i::readers]``."""
         names = sorted(self.shards)
         random.Random(f"{self.seed} {pass_}").shuffle(names)
         return [name for name in names if pass_ != start.pass_ or name not in start.done]
 
     def _samples(self) -> Iterator[dict[str, Any]]:
-        """The stream's only stage: this reader's samples.
+        """Yield this reader's samples; the pipeline's only stage.
 
         Yields:
             ``image`` (as processed), ``text_input``, ``image_id`` (int; a hash of the sample's own
             ``image_id``, or of its name), ``instance_id`` ("shard/key") and ``position``, (5,)
-            int64: reader, pass, index of the shard in this reader's list, samples of it that were
-            taken (broken ones included), number of readers. After the last sample of a shard it is
-            the beginning of the next.
+            int64: reader, pass, index of the shard in this reader's list, samples taken of it
+            (broken ones included), number of readers. After the last sample of a shard, it is the
+            beginning of the next.
 
         Raises:
-            UserError: fewer shards than readers, or a whole pass without a usable sample.
+            UserError: Fewer shards than readers, or a whole pass without a usable sample.
         """
         rank, world = self.process or (get_rank(), get_world_size())
         worker = get_worker_info()
         workers, number = (worker.num_workers, worker.id + self.turn) if worker else (1, 0)
         self.require(world, workers)
         reader, readers = rank * workers + number % workers, world * workers
-        start = self._start(readers)
+        start = self._split(readers)
         place = start.places[reader]
         for pass_ in count(place.pass_):
             names = self._order(pass_, start)[reader::readers]
@@ -239,22 +236,23 @@ class ShardStream(wds.DataPipeline):
     def _read(
         self, pass_: int, name: str, taken: int, defects: list[str]
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Usable samples of a shard, each with how many were taken by then; 0 after the last one.
+        """Yield a shard's usable samples, each with the number taken by then (0 after the last).
 
         Args:
-            pass_: number of the pass.
-            name: of the shard.
-            taken: how many samples were taken before; they are not decoded.
-            defects: is given a line for each broken sample.
+            pass_: Number of the pass.
+            name: Name of the shard.
+            taken: Samples taken earlier; they are passed over without decoding.
+            defects: Gets a line for each broken sample.
         """
         path = self.shards[name]
         raw: Iterator[RawSample] = read_shard(path, defects)
         if self.shuffle > 1:
             rng = random.Random(f"{self.seed} {pass_} {name}")
             raw = wds.shuffle(self.shuffle, initial=self.shuffle, rng=rng)(raw)
-        for number, (sample, last) in enumerate(_mark_last(islice(raw, taken, None)), taken + 1):
+        min_side = getattr(self.vis_processor, "min_side", None)
+        ahead = pairwise(chain(islice(raw, taken, None), [END]))
+        for number, (sample, following) in enumerate(ahead, taken + 1):
             key = sample["__key__"]
-            min_side = getattr(self.vis_processor, "min_side", None)
             try:
                 image, captions, image_id = read_sample(sample, f"{path}/{key}", min_side)
             except BrokenSampleError as error:
@@ -268,21 +266,10 @@ class ShardStream(wds.DataPipeline):
                     "image_id": _hash(f"{name}/{key}" if image_id is None else image_id),
                     "instance_id": f"{name}/{key}",
                 }
-            yield 0 if last else number, processed
+            yield 0 if following is END else number, processed
 
 
 def _hash(text: str) -> int:
-    """A number that stands for a text, the same everywhere, that fits into a signed int64."""
+    """Hash a text to a signed int64 >= 0, equal on every machine."""
     digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
-
-
-def _mark_last(samples: Iterable[RawSample]) -> Iterator[tuple[RawSample, bool]]:
-    """Each sample, and whether it is the last one."""
-    previous: RawSample | None = None
-    for sample in samples:
-        if previous is not None:
-            yield previous, False
-        previous = sample
-    if previous is not None:
-        yield previous, True

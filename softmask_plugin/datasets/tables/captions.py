@@ -1,4 +1,4 @@
-"""Reader of caption files: JSON, JSONL, CSV, TSV and Karpathy's layout, told apart by content."""
+"""Caption files: JSON, JSONL, CSV, TSV and Karpathy's layout, told apart by content."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from softmask_plugin.datasets.skip_log import SkipLog
-from softmask_plugin.datasets.tables.rows import Row, image_name, read_table, short, texts
+from softmask_plugin.datasets.tables.rows import Row, image_name, parse_table, short, texts
 from softmask_plugin.errors import UserError
 
-# Karpathy's "restval" is the rest of COCO's validation images, which everyone trains on.
+# "restval" is the rest of COCO's validation images, which everyone trains on.
 _KARPATHY_SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
 
 
@@ -21,9 +21,9 @@ class CaptionedImage:
     """An image with its captions.
 
     Attributes:
-        image: path below the images folder, "/" between its parts.
-        captions: at least one; each has a letter or digit.
-        image_id: the file's ``image_id``, or ``image`` where it gives none.
+        image: Path below the images folder, with "/" between its parts.
+        captions: One or more; each has a letter or digit.
+        image_id: The file's ``image_id``, or ``image`` if it has none.
     """
 
     image: str
@@ -31,41 +31,34 @@ class CaptionedImage:
     image_id: str
 
 
-def read_captions(
+def parse_captions(
     path: str | Path, split: str | None = None, skipped: SkipLog | None = None
 ) -> list[CaptionedImage]:
-    """Read a caption file: one entry per image, in the order of the file.
+    """Parse a caption file into one entry per image, in the order of the file.
 
-    Rows of the same image are merged; the first one's ``image_id`` counts. A row without a usable
-    image or caption, and any single unusable caption, is skipped and reported. An image must lie
-    below the images folder: absolute names and ``..`` are refused. A caption needs a letter or
-    digit; a number is taken as text.
+    Rows of the same image are merged; the first ``image_id`` counts. A row without a usable image
+    or caption is skipped and reported, as is any single unusable caption. An image must lie below
+    the images folder: absolute names and ``..`` are refused. A caption needs a letter or digit; a
+    number is taken as text.
 
     Args:
-        path: a JSON list of ``{"image", "caption": text or [texts], "image_id" (optional)}``; the
-            same one per line (JSONL); a CSV or TSV with columns ``image`` and ``caption``; or
+        path: A JSON list of ``{"image", "caption": text or [texts], "image_id" (optional)}``; one
+            such object per line (JSONL); a CSV or TSV with columns ``image`` and ``caption``; or
             Karpathy's ``{"images": [{"filename", "split", "sentences": [{"raw"}]}]}``. UTF-8.
-        split: ``train``, ``val`` or ``test``: which part of a Karpathy file (None: all of it).
-            Other files hold one split and are read whole.
-        skipped: where skipped rows are reported; by default a warning names the first.
+        split: ``train``, ``val`` or ``test``: a part of a Karpathy file (None: all of it). Other
+            files hold one split.
+        skipped: Where skipped rows are reported; None: a warning names the first.
 
     Raises:
-        UserError: the file is missing, malformed, or holds no usable row.
+        UserError: The file is missing, malformed, or holds no usable row.
     """
 
     def unpack(content: dict[str, Any]) -> Iterator[Row] | None:
         entries = content.get("images")
         return _karpathy_rows(path, entries, split) if isinstance(entries, list) else None
 
-    rows = read_table(
-        path,
-        ("image", "caption"),
-        _parse,
-        skipped,
-        kind="caption",
-        parts="rows or captions",
-        unpack=unpack,
-    )
+    columns, parts = ("image", "caption"), "rows or captions"
+    rows = parse_table(path, columns, _parse, skipped, "caption", parts, unpack)
     images: dict[str, CaptionedImage] = {}
     for row in rows:
         first = images.setdefault(row.image, row)

@@ -1,4 +1,4 @@
-"""Readers of question files, JSON, JSONL, CSV or TSV, and of lists of answers."""
+"""Question files (JSON, JSONL, CSV or TSV) and lists of answers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from softmask_plugin.datasets.skip_log import SkipLog
 from softmask_plugin.datasets.tables.rows import (
     image_name,
     one_text,
-    read_json,
-    read_table,
+    parse_json,
+    parse_table,
     read_text,
     short,
     texts,
@@ -22,27 +22,27 @@ from softmask_plugin.datasets.tables.rows import (
 from softmask_plugin.errors import UserError
 
 
-def read_questions(
+def parse_questions(
     path: str | Path, answered: bool = True, skipped: SkipLog | None = None
 ) -> list[dict[str, Any]]:
-    """Read a question file: one entry per question, in the order of the file.
+    """Parse a question file into one entry per question, in the order of the file.
 
-    Rows of the same ``question_id`` are one question, whose answers are added up; rows without one
-    are numbered on. Rows that cannot be used, and any single unusable answer, are skipped and
-    reported. Answers are taken in lower case, as VQA's metric compares them.
+    Rows of the same ``question_id`` are one question, and their answers are added up; rows without
+    one get the next free numbers. Unusable rows, and any single unusable answer, are skipped and
+    reported. Answers become lower-case, as VQA's metric compares them.
 
     Args:
-        path: rows ``{"image", "question", "answer", "question_id" (optional)}``. An answer is a
+        path: Rows ``{"image", "question", "answer", "question_id" (optional)}``. An answer is a
             text, a list of texts (of several annotators), or a mapping of texts to weights.
-        answered: whether a row needs an answer.
-        skipped: where skipped rows are reported; by default a warning names the first.
+        answered: Whether each row needs an answer.
+        skipped: Where skipped rows are reported; None: a warning names the first.
 
     Returns:
         ``{"image", "question", "answer", "question_id"}`` each, as in LAVIS's annotations:
         ``answer`` maps texts to shares that sum to 1 (empty: no answer), ``question_id`` is an int.
 
     Raises:
-        UserError: the file is missing, malformed, or holds no usable row.
+        UserError: The file is missing, malformed, or holds no usable row.
     """
     asked: dict[int, tuple[str, str]] = {}
 
@@ -58,7 +58,7 @@ def read_questions(
         return {"image": image, "question": question, "answer": answers, "question_id": number}
 
     columns = ("image", "question", "answer") if answered else ("image", "question")
-    rows = read_table(path, columns, parse, skipped, kind="question", parts="rows or answers")
+    rows = parse_table(path, columns, parse, skipped, "question", "rows or answers")
     free = count(max(asked, default=-1) + 1)
     questions: dict[int, dict[str, Any]] = {}
     for row in rows:
@@ -71,19 +71,19 @@ def read_questions(
     return list(questions.values())
 
 
-def read_answers(path: str | Path) -> list[str]:
-    """Read a list of candidate answers, each once: a JSON list of texts, or one text per line.
+def parse_answers(path: str | Path) -> list[str]:
+    """Parse a list of candidate answers, each once: a JSON list of texts, or one text per line.
 
     Raises:
-        UserError: the file is missing, malformed, or holds no answer.
+        UserError: The file is missing, malformed, or holds no answer.
     """
     path = Path(path)
     text = read_text(path, "answer")
     is_json = text.lstrip().startswith("[")
-    entries = read_json(path, text) if is_json else re.findall(r"\S.*", text)
+    entries = parse_json(path, text) if is_json else re.findall(r"\S.*", text)
     complaints: list[str] = []
     try:
-        answers = dict.fromkeys(map(_normal, texts(entries, "answer", complaints)))
+        answers = dict.fromkeys(map(_normalize, texts(entries, "answer", complaints)))
     except ValueError as error:
         raise UserError(f"{path} holds no answer: {error}") from error
     SkipLog().add(f"parts of {path.name}", [f"{path}: {c}" for c in complaints])
@@ -91,7 +91,7 @@ def read_answers(path: str | Path) -> list[str]:
 
 
 def most_frequent(questions: Iterable[dict[str, Any]], limit: int | None = None) -> list[str]:
-    """Answers of ``read_questions``'s entries, the most frequent first; all, or ``limit`` of them.
+    """List the answers of parsed questions, or the ``limit`` most frequent ones, in that order.
 
     Each question counts as one, shared between its answers.
     """
@@ -102,7 +102,6 @@ def most_frequent(questions: Iterable[dict[str, Any]], limit: int | None = None)
 
 
 def _answers(value: Any, complaints: list[str]) -> dict[str, float]:
-    """Answers with their weights; none if the row gives none."""
     if value is None or value == "" or value == [] or value == {}:
         return {}
     if not isinstance(value, dict):
@@ -111,11 +110,11 @@ def _answers(value: Any, complaints: list[str]) -> dict[str, float]:
     for text, weight in value.items():
         if not isinstance(weight, (int, float)) or not 0 < weight <= 1e9:
             raise ValueError(f"the weight of answer {short(text)} is {short(weight)}: not above 0")
-        weights[_normal(one_text(text, "answer"))] += weight
+        weights[_normalize(one_text(text, "answer"))] += weight
     return weights
 
 
-def _normal(answer: str) -> str:
+def _normalize(answer: str) -> str:
     return " ".join(answer.lower().split())
 
 

@@ -17,12 +17,11 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 
 Item = TypeVar("Item")
 
-# Where a row stands in its file, and the row: a mapping of columns to values if all is well, an
-# exception if it could not be parsed.
+# Where a row is in its file, and its value: a mapping of columns to values unless the row is bad.
 Row = tuple[str, Any]
 
 
-def read_table(
+def parse_table(
     path: str | Path,
     columns: Sequence[str],
     parse: Callable[[dict[str, Any], list[str]], Item],
@@ -31,21 +30,21 @@ def read_table(
     parts: str = "rows",
     unpack: Callable[[dict[str, Any]], Iterator[Row] | None] = lambda content: None,
 ) -> list[Item]:
-    """Read a file of rows; rows that cannot be used are skipped and reported.
+    """Parse a file of rows; unusable rows are skipped and reported.
 
     Args:
-        path: a JSON list of objects; one object per line (JSONL); or a CSV or TSV with a line of
+        path: A JSON list of objects; one object per line (JSONL); or a CSV or TSV with a line of
             column names. UTF-8.
-        columns: keys that each row must have.
-        parse: makes an item of a row. It raises ValueError, which says why, if the row cannot be
-            used, and appends to the list it is given what part of the row could not.
-        skipped: where problems are reported; by default a warning names the first.
-        kind: what the file is called in errors, as in "caption file".
-        parts: what is counted in reports, a plural noun.
-        unpack: rows of a JSON object that holds them in a layout of its own; None if it does not.
+        columns: Keys that each row must have.
+        parse: Turns a row into an item. It raises ValueError if the row is unusable, and appends to
+            its second argument a complaint about each unusable part of the row.
+        skipped: Where problems are reported; None: a warning names the first.
+        kind: What errors call the file, as in "caption file".
+        parts: What reports count, a plural noun.
+        unpack: Returns the rows of a JSON object that has a layout of its own; None if it has not.
 
     Raises:
-        UserError: the file is missing, malformed, or holds no usable row.
+        UserError: The file is missing, malformed, or holds no usable row.
     """
     path = Path(path)
     items, problems = [], []
@@ -63,19 +62,19 @@ def read_table(
 
 
 def read_text(path: Path, kind: str) -> str:
-    """The text of a UTF-8 file of this kind; UserError if it cannot be had."""
+    """Read a UTF-8 file, which errors call "the <kind> file"; UserError if that fails."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: save it as UTF-8 ({error.reason})") from error
     except OSError as error:
         raise UserError(f"cannot read the {kind} file {path}: {error.strerror}") from error
-    except ValueError as error:  # a path that none can have
+    except ValueError as error:  # an impossible path
         raise UserError(f"cannot read the {kind} file {str(path)!r}: {error}") from error
 
 
-def read_json(path: Path, text: str) -> Any:
-    """Parse the text of a JSON file; UserError if it is malformed."""
+def parse_json(path: Path, text: str | bytes) -> Any:
+    """Parse the content of a JSON file; UserError if it is malformed."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -83,14 +82,12 @@ def read_json(path: Path, text: str) -> Any:
 
 
 def image_name(value: Any) -> str:
-    """Path below the images folder, with "/" between its parts.
+    """Return a path below the images folder, with "/" between its parts.
 
     Raises:
-        ValueError: no text, or an absolute path, or one with ``..``.
+        ValueError: No text, an absolute path, or a path with ``..``.
     """
-    if not isinstance(value, str):
-        raise ValueError(f"an image's name expected, got {short(value)}")
-    name = PurePosixPath(value.strip().replace("\\", "/"))
+    name = PurePosixPath(value.strip().replace("\\", "/") if isinstance(value, str) else "")
     if name.is_absolute() or ".." in name.parts or PureWindowsPath(name).drive:
         raise ValueError(f"image {short(value)} does not lie below the images folder")
     if not name.name:
@@ -99,11 +96,7 @@ def image_name(value: Any) -> str:
 
 
 def one_text(value: Any, what: str) -> str:
-    """A text, which needs a letter or digit; a number is taken as text.
-
-    Raises:
-        ValueError: anything else.
-    """
+    """Return a text with a letter or digit, or a number as text; ValueError for anything else."""
     text = _text(value)
     if text is None:
         raise ValueError(f"no usable {what}, but {short(value)}")
@@ -111,10 +104,10 @@ def one_text(value: Any, what: str) -> str:
 
 
 def texts(value: Any, what: str, complaints: list[str]) -> list[str]:
-    """Those of a text or a list of texts that ``one_text`` takes; ``complaints`` gets the others.
+    """Return the usable ones of a text or a list of texts; ``complaints`` counts the others.
 
     Raises:
-        ValueError: it takes none.
+        ValueError: None is usable (see ``one_text``).
     """
     given = value if isinstance(value, list) else [value]
     usable = [text for text in map(_text, given) if text is not None]
@@ -132,10 +125,10 @@ def short(value: Any) -> str:
 
 
 def _text(value: Any) -> str | None:
-    if type(value) is int or (isinstance(value, float) and math.isfinite(value)):  # bool is no text
+    if type(value) is int or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
-    if isinstance(value, str) and any(character.isalnum() for character in value):
-        # JSON can spell half a surrogate pair, which no tokenizer takes.
+    if isinstance(value, str) and any(map(str.isalnum, value)):
+        # JSON can spell half a surrogate pair, which no tokenizer takes
         return value.strip().encode("utf-8", "replace").decode("utf-8")
     return None
 
@@ -149,7 +142,7 @@ def _checked(row: Any, columns: Sequence[str]) -> dict[str, Any]:
     for needed in columns:
         if needed not in row:
             raise ValueError(f"no '{needed}' among {short(list(row))}")
-    if None in row:  # where csv puts surplus fields
+    if None in row:  # the csv module's key for surplus fields
         raise ValueError("more fields than columns: quote texts that hold the delimiter")
     return row
 
@@ -166,7 +159,7 @@ def _rows(
     first_line, _, rest = text.strip().partition("\n")
     if start == "{" and rest and _is_object(first_line):
         return _jsonl_rows(text)
-    content = read_json(path, text)
+    content = parse_json(path, text)
     if isinstance(content, dict) and (unpacked := unpack(content)) is not None:
         return unpacked
     rows = content if isinstance(content, list) else [content]

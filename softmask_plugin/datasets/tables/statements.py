@@ -1,4 +1,4 @@
-"""Reader of files of statements about one or two images, JSON, JSONL, CSV or TSV."""
+"""Files of statements about one or two images: JSON, JSONL, CSV or TSV."""
 
 from __future__ import annotations
 
@@ -7,31 +7,30 @@ from pathlib import Path
 from typing import Any
 
 from softmask_plugin.datasets.skip_log import SkipLog
-from softmask_plugin.datasets.tables.rows import image_name, one_text, read_table, short
+from softmask_plugin.datasets.tables.rows import image_name, one_text, parse_table, short
 from softmask_plugin.errors import suggest
 
 
-def read_statements(
+def parse_statements(
     path: str | Path,
     images: Sequence[str],
     labels: Sequence[str],
     skipped: SkipLog | None = None,
 ) -> list[dict[str, Any]]:
-    """Read a file of statements: one entry per row that can be used; others are reported.
+    """Parse a file of statements into one entry per usable row; other rows are reported.
 
     Args:
-        path: rows of the image columns, ``sentence`` and ``label``.
-        images: columns that name an image.
-        labels: names of the classes. A row gives a name, in whatever case, or a class's number,
-            counted from 0.
-        skipped: where skipped rows are reported; by default a warning names the first.
+        path: Rows with the image columns, ``sentence`` and ``label``.
+        images: The columns that name an image.
+        labels: Names of the classes. A row's label is a name, in any case, or a number from 0.
+        skipped: Where skipped rows are reported; None: a warning names the first.
 
     Returns:
         ``{"images", "sentence", "label"}`` each, as in LAVIS's annotations, the label being one of
-        ``labels``; with one image column ``image`` in the place of ``images``.
+        ``labels``; ``image`` in place of ``images`` if there is one image column.
 
     Raises:
-        UserError: the file is missing, malformed, or holds no usable row.
+        UserError: The file is missing, malformed, or holds no usable row.
     """
 
     def parse(row: dict[str, Any], complaints: list[str]) -> dict[str, Any]:
@@ -42,7 +41,7 @@ def read_statements(
             "label": _label(row["label"], labels),
         }
 
-    return read_table(path, (*images, "sentence", "label"), parse, skipped, kind="statement")
+    return parse_table(path, (*images, "sentence", "label"), parse, skipped, "statement")
 
 
 def _label(value: Any, labels: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+import toy_builders
 from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -23,9 +24,8 @@ from PIL import Image, ImageFile
 from torch.utils.data import DataLoader
 
 from softmask_plugin.datasets import skip_log
-from softmask_plugin.datasets.folders.captions import CaptionsFolderBuilder
 from softmask_plugin.datasets.skip_log import SkipLog
-from softmask_plugin.datasets.tables.captions import CaptionedImage, read_captions
+from softmask_plugin.datasets.tables.captions import CaptionedImage, parse_captions
 from softmask_plugin.errors import UserError
 
 COLOURS = ["red", "green", "blue", "yellow", "purple", "orange"]
@@ -53,13 +53,8 @@ def output_dir(tmp_path, monkeypatch):
 
 
 def build(*options: str) -> dict:
-    """Build the data sets from the shipped YAML and options, as a run does."""
-    config = OmegaConf.load(CaptionsFolderBuilder.default_config_path())
-    shrink = [f"datasets.captions_folder.vis_processor.{s}.image_size=8" for s in ("train", "eval")]
-    given = [f"datasets.captions_folder.{option}" for option in options]
-    config = OmegaConf.merge(config, OmegaConf.from_dotlist(shrink + given))
-    builder = registry.get_builder_class("captions_folder")
-    return builder(config.datasets.captions_folder).build_datasets()
+    small = (f"vis_processor.{mode}.image_size=8" for mode in ("train", "eval"))
+    return toy_builders.build("captions_folder", *small, *options)
 
 
 def write(path: Path, content: str | bytes | list | dict) -> Path:
@@ -125,7 +120,7 @@ def test_all_layouts_say_the_same(tmp_path_factory, rows):
     expected = [CaptionedImage(image, captions, image) for image, captions in rows.items()]
     for name, layout in LAYOUTS.items():
         (folder / name).write_bytes(layout(rows).encode())
-        assert read_captions(folder / name, "train") == expected, name
+        assert parse_captions(folder / name, "train") == expected, name
 
 
 JSON = st.recursive(
@@ -157,7 +152,7 @@ def test_any_file_is_read_or_refused_in_words(tmp_path_factory, suffix, content)
     path = tmp_path_factory.getbasetemp() / f"any{suffix}"
     path.write_bytes(content)
     try:
-        images = read_captions(path, "val")
+        images = parse_captions(path, "val")
     except UserError as error:
         assert path.name in str(error)
         assert "\n" not in str(error)
@@ -178,7 +173,7 @@ def test_rows_of_one_image_are_merged(tmp_path):
         {"image": "./a//b.jpg", "caption": ["four"], "image_id": 8},
         {"image": "a\\b.jpg", "caption": 5},
     ]
-    assert read_captions(write(tmp_path / "a.json", rows)) == [
+    assert parse_captions(write(tmp_path / "a.json", rows)) == [
         CaptionedImage("a/b.jpg", ["one", "four", "5"], "coco_7"),
         CaptionedImage("c.jpg", ["two", "three"], "c.jpg"),
     ]
@@ -191,10 +186,10 @@ def test_karpathy_split_field_selects(tmp_path):
     ]
     path = write(tmp_path / "dataset.json", {"images": images})
     for split, expected in {"train": "01", "val": "2", "test": "34", None: "01234"}.items():
-        assert "".join(item.image[0] for item in read_captions(path, split)) == expected
+        assert "".join(item.image[0] for item in parse_captions(path, split)) == expected
     write(path, {"images": images[:2]})
     with pytest.raises(UserError, match="no image of split 'test'; its splits: {'train': 1, 'res"):
-        read_captions(path, "test")
+        parse_captions(path, "test")
 
 
 @pytest.mark.parametrize(
@@ -223,29 +218,29 @@ def test_a_bad_row_is_skipped_and_reported(tmp_path, caplog, row):
     good = {"image": "a.jpg", "caption": "fine"}
     path = write(tmp_path / "a.json", [good, row])
     skipped = SkipLog(tmp_path / "skipped.log")
-    assert [item.image for item in read_captions(path, skipped=skipped)] == ["a.jpg"]
+    assert [item.image for item in parse_captions(path, skipped=skipped)] == ["a.jpg"]
     assert "Skipped 1 rows or captions of a.json" in caplog.text
     assert f"{path}, entry 2: " in skipped.path.read_text()
     write(path, [row])
     with pytest.raises(UserError, match=r"no usable row: .*a\.json, entry 1: "):
-        read_captions(path)
+        parse_captions(path)
 
 
 def test_a_single_bad_caption_is_reported(tmp_path, caplog):
     path = write(tmp_path / "a.json", [{"image": "a.jpg", "caption": ["fine", None, "good"]}])
-    assert read_captions(path)[0].captions == ["fine", "good"]
+    assert parse_captions(path)[0].captions == ["fine", "good"]
     assert "entry 1: 1 unusable captions in ['fine', None, 'good']" in caplog.text
 
 
 def test_an_unquoted_delimiter_does_not_cut_a_caption(tmp_path, caplog):
     path = write(tmp_path / "a.csv", 'image,caption\na.jpg,"a cat, asleep"\nb.jpg,a cat, awake\n')
-    assert [item.captions for item in read_captions(path)] == [["a cat, asleep"]]
+    assert [item.captions for item in parse_captions(path)] == [["a cat, asleep"]]
     assert "line 3: more fields than columns" in caplog.text
 
 
 def test_half_a_surrogate_pair_does_not_reach_the_tokenizer(tmp_path):
     path = write(tmp_path / "a.json", r'[{"image": "a.jpg", "caption": "a \ud83d cat"}]')
-    assert read_captions(path)[0].captions == ["a ? cat"]
+    assert parse_captions(path)[0].captions == ["a ? cat"]
 
 
 @pytest.mark.parametrize(
@@ -271,7 +266,7 @@ def test_a_malformed_file_is_refused_by_name(tmp_path, name, content, message):
     if content is not None:
         write(tmp_path / name, content)
     with pytest.raises(UserError, match=message) as caught:
-        read_captions(tmp_path / name, "train")
+        parse_captions(tmp_path / name, "train")
     assert name in str(caught.value)
 
 

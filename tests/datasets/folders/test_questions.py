@@ -17,13 +17,13 @@ from torch.utils.data import DataLoader
 from toy_folders import COLOURS, QUESTIONS, build, evaluate, task, write
 
 from softmask_plugin.datasets.coco_vqa import write_coco_vqa
-from softmask_plugin.datasets.tables.questions import most_frequent, read_answers, read_questions
+from softmask_plugin.datasets.tables.questions import most_frequent, parse_answers, parse_questions
 from softmask_plugin.errors import UserError
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "tsv"])
 def test_questions_in_every_layout(tmp_path, suffix):
-    questions = read_questions(write(tmp_path / f"a.{suffix}", QUESTIONS))
+    questions = parse_questions(write(tmp_path / f"a.{suffix}", QUESTIONS))
     assert questions[0] == {
         "image": "red.png",
         "question": "What colour?",
@@ -47,7 +47,7 @@ def test_questions_in_every_layout(tmp_path, suffix):
 )
 def test_answers_become_shares(tmp_path, given, expected):
     row = {"image": "a.jpg", "question": "what?", "answer": given}
-    (question,) = read_questions(write(tmp_path / "a.json", [row]))
+    (question,) = parse_questions(write(tmp_path / "a.json", [row]))
     assert question["answer"] == pytest.approx(expected)
 
 
@@ -57,7 +57,7 @@ def test_rows_of_one_question_id_are_one_question(tmp_path):
         {"image": "a.jpg", "question": "what?", "answer": text, "question_id": 3}
         for text in ("cat", "cat", "dog", "cat")
     ]
-    (question,) = read_questions(write(tmp_path / "a.csv", rows))
+    (question,) = parse_questions(write(tmp_path / "a.csv", rows))
     assert question["answer"] == {"cat": 0.75, "dog": 0.25} and question["question_id"] == 3
 
 
@@ -87,14 +87,14 @@ def test_a_bad_question_is_skipped_and_reported(tmp_path, caplog, change, messag
     good = {"image": "a.jpg", "question": "which?", "answer": "a", "question_id": 7}
     bad = {"image": "a.jpg", "question": "what?", "answer": "b", **change}
     path = write(tmp_path / "a.json", [good, bad])
-    assert [item["question_id"] for item in read_questions(path)] == [7]
+    assert [item["question_id"] for item in parse_questions(path)] == [7]
     assert f"Skipped 1 rows or answers of a.json: {path}, entry 2: " in caplog.text
     assert message in caplog.text
 
 
 def test_a_single_bad_answer_is_reported(tmp_path, caplog):
     row = {"image": "a.jpg", "question": "what?", "answer": ["yes", None, "no", "yes", "yes"]}
-    (question,) = read_questions(write(tmp_path / "a.json", [row]))
+    (question,) = parse_questions(write(tmp_path / "a.json", [row]))
     assert question["answer"] == {"yes": 0.75, "no": 0.25}
     assert "entry 1: 1 unusable answers in ['yes', None" in caplog.text
 
@@ -114,7 +114,7 @@ def test_a_malformed_question_file_is_refused(tmp_path, name, content, message):
     if content is not None:
         write(tmp_path / name, content)
     with pytest.raises(UserError, match=message) as caught:
-        read_questions(tmp_path / name)
+        parse_questions(tmp_path / name)
     assert "\n" not in str(caught.value) and name in str(caught.value)
 
 
@@ -195,7 +195,7 @@ def test_ten_annotators_share_the_weights(weights, expected):
 
     owner = Owner()
     item = {"image": "a.jpg", "question": "what?", "question_id": 1}
-    _, file = write_coco_vqa(owner, [{**item, "answer": weights}], "val")
+    _, file = write_coco_vqa(owner, [{**item, "answer": weights}])
     (annotation,) = json.loads(Path(file).read_text())["annotations"]
     assert Counter(answer["answer"] for answer in annotation["answers"]) == expected
     assert len({answer["answer_id"] for answer in annotation["answers"]}) == 10
@@ -259,9 +259,9 @@ def test_candidate_answers(colour_photos, caplog):
 )
 def test_a_bad_list_of_answers_is_refused(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
-        read_answers(write(tmp_path / "a.txt", content))
+        parse_answers(write(tmp_path / "a.txt", content))
     with pytest.raises(UserError, match="cannot read the answer file"):
-        read_answers(tmp_path / "none.txt")
+        parse_answers(tmp_path / "none.txt")
 
 
 def test_most_frequent_counts_questions():

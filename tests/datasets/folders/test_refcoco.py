@@ -8,16 +8,11 @@ from collections import OrderedDict
 from pathlib import Path
 
 import pytest
-from lavis.common.registry import registry
-from omegaconf import OmegaConf
+import toy_builders
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from softmask_plugin.datasets.folders.refcoco import (
-    RefCocoPlusGroundingBuilder,
-    read_plain_pickle,
-    unit_boxes,
-)
+from softmask_plugin.datasets.folders.refcoco import load_plain_pickle, unit_boxes
 from softmask_plugin.errors import UserError
 
 NAME = "refcoco_plus_grounding"
@@ -65,12 +60,7 @@ def release(tmp_path, monkeypatch):
 
 
 def build(*options: str) -> dict:
-    """Build the data sets from the shipped YAML and options, as a run does."""
-    config = OmegaConf.load(RefCocoPlusGroundingBuilder.default_config_path())
-    given = ["images=coco", "vis_processor.eval.image_size=8", *options]
-    dotted = [f"datasets.{NAME}.{option}" for option in given]
-    config = OmegaConf.merge(config, OmegaConf.from_dotlist(dotted))
-    return registry.get_builder_class(NAME)(config.datasets[NAME]).build_datasets()
+    return toy_builders.build(NAME, "images=coco", "vis_processor.eval.image_size=8", *options)
 
 
 def test_expressions_get_their_boxes_and_groups(release):
@@ -201,6 +191,6 @@ def test_plain_pickles_only(tmp_path):
     path = tmp_path / "refs.p"
     path.write_bytes(pickle.dumps(OrderedDict(a=1)))
     with pytest.raises(UserError, match="it asks for collections.OrderedDict"):
-        read_plain_pickle(path, "nowhere")
+        load_plain_pickle(path, "nowhere")
     path.write_bytes(b"\x80\x02U\x04caf\xe9.")  # Python 2's str "caf\xe9"
-    assert read_plain_pickle(path, "nowhere") == "café"
+    assert load_plain_pickle(path, "nowhere") == "café"

@@ -12,18 +12,18 @@ from lavis.datasets.datasets.snli_ve_datasets import SNLIVisualEntialmentDataset
 from PIL import Image
 from toy_folders import COLOURS, LABELS, PAIRS, STATEMENTS, build, evaluate, task, write
 
-from softmask_plugin.datasets.tables.statements import read_statements
+from softmask_plugin.datasets.tables.statements import parse_statements
 from softmask_plugin.errors import UserError
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "tsv"])
 def test_statements_in_every_layout(tmp_path, suffix):
     path = write(tmp_path / f"a.{suffix}", STATEMENTS)
-    statements = read_statements(path, ["image"], LABELS)
+    statements = parse_statements(path, ["image"], LABELS)
     assert statements[0] == {"image": "red.png", "sentence": "It is red.", "label": "entailment"}
     assert [LABELS.index(item["label"]) for item in statements] == [2, 1, 0, 2]
     path = write(tmp_path / f"b.{suffix}", PAIRS)
-    pairs = read_statements(path, ["image0", "image1"], ["False", "True"])
+    pairs = parse_statements(path, ["image0", "image1"], ["False", "True"])
     assert [item["label"] for item in pairs] == ["True", "False", "True", "False"]
     assert pairs[0]["images"] == ["red.png", "blue.png"]
 
@@ -44,16 +44,16 @@ def test_statements_in_every_layout(tmp_path, suffix):
 )
 def test_a_bad_statement_is_skipped_and_reported(tmp_path, caplog, change, message):
     path = write(tmp_path / "a.json", [STATEMENTS[0], {**STATEMENTS[1], **change}])
-    assert len(read_statements(path, ["image"], LABELS)) == 1
+    assert len(parse_statements(path, ["image"], LABELS)) == 1
     assert f"Skipped 1 rows of a.json: {path}, entry 2: {message}" in caplog.text
 
 
 def test_a_missing_column_is_named(tmp_path):
     path = write(tmp_path / "a.csv", PAIRS)
     with pytest.raises(UserError, match="a.csv has no 'image' among its columns .'image0', 'im"):
-        read_statements(path, ["image"], LABELS)
+        parse_statements(path, ["image"], LABELS)
     with pytest.raises(UserError, match="cannot read the statement file"):
-        read_statements(tmp_path / "none.csv", ["image"], LABELS)
+        parse_statements(tmp_path / "none.csv", ["image"], LABELS)
 
 
 class Classes:
@@ -88,7 +88,7 @@ def test_entailment_samples_are_those_of_lavis(colour_photos):
     """SNLIVisualEntialmentDataset reads images with the suffix .jpg, and labels by name."""
     for colour in COLOURS:
         Image.open(f"photos/{colour}.png").save(f"photos/{colour}.jpg")
-    rows = read_statements(write("a.json", STATEMENTS), ["image"], LABELS)
+    rows = parse_statements(write("a.json", STATEMENTS), ["image"], LABELS)
     rows = [{**row, "image": row["image"].replace("png", "jpg")} for row in rows]
     ours = build("entailment_folder", f"sentences.val={write('b.json', rows)}")["val"]
     stems = [{**row, "image": Path(row["image"]).stem} for row in rows]
@@ -103,7 +103,7 @@ def test_entailment_samples_are_those_of_lavis(colour_photos):
 
 def test_pairs_are_those_of_lavis(colour_photos):
     ours = build("nlvr_folder", f"sentences.val={write('a.json', PAIRS)}")["val"]
-    pairs = read_statements("a.json", ["image0", "image1"], ["False", "True"])
+    pairs = parse_statements("a.json", ["image0", "image1"], ["False", "True"])
     theirs = NLVREvalDataset(
         ours.vis_processor, ours.text_processor, "photos", [write("b.json", pairs)]
     )

@@ -8,9 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lavis.common.registry import registry
-from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
+from toy_builders import build_scenes
 from transformers import BertTokenizerFast
 
 import softmask_plugin  # noqa: F401  (registers the builders and processors)
@@ -199,46 +198,39 @@ def test_vocabulary_file_holds_the_grammar():
 # The datasets and builders
 
 
-def build(name, changes=None):
-    builder = registry.get_builder_class(name)
-    config = OmegaConf.load(builder.default_config_path())
-    few = {"num": dict.fromkeys(config.datasets[name].num, 6)}
-    for update in (few, changes or {}):
-        config = OmegaConf.merge(config, {"datasets": {name: update}})
-    return builder(config.datasets[name]).build_datasets()
-
-
 def test_retrieval_datasets_hold_what_lavis_reads():
-    datasets = build("scenes_retrieval")
+    datasets = build_scenes("scenes_retrieval", 6)
     assert list(datasets) == ["train", "val", "test"]
     test = datasets["test"]
     assert len(test) == len(test.image) == 6 and len(test.text) == 12
     for image, texts in test.img2txt.items():
         assert [test.txt2img[text] for text in texts] == [image] * 2
-        for text in texts:
+        (scene,) = test.annotation[image]["scenes"]
+        for text, caption in zip(texts, captions(scene), strict=False):
             # The processor changes nothing, so that word indices hold for the processed text.
-            assert test.text[text] == test.captions[text].text
+            assert test.text[text] == caption.text and test.boxes(text) == list(caption.boxes)
             named = {test.text[text].split()[index] for index, _, _ in test.boxes(text)}
-            assert {word for t in test.scenes[image].things for word in t.composition} <= named
+            assert {word for t in scene.things for word in t.composition} <= named
     batch = next(iter(DataLoader(test, batch_size=6, collate_fn=test.collater)))
     assert batch["image"].shape == (6, 3, 60, 60) and batch["index"].tolist() == list(range(6))
     assert batch["image"].dtype == torch.float32
 
 
 def test_training_draws_captions_by_torchs_seed():
-    train = build("scenes_pretrain")["train"]
+    train = build_scenes("scenes_pretrain", 6)["train"]
     torch.manual_seed(0)
     first = [train[3]["text_input"] for _ in range(60)]
     torch.manual_seed(0)
     assert [train[3]["text_input"] for _ in range(60)] == first
-    assert set(first) == {caption.text for caption in captions(train.scenes[3])}
+    (scene,) = train.annotation[3]["scenes"]
+    assert set(first) == {caption.text for caption in captions(scene)}
     sample = train[3]
     assert sample["image"].shape == (3, 60, 60)
     assert (sample["image_id"], sample["instance_id"]) == (3, "3")
 
 
 def test_images_do_not_depend_on_workers():
-    test = build("scenes_retrieval")["test"]
+    test = build_scenes("scenes_retrieval", 6)["test"]
     plain, parallel = (
         torch.cat([batch["image"] for batch in DataLoader(test, batch_size=2, num_workers=workers)])
         for workers in (0, 2)
@@ -247,7 +239,7 @@ def test_images_do_not_depend_on_workers():
 
 
 def test_one_key_sets_the_image_size_everywhere():
-    datasets = build("scenes_retrieval", {"image_size": 48})
+    datasets = build_scenes("scenes_retrieval", 6, {"image_size": 48})
     assert datasets["train"][0]["image"].shape == datasets["val"][0]["image"].shape == (3, 48, 48)
 
 
@@ -272,5 +264,5 @@ def test_one_key_sets_the_image_size_everywhere():
 )
 def test_wrong_settings_are_told_in_one_line(changes, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
-        build("scenes_retrieval", changes)
+        build_scenes("scenes_retrieval", 6, changes)
     assert "\n" not in str(error.value)

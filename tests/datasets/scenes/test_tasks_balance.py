@@ -15,7 +15,7 @@ from softmask_plugin.datasets.scenes.grammar import (
     heldout_compositions,
     make_scenes,
 )
-from softmask_plugin.datasets.scenes.tasks import KINDS, ask, entail, pair_up
+from softmask_plugin.datasets.scenes.tasks import KINDS, ask, compare, entail
 
 
 def naive_bayes(features, labels):
@@ -65,7 +65,7 @@ def questions(scenes, pool):
 @pytest.fixture(scope="module")
 def pairs(scenes, pool):
     heldout = heldout_compositions(HELDOUT)
-    return [pair_up(*two, pool, heldout) for two in zip(scenes, scenes[1:], strict=False)]
+    return [compare(*two, pool, heldout) for two in zip(scenes, scenes[1:], strict=False)]
 
 
 def test_entailment_needs_both_the_words_and_the_picture(hypotheses):

@@ -11,30 +11,16 @@ import pytest
 import torch
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
-from scene_truth import answer, entailment_label, meant, pair_truth
+from scene_truth import answer, entailment_label, item_of, meant, pair_truth
 from torch.utils.data import DataLoader
+from toy_builders import build_scenes, section
 
 import softmask_plugin  # noqa: F401  (registers the builders, processors and tasks)
-from softmask_plugin.datasets.scenes.tasks import ANSWERS, Pair
+from softmask_plugin.datasets.scenes.tasks import ANSWERS
 from softmask_plugin.errors import UserError
-from softmask_plugin.tokenization import build_tokenizer
+from softmask_plugin.vocabulary import build_tokenizer
 
 TASKS = ("entailment", "nlvr", "vqa", "grounding")
-
-
-def build(name, changes=None, num=6):
-    builder = registry.get_builder_class(name)
-    config = OmegaConf.load(builder.default_config_path())
-    few = {"num": dict.fromkeys(config.datasets[name].num, num)}
-    for update in (few, changes or {}):
-        config = OmegaConf.merge(config, {"datasets": {name: update}})
-    return builder(config.datasets[name]).build_datasets()
-
-
-def scenes_of(item):
-    if isinstance(item, Pair):
-        return [item.left, item.right]
-    return [item[0] if isinstance(item, tuple) else item.scene]
 
 
 def task_of(name):
@@ -80,9 +66,9 @@ class Classifier:
     ],
 )
 def test_lavis_classifies(name, read, numbers, folders):
-    dataset = build(f"scenes_{name}", num=300)["test"]
+    dataset = build_scenes(f"scenes_{name}", 300)["test"]
     task = task_of("multimodal_classification")
-    oracle = Classifier(lambda i: numbers[read(dataset.items[i])], len(numbers))
+    oracle = Classifier(lambda i: numbers[read(item_of(dataset.annotation[i]))], len(numbers))
     assert evaluate(task, oracle, dataset)["agg_metrics"] == 1.0
     for number in numbers.values():
         constant = Classifier(lambda _, number=number: number, len(numbers))
@@ -92,9 +78,7 @@ def test_lavis_classifies(name, read, numbers, folders):
 
 def test_lavis_answers_and_scores_questions(folders):
     task = task_of("vqa")
-    builder = registry.get_builder_class("scenes_vqa")
-    config = OmegaConf.load(builder.default_config_path()).datasets
-    config.scenes_vqa.num = {"train": 2, "val": 30, "test": 60}
+    config = {"scenes_vqa": section("scenes_vqa", {"num": {"train": 2, "val": 30, "test": 60}})}
     datasets = task.build_datasets(SimpleNamespace(datasets_cfg=config))["scenes_vqa"]
     assert task.answer_list == list(ANSWERS)
 
@@ -107,30 +91,30 @@ def test_lavis_answers_and_scores_questions(folders):
 
     for split in ("val", "test"):
         data = datasets[split]
-        oracle = model(lambda i, data=data: answer(data.items[i]))
+        oracle = model(lambda i, data=data: answer(item_of(data.annotation[i])))
         metrics = evaluate(task, oracle, data, split)
         assert metrics == {"agg_metrics": 100.0, "yes/no": 100.0, "number": 100.0, "other": 100.0}
-        share = np.mean([question.answer == "yes" for question in data.items])
+        share = np.mean([entry["answer"] == {"yes": 1.0} for entry in data.annotation])
         metrics = evaluate(task, model(lambda _: "yes"), data, split)
         assert metrics["agg_metrics"] == pytest.approx(100 * share, abs=0.01)
 
 
 def test_questions_are_collated_by_lavis_to_train():
-    train = build("scenes_vqa")["train"]
+    train = build_scenes("scenes_vqa", 6)["train"]
     batch = train.collater([train[i] for i in range(4)])
     assert batch["image"].shape == (4, 3, 60, 60)
-    assert batch["answer"] == [answer(question) for question in train.items[:4]]
+    assert batch["answer"] == [answer(item_of(entry)) for entry in train.annotation[:4]]
     assert batch["n_answers"].tolist() == [1] * 4 and batch["weight"].tolist() == [1.0] * 4
 
 
 def test_official_files_live_as_long_as_the_data_set():
-    data = build("scenes_vqa")["val"]
+    data = build_scenes("scenes_vqa", 6)["val"]
     files = [Path(data.coco_fmt_qust_file), Path(data.coco_fmt_anno_file)]
     for _ in DataLoader(data, batch_size=2, num_workers=1):
         pass
     annotations = json.loads(files[1].read_text())["annotations"]
     assert [{a["answer"] for a in entry["answers"]} for entry in annotations] == [
-        {question.answer} for question in data.items
+        set(entry["answer"]) for entry in data.annotation
     ]
     assert all(len(entry["answers"]) == 10 for entry in annotations)
     del data
@@ -139,11 +123,11 @@ def test_official_files_live_as_long_as_the_data_set():
 
 
 def test_grounding_finds_the_thing_meant():
-    datasets = build("scenes_grounding", {"objects": 3}, num=50)
+    datasets = build_scenes("scenes_grounding", 50, {"objects": 3})
     assert list(datasets) == ["val", "test"]
     for split, data in datasets.items():
         for index, entry in enumerate(data.annotation):
-            things = data.items[index][0].things
+            things = entry["scenes"][0].things
             (thing,), _ = meant(entry["text"], things)
             assert entry["box"] == thing.box
             assert entry["boxes"] == [thing.box for thing in things]
@@ -158,7 +142,7 @@ def test_grounding_finds_the_thing_meant():
 @torch.no_grad()
 def test_the_grounding_task_reads_it(make_model, folders):
     model = make_model().eval()
-    data = build("scenes_grounding", {"image_size": 32}, num=8)["test"]
+    data = build_scenes("scenes_grounding", 8, {"image_size": 32})["test"]
     task = task_of("softmask_grounding")
     metrics = evaluate(task, model, data)
     assert metrics["acc_chance"] == metrics["acc_chance_test"] == 50.0
@@ -168,7 +152,7 @@ def test_the_grounding_task_reads_it(make_model, folders):
 @pytest.mark.parametrize("name", TASKS)
 def test_words_are_tokens_and_processors_change_none(name):
     tokenizer = build_tokenizer("scenes")
-    for split, data in build(f"scenes_{name}", num=200).items():
+    for split, data in build_scenes(f"scenes_{name}", 200).items():
         texts = [data[i]["text_input"] for i in range(200)]
         key = {"vqa": "question", "grounding": "text"}.get(name, "sentence")
         assert texts == [entry[key] for entry in data.annotation], split
@@ -179,21 +163,22 @@ def test_words_are_tokens_and_processors_change_none(name):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_items_depend_on_seed_split_and_index_alone(name):
-    many, few = (build(f"scenes_{name}", num=num) for num in (9, 5))
-    other = build(f"scenes_{name}", {"seed": 1}, num=5)
+    many, few = (build_scenes(f"scenes_{name}", num) for num in (9, 5))
+    other = build_scenes(f"scenes_{name}", 5, {"seed": 1})
     for split in many:
-        assert list(many[split].items[:5]) == list(few[split].items)
-        assert list(few[split].items) != list(other[split].items)
-    assert list(few["val"].items) != list(few["test"].items)
+        assert many[split].annotation[:5] == few[split].annotation
+        assert few[split].annotation != other[split].annotation
+    assert few["val"].annotation != few["test"].annotation
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_one_key_sets_the_image_size_and_objects_and_layout_are_used(name):
     changes = {"image_size": 48, "objects": 2, "layout": "free", "heldout": 0.5}
-    for split, data in build(f"scenes_{name}", changes, num=20).items():
-        images = [value for key, value in data[0].items() if key.startswith("image")]
+    for split, data in build_scenes(f"scenes_{name}", 20, changes).items():
+        sample = data[0]
+        images = [sample[key] for key in ("image", "image0", "image1") if key in sample]
         assert [tuple(image.shape) for image in images] == [(3, 48, 48)] * (1 + (name == "nlvr"))
-        scenes = [scene for item in data.items for scene in scenes_of(item)]
+        scenes = [scene for entry in data.annotation for scene in entry["scenes"]]
         assert {len(scene.things) for scene in scenes} == {2}
         assert len({thing.x for scene in scenes for thing in scene.things}) == 2 * len(scenes)
         assert any(scene.novel for scene in scenes) == (split != "train")
@@ -217,5 +202,5 @@ def test_one_key_sets_the_image_size_and_objects_and_layout_are_used(name):
 )
 def test_wrong_settings_are_told_in_one_line(name, changes, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
-        build(f"scenes_{name}", changes)
+        build_scenes(f"scenes_{name}", 6, changes)
     assert "\n" not in str(error.value)

@@ -24,13 +24,13 @@ from softmask_plugin.datasets.scenes.grammar import (
     heldout_compositions,
     make_scenes,
 )
-from softmask_plugin.datasets.scenes.task_datasets import SceneEntailmentDataset
+from softmask_plugin.datasets.scenes.render import render_item
 from softmask_plugin.datasets.scenes.tasks import (
     ANSWERS,
     KINDS,
     ask,
+    compare,
     entail,
-    pair_up,
     refer,
     references,
 )
@@ -65,9 +65,10 @@ def test_a_neutral_hypothesis_is_true_in_one_world_and_false_in_another_of_the_s
                 replace(thing, **{secret: truth}) if thing is hidden else thing
                 for thing in item.scene.things
             ]
-            worlds.append(replace(item, scene=replace(item.scene, things=tuple(changed))))
-        pictures = SceneEntailmentDataset(np.asarray, str, worlds, 60)
-        assert (pictures[0]["image"] == pictures[1]["image"]).all()
+            worlds.append(replace(item.scene, things=tuple(changed)))
+        shown = [{"scenes": (scene,), "curtain": item.curtain} for scene in worlds]
+        pictures = [np.asarray(image) for one in shown for image in render_item(60, one, None)]
+        assert len(pictures) == 2 and (pictures[0] == pictures[1]).all()
 
 
 @given(seeds, splits, st.integers(1, 4))
@@ -76,8 +77,8 @@ def test_statements_about_pairs_are_as_true_as_they_are_said_to_be(seed, split, 
     pool, heldout = allowed_compositions(split, HELDOUT), heldout_compositions(HELDOUT)
     scenes = make_scenes(split, 10, seed, objects, HELDOUT)
     for left, right in zip(scenes[::2], scenes[1::2], strict=True):
-        item = pair_up(left, right, pool, heldout)
-        assert item == pair_up(left, right, pool, heldout)
+        item = compare(left, right, pool, heldout)
+        assert item == compare(left, right, pool, heldout)
         assert item.label == pair_truth(item)
         for before, after in ((left, item.left), (right, item.right)):
             assert after.things[1:] == before.things[1:]

@@ -1,0 +1,119 @@
+"""The user's own images with a file of captions, questions or statements about them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import ListConfig
+
+from softmask_plugin.config.paths import shipped
+from softmask_plugin.datasets.folders.base import FolderBuilder
+from softmask_plugin.datasets.skip_log import SkipLog
+from softmask_plugin.datasets.tables.captions import parse_captions
+from softmask_plugin.datasets.tables.questions import (
+    most_frequent,
+    parse_answers,
+    parse_questions,
+)
+from softmask_plugin.datasets.tables.statements import parse_statements
+from softmask_plugin.datasets.task_datasets import (
+    Annotation,
+    EntailmentDataset,
+    NLVRDataset,
+    PretrainDataset,
+    RetrievalDataset,
+    VQADataset,
+    VQAEvalDataset,
+)
+from softmask_plugin.errors import UserError
+from softmask_plugin.registry import register
+
+
+@register("builder", "captions_folder")
+class CaptionsFolderBuilder(FolderBuilder):
+    """Images and captions: ``train`` for pretraining, ``val`` and ``test`` for retrieval."""
+
+    FILES = "captions"
+    DATASET_CONFIG_DICT = {"default": shipped("datasets/captions_folder/default.yaml")}
+    train_dataset_cls = PretrainDataset
+    eval_dataset_cls = RetrievalDataset
+
+    def _parse(self, file: Path, split: str, skipped: SkipLog) -> Annotation:
+        return [
+            {"image": item.image, "caption": item.captions, "image_id": item.image_id}
+            for item in parse_captions(file, split, skipped)
+        ]
+
+
+@register("builder", "vqa_folder")
+class VQAFolderBuilder(FolderBuilder):
+    """Images, questions and answers, for LAVIS's ``vqa``; in ``test`` answers may be missing."""
+
+    FILES = "questions"
+    DATASET_CONFIG_DICT = {"default": shipped("datasets/vqa_folder/default.yaml")}
+    train_dataset_cls = VQADataset
+    eval_dataset_cls = VQAEvalDataset
+
+    def _parse(self, file: Path, split: str, skipped: SkipLog) -> Annotation:
+        return parse_questions(file, answered=split != "test", skipped=skipped)
+
+    def _arguments(self, split: str) -> dict[str, Any]:
+        return {} if split == "train" else {"answer_list": self._answer_list()}
+
+    def _answer_list(self) -> list[str] | None:
+        answers = self.config.get("answers")
+        if isinstance(answers, str):
+            return parse_answers(Path(answers).expanduser())
+        if answers is not None and (type(answers) is not int or answers < 1):
+            raise UserError(
+                f"{self.place}.answers is {answers!r}: it must be the path of a file, a number of "
+                "answers, or null"
+            )
+        train = self.annotations.get("train")
+        return None if train is None else most_frequent(train, answers)
+
+
+@register("builder", "entailment_folder")
+class EntailmentFolderBuilder(FolderBuilder):
+    """Images and labelled sentences, for LAVIS's ``multimodal_classification``."""
+
+    FILES = "sentences"
+    DATASET_CONFIG_DICT = {"default": shipped("datasets/entailment_folder/default.yaml")}
+    train_dataset_cls = eval_dataset_cls = EntailmentDataset
+
+    def _parse(self, file: Path, split: str, skipped: SkipLog) -> Annotation:
+        return parse_statements(file, ("image",), self._labels(), skipped)
+
+    def _arguments(self, split: str) -> dict[str, Any]:
+        return {"labels": self._labels()}
+
+    def _labels(self) -> list[str]:
+        given = self.config.get("labels")
+        labels = [str(name).strip() for name in given] if isinstance(given, ListConfig) else []
+        different = {label.lower() for label in labels}
+        if len(different) < max(2, len(labels)) or any(isinstance(name, bool) for name in given):
+            raise UserError(
+                f"{self.place}.labels is {given}: it must list two or more different names, yes "
+                "and no in quotes"
+            )
+        return labels
+
+
+@register("builder", "nlvr_folder")
+class NLVRFolderBuilder(FolderBuilder):
+    """Pairs of images with a true or false sentence, for ``multimodal_classification``."""
+
+    FILES = "sentences"
+    DATASET_CONFIG_DICT = {"default": shipped("datasets/nlvr_folder/default.yaml")}
+    train_dataset_cls = eval_dataset_cls = NLVRDataset
+
+    def _parse(self, file: Path, split: str, skipped: SkipLog) -> Annotation:
+        # The labels are in the order of LAVIS's classes.
+        return parse_statements(file, ("image0", "image1"), ("False", "True"), skipped)
+
+    def _arguments(self, split: str) -> dict[str, Any]:
+        swap = self.config.get("swap", True)
+        if not isinstance(swap, bool):
+            raise UserError(f"{self.place}.swap is {swap!r}: it must be true or false")
+        return {"swap": swap and split == "train"}
