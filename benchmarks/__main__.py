@@ -1,4 +1,4 @@
-"""``make bench``: every row against its target, side by side with LAVIS's own classes."""
+"""``make bench``: speed and memory side by side with LAVIS's own classes, against targets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from benchmarks import gpu, overhead, processor, rerank, scaling, step
 from benchmarks.harness import Cost, Row, grid, machine, save, table
 
-# The measurements by name, and how many rounds each takes: full and small.
+# Measurements by name, with their numbers of rounds: full and small
 ROWS: dict[str, tuple[Callable[[bool, str | None, int], list[Row]], int, int]] = {
     "step": (step.run, 3, 2),
     "rerank": (rerank.run, 3, 2),
@@ -24,16 +24,21 @@ SCALING = "scaling"
 
 
 def main() -> None:
-    """Measure, print the tables and write them as JSON."""
+    """Measure, print the tables, and write them as JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "names", nargs="*", help=f"what to measure: {', '.join([*ROWS, SCALING])}; all if none"
+        "names", nargs="*", help=f"what to measure: {', '.join([*ROWS, SCALING])}; default: all"
     )
-    parser.add_argument("--small", action="store_true", help="tiny models: a trial in a minute")
-    parser.add_argument("--captions", help="caption file of your own, beside its images")
-    parser.add_argument("--threads", type=int, help="CPU threads; torch's choice if not given")
-    parser.add_argument("--rounds", type=int, help="turns of each, in place of the usual number")
-    parser.add_argument("--output", type=Path, default=Path("outputs/bench"), help="a folder")
+    parser.add_argument("--small", action="store_true", help="tiny models, a trial of a minute")
+    parser.add_argument("--captions", help="a caption file of your own, beside its images")
+    parser.add_argument("--threads", type=int, help="CPU threads, default: torch's choice")
+    parser.add_argument("--rounds", type=int, help="turns of each, instead of the usual number")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("outputs/bench"),
+        help="folder for the results, default: %(default)s",
+    )
     given = parser.parse_args()
     wanted = given.names or [*ROWS, SCALING]
     for name in wanted:
@@ -53,21 +58,21 @@ def main() -> None:
     if SCALING in wanted:
         costs = scaling.run(given.small, given.rounds or 2)
         scaling.draw(costs, given.output / "scaling.png")
-    if given.small:  # targets are for the size that people train
+    if given.small:  # the targets are for the full size
         rows = [replace(row, target=None) for row in rows]
 
     about = machine()
     print(", ".join(f"{key} {value}" for key, value in about.items() if value))
     if given.small:
-        print("tiny models: this shows that the measurements run, not how fast anything is")
+        print("tiny models: these figures show only that the measurements run")
     if rows:
         print("", table(rows), sep="\n")
     if costs:
         print("", grid(costs), sep="\n")
     settings = {"small": given.small, "captions": given.captions}
     save(rows, costs, given.output / "bench.json", settings)
-    print(f"\nwritten: {given.output / 'bench.json'}")
+    print(f"\nWritten: {given.output / 'bench.json'}")
 
 
-if __name__ == "__main__":  # workers of `step` import this file anew
+if __name__ == "__main__":  # the processes of `step` import this file again
     main()

@@ -1,4 +1,4 @@
-"""LAVIS's own classes of the same shape and with the same weights: what all is compared to."""
+"""LAVIS's own classes with the shape and weights of ours, to compare with."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ def twin(cls: Callable[..., Model], model: Any, text: Any, **given: Any) -> Mode
     """LAVIS's class ``cls`` with the model's shape, tokenizer, weights and settings.
 
     Args:
-        cls: a class of LAVIS's ALBEF.
-        model: ours.
+        cls: One of LAVIS's ALBEF classes.
+        model: Our model.
         text: LAVIS's class of the text encoder.
-        given: arguments that the model's options do not name; those that they name go first.
+        given: Arguments without an option of the model; options take precedence.
     """
     takes, option = inspect.signature(cls).parameters, vars(model.options)
     settings = {key: option[key] for key in takes if key in option}
@@ -76,7 +76,7 @@ def twin(cls: Callable[..., Model], model: Any, text: Any, **given: Any) -> Mode
 
 
 def encoders(model: Any, text: Any) -> tuple[VisionTransformerEncoder, torch.nn.Module]:
-    """LAVIS's image encoder and text encoder of the class ``text``, of the model's shape."""
+    """LAVIS's image encoder and its text encoder ``text`` in the model's shape."""
     option = model.options
     vision = VisionTransformerEncoder(
         img_size=option.image_size,
@@ -91,7 +91,7 @@ def encoders(model: Any, text: Any) -> tuple[VisionTransformerEncoder, torch.nn.
 
 
 def bert_config(shape: BertShape) -> BertConfig:
-    """LAVIS's description of a text encoder or decoder."""
+    """LAVIS's configuration of a text encoder or decoder."""
     return BertConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.width,
@@ -110,7 +110,7 @@ def bert_config(shape: BertShape) -> BertConfig:
 
 
 def same_weights(made: Model, model: Any) -> Model:
-    """Copy the model's weights to LAVIS's class, which must have a place for each of its own."""
+    """Copy the model's weights to LAVIS's class; KeyError if that has other tensors."""
     own = made.state_dict()
     state = adapt(model.state_dict(), own, model.bert.shape.fusion_layer)
     known = {key.replace("_m.", ".", 1) for key in state}
@@ -123,7 +123,7 @@ def same_weights(made: Model, model: Any) -> Model:
 
 @contextmanager
 def tokenizer_of(model: Any) -> Iterator[None]:
-    """Let LAVIS's models take the model's tokenizer: their own is on a hub."""
+    """Let LAVIS's models use the model's tokenizer; their own would be downloaded."""
     given = AlbefBase.__dict__["init_tokenizer"]
     AlbefBase.init_tokenizer = classmethod(lambda cls: model.tokenizer)
     try:

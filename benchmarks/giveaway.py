@@ -1,11 +1,11 @@
 """Does a mask give the match away? ``python -m benchmarks.giveaway outputs/ablation/scenes``
 
-A mask says nothing about whether a caption is right. So a model that rates wrong captions higher
-once something is hidden has learnt to take the mask itself for a sign of a match: without
-``soft_mask.negatives`` only matching pairs are ever masked in training. Scored is what
-`softmask ablate` pretrained, on held-out scenes, each with a caption and with the same one but for
-a wrong colour: plain, with each word's soft mask, and with as much hidden at random patches. Every
-checkpoint is scored with both, whatever it trained with.
+A mask says nothing about whether a caption is right. A model that scores wrong captions higher once
+something is masked has learnt that the mask itself means a match: without ``soft_mask.negatives``,
+training only ever masks matching pairs. This scores models that `softmask ablate` pretrained, on
+held-out scenes, each with its caption and with the same caption but for a wrong colour: without a
+mask, with each word's soft mask, and with as much masked at random patches. Every checkpoint gets
+both kinds of mask, whatever it was trained with.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from softmask_plugin.datasets.scenes.grammar import Scene, captions, make_scenes
 from softmask_plugin.datasets.scenes.render import render
 from softmask_plugin.errors import UserError, reason_of, require_finite_scores
 from softmask_plugin.explain.gallery import wrong_caption
-from softmask_plugin.explain.maps import Pairs, map_words
+from softmask_plugin.explain.maps import word_maps
 from softmask_plugin.explain.pairs import match_masked
 from softmask_plugin.explain.trained import Trained, load_trained
 from softmask_plugin.files.checkpoint import ASSETS
@@ -43,19 +43,19 @@ from softmask_plugin.report.figures import ACCENT, INK, MUTED, STYLE
 from softmask_plugin.soft_mask import Kind
 
 PLAN = "lavis_configs/ablation/scenes.yaml"
-CAPTIONS = {"right": (INK, -0.16), "wrong": (ACCENT, 0.16)}  # colour, and place within a row
+CAPTIONS = {"right": (INK, -0.16), "wrong": (ACCENT, 0.16)}  # colour, and offset within a row
 MASKS: dict[Kind, str] = {"soft": "soft_mask", "random": "random_patches"}
 COLUMNS = (
     "right right_soft_mask right_random_patches wrong wrong_soft_mask wrong_random_patches"
 ).split()
 
 Matches = dict[str, float]  # mean probability of a match, in percent, for each of COLUMNS
-Sources = dict[str, tuple[Sequence[str], Mapping[int, Path | None]]]  # as Variant, to be scored
+Sources = dict[str, tuple[Sequence[str], Mapping[int, Path | None]]]  # options and checkpoints
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What was trained with which options, and how it scores by seed."""
+    """A variant's options, and its scores by seed."""
 
     options: Sequence[str]
     seeds: Mapping[int, Matches]
@@ -65,23 +65,22 @@ def measure(trained: Trained, count: int) -> Matches:
     """Score ``count`` held-out scenes with a right and a wrong caption each.
 
     Raises:
-        UserError: there are not so many scenes, or a score is NaN or infinite.
+        UserError: There are not that many scenes, or a score is NaN or infinite.
     """
     scenes = tqdm(make_scenes("test", count), leave=False, disable=None)
     return _means([_scores(trained, scene) for scene in scenes])
 
 
 def _scores(trained: Trained, scene: Scene) -> Matches:
-    """Of one scene: plain, and under masks the mean over the words."""
+    """Scores of one scene: plain, and under masks the mean over the words."""
     model, found = trained.model, {}
     image = trained.image_processor(render(scene, model.options.image_size))[None]
     texts = (captions(scene)[0].text, wrong_caption(scene))
     for caption, text in zip(CAPTIONS, texts, strict=True):
-        pair = Pairs.encode(model, image, [trained.text_processor(text)])
-        words = map_words(model, pair)
+        words = word_maps(model, image, [trained.text_processor(text)])
         found[caption] = words.score
         for kind, mask in MASKS.items():
-            _, scores = match_masked(model, pair, words.maps[0], kind)
+            _, scores = match_masked(model, words, kind)
             found[f"{caption}_{mask}"] = scores.mean()
         require_finite_scores("a heat map or a match", words.maps, *found.values())
     return {column: 100 * score.item() for column, score in found.items()}
@@ -92,11 +91,11 @@ def _means(found: Collection[Matches]) -> Matches:
 
 
 def ablated(plan: Plan, folder: Path, only: Sequence[str]) -> Sources:
-    """The finished pretrainings of an ablation: of all variants, or of some in this order.
+    """The finished pretrainings of an ablation: all of them, or those of ``only`` in its order.
 
     Raises:
-        UserError: there is no such folder or variant, nothing is finished of what is asked for, or
-            a result is broken or of another plan.
+        UserError: There is no such folder or variant, a variant of ``only`` is not finished or none
+            is, or a result is broken or was made with another configuration.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: give the --output-dir of softmask ablate")
@@ -110,14 +109,14 @@ def ablated(plan: Plan, folder: Path, only: Sequence[str]) -> Sources:
 
 
 def _finished(plan: Plan, variant: str, folder: Path) -> dict[int, Path | None]:
-    """A variant's last checkpoint of each seed whose pretraining is finished."""
+    """The last checkpoint of each seed whose pretraining is finished."""
     jobs = (Job(plan, variant, seed, folder) for seed in plan.seeds)
     found = {job.seed: job.checkpoint(plan.base) for job in jobs}
     return {seed: file for seed, file in found.items() if file}
 
 
 def shipped() -> Sources:
-    """The model that comes with the package."""
+    """The bundled model."""
     about = json.loads((ASSETS / "scenes_tiny.json").read_text(encoding="utf-8"))
     options = about["command"].partition(" --options ")[2].split()
     return {"scenes_tiny": (options, {about["seed"]: None})}
@@ -137,8 +136,8 @@ def markdown(table: Mapping[str, Variant]) -> str:
 
 
 def draw(table: Mapping[str, Variant]) -> Figure:
-    """A panel for each kind of mask: lines from the plain match (a dot) to the masked one (a ring),
-    so that of no change there is a dot within its ring. Means over seeds."""
+    """A panel for each kind of mask: a line from the plain match (dot) to the masked one (ring), as
+    means over seeds."""
     means = [_means(variant.seeds.values()) for variant in table.values()]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7, 1.1 + 0.36 * len(table)), layout="constrained")
@@ -164,23 +163,23 @@ def draw(table: Mapping[str, Variant]) -> Figure:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table; write it as JSON with each seed, and as a picture, where that is asked.
+    """Print the table; write it as JSON with each seed, and as a picture, if asked to.
 
     Returns:
-        The exit code: 0, or 2 for a mistake of the user's, which is printed in one line.
+        The exit code: 0, or 2 for a mistake, which is printed in one line.
     """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.giveaway",
         description="Does a mask give the match away? Held-out scenes with a right and a wrong "
         "caption, scored plain, with each word's soft mask and with random patches hidden.",
     )
-    what = "of an ablation on scenes, its --output-dir; default: score the shipped model"
+    what = "--output-dir of an ablation on scenes, default: score the bundled model"
     parser.add_argument("folder", nargs="?", type=Path, help=what)
-    parser.add_argument("--plan", help=f"of that ablation, default: {PLAN}")
-    what = "of the plan, in this order; default: all whose pretraining is finished"
+    parser.add_argument("--plan", help=f"plan of the ablation, default: {PLAN}")
+    what = "variants to score, in this order; default: all whose pretraining is finished"
     parser.add_argument("--only", nargs="+", default=[], metavar="VARIANT", help=what)
-    parser.add_argument("--scenes", type=int, default=200, help="default: %(default)s")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="for giveaway.json and .png")
+    parser.add_argument("--scenes", type=int, default=200, help="number, default: %(default)s")
+    parser.add_argument("--output", type=Path, help="folder for giveaway.json and .png")
     try:
         _run(parser.parse_args(argv))
     except UserError as error:
@@ -195,13 +194,13 @@ def _run(asked: argparse.Namespace) -> None:
     if asked.folder is not None:
         sources = ablated(read_plan(asked.plan or PLAN), asked.folder, asked.only)
     elif asked.plan or asked.only:
-        raise UserError("--plan and --only are about an ablation: give its folder too")
+        raise UserError("--plan and --only need an ablation: give its folder too")
     else:
         sources = shipped()
     if asked.output is not None:
         try:
             asked.output.mkdir(parents=True, exist_ok=True)
-            with TemporaryFile(dir=asked.output):  # told now: scoring takes minutes
+            with TemporaryFile(dir=asked.output):  # fail now: scoring takes minutes
                 pass
         except OSError as error:
             raise UserError(f"--output {asked.output}: {reason_of(error)}") from error

@@ -1,6 +1,6 @@
 """The CUDA rows: pairs per second of ours in bf16 against LAVIS's own with ``amp: True`` (fp16),
 and the share of the card's matrix rate that a step reaches. Without a card only the small setting
-runs, on the CPU and in bf16."""
+runs, in bf16 on the CPU."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ BATCH, LARGEST = 64, 4096
 
 
 def matrix_rate(device: str, size: int) -> float:
-    """TFLOP/s of a product of two bf16 matrices, the median of ten."""
+    """TFLOP/s of the product of two bf16 matrices: median of ten."""
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     seconds = statistics.median(timed(lambda: a @ a) for _ in range(10))
     return 2 * size**3 / seconds / 1e12
 
 
 def fits(trainer: Trainer) -> bool:
-    """Whether a step has room on the card."""
+    """Whether a step fits into the card's memory."""
     try:
         trainer.step()
     except torch.cuda.OutOfMemoryError:
@@ -36,7 +36,7 @@ def fits(trainer: Trainer) -> bool:
 
 
 def largest(name: str, captions: str | None, dtype: torch.dtype) -> tuple[int, float]:
-    """The largest batch, by doubling, that has room, and its pairs per second."""
+    """The largest batch that fits, found by doubling, and its pairs per second."""
     size, speed = BATCH, 0.0
     while size <= LARGEST:
         trainer = Trainer(name, False, captions, size, "cuda", dtype)
@@ -54,7 +54,7 @@ def run(small: bool, captions: str | None, rounds: int) -> list[Row]:
     """Measure all rows."""
     cuda = torch.cuda.is_available()
     if not cuda and not small:
-        logging.warning("no CUDA card: its rows are left out")
+        logging.warning("no CUDA card: the rows for it are left out")
         return []
     device, size = ("cuda", BATCH) if cuda else ("cpu", 8)
     theirs = torch.float16 if cuda else torch.bfloat16  # LAVIS's amp

@@ -1,10 +1,10 @@
-"""Kill a run again and again; it ends as if it had not been: ``python -m benchmarks.kills``.
+"""Kill a run again and again: is its result the same? ``python -m benchmarks.kills``.
 
-The model pretrains on rendered scenes, validates after each epoch and tests at the end. A parent
-process forks one that runs ``softmask train`` with ``run.resume_ckpt_path=auto``, sends it SIGKILL
-at a random moment, and starts the next, until one ends by itself. Then all that the run left
-(weights, momentum copies, queues, optimizer, schedule, best epoch, checkpoints, logs) is compared
-to the last bit with what a run left that was never killed.
+A model pretrains on rendered scenes, validates after each epoch and tests at the end. A forked
+process trains it with ``run.resume_ckpt_path=auto`` and gets SIGKILL at a random moment, and so
+does the next, until one ends by itself. Then everything in the run's folder (weights, momentum
+copies, queues, optimizer, schedule, best epoch, checkpoints, logs) is compared to the last bit with
+a run that was never killed.
 """
 
 from __future__ import annotations
@@ -58,34 +58,27 @@ PHASES = ("start", "step", "evaluation", "checkpoint", "renaming", "between")
 
 @dataclass
 class Outcome:
-    """What came of it.
+    """The result of a trial."""
 
-    Attributes:
-        kills: by what the process was doing.
-        runs: that ended by themselves, each compared with one that was never killed.
-        lost: what was not the same, in words.
-        seconds: it took.
-    """
-
-    kills: Counter[str] = field(default_factory=Counter)
-    runs: int = 0
-    lost: list[str] = field(default_factory=list)
+    kills: Counter[str] = field(default_factory=Counter)  # by phase
+    runs: int = 0  # that ended by themselves
+    lost: list[str] = field(default_factory=list)  # differences from the run that was not killed
     seconds: float = 0.0
 
 
 class Board:
-    """One byte that parent and child share: what the child is doing, an index of PHASES."""
+    """A byte that parent and child share: the child's phase, as an index of PHASES."""
 
     def __init__(self) -> None:
         self.memory = mmap.mmap(-1, 1)
 
     @property
     def phase(self) -> str:
-        """The name that it shows."""
+        """The current phase."""
         return PHASES[self.memory[0]]
 
     def show(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function``, during which the board shows ``name``."""
+        """Wrap a function so that the board shows ``name`` while it runs."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             before, self.memory[0] = self.memory[0], PHASES.index(name)
@@ -98,13 +91,17 @@ class Board:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the trial; returns 1 if anything was lost."""
+    """Run the trial; return 1 if anything was lost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=200, help="default: %(default)s")
-    parser.add_argument("--workers", type=int, default=1, help="of the data loader; %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments; default: %(default)s")
+    parser.add_argument("--kills", type=int, default=200, help="at least, default: %(default)s")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="data-loader workers, default: %(default)s"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the random moments, default: %(default)s"
+    )
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)  # OpenMP's threads would not survive the fork
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
     outcome = trial(args.kills, args.workers, args.seed)
     counts = ", ".join(f"{name} {outcome.kills[name]}" for name in PHASES if outcome.kills[name])
     print(
@@ -116,16 +113,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def trial(kills: int, workers: int, seed: int) -> Outcome:
-    """Kill so many processes, and compare each run that ends."""
+    """Kill processes, and compare each run that ends."""
     began, outcome, moments = time.monotonic(), Outcome(), random.Random(seed)
     with TemporaryDirectory() as name:
         root = Path(name)
         train = partial(run, workers=workers)
-        (status, _), lasted = timed(lambda: watched(root / "whole", train, None))
+        status, _ = watched(root / "whole", train, None)
         if status != 0:
             raise RuntimeError(tail(root / "whole"))
-        expected = trace(only(root / "whole"))
-        targets = cycle(PHASES[1:5])  # every other kill lies in one of these, however short it is
+        lasted = time.monotonic() - began
+        (whole,) = (root / "whole").glob("*/")
+        expected = trace(whole)
+        targets = cycle(PHASES[1:5])  # of every other kill: random moments would miss short phases
         target = next(targets)
         while outcome.kills.total() < kills or outcome.runs == 0:
             folder = root / str(outcome.runs)
@@ -156,16 +155,16 @@ def watched(
     train: Callable[[Path], None],
     until: tuple[str | None, float] | None,
 ) -> tuple[int, str | None]:
-    """Run in a process of its own, and kill it.
+    """Train in a process of its own, and kill it.
 
     Args:
-        folder: for runs.
-        train: what the process does.
-        until: None: let it end. Otherwise a phase and seconds: kill it in that phase, after so
-            many seconds in which it may have come and gone; or, without a phase, after so many.
+        folder: Folder for runs.
+        train: The function that trains.
+        until: A phase and seconds: kill the process after this time, once it is in the phase (None:
+            at once). None: let it end.
 
     Returns:
-        The exit code and, if it was killed, what it was doing.
+        The exit code and, if it was killed, its phase.
     """
     folder.mkdir(parents=True, exist_ok=True)
     board = Board()
@@ -188,19 +187,19 @@ def watched(
 
 
 def obey(folder: Path, board: Board, train: Callable[[Path], None]) -> None:
-    """What the child does; it never returns."""
+    """Train as the child process, and exit."""
     code = 1
     try:
         log = os.open(folder / "output.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        signs = [
+        shown = [
             (SoftmaskRunner, "train_step", "step"),
             (SoftmaskRunner, "eval_epoch", "evaluation"),
             (checkpoint_files, "_serialize", "checkpoint"),
             (checkpoint_files, "write_whole", "renaming"),
         ]
-        for owner, name, phase in signs:
+        for owner, name, phase in shown:
             patch.object(owner, name, board.show(phase, getattr(owner, name))).start()
         train(folder)
         code = 0
@@ -212,25 +211,13 @@ def obey(folder: Path, board: Board, train: Callable[[Path], None]) -> None:
 
 
 def run(folder: Path, workers: int) -> None:
-    """Train as the command does."""
+    """Train as ``softmask train`` does."""
     options = {**OPTIONS, "run.output_dir": folder, "run.num_workers": workers}
     launch.run(PROJECT, [f"{key}={value}" for key, value in options.items()])
 
 
-def timed(function: Callable[[], Any]) -> tuple[Any, float]:
-    """Its result, and the seconds that it took."""
-    start = time.monotonic()
-    return function(), time.monotonic() - start
-
-
-def only(folder: Path) -> Path:
-    """The one run's folder in it."""
-    (found,) = folder.glob("*/")
-    return found
-
-
 def tail(folder: Path) -> str:
-    """The last that the processes said."""
+    """The last lines of the processes' output."""
     return " | ".join((folder / "output.log").read_text().splitlines()[-3:])
 
 

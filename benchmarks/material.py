@@ -1,4 +1,4 @@
-"""What the benchmarks run on: models of the full size or a small one, captions and images."""
+"""Models, captions and images for the benchmarks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from softmask_plugin.config.options import PretrainOptions, read_options
-from softmask_plugin.datasets.tables.captions import read_captions
+from softmask_plugin.datasets.tables.captions import parse_captions
 from softmask_plugin.models.pretrain import SoftMaskPretrain
 
-# Words per caption of Flickr8k's people: the middles of twenty equal shares of 5,000 captions.
+# Words per caption in Flickr8k: the middles of twenty equal shares of 5,000 captions
 WORDS = (6, 7, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 15, 15, 17, 18, 21)
 
 SMALL: dict[str, Any] = {
@@ -36,37 +36,46 @@ SMALL: dict[str, Any] = {
 
 
 def build(small: bool, captions: str | None, **changes: Any) -> SoftMaskPretrain:
-    """A model with random weights: base, or small for a trial within seconds.
+    """A model with random weights.
 
     Args:
-        small: whether to build the small one.
-        captions: caption file whose words make the vocabulary; None: that of the scenes.
-        changes: options in place of the defaults.
+        small: Whether to build a small model instead of base.
+        captions: Caption file whose words make the vocabulary; None: the scenes' vocabulary.
+        changes: Options that differ from the defaults.
     """
     torch.manual_seed(0)
     given = {"tokenizer": captions or "scenes", **(SMALL if small else {}), **changes}
     return SoftMaskPretrain(read_options(PretrainOptions, given))
 
 
-def texts(model: SoftMaskPretrain, captions: str | None, count: int) -> list[str]:
-    """The first captions of a file; without one, random words in captions of common lengths."""
+def texts(
+    model: SoftMaskPretrain, captions: str | None, count: int, words: int | None = None
+) -> list[str]:
+    """The first captions of a file; without one, random captions.
+
+    Args:
+        model: Its tokenizer gives the random words.
+        captions: A caption file; None: random captions.
+        count: Number of captions.
+        words: Words of a random caption; None: drawn from WORDS.
+    """
     if captions is not None:
-        found = [c for item in read_captions(captions, "val") for c in item.captions]
+        found = [c for item in parse_captions(captions, "val") for c in item.captions]
         return [found[i % len(found)] for i in range(count)]
     generator = torch.Generator().manual_seed(0)
-    words = sorted(w for w in model.tokenizer.get_vocab() if w.isalpha())
+    known = sorted(w for w in model.tokenizer.get_vocab() if w.isalpha())
 
     def draw(high: int) -> int:
         return int(torch.randint(high, (1,), generator=generator))
 
-    lengths = [WORDS[draw(len(WORDS))] for _ in range(count)]
-    return [" ".join(words[draw(len(words))] for _ in range(length)) for length in lengths]
+    lengths = [words or WORDS[draw(len(WORDS))] for _ in range(count)]
+    return [" ".join(known[draw(len(known))] for _ in range(length)) for length in lengths]
 
 
 def photos(captions: str | None, count: int) -> list[Image.Image]:
-    """The first images of a caption file, beside which they lie; else smooth random colours."""
+    """The first images of a caption file, which lie beside it; without one, random colours."""
     if captions is not None:
-        rows = read_captions(captions, "val")[:count]
+        rows = parse_captions(captions, "val")[:count]
         return [Image.open(Path(captions).parent / row.image).convert("RGB") for row in rows]
     generator = np.random.default_rng(0)
     coarse = generator.integers(0, 256, (count, 24, 32, 3), dtype=np.uint8)
@@ -74,7 +83,7 @@ def photos(captions: str | None, count: int) -> list[Image.Image]:
 
 
 def write_jpegs(pictures: list[Image.Image], folder: Path) -> list[Path]:
-    """Files ``0.jpg``, ``1.jpg``, ... of COCO's usual size, 640 x 480."""
+    """Write ``0.jpg``, ``1.jpg``, ... in COCO's usual size, 640 x 480."""
     paths = [folder / f"{i}.jpg" for i in range(len(pictures))]
     for picture, path in zip(pictures, paths, strict=True):
         picture.resize((640, 480), Image.Resampling.BICUBIC).save(path, quality=90)
@@ -82,7 +91,7 @@ def write_jpegs(pictures: list[Image.Image], folder: Path) -> list[Path]:
 
 
 def batch(model: SoftMaskPretrain, captions: list[str], step: int, device: str = "cpu") -> dict:
-    """Samples as LAVIS's pretraining task hands them to a model."""
+    """A batch with random images, as LAVIS's pretraining task passes it to a model."""
     size = model.options.image_size
     generator = torch.Generator().manual_seed(step)
     images = torch.randn(len(captions), 3, size, size, generator=generator)

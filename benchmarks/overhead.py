@@ -1,7 +1,7 @@
-"""Row 6: what a training run does outside forward, backward and optimizer.
+"""Row 6: the time that a training run spends outside forward, backward and optimizer.
 
-A run is started as a user starts it, by a shipped YAML; the second of its epochs is timed, in which
-data loading (one worker), collating, tokenizing, logging and waiting are all there is besides.
+A run is started from a shipped YAML, as a user would, and the second of its two epochs is timed.
+The rest is data loading (one worker), collating, tokenizing, logging and waiting.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ import torch
 from benchmarks.harness import Row, now
 from benchmarks.material import SMALL, build, photos, texts, write_jpegs
 from softmask_plugin import launch
+from softmask_plugin.config.values import flat
 from softmask_plugin.models.pretrain import SoftMaskPretrain
 from softmask_plugin.runners.runner import SoftmaskRunner
-from softmask_plugin.tokenization import CaptionReader
+from softmask_plugin.tokenization import CaptionTokenizer
 
 BASE = "lavis_configs/projects/captions_folder/train/pretrain_base.yaml"
-# Whose time counts for which part; captions are read within forward.
+# The functions whose time counts for each part; captions are tokenized within forward
 PARTS = {
     "forward": (SoftMaskPretrain, "forward"),
-    "tokenize": (CaptionReader, "read"),
+    "tokenize": (CaptionTokenizer, "tokenize"),
     "backward": (torch.Tensor, "backward"),
     "optimizer": (torch.optim.AdamW, "step"),
     "epoch": (SoftmaskRunner, "train_epoch"),
@@ -39,14 +40,14 @@ PARTS = {
 
 
 class Stopwatch:
-    """Adds up the seconds that some functions take."""
+    """Adds up the seconds that functions take."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
 
     @contextmanager
     def on(self, parts: dict[str, tuple[Any, str]]) -> Iterator[None]:
-        """Time these methods while the context lasts."""
+        """Time these methods within the context."""
         with ExitStack() as stack:
             for name, (owner, method) in parts.items():
                 wrapped = self._timed(name, getattr(owner, method))
@@ -55,7 +56,7 @@ class Stopwatch:
 
     def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            if name == "epoch":  # only the last one counts, when all is warm
+            if name == "epoch":  # only the last one counts
                 self.seconds.clear()
             start = now()
             try:
@@ -67,7 +68,7 @@ class Stopwatch:
 
 
 def run(small: bool, captions: str | None, rounds: int) -> list[Row]:
-    """Measure the row over ``rounds`` steps."""
+    """Measure the row over ``rounds`` steps, at least 3."""
     size = 8
     count = size * max(rounds, 3)
     with TemporaryDirectory() as name:
@@ -106,15 +107,6 @@ def run(small: bool, captions: str | None, rounds: int) -> list[Row]:
             (part["epoch"] - computing) / steps,
             part["epoch"] / steps,
             0.03,
-            note=f"of which the tokenizer {part['tokenize'] / steps:.4f} s",
+            note=f"of which the tokenizer takes {part['tokenize'] / steps:.4f} s",
         )
     ]
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options as dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        below = flat(value, f"{prefix}{key}.") if isinstance(value, dict) else None
-        found |= below if below is not None else {f"{prefix}{key}": value}
-    return found

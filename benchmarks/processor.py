@@ -1,4 +1,4 @@
-"""Row 5: the strong image processor of ours against LAVIS's blip_image_train, JPEG to tensor."""
+"""Row 5: our strong image processor against LAVIS's blip_image_train, from JPEG to tensor."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from PIL import Image
 from benchmarks.harness import Row, alternate, compare, timed
 from benchmarks.material import photos, write_jpegs
 from softmask_plugin.datasets.images import open_rgb
-from softmask_plugin.datasets.tables.captions import read_captions
+from softmask_plugin.datasets.tables.captions import parse_captions
 from softmask_plugin.processors.image import ImageTrainProcessor
 
-SIZE = 256  # pixels, of the result
+SIZE = 256  # pixels of the result
 
 
 def run(small: bool, captions: str | None, rounds: int) -> list[Row]:
-    """Measure a row for each kind of photo; one process, one thread, as in a loader's worker."""
+    """Measure a row for each kind of photo, with one thread, as in a data-loader worker."""
     ours = ImageTrainProcessor(image_size=SIZE)
     lavis = BlipImageTrainProcessor(image_size=SIZE)
     threads, count = torch.get_num_threads(), 32 if small else 256
@@ -33,7 +33,7 @@ def run(small: bool, captions: str | None, rounds: int) -> list[Row]:
         with TemporaryDirectory() as folder:
             kinds = {"of 640 x 480": write_jpegs(photos(captions, count), Path(folder))}
             if captions is not None:
-                rows_of_file = read_captions(captions, "val")[:count]
+                rows_of_file = parse_captions(captions, "val")[:count]
                 kinds["as they are"] = [Path(captions).parent / row.image for row in rows_of_file]
             for kind, paths in kinds.items():
                 subjects: dict[str, Callable[[], float]] = {

@@ -1,7 +1,7 @@
-"""Row 4: retrieval scores of ours against LAVIS's compute_sim_matrix.
+"""Row 4: our retrieval scores against LAVIS's compute_sim_matrix.
 
-LAVIS needs hours for this gallery, so it is given its own distributed shard of it, as one rank of
-many; of ours two images with all their candidates are timed. Both are scaled to the whole.
+LAVIS needs hours for this gallery, so it is timed on one distributed shard, as one rank of many,
+and ours on two images with all their candidates. Both times are scaled to the whole gallery.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ IMAGES, PER_IMAGE, K = 64, 5, 64
 
 
 class Gallery(list):
-    """Batches of images and the attributes that LAVIS reads of a retrieval data set."""
+    """Batches of images, and what LAVIS needs from a retrieval data set."""
 
     def __init__(self, image_size: int, captions: list[str]) -> None:
         images = torch.randn(
@@ -42,7 +42,7 @@ class Gallery(list):
 
 
 class Rivals:
-    """Both re-rankers on one gallery, with the encoders' work done once and shared."""
+    """Both re-rankers on one gallery that is encoded once for both."""
 
     def __init__(self, small: bool, captions: str | None) -> None:
         size = {} if small else {"image_size": 384}
@@ -52,14 +52,14 @@ class Rivals:
         )
         self.ours = Reranker(self.model, {"k_test": K})
         self.lavis = albef_retrieval(self.model).eval()
-        # What LAVIS's function asks of its encoders, answered from memory while it is timed.
+        # The encoders' outputs, which LAVIS's function gets from memory while it is timed
         self.image_states: list[torch.Tensor] = []
         self.text_outputs: list[Any] = []
         self.real_text, self.real_vision = self.lavis.text_encoder, self.lavis.visual_encoder
 
     @torch.no_grad()
     def encode(self) -> tuple[float, float]:
-        """Seconds that ours and LAVIS take to encode the gallery."""
+        """Encode the gallery with both; return the seconds of ours and of LAVIS."""
 
         def ours() -> None:
             self.texts, text_feats = self.ours.encode_texts(self.gallery.text)
@@ -87,15 +87,15 @@ class Rivals:
 
     @torch.no_grad()
     def match(self) -> float:
-        """Seconds of ours for all pairs, from those of two images."""
+        """Our seconds for all pairs, from those for two images."""
         few = {i: self.images[i] for i in (0, 1)}
         seconds = timed(lambda: self.ours.match(few, self.texts, self.wanted))
         return seconds * int(self.wanted.sum()) / int(self.wanted[:2].sum())
 
     @torch.no_grad()
     def compute(self) -> float:
-        """Seconds of LAVIS for all queries, from those of one shard of many."""
-        # For LAVIS a shard is 1 + gallery // ranks queries, of images and of texts.
+        """LAVIS's seconds for all queries, from those for one shard of many."""
+        # LAVIS's shard has 1 + gallery // ranks queries, of images and of texts
         ranks = len(self.gallery.text)
         queries = 1 + IMAGES // ranks + 1 + len(self.gallery.text) // ranks
 
@@ -112,7 +112,7 @@ class Rivals:
 
     @torch.no_grad()
     def difference(self) -> float:
-        """Largest difference between the scores of LAVIS's shard and ours for the same pairs."""
+        """Largest difference between LAVIS's and our scores for the shard's pairs."""
         i2t, t2i = (torch.from_numpy(scores) for scores in self.scores)
         scored = (i2t != NOT_A_CANDIDATE) | (t2i.T != NOT_A_CANDIDATE)
         theirs = torch.where(i2t != NOT_A_CANDIDATE, i2t, t2i.T)
@@ -121,7 +121,7 @@ class Rivals:
 
 
 def recalls_are_identical() -> bool:
-    """Whether both rank a whole gallery alike, on the small model, where LAVIS takes seconds."""
+    """Whether both rank a whole gallery alike with the small model, where LAVIS takes seconds."""
     rivals = Rivals(small=True, captions=None)
     gallery = rivals.gallery
     with torch.no_grad():
@@ -138,7 +138,7 @@ def run(small: bool, captions: str | None, rounds: int) -> list[Row]:
     """Measure the row."""
     rivals = Rivals(small, captions)
     encoding = rivals.encode()
-    with redirect_stdout(io.StringIO()):  # LAVIS's progress
+    with redirect_stdout(io.StringIO()):  # LAVIS prints progress
         times = alternate({"ours": rivals.match, "lavis": rivals.compute}, rounds, "re-ranking")
         same = "identical" if recalls_are_identical() else "DIFFERENT"
     ours, lavis = (

@@ -1,5 +1,5 @@
 """How the cost grows: a training step with batch, caption length and image size, re-ranking with
-gallery and k. Of ours alone; there is no target."""
+gallery and k. Only of ours; there is no target."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from benchmarks.harness import Cost, timed
-from benchmarks.material import batch, build
+from benchmarks.material import batch, build, texts
 from softmask_plugin.models.rerank import Reranker
 
 BATCHES = (1, 2, 4, 8, 16)
@@ -27,16 +27,9 @@ KS = (2, 4, 8, 16)
 USUAL = {"batch": 4, "words": 10, "images": 16, "k": 4}
 
 
-def sentences(model: Any, count: int, words: int) -> list[str]:
-    """Captions of so many random words."""
-    known = [word for word in model.tokenizer.get_vocab() if word.isalpha()]
-    draws = torch.randint(len(known), (count, words), generator=torch.Generator().manual_seed(0))
-    return [" ".join(known[i] for i in row) for row in draws.tolist()]
-
-
 def step_seconds(model: Any, size: int, words: int, rounds: int) -> float:
-    """Median of forward and backward."""
-    samples = batch(model, sentences(model, size, words), 0)
+    """Median time of forward and backward."""
+    samples = batch(model, texts(model, None, size, words), 0)
 
     def step() -> None:
         model(samples)["loss"].backward()
@@ -47,22 +40,22 @@ def step_seconds(model: Any, size: int, words: int, rounds: int) -> float:
 
 
 def rerank_seconds(model: Any, images: int, k: int, rounds: int) -> float:
-    """Median of scoring a gallery whose features are at hand."""
+    """Median time of scoring a gallery, its features excluded."""
     reranker = Reranker(model, {"k_test": k})
     size, width = model.options.image_size, model.visual_encoder.vision_width
     tokens = 1 + (size // model.options.vit.patch_size) ** 2
     states = {i: torch.randn(tokens, width) for i in range(images)}
     with torch.no_grad():
-        texts, _ = reranker.encode_texts(sentences(model, 5 * images, USUAL["words"]))
+        captions, _ = reranker.encode_texts(texts(model, None, 5 * images, USUAL["words"]))
         order = torch.rand(images, 5 * images).argsort(dim=1)
         wanted = (order < k) | (torch.rand(5 * images, images).argsort(dim=1) < k).T
         return statistics.median(
-            timed(lambda: reranker.match(states, texts, wanted)) for _ in range(rounds)
+            timed(lambda: reranker.match(states, captions, wanted)) for _ in range(rounds)
         )
 
 
 def run(small: bool, rounds: int) -> list[Cost]:
-    """Measure along each axis, everything else being as in USUAL."""
+    """Measure along each axis, with everything else as in USUAL."""
     trained, still = (build(small, None, queue_size=1024) for _ in range(2))
     trained.train(), still.eval()
     size, words, costs = USUAL["batch"], USUAL["words"], []
@@ -84,7 +77,7 @@ def run(small: bool, rounds: int) -> list[Cost]:
 
 
 def draw(costs: Sequence[Cost], path: Path) -> None:
-    """Draw one panel per axis, seconds upwards, both from zero."""
+    """Draw one panel per axis, with seconds upwards."""
     axes = list(dict.fromkeys(cost.axis for cost in costs))
     figure = Figure(figsize=(3 * len(axes), 2.8), layout="constrained")
     for panel, axis in zip(figure.subplots(1, len(axes)), axes, strict=True):

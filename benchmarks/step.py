@@ -19,7 +19,7 @@ VARIANTS = {
     "no mask": {"enabled": False, "shared": True},
 }
 
-HOLES = "all of Python and LAVIS, and the holes that the system's allocator leaves, included"
+HOLES = "includes all of Python and LAVIS, and holes that the system's allocator leaves"
 
 
 class Trainer:
@@ -27,10 +27,11 @@ class Trainer:
 
     Args:
         name: ``ours`` or ``lavis``.
-        small, captions: as in ``build``.
-        size: pairs in a batch.
-        device: where it trains.
-        dtype: of mixed precision, bf16 or fp16; None: none.
+        small: As in ``build``.
+        captions: As in ``build``.
+        size: Pairs in a batch.
+        device: Device to train on.
+        dtype: Type of mixed precision, bf16 or fp16; None: none.
     """
 
     def __init__(
@@ -48,21 +49,21 @@ class Trainer:
         self.model: Any = (model if name == "ours" else albef_pretrain(model)).train().to(device)
         self.autocast = torch.autocast(device, dtype, enabled=dtype is not None)
         self.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
-        # As the two runners make it.
+        # As the two runners create it
         self.optimizer = torch.optim.AdamW(
             _groups(self.model), lr=1e-5, fused=True if name == "ours" else None
         )
         self.count = 0
 
-    def choose(self, variant: str) -> None:
-        """Set ours up as one of VARIANTS."""
-        self.model.options.soft_mask.enabled = VARIANTS[variant]["enabled"]
-        self.model.options.text.shared = VARIANTS[variant]["shared"]
+    def choose(self, variant: str | None) -> None:
+        """Set ours up as one of VARIANTS; None: leave it as it is."""
+        if variant is not None:
+            self.model.options.soft_mask.enabled = VARIANTS[variant]["enabled"]
+            self.model.options.text.shared = VARIANTS[variant]["shared"]
 
     def step(self, variant: str | None = None) -> float:
-        """Take one step; seconds."""
-        if variant is not None:
-            self.choose(variant)
+        """Take one step; return its seconds."""
+        self.choose(variant)
         return timed(self._step)
 
     def _step(self) -> None:
@@ -76,9 +77,8 @@ class Trainer:
         self.optimizer.zero_grad()
 
     def flops(self, variant: str | None = None) -> float:
-        """Mean GFLOPs per pair, forward and backward, over two batches."""
-        if variant is not None:
-            self.choose(variant)
+        """GFLOPs per pair, forward and backward: mean over two batches."""
+        self.choose(variant)
         size, counts = len(self.batches[0]["text_input"]), []
         for samples in self.batches[:2]:
             with FlopCounterMode(display=False) as counter:
@@ -95,7 +95,7 @@ class Trainer:
 
 
 def _groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Weights, and all else without decay, as LAVIS's runner tells them apart."""
+    """Parameters with and without weight decay, as in LAVIS's runner."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.02},
@@ -105,19 +105,13 @@ def _groups(model: nn.Module) -> list[dict[str, Any]]:
 
 def run(small: bool, captions: str | None, rounds: int) -> list[Row]:
     """Measure all rows of the training step."""
-    setting = (small, captions, 8)
-    ours, lavis = Worker(Trainer, "ours", *setting), Worker(Trainer, "lavis", *setting)
-    pair = {"ours": lambda: ours.call("step", "full"), "lavis": lambda: lavis.call("step")}
-    alternate(pair, 2, "memory")  # before other variants raise the peak
+    ours, lavis = (Worker(Trainer, name, small, captions, 8) for name in ("ours", "lavis"))
+    subjects = {name: lambda name=name: ours.call("step", name) for name in VARIANTS}
+    subjects["lavis"] = lambda: lavis.call("step")
+    alternate({name: subjects[name] for name in ("full", "lavis")}, 2, "memory")
+    # Before the other variants raise the peak
     process, tensors = zip(ours.call("memory"), lavis.call("memory"), strict=True)
-    times = alternate(
-        {
-            **{name: lambda name=name: ours.call("step", name) for name in VARIANTS},
-            "lavis": lambda: lavis.call("step"),
-        },
-        rounds,
-        "training steps",
-    )
+    times = alternate(subjects, rounds, "training steps")
     flops = {name: ours.call("flops", name) for name in VARIANTS}
     lavis_flops = lavis.call("flops")
     ours.close()

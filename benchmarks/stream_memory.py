@@ -1,19 +1,18 @@
-"""Whether memory stays flat while shards are streamed: ``python -m benchmarks.stream_memory``.
+"""Does memory stay flat while shards are streamed? ``python -m benchmarks.stream_memory``.
 
-Small photos with captions are packed into shards, some of them broken, and streamed as training
-does it, many times over. All of it happens in this process, whose resident memory is read as it
-goes: the shuffle buffer, the decoder, the image processor, batches and the log of what is skipped.
+Small photos with captions, some of them broken, are written into shards and streamed many times, as
+in training. Everything runs in this process, whose resident memory is recorded: shuffle buffer,
+decoder, image processor, batches, and the log of skipped samples.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,27 +30,22 @@ from tqdm import tqdm
 from benchmarks.harness import machine
 from softmask_plugin.datasets.shards.stream import ShardStream
 from softmask_plugin.datasets.skip_log import SkipLog
+from softmask_plugin.files.whole import write_json
 from softmask_plugin.processors import CaptionProcessor, ImageTrainProcessor
 
 BATCH = 50
-WARM_UP = 0.1  # share of the stream after which memory must not grow any more
-BROKEN = 100  # every so many samples one is cut short
+WARM_UP = 0.1  # share of the stream after which memory must no longer grow
+BROKEN = 100  # one in this many samples is truncated
 
 
 @dataclass
 class Setting:
-    """How much is streamed.
-
-    Attributes:
-        shards, per_shard: what is on disk.
-        samples: how many are streamed.
-        shuffle: samples in the shuffle buffer.
-    """
+    """How much is streamed."""
 
     shards: int = 40
-    per_shard: int = 1000
-    samples: int = 200_000
-    shuffle: int = 500
+    per_shard: int = 1000  # samples
+    samples: int = 200_000  # to stream
+    shuffle: int = 500  # samples in the shuffle buffer
 
 
 SMALL = Setting(shards=4, per_shard=100, samples=4000, shuffle=50)
@@ -59,32 +53,23 @@ SMALL = Setting(shards=4, per_shard=100, samples=4000, shuffle=50)
 
 @dataclass
 class Result:
-    """Resident memory over a stream.
-
-    Attributes:
-        setting: what was streamed.
-        samples: how many were by each reading.
-        mib: the readings.
-        streamed_mib: bytes of the images that were decoded.
-        broken: lines in the log of what was skipped.
-        seconds: what it took.
-    """
+    """Resident memory over a stream."""
 
     setting: Setting
-    samples: list[int] = field(default_factory=list)
-    mib: list[float] = field(default_factory=list)
-    streamed_mib: float = 0.0
-    broken: int = 0
+    samples: list[int] = field(default_factory=list)  # streamed until each measurement
+    mib: list[float] = field(default_factory=list)  # the measurements
+    streamed_mib: float = 0.0  # size of the shards that were streamed
+    broken: int = 0  # lines in the log of skipped samples
     seconds: float = 0.0
 
     def at(self, share: float) -> float:
-        """The last reading within a share of the stream."""
+        """The last measurement within a share of the stream."""
         last = max(i for i, n in enumerate(self.samples) if n <= share * self.samples[-1])
         return self.mib[last]
 
     @property
     def growth(self) -> float:
-        """MiB between the end of the warm-up and the largest reading after it."""
+        """MiB between the end of the warm-up and the highest measurement after it."""
         warm_up = WARM_UP * self.samples[-1]
         warm = [m for n, m in zip(self.samples, self.mib, strict=True) if n >= warm_up]
         return max(warm) - warm[0]
@@ -97,7 +82,7 @@ def resident_mib() -> float:
 
 
 def write_shards(folder: Path, setting: Setting) -> None:
-    """Shards of photos of 96 x 96 pixels (noise of low frequency, about 2 KiB)."""
+    """Write shards of photos of 96 x 96 pixels (low-frequency noise, about 2 KiB)."""
     for shard in range(setting.shards):
         with (folder / f"{shard:05d}.tar").open("wb") as file, wds.TarWriter(file) as writer:
             for number in range(setting.per_shard):
@@ -111,8 +96,8 @@ def write_shards(folder: Path, setting: Setting) -> None:
                 writer.write({"__key__": f"{number:06d}", "jpg": image, "txt": caption})
 
 
-def measure(setting: Setting, readings: int = 200) -> Result:
-    """Stream, and read the memory so many times."""
+def measure(setting: Setting, times: int = 200) -> Result:
+    """Stream, and measure the memory this many times."""
     result = Result(setting)
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -128,7 +113,7 @@ def measure(setting: Setting, readings: int = 200) -> Result:
         )
         loader: Iterator[object] = iter(DataLoader(stream, BATCH))
         start, steps = time.perf_counter(), setting.samples // BATCH
-        every = max(1, steps // readings)
+        every = max(1, steps // times)
         for step, _ in enumerate(tqdm(islice(loader, steps), "streaming", steps), 1):
             if step % every == 0:
                 result.samples.append(step * BATCH)
@@ -141,23 +126,23 @@ def measure(setting: Setting, readings: int = 200) -> Result:
 
 
 def report(result: Result) -> str:
-    """What was measured, in words."""
+    """The result in words."""
     setting = result.setting
     shares = (WARM_UP, 0.25, 0.5, 0.75, 1.0)
     lines = [
         ", ".join(f"{key} {value}" for key, value in machine().items()),
         f"{result.samples[-1]} samples of {setting.shards} shards with {setting.per_shard} each "
         f"({setting.samples / setting.shards / setting.per_shard:.1f} passes, "
-        f"{result.streamed_mib:.0f} MiB of shards read, {result.broken} broken samples named), "
+        f"{result.streamed_mib:.0f} MiB of shards, {result.broken} broken samples logged), "
         f"{result.seconds:.0f} s",
         *(f"{100 * share:4.0f}% of the stream: {result.at(share):7.1f} MiB" for share in shares),
-        f"growth after the warm-up, at most: {result.growth:.1f} MiB",
+        f"growth after the warm-up: {result.growth:.1f} MiB at most",
     ]
     return "\n".join(lines)
 
 
 def plot(result: Result, file: Path) -> None:
-    """Resident memory against samples."""
+    """Draw resident memory over samples."""
     figure = Figure(figsize=(7, 3), layout="constrained")
     axes = figure.subplots()
     axes.plot(result.samples, result.mib)
@@ -169,21 +154,21 @@ def plot(result: Result, file: Path) -> None:
 
 
 def main() -> None:
-    """Measure, print, and write a JSON and a plot where asked."""
+    """Measure and print; write JSON and a plot if asked to."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stream_memory", description=__doc__)
     parser.add_argument("--small", action="store_true", help="a trial of seconds")
-    parser.add_argument("--samples", type=int, help="how many to stream")
-    parser.add_argument("--output", type=Path, help="folder of stream_memory.json and .png")
+    parser.add_argument("--samples", type=int, help="number of samples to stream")
+    parser.add_argument("--output", type=Path, help="folder for stream_memory.json and .png")
     arguments = parser.parse_args()
     setting = SMALL if arguments.small else Setting()
     if arguments.samples:
-        setting = Setting(setting.shards, setting.per_shard, arguments.samples, setting.shuffle)
+        setting = replace(setting, samples=arguments.samples)
     result = measure(setting)
     print(report(result))
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
-        content = json.dumps({**asdict(result), "growth": result.growth})
-        (arguments.output / "stream_memory.json").write_text(content)
+        content = {**asdict(result), "growth": result.growth}
+        write_json(arguments.output / "stream_memory.json", content)
         plot(result, arguments.output / "stream_memory.png")
 
 

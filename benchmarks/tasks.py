@@ -1,14 +1,12 @@
-"""``make tasks``: what pretraining is worth on each downstream task, on scenes, from nothing.
+"""``make tasks``: what pretraining is worth on each downstream task, on rendered scenes.
 
-A tiny model is pretrained; each task then fine-tunes one copy of it and one untrained model alike,
-through LAVIS's own tasks. Grounding has no training of its own: it reads the word maps of the two
-models that retrieval gave.
+A tiny model is pretrained; then each task fine-tunes a copy of it and an untrained model alike,
+with LAVIS's own tasks. Grounding needs no training: it uses the word maps of the retrieval models.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -20,7 +18,9 @@ import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
 
 # isort: split
 from softmask_plugin import launch, report
+from softmask_plugin.ablate.table import markdown_table
 from softmask_plugin.config.check import option
+from softmask_plugin.files.whole import write_json
 
 PROJECTS = "lavis_configs/projects/scenes"
 SMALL = ["run.max_epoch=1", "run.batch_size_train=8", "run.warmup_steps=1"]
@@ -28,31 +28,30 @@ SMALL = ["run.max_epoch=1", "run.batch_size_train=8", "run.warmup_steps=1"]
 
 @dataclass(frozen=True)
 class Task:
-    """A downstream task: its data set, and where its result and its chance are read; ``between``: a
-    second pretraining step."""
+    """A downstream task."""
 
     name: str
-    data: str
+    data: str  # its data set
     metric: str
-    scale: float  # to percent
-    chance: Callable[[Any], float]
-    between: str | None = None
+    scale: float  # that makes the metric a percentage
+    chance: Callable[[Any], float]  # of the test split, in percent
+    between: str | None = None  # a second pretraining step before it
 
 
 @dataclass
 class Result:
-    """One row: metrics in percent, seconds of the fine-tuning from the pretrained model."""
+    """One row, in percent."""
 
     task: str
     metric: str
     chance: float
     scratch: float
     pretrained: float
-    seconds: float
+    seconds: float  # of fine-tuning the pretrained model
 
 
 def most_frequent(key: str) -> Callable[[Any], float]:
-    """Share of the most frequent truth, in percent: what a constant guess reaches."""
+    """Score of always giving the most frequent answer, in percent."""
 
     def chance(dataset: Any) -> float:
         return report.constant_guess(str(entry[key]) for entry in dataset.annotation)
@@ -74,12 +73,17 @@ TASKS = (
 
 
 def main() -> None:
-    """Pretrain, fine-tune, evaluate; print a table and write it as JSON."""
+    """Pretrain, fine-tune and evaluate; print a table, and write it as JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tasks", description=__doc__)
-    parser.add_argument("names", nargs="*", help="tasks; all if none")
-    parser.add_argument("--small", action="store_true", help="a few steps: a trial in a minute")
-    parser.add_argument("--pretrained", help="a checkpoint, in place of pretraining one")
-    parser.add_argument("--output", type=Path, default=Path("outputs/tasks"), help="a folder")
+    parser.add_argument("names", nargs="*", help="tasks, default: all")
+    parser.add_argument("--small", action="store_true", help="a few steps, a trial of a minute")
+    parser.add_argument("--pretrained", help="use this checkpoint instead of pretraining one")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("outputs/tasks"),
+        help="folder for the results, default: %(default)s",
+    )
     given = parser.parse_args()
     known = [task.name for task in TASKS]
     for name in given.names:
@@ -93,15 +97,14 @@ def main() -> None:
         if not given.names or task.name in given.names:
             results += compare(task, weights, given.output, given.small)
     print(table(results))
-    content = {"seconds": time.perf_counter() - began, "small": given.small}
-    content["results"] = [asdict(result) for result in results]
+    seconds, rows = time.perf_counter() - began, [asdict(result) for result in results]
     file = given.output / "tasks.json"
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    print(f"\n{content['seconds']:.0f} s; written: {file}")
+    write_json(file, {"seconds": seconds, "small": given.small, "results": rows})
+    print(f"\n{seconds:.0f} s; written: {file}")
 
 
 def pretrain(name: str, options: list[str], output: Path, small: bool) -> str:
-    """Pretrain a tiny model; return its last checkpoint."""
+    """Pretrain a tiny model; return the path of its last checkpoint."""
     options = [option("run.output_dir", output / name), *options]
     if small:
         options += [*SMALL, "datasets.scenes_pretrain.num.train=16"]
@@ -110,7 +113,7 @@ def pretrain(name: str, options: list[str], output: Path, small: bool) -> str:
 
 
 def compare(task: Task, weights: str, output: Path, small: bool) -> list[Result]:
-    """Train a task from scratch and from ``weights``; with retrieval goes grounding."""
+    """Train a task from scratch and from ``weights``; with retrieval comes grounding."""
     if task.between:
         weights = pretrain(task.between, [option("model.pretrained", weights)], output, small)
     starts = {"scratch": [], "pretrained": [option("model.pretrained", weights)]}
@@ -129,8 +132,7 @@ def compare(task: Task, weights: str, output: Path, small: bool) -> list[Result]
     )
     if task.name != "retrieval":
         return [row]
-    pointing = [ground(run.output_dir, output, small) for run, _, _ in runs.values()]
-    before, after = pointing
+    before, after = (ground(run.output_dir, output, small) for run, _, _ in runs.values())
     rows = [
         Result("grounding", name, after[f"{name}_chance"], before[name], after[name], 0.0)
         for name in ("acc", "pointing")
@@ -141,7 +143,7 @@ def compare(task: Task, weights: str, output: Path, small: bool) -> list[Result]
 def finetune(
     task: Task, options: list[str], output: Path, small: bool
 ) -> tuple[Any, dict[str, float], float]:
-    """Train and test; return the runner, the test split's metrics, and the seconds it took."""
+    """Train and test; return the runner, the test split's metrics, and the seconds."""
     options = [option("run.output_dir", output), *options]
     if small:
         sizes = {"train": 16, "val": 8, "test": 8}
@@ -153,7 +155,7 @@ def finetune(
 
 
 def ground(run: Path, output: Path, small: bool) -> dict[str, float]:
-    """Metrics of grounding with the best checkpoint of a run."""
+    """Metrics of grounding with a run's best checkpoint."""
     options = [option("run.output_dir", output / "grounding")]
     options += [option("model.pretrained", run / "checkpoint_best.pth")]
     if small:
@@ -163,18 +165,13 @@ def ground(run: Path, output: Path, small: bool) -> dict[str, float]:
 
 
 def table(results: list[Result]) -> str:
-    """The rows as a table in Markdown."""
-    head = [
-        "",
-        "| task | metric | chance | from scratch | pretrained | seconds |",
-        "|---" * 6 + "|",
-    ]
-    rows = [
-        f"| {r.task} | {r.metric} | {r.chance:.1f} | {r.scratch:.1f} | {r.pretrained:.1f} "
-        f"| {r.seconds:.0f} |"
-        for r in results
-    ]
-    return "\n".join([*head, *rows])
+    """The rows as a Markdown table."""
+    head = ["task", "metric", "chance", "from scratch", "pretrained", "seconds"]
+    lines = []
+    for row in results:
+        percents = [f"{each:.1f}" for each in (row.chance, row.scratch, row.pretrained)]
+        lines.append([row.task, row.metric, *percents, f"{row.seconds:.0f}"])
+    return "\n" + markdown_table(head, lines)
 
 
 if __name__ == "__main__":

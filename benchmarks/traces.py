@@ -1,4 +1,4 @@
-"""What two runs left behind, compared to the last bit."""
+"""Compares what two runs left behind, to the last bit."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from typing import Any
 
 import torch
 
-CLOCK = ("time", "pairs_per_s")  # keys of metrics.jsonl that no two runs share
+CLOCK = ("time", "pairs_per_s")  # keys of metrics.jsonl that differ between any two runs
 
 
 def trace(folder: Path) -> dict[str, Any]:
-    """All that a run leaves behind, less what depends on the clock and the folder's place.
-
-    Args:
-        folder: of the run; every checkpoint, ``metrics.jsonl`` and the host's logs are read.
-    """
+    """Everything in a run's folder that does not depend on the clock or the folder's path: all
+    checkpoints, ``metrics.jsonl`` and LAVIS's logs."""
     found: dict[str, Any] = {}
     for path in sorted(folder.glob("*.pth")):
         content = torch.load(path, weights_only=True)
@@ -31,7 +28,7 @@ def trace(folder: Path) -> dict[str, Any]:
 
 
 def differences(one: Any, other: Any, place: str = "") -> list[str]:
-    """Where two traces are not the same to the last bit."""
+    """Places where two traces differ."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return [] if torch.equal(one, other) else [place]
     if isinstance(one, dict) and isinstance(other, dict):

@@ -1,11 +1,11 @@
-"""Train the model that ships with the package and write it to softmask_plugin/assets.
+"""Train the bundled model and write it to softmask_plugin/assets.
 
     python scripts/train_scenes_tiny.py [--run FOLDER]   # or: make assets
 
-Trains on rendered scenes (some eight minutes on two idle cores), or takes a finished run of the
-same settings; keeps the online weights in half precision, and evaluates the file that it wrote on
-held-out scenes. How it was made and how good it is stands in the file's metadata and in a JSON file
-beside it.
+Trains on rendered scenes (about eight minutes on two idle cores), or takes a finished run with the
+same settings. Keeps the weights without momentum encoder in half precision, and evaluates the file
+on held-out scenes. The file's metadata and a JSON file beside it say how it was made and how good
+it is.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ TRAIN = "lavis_configs/projects/scenes/train/pretrain_tiny.yaml"
 OPTIONS = [
     "datasets.scenes_pretrain.num.train=20000",
     "run.max_epoch=4",
-    "model.soft_mask.negatives=true",  # with true captions alone, a mask would speak for a match
+    "model.soft_mask.negatives=true",  # with true captions only, a mask would imply a match
 ]
 EVALUATE = "lavis_configs/projects/scenes/eval/retrieval_tiny.yaml"
 FILE = ASSETS / "scenes_tiny.safetensors"
 OUTPUT = Path("outputs/scenes_tiny")
-POINTED = 200  # scenes whose words play the pointing game
+POINTED = 200  # scenes in the pointing game
 
 
 def main() -> None:
-    """Train or take a run, export it, evaluate what was exported."""
+    """Train or take a run, export it, and evaluate the exported file."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--run", type=Path, help="folder of a finished run of the same settings")
+    parser.add_argument("--run", type=Path, help="folder of a finished run with the same settings")
     run = parser.parse_args().run
     if run is None:
         trained, _ = launch.run(TRAIN, [*OPTIONS, option("run.output_dir", OUTPUT / "pretrain")])
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def config_of(run: Path) -> DictConfig:
-    """The settings of a run, which must be those above."""
+    """The settings of a run; UserError unless they are those above."""
     config = OmegaConf.load(run / "config.yaml")
     assert isinstance(config, DictConfig)
     wanted = launch.load_config(TRAIN, OPTIONS)
@@ -83,7 +83,7 @@ def config_of(run: Path) -> DictConfig:
 
 
 def online(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the models that are used need, MLM head included: no momentum copies, no queues."""
+    """The weights that inference needs, MLM head included: no momentum encoder, no queues."""
     section = OmegaConf.load(SoftMaskFeatureExtractor.PRETRAINED_MODEL_CONFIG_DICT["tiny"]).model
     needed = SoftMaskFeatureExtractor(read_options(SoftMaskFeatureExtractor.OPTIONS, section))
     half = {torch.float32: torch.float16}
@@ -94,7 +94,7 @@ def online(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def evaluate(file: Path) -> dict[str, Any]:
-    """Retrieval, and the pointing game of the words' maps, on test scenes."""
+    """Retrieval, and the pointing game with the word maps, on test scenes."""
     options = [option("model.pretrained", file), option("run.output_dir", OUTPUT / "evaluate")]
     runner, results = launch.run(EVALUATE, options, evaluate=True)
     scenes, model = runner.dataloaders["test"].dataset, runner.unwrap_dist_model(runner.model)
@@ -116,7 +116,7 @@ def evaluate(file: Path) -> dict[str, Any]:
 
 
 def as_text(value: Any) -> str:
-    """As a safetensors file keeps it: text alone."""
+    """A value for the metadata of a safetensors file, which are texts."""
     return value if isinstance(value, str) else json.dumps(value)
 
 

@@ -25,13 +25,8 @@ PRETRAINED = "PRETRAINED"  # in an option of another stage: the folder of the pr
 # Options that change the model's shape: without them no stage could load a variant's checkpoint
 SHAPE = {each.name for each in fields(ModelOptions)} | {"embed_dim"}
 
-# Options that no plan may set, and what they are set by
-RESERVED = {
-    "run.seed": "the plan's seeds",
-    "run.output_dir": "--output-dir",
-    "run.evaluate": "a stage's train",
-    "run.resume_ckpt_path": "the command, which resumes runs by itself",
-}
+# Options that no plan may set: the plan's seeds and stages and the command set them
+RESERVED = re.compile(r"run\.(seed|output_dir|evaluate|resume_ckpt_path)\b.*")
 
 # Options that decide how much a run learns from: the same for all variants
 BUDGET = re.compile(
@@ -55,47 +50,28 @@ FRACTIONS = ["multimodal_classification"]  # reports fractions; the others repor
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of a variant and seed.
+    """One run of a variant and seed."""
 
-    Attributes:
-        name: Name of its folder, and first part of its metrics' names in the table.
-        config: A YAML file, or the name of a shipped one.
-        options: Overrides, each "section.key=value". A value that starts with PRETRAINED/ names a
-            file in the folder of the variant's pretraining run, such as its vocab.txt.
-        metrics: Metrics of the task to keep.
-        train: Whether to fine-tune before testing.
-        pretrained: Whether ``model.pretrained`` is the variant's last pretraining checkpoint.
-    """
-
-    name: str
-    config: str
-    options: tuple[str, ...] = ()
-    metrics: tuple[str, ...] = ()
-    train: bool = False
-    pretrained: bool = True
+    name: str  # of its folder; in the table it comes before the names of its metrics
+    config: str  # a YAML file, or the name of a shipped one
+    options: tuple[str, ...] = ()  # overrides; "section.key=PRETRAINED/vocab.txt" names a file in
+    # the folder of the variant's pretraining run
+    metrics: tuple[str, ...] = ()  # of its task, to keep
+    train: bool = False  # whether to fine-tune before testing
+    pretrained: bool = True  # whether model.pretrained is the variant's last pretraining checkpoint
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A parsed plan.
+    """A parsed plan."""
 
-    Attributes:
-        name: Name of the file, without its ending.
-        base: The pretraining that all variants share.
-        seeds: Each variant is trained once with each seed.
-        baseline: The variant to compare the others with.
-        variants: Overrides of ``base`` by variant.
-        evaluate: The stages after pretraining, in order.
-        asked: By variant and stage, every value of the configuration that can affect the result, by
-            dotted key.
-    """
-
-    name: str
-    base: Stage
-    seeds: tuple[int, ...]
-    baseline: str
-    variants: dict[str, tuple[str, ...]]
-    evaluate: tuple[Stage, ...]
+    name: str  # of the file, without its ending
+    base: Stage  # the pretraining that all variants share
+    seeds: tuple[int, ...]  # each variant is trained once with each
+    baseline: str  # the variant to compare the others with
+    variants: dict[str, tuple[str, ...]]  # overrides of base, by name
+    evaluate: tuple[Stage, ...]  # the stages after pretraining, in order
+    # By variant and stage: every value of the configuration that can affect the result
     asked: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
 
     @property
@@ -222,8 +198,8 @@ def _value(where: str, value: Any, kind: Any) -> Any:
         return tuple(_value(where, each, kind[0]) for each in value)
     if type(value) is not kind:  # isinstance would take true for a whole number
         raise UserError(f"{where} is {value!r}: it must be {KINDS[kind]}")
-    if kind is str and (setter := RESERVED.get(value.partition("=")[0])):
-        raise UserError(f"{where}: remove '{value}': it is set by {setter}")
+    if kind is str and RESERVED.fullmatch(value):
+        raise UserError(f"{where}: remove '{value}', which the plan or the command sets")
     return value
 
 

@@ -21,29 +21,17 @@ BySeed = dict[int, float]
 
 @dataclass(frozen=True)
 class Measured:
-    """One metric of one variant.
+    """One metric of one variant."""
 
-    Attributes:
-        percent: Whether the values are percentages, as those of known tasks are.
-        values: Values by seed.
-        mean: Mean over the seeds.
-        deviation: Standard deviation of the sample; None for a single seed.
-        differences: The variant's value minus the baseline's for each seed that both have; empty
-            for the baseline itself.
-        difference: Mean of the differences.
-        interval: Half of the 95% confidence interval of that mean, by Student's t; None for fewer
-            than ``FEWEST`` seeds.
-        wins: Number of seeds in which the variant is above the baseline.
-    """
-
-    percent: bool
+    percent: bool  # whether the values are percentages, as those of known tasks are
     values: BySeed
     mean: float
-    deviation: float | None
-    differences: BySeed
-    difference: float | None
-    interval: float | None
-    wins: int
+    deviation: float | None  # standard deviation of the sample; None for a single seed
+    differences: BySeed  # to the baseline, for the seeds that both have; empty for the baseline
+    difference: float | None  # mean of the differences
+    interval: float | None  # half of that mean's 95% confidence interval, by Student's t; None for
+    # fewer than FEWEST seeds
+    wins: int  # seeds in which the variant is above the baseline
 
     @property
     def excludes_zero(self) -> bool:
@@ -53,44 +41,27 @@ class Measured:
 
 @dataclass(frozen=True)
 class Row:
-    """One variant.
-
-    Attributes:
-        name: Name in the plan.
-        options: Its overrides.
-        metrics: What is measured, by the plan's names.
-        cost: Quartiles of ``relative_cost``; None if it is not measured.
-        losses: Last losses of pretraining by term and seed.
-        ran_on: Environments of its runs, each once.
-        refused: Why its results do not count; None if they do.
-    """
+    """One variant."""
 
     name: str
-    options: tuple[str, ...]
-    metrics: dict[str, Measured] = field(default_factory=dict)
-    cost: list[float] | None = None
-    losses: dict[str, BySeed] = field(default_factory=dict)
-    ran_on: list[dict[str, Any]] = field(default_factory=list)
-    refused: str | None = None
+    options: tuple[str, ...]  # its overrides
+    metrics: dict[str, Measured] = field(default_factory=dict)  # by the plan's names
+    cost: list[float] | None = None  # quartiles of relative_cost
+    losses: dict[str, BySeed] = field(default_factory=dict)  # at the end of pretraining, by term
+    ran_on: list[dict[str, Any]] = field(default_factory=list)  # environments of its runs
+    refused: str | None = None  # why its results do not count
 
 
 def rows(plan: Plan, folder: Path, baseline: str) -> list[Row]:
     """Load the results in an ablation's folder, and compare all variants with the baseline."""
-    found = {name: _load(plan, folder, name) for name in plan.variants}
-    known = {stage.name for stage in plan.evaluate if plan.task(stage) in METRICS}
-    table = []
-    for name, (row, values) in found.items():
-        others = {} if name == baseline else found[baseline][1]
-        metrics = {
-            metric: measure(by_seed, others.get(metric, {}), metric.split()[0] in known)
-            for metric, by_seed in values.items()
-        }
-        table.append(replace(row, metrics=metrics))
-    return table
+    base = _row(plan, folder, baseline, {})
+    against = {metric: each.values for metric, each in base.metrics.items()}
+    return [
+        base if name == baseline else _row(plan, folder, name, against) for name in plan.variants
+    ]
 
 
-def _load(plan: Plan, folder: Path, name: str) -> tuple[Row, dict[str, BySeed]]:
-    """A variant's row, still without its metrics, and their values by seed."""
+def _row(plan: Plan, folder: Path, name: str, against: Mapping[str, BySeed]) -> Row:
     row, values = Row(name, plan.variants[name]), dict[str, BySeed]()
     try:
         for job in (Job(plan, name, seed, folder) for seed in plan.seeds):
@@ -98,19 +69,23 @@ def _load(plan: Plan, folder: Path, name: str) -> tuple[Row, dict[str, BySeed]]:
             for stage in plan.stages:
                 if (result := job.result(stage)) is None:
                     continue
-                scale = 100 if plan.task(stage) in FRACTIONS else 1
                 for metric in stage.metrics:
-                    if metric in result["metrics"]:  # not if the plan has it since
+                    if metric in result["metrics"]:  # the plan may have it only since
                         by_seed = values.setdefault(f"{stage.name} {metric}", {})
+                        scale = 100 if plan.task(stage) in FRACTIONS else 1
                         by_seed[job.seed] = scale * result["metrics"][metric]
-                if stage is plan.base:
-                    for term, value in result["losses"].items():
-                        row.losses.setdefault(term, {})[job.seed] = value
+                for term, value in result["losses"].items() if stage is plan.base else ():
+                    row.losses.setdefault(term, {})[job.seed] = value
                 if result["environment"] not in row.ran_on:
                     row.ran_on.append(result["environment"])
     except UserError as error:
-        return Row(name, plan.variants[name], refused=str(error)), {}
-    return row, values
+        return Row(name, plan.variants[name], refused=str(error))
+    known = {stage.name for stage in plan.evaluate if plan.task(stage) in METRICS}
+    metrics = {
+        metric: measure(by_seed, against.get(metric, {}), percent=metric.split()[0] in known)
+        for metric, by_seed in values.items()
+    }
+    return replace(row, metrics=metrics)
 
 
 def measure(values: BySeed, baseline: BySeed, percent: bool = True) -> Measured:

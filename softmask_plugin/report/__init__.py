@@ -1,4 +1,4 @@
-"""A run as one page to look at: curves, recalls against chance, and what its masks hid."""
+"""A run as one page: curves, metrics beside chance, and pictures of its masks."""
 
 from softmask_plugin.report.figures import loss_curves, validation_curves
 from softmask_plugin.report.page import write_report

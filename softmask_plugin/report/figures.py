@@ -1,7 +1,4 @@
-"""How all figures look, and the curves of a run.
-
-Plain matplotlib ``Figure`` objects, drawn without pyplot's global state.
-"""
+"""The style of all figures, and the curves of a run, drawn without pyplot's global state."""
 
 from __future__ import annotations
 
@@ -9,19 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-INK = "#1f2328"  # the page swaps it for its own text colour, so figures follow a dark theme
+INK = "#1f2328"  # on the page replaced by its text colour, so that figures follow a dark theme
 MUTED = "#848b94"  # legible on white and on black
 ACCENT = "#3d7fd0"
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "text.color": INK,
-    "text.parse_math": False,  # a caption may hold any number of dollar signs
-    "text.usetex": False,  # nor may it command LaTeX, whatever the user's matplotlibrc says
+    "text.parse_math": False,  # captions may contain dollar signs
+    "text.usetex": False,  # captions must never reach LaTeX, whatever the user's matplotlibrc says
     "axes.edgecolor": MUTED,
     "axes.labelcolor": MUTED,
     "axes.titlesize": 9.5,
@@ -47,40 +43,40 @@ CURVES = {
     "lr": "Learning rate",
     "pairs_per_s": "Pairs per second",
     "skipped_steps": "Skipped steps",
-    "mask_hidden": "Mask: share hidden",
+    "mask_hidden": "Mask: share attenuated",
     "mask_spread": "Mask: spread",
     "mask_no_word": "Captions without a word",
-    "queue_filled": "Queue: share written",
+    "queue_filled": "Queue: share filled",
     "queue_image_mean": "Queue: mean image feature",
     "queue_text_mean": "Queue: mean text feature",
 }
 
 
 def loss_curves(records: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw each loss term, gradient norm, temperature, learning rate and speed against the step.
+    """Draw losses, gradient norm, temperature, learning rate and speed over the steps.
 
     Args:
-        records: the lines of ``metrics.jsonl``; those of other splits than ``train`` are ignored.
+        records: Lines of ``metrics.jsonl``; only those of split ``train`` are drawn.
 
     Returns:
-        One small plot for each quantity that was logged, the last value written at its end.
+        A figure with one small plot for each quantity that was logged.
     """
     train = [record for record in records if record.get("split") == "train"]
     logged = {key for record in train for key, value in record.items() if value is not None}
     extra = sorted(key for key in logged - CURVES.keys() if key.startswith("loss"))
-    keys = [key for key in CURVES if key in logged] + extra
     series = {
         CURVES.get(key, key): [(r["step"], r[key]) for r in train if r.get(key) is not None]
-        for key in keys
+        for key in (*CURVES, *extra)
+        if key in logged
     }
     return _curves("Training curves", series)
 
 
 def validation_curves(records: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw each metric of the splits that were evaluated more than once against the step.
+    """Draw each metric of the splits that were evaluated more than once over the steps.
 
     Args:
-        records: the lines of ``metrics.jsonl``; those of ``train`` are ignored.
+        records: Lines of ``metrics.jsonl``; those of split ``train`` are ignored.
     """
     series: dict[str, list[tuple[float, float]]] = {}
     for record in records:
@@ -91,7 +87,7 @@ def validation_curves(records: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics in a line of ``metrics.jsonl``, without where it belongs."""
+    """The metrics in a line of ``metrics.jsonl``."""
     return {
         name: value
         for name, value in record.items()
@@ -100,7 +96,7 @@ def numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _curves(label: str, series: Mapping[str, list[tuple[float, float]]]) -> Figure:
-    """A small plot of the points (step, value) under each title."""
+    """A small plot of (step, value) for each title, with the last value written at its end."""
     columns = 4
     rows = max(1, -(-len(series) // columns))
     with mpl.rc_context(STYLE):
@@ -108,20 +104,17 @@ def _curves(label: str, series: Mapping[str, list[tuple[float, float]]]) -> Figu
         figure = Figure(figsize=(11, 2.15 * rows), layout=layout)
         figure.set_label(label)
         for position, (title, points) in enumerate(series.items(), start=1):
-            _curve(figure.add_subplot(rows, columns, position), title, points)
+            axes = figure.add_subplot(rows, columns, position)
+            steps, values = zip(*points, strict=True)
+            axes.plot(steps, values, color=ACCENT, linewidth=1.4, solid_capstyle="round")
+            axes.plot(steps[-1:], values[-1:], "o", color=ACCENT, markersize=3.5, clip_on=False)
+            axes.set_title(title)
+            axes.set_title(f"{values[-1]:.3g}", loc="right", color=ACCENT)
+            if min(values) >= 0:
+                axes.set_ylim(bottom=0, top=None if max(values) > 0 else 1)
+            axes.margins(x=0)
+            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            axes.yaxis.set_major_locator(MaxNLocator(4))
+            axes.grid(axis="y", color=MUTED, alpha=0.25, linewidth=0.6)
+            axes.tick_params(length=0)
     return figure
-
-
-def _curve(axes: Axes, title: str, points: list[tuple[float, float]]) -> None:
-    steps, values = zip(*points, strict=True)
-    axes.plot(steps, values, color=ACCENT, linewidth=1.4, solid_capstyle="round")
-    axes.plot(steps[-1:], values[-1:], "o", color=ACCENT, markersize=3.5, clip_on=False)
-    axes.set_title(title)
-    axes.set_title(f"{values[-1]:.3g}", loc="right", color=ACCENT)
-    if min(values) >= 0:
-        axes.set_ylim(bottom=0, top=None if max(values) > 0 else 1)
-    axes.margins(x=0)
-    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.grid(axis="y", color=MUTED, alpha=0.25, linewidth=0.6)
-    axes.tick_params(length=0)

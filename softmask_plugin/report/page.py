@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs nothing else, to look at, mail or archive."""
+"""The report: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import matplotlib as mpl
@@ -34,43 +33,43 @@ def write_report(
     config: Mapping[str, Any],
     environment: Mapping[str, object],
 ) -> Path:
-    """Write the report of a run. Folders are made, an earlier report is replaced.
+    """Write the report of a run. Missing folders are created; an existing report is replaced.
 
     Args:
-        path: the HTML file.
-        title: its heading.
-        summary: one paragraph of plain text under the heading.
-        metrics: the results, each part optional.
-            ``"retrieval"``: one dict of recalls (``txt_r1`` .. ``img_r10``, percent, as LAVIS's
-            task returns) for each way of ranking, ``"itc"`` and ``"itm"`` for instance, in the
-            table's order, together with ``"chance"`` from :func:`retrieval_chance`; headlines
-            are taken from the last that is not chance.
-            ``"images"``, ``"texts"``: how many were ranked.
-            ``"pointing"``: what :func:`pointing_game` returns; ``"pointing_other"``: the same for
-            the :func:`swapped` boxes.
-            ``"splits"``: by split, the line of ``metrics.jsonl`` that holds its metrics.
-        records: the lines of ``metrics.jsonl``.
-        panels: word panels; their labels become the pictures' alternative texts.
-        pictures: of the soft masks during training, (caption, PNG file's bytes).
-        config: the merged configuration, shown as YAML in a folded section.
-        environment: versions and devices by name, shown likewise.
+        path: The HTML file.
+        title: Its heading.
+        summary: A paragraph of plain text under the heading.
+        metrics: The results, each of them optional.
+            ``"retrieval"``: recalls (``txt_r1`` .. ``img_r10``, percent, as from LAVIS's task) by
+            kind of ranking, such as ``"itc"`` and ``"itm"``, in the table's order, and
+            ``"chance"`` from :func:`retrieval_chance`. The headlines show the last that is not
+            chance. ``"images"``, ``"texts"``: the numbers of ranked images and texts.
+            ``"pointing"``: result of :func:`pointing_game`; ``"pointing_other"``: the same for
+            :func:`swapped` boxes.
+            ``"splits"``: for each split, its line of ``metrics.jsonl``.
+        records: Lines of ``metrics.jsonl``.
+        panels: Word panels; their labels become the pictures' alternative texts.
+        pictures: Pictures of the masks during training, (caption, bytes of a PNG file).
+        config: The whole configuration, shown as YAML.
+        environment: Versions and devices by name.
 
     Returns:
-        The path written.
+        The path.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: The file cannot be written.
     """
     retrieval = dict(metrics.get("retrieval", {"chance": {}}))
     train = [record for record in records if record.get("split") == "train"]
     jinja = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # always: captions, paths and options are not ours
+        autoescape=True,  # captions, paths and options may contain anything
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     jinja.filters["percent"] = _percent
+    jinja.filters["duration"] = lambda seconds: timedelta(seconds=round(seconds))
     page = jinja.get_template(TEMPLATE).render(
         title=title,
         summary=summary,
@@ -79,7 +78,7 @@ def write_report(
         retrieval=retrieval,
         pointing=metrics.get("pointing", {}),
         other=metrics.get("pointing_other", {}),
-        training=_training(train) if train else None,
+        train=train,
         curves=_svg(loss_curves(records)) if train else "",
         validation=_svg(validation) if (validation := validation_curves(records)).axes else "",
         splits=_table(metrics.get("splits", {})),
@@ -93,36 +92,26 @@ def write_report(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot write the report {path} ({error.strerror})") from error
+        raise UserError(f"the report {path} cannot be written ({error.strerror})") from error
     return path
 
 
-def _training(train: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {
-        "steps": train[-1]["step"],
-        "time": timedelta(seconds=round(train[-1]["time"])),
-        "speed": fmean(record["pairs_per_s"] for record in train),
-        "skipped": train[-1].get("skipped_steps", 0),
-    }
-
-
 def _table(splits: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Heads (split, epoch) and, by metric, a text for each of them."""
-    numbers = {split: numbers_of(record) for split, record in splits.items()}
-    names = dict.fromkeys(name for each in numbers.values() for name in each)
+    """Heads (split, epoch), and by metric a text for each head."""
+    numbers = [numbers_of(record) for record in splits.values()]
     return {
         "heads": [(split, record.get("epoch")) for split, record in splits.items()],
         "rows": {
-            name: [f"{each[name]:.4g}" if name in each else "–" for each in numbers.values()]
-            for name in names
+            name: [f"{each[name]:.4g}" if name in each else "–" for each in numbers]
+            for name in dict.fromkeys(name for each in numbers for name in each)
         },
     }
 
 
 def _svg(figure: Figure) -> Markup:
-    """Return the figure as an inline ``<svg>`` in the page's own font and text colour."""
+    """The figure as an inline ``<svg>`` in the page's font and text colour."""
     buffer = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none"}):  # matplotlib escapes the text it writes
+    with mpl.rc_context({"svg.fonttype": "none"}):  # matplotlib escapes texts itself
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
@@ -131,7 +120,7 @@ def _svg(figure: Figure) -> Markup:
 
 
 def _percent(value: float) -> str:
-    """Write a percentage with one digit behind the point, more where that would read 0.0.
+    """A percentage with one decimal, or with one significant digit below 0.1.
 
     >>> _percent(81.25), _percent(0.02)
     ('81.2', '0.02')

@@ -1,4 +1,4 @@
-"""The numbers behind a report: what a run logged, and what guessing would have scored."""
+"""The numbers behind a report: a run's log, and the scores of guessing."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from softmask_plugin.errors import UserError
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """Read ``metrics.jsonl`` of a run folder, one dict per line, in order.
+    """Parse ``metrics.jsonl`` of a run's folder, one dict per line.
 
-    A run that is still going, or was killed, may have left half a last line: it is left out.
+    A last line that was only half written, as by a killed run, is left out.
 
     Raises:
-        UserError: there is no such file, or a line before the last is not a JSON object.
+        UserError: There is no such file, or another line is not a JSON object.
     """
     path = Path(run_dir) / "metrics.jsonl"
     if not path.is_file():
@@ -30,7 +30,7 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
             record = json.loads(line)
             if not isinstance(record, dict):
                 raise ValueError("not an object")
-        except ValueError as error:  # a torn line: no JSON, or cut within a UTF-8 character
+        except ValueError as error:  # no JSON, or cut within a UTF-8 character
             if number == len(lines):
                 break
             raise UserError(f"{path}, line {number} is not a JSON object: delete it") from error
@@ -41,12 +41,11 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 def retrieval_chance(
     img2txt: Mapping[int, Sequence[int]], ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:
-    """Recalls of a random ranking, in percent, under the names LAVIS's ``retrieval`` task uses.
+    """Recalls of a random ranking, in percent, named as in LAVIS's ``retrieval`` task.
 
     Args:
-        img2txt: the captions of each image, as retrieval data sets hold it. Every caption belongs
-            to one image.
-        ks: the ranks to report.
+        img2txt: Captions of each image, as in retrieval data sets. A caption belongs to one image.
+        ks: Ranks to report.
 
     Returns:
         ``txt_r<k>``: an image finds one of its c captions among all T in k draws without
@@ -65,6 +64,6 @@ def retrieval_chance(
 
 
 def constant_guess(truths: Iterable[Any]) -> float:
-    """Share of the most frequent truth, in percent: what always giving the same answer scores."""
+    """Score of always giving the most frequent answer, in percent."""
     counts = Counter(truths)
     return 100 * counts.most_common(1)[0][1] / counts.total()

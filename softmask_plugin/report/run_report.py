@@ -1,4 +1,4 @@
-"""``softmask report RUN_DIR``: the folder of any run as one page, even while it goes on."""
+"""``softmask report RUN_DIR``: any run's folder as one page, even while the run goes on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
@@ -16,24 +17,28 @@ from softmask_plugin.host.environment import noted_environments
 from softmask_plugin.report.page import write_report
 from softmask_plugin.report.records import read_metrics
 
-PICTURES = 8  # of the masks, at most: the first, the last, and some between
+PICTURES = 8  # most pictures of the masks: the first, the last, and some in between
 
 
 def report_run(run_dir: str | Path, path: str | Path | None = None) -> Path:
-    """Write the report of a run from what its folder holds.
+    """Write the report of a run, of any task, whether it is running, killed or finished.
 
     Args:
-        run_dir: the folder, of a run under way, killed or finished, of any task.
-        path: the HTML file; None: ``report.html`` in the folder.
+        run_dir: The run's folder.
+        path: The HTML file; None: ``report.html`` in the folder.
 
     Returns:
-        The path written.
+        The path of the report.
 
     Raises:
-        UserError: it is no run's folder, a file in it is broken, or the report cannot be written.
+        UserError: The folder is not that of a run, a file in it is broken, or the report cannot be
+            written.
     """
     folder = Path(run_dir)
-    config = _config(folder)
+    file = folder / "config.yaml"
+    with valid_yaml(file):
+        config: Any = OmegaConf.load(file) if file.is_file() else OmegaConf.create()
+        config = OmegaConf.to_container(config, resolve=True)
     begun = (folder / "metrics.jsonl").exists() or not config
     records = read_metrics(folder) if begun else []
     pictures = _pictures(folder / "masks")
@@ -41,7 +46,7 @@ def report_run(run_dir: str | Path, path: str | Path | None = None) -> Path:
         folder / "report.html" if path is None else path,
         title=f"{config.get('model', {}).get('arch', 'Run')} {folder.resolve().name}",
         summary=_summary(config, records, bool(pictures)),
-        metrics={"splits": _last_of_each_split(records)},
+        metrics={"splits": {r["split"]: r for r in records if r.get("split") != "train"}},
         records=records,
         pictures=pictures,
         config=config,
@@ -49,60 +54,40 @@ def report_run(run_dir: str | Path, path: str | Path | None = None) -> Path:
     )
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """The run's, {} where none was kept."""
-    path = folder / "config.yaml"
-    if not path.is_file():
-        return {}
-    with valid_yaml(path):
-        config: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    return config if isinstance(config, dict) else {}
+def _summary(
+    config: Mapping[str, Any], records: Sequence[Mapping[str, Any]], pictures: bool
+) -> str:
+    """How far the run is, and how to get pictures of its masks."""
+    run, model = config.get("run", {}), config.get("model", {})
+    train = [record for record in records if record.get("split") == "train"]
+    if not train:
+        return "Nothing was trained." if records else "Nothing is logged yet."
+    text = f"Logged up to step {train[-1]['step']}, in epoch {train[-1]['epoch'] + 1}"
+    text += f" of {run['max_epoch']}." if "max_epoch" in run else "."
+    schema = getattr(registry.get_model_class(model.get("arch")), "OPTIONS", ModelOptions)
+    default = getattr(schema(), "soft_mask", SoftMaskOptions(enabled=False))
+    enabled = (model.get("soft_mask") or {}).get("enabled", default.enabled)
+    if enabled and not pictures and run.get("panel_every") is None:
+        text += " There are no pictures of the masks: set run.panel_every."
+    return text
+
+
+def _pictures(folder: Path) -> list[tuple[str, bytes]]:
+    """Some of the pictures in order: (caption, PNG)."""
+    names = (file.stem.removeprefix("step_") for file in folder.glob("step_*.png"))
+    steps = sorted(int(name) for name in names if name.isdecimal())
+    chosen = np.linspace(0, len(steps) - 1, min(PICTURES, len(steps))).round().astype(int)
+    return [
+        (f"After step {step}", (folder / f"step_{step}.png").read_bytes())
+        for step in (steps[i] for i in chosen)
+    ]
 
 
 def _environment(folder: Path) -> dict[str, object]:
-    """By name what the run was on, in turn where it went on on something else."""
+    """Versions and devices by name, as "a, then b" if the run was resumed on another one."""
     starts = noted_environments(folder) or [{"unknown": "the run noted none"}]
     kinds = dict.fromkeys(name for start in starts for name in start)
     return {
         kind: ", then ".join(value for value, _ in groupby(str(each.get(kind)) for each in starts))
         for kind in kinds
     }
-
-
-def _summary(
-    config: Mapping[str, Any], records: Sequence[Mapping[str, Any]], pictures: bool
-) -> str:
-    """How far the run is, and how to get pictures where it could make some but does not."""
-    run = config.get("run", {})
-    train = [record for record in records if record.get("split") == "train"]
-    if not train:
-        return "Nothing was trained." if records else "Nothing is logged yet."
-    last = train[-1]
-    done = f"The last line logged is of step {last['step']}, in epoch {last['epoch'] + 1}"
-    done += f" of {run['max_epoch']}." if "max_epoch" in run else "."
-    if not pictures and run.get("panel_every") is None and _masks(config.get("model", {})):
-        done += " There are no pictures of the masks: set run.panel_every."
-    return done
-
-
-def _masks(model: Mapping[str, Any]) -> bool:
-    """Whether a ``model:`` section has a soft mask, by itself or by its model's defaults."""
-    options = getattr(registry.get_model_class(model.get("arch")), "OPTIONS", ModelOptions)
-    default = getattr(options(), "soft_mask", SoftMaskOptions(enabled=False))
-    return bool((model.get("soft_mask") or {}).get("enabled", default.enabled))
-
-
-def _last_of_each_split(records: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    return {record["split"]: record for record in records if record.get("split") != "train"}
-
-
-def _pictures(folder: Path) -> list[tuple[str, bytes]]:
-    """Some of the pictures in the order of their steps: (caption, PNG)."""
-    steps = sorted(
-        int(number)
-        for file in folder.glob("step_*.png")
-        if (number := file.stem.removeprefix("step_")).isdecimal()
-    )
-    count = min(PICTURES, len(steps))
-    shown = [steps[round(i * (len(steps) - 1) / max(1, count - 1))] for i in range(count)]
-    return [(f"After step {step}", (folder / f"step_{step}.png").read_bytes()) for step in shown]

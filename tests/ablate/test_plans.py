@@ -54,11 +54,11 @@ def test_the_plans_of_scenes_can_share_a_folder():
         ),
         (
             {"variants": {"albef": ["run.seed=3"]}},
-            "remove 'run.seed=3': it is set by the plan's seeds",
+            "variants.albef: remove 'run.seed=3', which",
         ),
         (
             {"base": {"config": EVALUATE, "options": ["run.output_dir=x"]}},
-            "it is set by --output-dir",
+            "base.options: remove 'run.output_dir=x'",
         ),
         ({"evaluate": []}, "evaluate is empty"),
         ({"evaluate": [{"name": "a", "config": EVALUATE, "metrics": []}]}, "metrics is empty"),

@@ -154,7 +154,7 @@ def test_a_stale_result_or_a_lost_checkpoint_gets_one_line(ablation, tmp_path, c
 
 
 def test_what_is_about_an_ablation_needs_its_folder(tmp_path, capsys):
-    refused([], "--plan and --only are about an ablation: give its folder", tmp_path, capsys)
+    refused([], "--plan and --only need an ablation: give its folder", tmp_path, capsys)
     assert giveaway.main([str(tmp_path), "--plan", "smal.yaml"]) == 2
     assert "--plan: there is no file 'smal.yaml'" in capsys.readouterr().err
 

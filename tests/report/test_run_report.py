@@ -66,7 +66,7 @@ def test_a_finished_run(folder, capsys):
     ("records", "summary"),
     [
         ([], "Nothing is logged yet."),
-        ([train_record(3)], "The last line logged is of step 3, in epoch 1 of 2."),
+        ([train_record(3)], "Logged up to step 3, in epoch 1 of 2."),
         (TEST, "Nothing was trained."),
     ],
 )
@@ -83,7 +83,7 @@ def test_a_run_that_was_killed(folder):
     (folder / "metrics.jsonl").unlink()
     assert "Nothing is logged yet." in report_run(folder).read_text(encoding="utf-8")
     (folder / "metrics.jsonl").write_text(json.dumps(train_record(7)) + '\n{"split": "tr')
-    assert "of step 7," in report_run(folder).read_text(encoding="utf-8")
+    assert "up to step 7," in report_run(folder).read_text(encoding="utf-8")
 
 
 def test_many_pictures_are_thinned_out(folder):
