@@ -136,8 +136,9 @@ def test_lavis_fine_tuned_checkpoints_load_whole(make_other, tmp_path, caplog, c
     line = load(model, {prefix + key: v for key, v in theirs.items()}, tmp_path, caplog)
     assert "not used" not in line and "other shape" not in line
     assert counted(line, "left as they were").keys() <= {"itm_head"}
+    state = model.state_dict()
     for name, tensor in theirs.items():
-        assert torch.equal(model.state_dict()[name], tensor), name
+        assert torch.equal(state[name], tensor), name
 
 
 def test_text_assignment_hands_over_to_two_images(make_other, tmp_path, caplog):
@@ -146,12 +147,11 @@ def test_text_assignment_hands_over_to_two_images(make_other, tmp_path, caplog):
     line = load(model, donor.state_dict(), tmp_path, caplog)
     assert counted(line, "not used") == {"ta_head": 2}
     assert counted(line, "left as they were") == {"cls_head": 4, "cls_head_m": 4}
+    state = model.state_dict()
     for name, tensor in donor.state_dict().items():
         if not name.startswith("ta_head"):
-            assert torch.equal(model.state_dict()[name], tensor), name
-            assert torch.equal(
-                model.state_dict()[name.replace("encoder.", "encoder_m.", 1)], tensor
-            )
+            assert torch.equal(state[name], tensor), name
+            assert torch.equal(state[name.replace("encoder.", "encoder_m.", 1)], tensor)
 
 
 def test_a_head_of_another_size_is_named(make_other, tmp_path, caplog):

@@ -178,9 +178,10 @@ def test_encoders_start_from_their_own_pretraining(make_model, tmp_path):
         encoder = model.get_submodule(name)
         assert torch.equal(encoder.norm.weight, donor.visual_encoder.norm.weight), name
         assert encoder.pos_embed.shape == (1, 17, 48)
-    for name, tensor in model.state_dict().items():
+    state = model.state_dict()
+    for name, tensor in state.items():
         if "_m." in name:
-            assert torch.equal(tensor, model.state_dict()[name.replace("_m.", ".")]), name
+            assert torch.equal(tensor, state[name.replace("_m.", ".")]), name
 
 
 def test_a_berts_weights_are_read_from_a_folder(make_model, tmp_path):
