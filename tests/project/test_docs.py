@@ -1,4 +1,4 @@
-"""The docs site builds without a warning, and its reference is whole."""
+"""The docs site builds without a warning, its reference is complete, and its tables are true."""
 
 from __future__ import annotations
 
@@ -11,24 +11,44 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
-from softmask_plugin.ablate.plan import PRETRAINED, Plan, Stage
-from softmask_plugin.ablate.read import read_plan
+from benchmarks.giveaway import Variant
+from benchmarks.giveaway import markdown as giveaway_table
+from softmask_plugin import cli
+from softmask_plugin.ablate.plan import PRETRAINED, Plan, Stage, read_plan
 from softmask_plugin.ablate.table import Row, markdown, measure
 from softmask_plugin.config import options
-from softmask_plugin.config.check import RUN_KEYS
+from softmask_plugin.config.run_options import RUN
 
 ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")),
+    ROOT / "examples" / "README.md",
+    *sorted(DOCS.glob("*.md")),
+]
 PLANS = {file.stem for file in (ROOT / "lavis_configs" / "ablation").glob("*.yaml")}
-PUBLISHED = sorted({file.stem for file in (ROOT / "docs" / "ablation").glob("*.json")} & PLANS)
+PUBLISHED = sorted({file.stem for file in (DOCS / "ablation").glob("*.json")} & PLANS)
 ROW = re.compile(r"<tr>\s*<td>(.*?)</td>\s*<td>(.*?)</td>\s*<td>(.*?)</td>\s*</tr>")
+
+
+def table(page, head):
+    """Lines of the page's tables whose first line starts with ``head``."""
+    found = re.findall(rf"^{re.escape(head)}.*\n(?:\|.*\n)+", page.read_text(), re.M)
+    assert found, f"{page.name} has no table {head}"
+    return [line for each in found for line in each.splitlines()]
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(folder)],
+    done = subprocess.run(  # without -q: it would hide warnings from --strict
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(folder)],
         cwd=ROOT,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "DISABLE_MKDOCS_2_WARNING": "true"},
         capture_output=True,
@@ -37,6 +57,9 @@ def site(tmp_path_factory):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
+
+
+# ---- the site's reference
 
 
 def test_the_reference_has_every_option_and_every_shipped_file(site):
@@ -48,25 +71,6 @@ def test_the_reference_has_every_option_and_every_shipped_file(site):
         page = (site / "yaml" / folder / "index.html").read_text()
         for file in (ROOT / "lavis_configs" / folder).rglob("*.yaml"):
             assert file.relative_to(ROOT).as_posix() in page
-
-
-@pytest.mark.parametrize("plan", PUBLISHED)
-def test_the_published_tables_follow_from_the_published_numbers(plan):
-    content = json.loads((ROOT / "docs" / "ablation" / f"{plan}.json").read_text())
-    values = {
-        row["name"]: {name: metric["values"] for name, metric in row["metrics"].items()}
-        for row in content["rows"]
-    }
-    against = values[content["baseline"]]
-    table = []
-    for row in content["rows"]:
-        own = {} if row["name"] == content["baseline"] else against
-        measured = {n: measure(v, own.get(n, {})) for n, v in values[row["name"]].items()}
-        table.append(Row(**{**row, "metrics": measured}))
-    metrics = [f"{stage['name']} {m}" for stage in content["stages"] for m in stage["metrics"]]
-    page = (ROOT / "docs" / "ablation.md").read_text().splitlines()
-    lines = markdown(table, metrics, content["baseline"]).splitlines()
-    assert [line for line in lines if line.startswith("|") and line not in page] == []
 
 
 def test_every_option_has_a_meaning_and_every_section_a_link(site):
@@ -83,22 +87,8 @@ def test_every_option_has_a_meaning_and_every_section_a_link(site):
 
 def test_every_key_of_a_run_has_a_meaning(site):
     rows = ROW.findall((site / "yaml" / "run" / "index.html").read_text())
-    assert sorted(re.sub("<.*?>", "", key) for key, _, _ in rows) == sorted(RUN_KEYS)
+    assert sorted(re.sub("<.*?>", "", key) for key, _, _ in rows) == sorted(RUN)
     assert all(all(cells) for cells in rows), rows
-
-
-def test_the_keys_of_a_plan_are_explained():
-    guide = (ROOT / "docs" / "plans.md").read_text()
-    explained = set(re.findall(r"^\| `(\w+)` \|", guide, re.M))
-    read = {each.name for kind in (Plan, Stage) for each in fields(kind)} - {"asked"}
-    assert explained == read  # asked is what follows from them
-    assert f"`{PRETRAINED}/" in guide
-
-
-def test_the_plan_of_the_guide_is_one(tmp_path):
-    guide = (ROOT / "docs" / "plans.md").read_text()
-    (tmp_path / "mine.yaml").write_text(re.findall("```yaml\n(.*?)```", guide, re.S)[0])
-    assert read_plan(tmp_path / "mine.yaml").metrics == ["retrieval txt_r1", "retrieval img_r1"]
 
 
 def test_the_api_shows_public_docstrings(site):
@@ -106,6 +96,180 @@ def test_the_api_shows_public_docstrings(site):
     assert "Word-conditional Grad-CAM of a matching score." in page
     assert "normalize" in page and "_" + "mixed_targets" not in page
     assert (site / "api" / "models" / "pretrain" / "index.html").is_file()
+
+
+def test_links_of_the_site_lead_to_the_reference(site):
+    page = (site / "method" / "index.html").read_text()
+    yaml_file = "lavis_configs/datasets/captions_folder/default.yaml"
+    anchor = yaml_file.replace("/", "").replace(".", "")
+    assert f'href="../yaml/datasets/#{anchor}"' in page and 'href="../yaml/options/"' in page
+    assert f'id="{anchor}"' in (site / "yaml" / "datasets" / "index.html").read_text()
+    assert 'href="../api/soft_mask/"' in page
+
+
+# ---- the guides
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_leads_to_a_file(page):
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+    broken = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
+    assert broken == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_yaml_file_in_a_command_is_shipped(page):
+    named = re.findall(r"lavis_configs/[\w/]+\.yaml", page.read_text())
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def test_the_readme_stays_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_every_command_has_its_row(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    listed = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.M)
+    rows = re.findall(r"^\| `softmask (\w+)` \|", (DOCS / "commands.md").read_text(), re.M)
+    assert rows and sorted(rows) == sorted(listed)
+
+
+def test_the_method_has_every_switch_with_its_default():
+    rows = [
+        line for line in table(DOCS / "method.md", "| key in `model:`") if "`" in cells(line)[1]
+    ]
+    shown = {cells(row)[0].strip("`"): cells(row)[1].strip("`") for row in rows}
+    sections = {
+        "soft_mask": options.SoftMaskOptions,
+        "itc": options.ItcOptions,
+        "text": options.TextOptions,
+    }
+    defaults = {
+        f"{section}.{field.name}": field.default
+        for section, kind in sections.items()
+        for field in fields(kind)
+    }
+    assert {key: yaml.safe_load(default) for key, default in shown.items()} == defaults
+
+
+def test_the_training_guide_names_real_keys():
+    keys = {cells(line)[0].strip("`") for line in table(DOCS / "training.md", "| key")}
+    keys = {key.removeprefix("run.") for key in keys - {"key", "key in `run:", "---"}}
+    assert {key for key in keys if not key.startswith("model.")} <= RUN.keys()
+
+
+def test_the_tests_that_the_reliability_page_names_exist():
+    named = re.findall(r"`(\w[\w/]*\.py)(?:::(\w+))?", (DOCS / "reliability.md").read_text())
+    assert named
+    for file, test in named:
+        assert f"def {test}" in (ROOT / "tests" / file).read_text(), (file, test)
+
+
+def test_the_keys_of_a_plan_are_explained():
+    guide = (DOCS / "plans.md").read_text()
+    explained = set(re.findall(r"^\| `(\w+)` \|", guide, re.M))
+    read = {each.name for kind in (Plan, Stage) for each in fields(kind)} - {"asked"}
+    assert explained == read  # asked is what follows from them
+    assert f"`{PRETRAINED}/" in guide
+
+
+def test_the_plan_of_the_guide_is_one(tmp_path):
+    guide = (DOCS / "plans.md").read_text()
+    (tmp_path / "mine.yaml").write_text(re.findall("```yaml\n(.*?)```", guide, re.S)[0])
+    assert read_plan(tmp_path / "mine.yaml").metrics == ["retrieval txt_r1", "retrieval img_r1"]
+
+
+# ---- numbers
+
+
+@pytest.mark.parametrize("plan", PUBLISHED)
+def test_the_published_tables_follow_from_the_published_numbers(plan):
+    content = json.loads((DOCS / "ablation" / f"{plan}.json").read_text())
+    values = {
+        row["name"]: {name: metric["values"] for name, metric in row["metrics"].items()}
+        for row in content["rows"]
+    }
+    against = values[content["baseline"]]
+    rows = []
+    for row in content["rows"]:
+        own = {} if row["name"] == content["baseline"] else against
+        measured = {n: measure(v, own.get(n, {})) for n, v in values[row["name"]].items()}
+        rows.append(Row(**{**row, "metrics": measured}))
+    metrics = [f"{stage['name']} {m}" for stage in content["stages"] for m in stage["metrics"]]
+    page = (DOCS / "ablation_record.md").read_text().splitlines()
+    lines = markdown(rows, metrics, content["baseline"]).splitlines()
+    assert [line for line in lines if line.startswith("|") and line not in page] == []
+
+
+def test_the_giveaway_table_follows_from_its_numbers():
+    content = json.loads((DOCS / "ablation" / "giveaway.json").read_text())
+    variants = {name: Variant(**each) for name, each in content["variants"].items()}
+    assert giveaway_table(variants) in (DOCS / "ablation_record.md").read_text()
+
+
+def test_the_summary_of_the_ablation_follows_from_its_record():
+    def record(head):
+        lines = table(DOCS / "ablation_record.md", head)
+        named = dict(zip(cells(lines[0]), zip(*map(cells, lines[2:]), strict=True), strict=True))
+        names = [name.strip("*") for name in named["variant"]]
+        return {k: dict(zip(names, column, strict=True)) for k, column in named.items()}
+
+    pretrained = record("| variant | retrieval txt_r1 | retrieval img_r1 | grounding")
+    tuned = record("| variant | tuned_retrieval")
+    masked = record("| variant | right |")
+    sources = [
+        pretrained["retrieval txt_r1"],
+        tuned["tuned_retrieval txt_r1"],
+        tuned["entailment acc"],
+        masked["right, soft mask"],
+        masked["wrong, soft mask"],
+        pretrained["time of a step"],
+        pretrained["seeds"],
+    ]
+    rows = [cells(line) for line in table(DOCS / "ablation.md", "| variant")[2:]]
+    assert [row for row in rows if row[0].startswith("`albef`")]
+    for first, *values in rows:
+        name = first.split("`")[1]
+        for value, source in zip(values, sources, strict=True):
+            told = source.get(name, "")
+            if name != "albef" and "(" in told and "±" in value:
+                told = told.partition("(")[2]  # the difference
+            if value and (name, value) != ("albef", "1"):
+                assert told.startswith(value), (name, value, told)
+
+
+def test_the_readme_quotes_the_tables_of_the_pages():
+    readme = ROOT / "README.md"
+    tasks = [line.replace("](", "](../") for line in table(readme, "| task |")]
+    assert tasks == table(DOCS / "tasks.md", "| task | model |")
+    ablation = table(DOCS / "ablation.md", "| variant")
+    quoted = table(readme, "| variant")
+    assert quoted[0] == ablation[0] and [line for line in quoted if line not in ablation] == []
+
+
+def test_the_readme_quotes_measured_times():
+    quoted = re.search(r"takes ([\d.]+) of the time .* re-ranking\s+([\d.]+)", readme_text(), re.S)
+    page = (DOCS / "performance.md").read_text()
+    assert quoted and all(f"| {ratio} (" in page for ratio in quoted.groups())
+
+
+def readme_text():
+    return (ROOT / "README.md").read_text()
+
+
+def test_the_bundled_model_is_as_good_as_its_page_says():
+    file = ROOT / "softmask_plugin" / "assets" / "scenes_tiny.json"
+    found = json.loads(file.read_text())["held out"]
+    page = " ".join((DOCS / "explain.md").read_text().split())
+    retrieval, chance = found["retrieval"], found["pointing"]["all"]["chance"]
+    own, other = (found[name]["all"]["hit"] for name in ("pointing", "pointing_other"))
+    assert f"{retrieval['txt_r1']}% of the images" in page
+    assert f"{retrieval['img_r1']}% of the captions" in page
+    assert (
+        f"for {own:.0%} of the words, on the other one for {other:.0%} (chance {chance:.0%})"
+        in page
+    )
 
 
 def test_make_docs_builds_although_a_folder_has_its_name():
