@@ -1,9 +1,8 @@
 """A run as one page: curves, metrics beside chance, and pictures of its masks."""
 
 from softmask_plugin.report.figures import loss_curves, validation_curves
-from softmask_plugin.report.page import write_report
+from softmask_plugin.report.page import report_run, write_report
 from softmask_plugin.report.records import constant_guess, read_metrics, retrieval_chance
-from softmask_plugin.report.run_report import report_run
 
 __all__ = [
     "constant_guess",

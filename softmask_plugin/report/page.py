@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML file."""
+"""The report of a run: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -6,19 +6,61 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from lavis.common.registry import registry
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
+from softmask_plugin.config.check import valid_yaml
+from softmask_plugin.config.options import ModelOptions, SoftMaskOptions
 from softmask_plugin.errors import UserError
+from softmask_plugin.host.environment import noted_environments
 from softmask_plugin.report.figures import INK, loss_curves, numbers_of, validation_curves
+from softmask_plugin.report.records import read_metrics
 
-TEMPLATE = "report.html.j2"
+PICTURES = 8  # most pictures of the masks: the first, the last, and some in between
+
+
+def report_run(run_dir: str | Path, path: str | Path | None = None) -> Path:
+    """Write the report of a run, of any task, whether it is running, killed or finished.
+
+    Args:
+        run_dir: The run's folder.
+        path: The HTML file; None: ``report.html`` in the folder.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        UserError: The folder is not that of a run, a file in it is broken, or the report cannot be
+            written.
+    """
+    folder = Path(run_dir)
+    file = folder / "config.yaml"
+    with valid_yaml(file):
+        loaded = OmegaConf.load(file) if file.is_file() else OmegaConf.create()
+        config: Any = OmegaConf.to_container(loaded, resolve=True)
+    config = config if isinstance(config, dict) else {}
+    begun = (folder / "metrics.jsonl").exists() or not config
+    records = read_metrics(folder) if begun else []
+    pictures = _pictures(folder / "masks")
+    return write_report(
+        folder / "report.html" if path is None else path,
+        title=f"{config.get('model', {}).get('arch', 'Run')} {folder.resolve().name}",
+        summary=_summary(config, records, bool(pictures)),
+        metrics={"splits": {r["split"]: r for r in records if r.get("split") != "train"}},
+        records=records,
+        pictures=pictures,
+        config=config,
+        environment=_environment(folder),
+    )
 
 
 def write_report(
@@ -68,9 +110,9 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    jinja.filters["percent"] = _percent
+    jinja.filters |= {"percent": _percent, "numbers": numbers_of}
     jinja.filters["duration"] = lambda seconds: timedelta(seconds=round(seconds))
-    page = jinja.get_template(TEMPLATE).render(
+    page = jinja.get_template("report.html.j2").render(
         title=title,
         summary=summary,
         metrics=metrics,
@@ -81,30 +123,54 @@ def write_report(
         train=train,
         curves=_svg(loss_curves(records)) if train else "",
         validation=_svg(validation) if (validation := validation_curves(records)).axes else "",
-        splits=_table(metrics.get("splits", {})),
+        splits=metrics.get("splits", {}),
         pictures=[(caption, base64.b64encode(png).decode()) for caption, png in pictures],
         panels=[_svg(panel) for panel in panels],
         config=OmegaConf.to_yaml(OmegaConf.create(dict(config))),
         environment=environment,
     )
-    path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(page, encoding="utf-8")
     except OSError as error:
         raise UserError(f"the report {path} cannot be written ({error.strerror})") from error
-    return path
+    return Path(path)
 
 
-def _table(splits: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Heads (split, epoch), and by metric a text for each head."""
-    numbers = [numbers_of(record) for record in splits.values()]
+def _summary(
+    config: Mapping[str, Any], records: Sequence[Mapping[str, Any]], pictures: bool
+) -> str:
+    """How far the run is, and how to get pictures of its masks."""
+    run, model = config.get("run", {}), config.get("model", {})
+    train = [record for record in records if record.get("split") == "train"]
+    if not train:
+        return "Nothing was trained." if records else "Nothing is logged yet."
+    text = f"Logged up to step {train[-1]['step']}, in epoch {train[-1]['epoch'] + 1}"
+    text += f" of {run['max_epoch']}." if "max_epoch" in run else "."
+    schema = getattr(registry.get_model_class(model.get("arch")), "OPTIONS", ModelOptions)
+    default = getattr(schema(), "soft_mask", SoftMaskOptions(enabled=False))
+    enabled = (model.get("soft_mask") or {}).get("enabled", default.enabled)
+    if enabled and not pictures and run.get("panel_every") is None:
+        text += " There are no pictures of the masks: set run.panel_every."
+    return text
+
+
+def _pictures(folder: Path) -> list[tuple[str, bytes]]:
+    """Some of the pictures in order: (caption, PNG)."""
+    names = (file.stem.removeprefix("step_") for file in folder.glob("step_*.png"))
+    steps = sorted(int(name) for name in names if name.isdecimal())
+    chosen = np.linspace(0, len(steps) - 1, min(PICTURES, len(steps))).round().astype(int)
+    shown = [steps[i] for i in chosen]
+    return [(f"After step {n}", (folder / f"step_{n}.png").read_bytes()) for n in shown]
+
+
+def _environment(folder: Path) -> dict[str, object]:
+    """Versions and devices by name, as "a, then b" if the run was resumed on another one."""
+    starts = noted_environments(folder) or [{"unknown": "the run noted none"}]
+    kinds = dict.fromkeys(name for start in starts for name in start)
     return {
-        "heads": [(split, record.get("epoch")) for split, record in splits.items()],
-        "rows": {
-            name: [f"{each[name]:.4g}" if name in each else "–" for each in numbers]
-            for name in dict.fromkeys(name for each in numbers for name in each)
-        },
+        kind: ", then ".join(value for value, _ in groupby(str(each.get(kind)) for each in starts))
+        for kind in kinds
     }
 
 

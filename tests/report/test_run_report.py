@@ -13,7 +13,7 @@ from softmask_plugin import cli
 from softmask_plugin.config.check import shipped_configs
 from softmask_plugin.errors import UserError
 from softmask_plugin.report import report_run
-from softmask_plugin.report.run_report import PICTURES
+from softmask_plugin.report.page import PICTURES
 
 VAL = [{"split": "val", "epoch": e, "step": 10 * e + 10, "txt_r1": 10.0 + e} for e in (0, 1)]
 TEST = [{"split": "test", "epoch": 1, "step": 20, "txt_r1": 12.5, "img_r1": 7.25}]
