@@ -156,8 +156,8 @@ def run_page() -> str:
     parts = [
         "# Options of a run",
         "The `run:` section of a YAML, or `--options run.<key>=<value>`. Other keys are errors, "
-        "unless the task is LAVIS's `vqa_reading_comprehension`, or the task or runner comes from "
-        "another package: these may read keys of their own.",
+        "unless the task is one of LAVIS's for reading comprehension, or the task or runner comes "
+        "from another package: these may read keys of their own.",
         *(f"## {heading}\n\n{table(rows)}" for heading, rows in sections.items()),
     ]
     return "\n\n".join(parts) + "\n"

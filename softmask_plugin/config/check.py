@@ -27,8 +27,8 @@ from softmask_plugin.errors import UserError, reason_of, suggest
 
 SECTIONS = ("model", "datasets", "run")
 
-# A task of LAVIS that reads more keys than RUN has; no model of this plugin supports it.
-OTHER_KEYS = "vqa_reading_comprehension"
+# Tasks of LAVIS that read keys beyond RUN; no model of this plugin supports them.
+OTHER_KEYS = ("vqa_reading_comprehension", "gqa_reading_comprehension")
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -182,7 +182,7 @@ def _check_run(run: DictConfig) -> None:
 def _may_read_other_keys(task: str, runner: str) -> bool:
     readers = (registry.get_task_class(task), registry.get_runner_class(runner))
     packages = {reader.__module__.partition(".")[0] for reader in readers}
-    return task == OTHER_KEYS or not packages <= {"lavis", "softmask_plugin"}
+    return task in OTHER_KEYS or not packages <= {"lavis", "softmask_plugin"}
 
 
 def _check_device(device: str) -> None:

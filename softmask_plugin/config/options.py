@@ -201,10 +201,7 @@ class ContrastOptions(AlignedOptions, MomentumOptions):
     """Models that learn by contrast and matching, with the soft mask and the focal loss."""
 
     queue_size: int = ranged(65536, 0)  # earlier images, and as many texts, that ITC contrasts with
-    learn_temp: bool = (
-        True  # whether temp is learned; learning rates far above 1e-4 drive it to its
-    )
-    # limit
+    learn_temp: bool = True  # learn temp; learning rates far above 1e-4 drive it to its limit
     alpha_epochs: float = ranged(2.0, 0)  # epochs in which alpha rises from 0; original ALBEF: 1
     itm_weight: float = ranged(1.0, 0)  # weight of the matching loss
     soft_mask: SoftMaskOptions = field(default_factory=SoftMaskOptions)  # masks images for ITM
