@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -22,8 +22,6 @@ from torch.utils.data import (
 from softmask_plugin.datasets.shards.stream import ShardStream
 from softmask_plugin.errors import UserError
 from softmask_plugin.fixed_draws import fixed_draws
-
-Collate = Callable[[list[Any]], Any]
 
 
 class SeededItems(Dataset[Any]):
@@ -76,30 +74,20 @@ class TrainLoader:
     """Full batches of a data set, epoch by epoch, from any place in an epoch.
 
     Attributes:
-        batch_size: Items per batch and process.
+        batch_size: Items per batch and process; ``options`` go to torch's DataLoader.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        batch_size: int,
-        num_workers: int,
-        collate_fn: Collate | None,
-        pin_memory: bool,
-        seed: int,
-    ) -> None:
+    def __init__(self, dataset: Any, seed: int, batch_size: int, **options: Any) -> None:
         self.dataset, self.batch_size = dataset, batch_size
         self.sampler = EpochSampler(len(dataset), seed)
         self.loader: DataLoader[Any] = DataLoader(
             SeededItems(dataset, seed),
             batch_size=batch_size,
             sampler=self.sampler,
-            num_workers=num_workers,
-            collate_fn=collate_fn,
-            pin_memory=pin_memory,
             drop_last=True,
-            persistent_workers=num_workers > 0,
+            persistent_workers=options["num_workers"] > 0,
             generator=torch.Generator(),
+            **options,
         )
 
     @property
@@ -131,26 +119,14 @@ class TrainLoader:
 class StreamLoader(TrainLoader):
     """Batches of an endless stream of shards; an epoch is a fixed number of items."""
 
-    def __init__(
-        self,
-        dataset: ShardStream,
-        batch_size: int,
-        num_workers: int,
-        collate_fn: Collate | None,
-        pin_memory: bool,
-    ) -> None:
+    def __init__(self, dataset: ShardStream, batch_size: int, **options: Any) -> None:
         self.dataset, self.batch_size = dataset, batch_size
         self.positions: dict[int, Tensor] = {}  # after the last sample taken from each reader
         self.turn = 0  # worker of the next batch
         self.loader = DataLoader(
-            dataset,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            collate_fn=collate_fn,
-            pin_memory=pin_memory,
-            generator=torch.Generator(),
+            dataset, batch_size=batch_size, generator=torch.Generator(), **options
         )
-        dataset.require(get_world_size(), max(num_workers, 1))
+        dataset.require(get_world_size(), max(options["num_workers"], 1))
 
     def batches(self, epoch: int, taken: int) -> Iterator[Any]:
         """Iterate over the rest of an epoch, from the stream's present position."""
@@ -180,48 +156,30 @@ class StreamLoader(TrainLoader):
         self.positions = {}
 
 
-def train_loader(
-    dataset: Any,
-    batch_size: int,
-    num_workers: int,
-    collate_fn: Collate | None,
-    pin_memory: bool,
-    seed: int,
-) -> TrainLoader:
+def train_loader(dataset: Any, seed: int, **options: Any) -> TrainLoader:
     """Make the loader of a data set or of a stream of shards (which LAVIS chains).
 
     Raises:
         UserError: Another kind of stream, several streams, or a stream beside data sets.
     """
-    common = (batch_size, num_workers, collate_fn, pin_memory)
     if isinstance(dataset, ChainDataset):
         streams = list(dataset.datasets)
         if len(streams) == 1 and isinstance(streams[0], ShardStream):
-            return StreamLoader(streams[0], *common)
+            return StreamLoader(streams[0], **options)
     if isinstance(dataset, (tuple, IterableDataset)):  # LAVIS pairs map-style and streamed sets
         raise UserError(
             "softmask_runner trains on map-style data sets or on one 'caption_shards' (which takes "
             "many shards), not on both nor on other streams: set run.runner to 'runner_iter', or "
             "change datasets"
         )
-    return TrainLoader(dataset, *common, seed=seed)
+    return TrainLoader(dataset, seed, **options)
 
 
-def eval_loader(
-    dataset: Any,
-    batch_size: int,
-    num_workers: int,
-    collate_fn: Collate | None,
-    pin_memory: bool,
-    shard: bool,
-) -> DataLoader[Any]:
+def eval_loader(dataset: Any, shard: bool, **options: Any) -> DataLoader[Any]:
     """Make a loader that keeps the order; ``shard``: only this process's share, padded."""
     return DataLoader(
         dataset,
-        batch_size=batch_size,
         sampler=DistributedSampler(dataset, shuffle=False) if shard else None,
-        num_workers=num_workers,
-        collate_fn=collate_fn,
-        pin_memory=pin_memory,
+        **options,
         generator=torch.Generator(),  # evaluation must not change the training's random numbers
     )

@@ -148,12 +148,16 @@ class PortableRunner(RunnerBase):
         for dataset, batch_size, is_train, collate_fn in zip(
             datasets, batch_sizes, is_trains, collate_fns, strict=True
         ):
-            common = (dataset, int(batch_size), int(num_workers), collate_fn, self.cuda_enabled)
-            loaders.append(
-                train_loader(*common, seed=int(run.seed))
-                if is_train
-                else eval_loader(*common, shard=shard)
-            )
+            options = {
+                "batch_size": int(batch_size),
+                "num_workers": int(num_workers),
+                "collate_fn": collate_fn,
+                "pin_memory": self.cuda_enabled,
+            }
+            if is_train:
+                loaders.append(train_loader(dataset, int(run.seed), **options))
+            else:
+                loaders.append(eval_loader(dataset, shard, **options))
         return loaders
 
     def loader(self, split: str) -> Any:

@@ -38,11 +38,11 @@ def test_data_sets_are_concatenated(tmp_path):
 
 def test_streams_are_refused():
     with pytest.raises(UserError, match="runner_iter"):
-        train_loader(ChainDataset([]), 4, 0, None, False, seed=0)
+        train_loader(ChainDataset([]), seed=0, batch_size=4, num_workers=0)
 
 
 def draw(num_workers, epochs, seed=0):
-    loader = train_loader(DrawingData(24), 4, num_workers, None, False, seed)
+    loader = train_loader(DrawingData(24), seed, batch_size=4, num_workers=num_workers)
     found = []
     for epoch in epochs:
         found.append(torch.cat([batch["draws"] for batch in loader.batches(epoch, 0)]))
