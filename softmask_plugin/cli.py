@@ -58,14 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             launch.leave_distributed()
 
 
-def command(name: str, text: str, *arguments: Argument) -> Callable[[Command], Command]:
-    """Function decorator: make it a command, called with the values of these arguments by name."""
+def command(name: str, text: str, *args: Argument, **fixed: Any) -> Callable[[Command], Command]:
+    """Function decorator: make it a command, called with these arguments by name."""
     parser = COMMANDS.add_parser(name, help=text, description=text)
-    for flags, settings in arguments:
+    for flags, settings in args:
         parser.add_argument(*flags, **settings)
 
     def add(run: Command) -> Command:
-        parser.set_defaults(run=run)
+        parser.set_defaults(run=run, **fixed)
         return run
 
     return add
@@ -76,9 +76,7 @@ def argument(*flags: str, **settings: Any) -> Argument:
     return flags, settings
 
 
-CFG_PATH = argument(
-    "--cfg-path", required=True, help="a YAML file, or one that 'softmask configs' lists"
-)
+FILE = "a YAML file, or one that 'softmask configs' lists"
 OPTIONS = argument(
     "--options",
     nargs="+",
@@ -86,31 +84,19 @@ OPTIONS = argument(
     metavar="KEY=VALUE",
     help="override keys of the YAML, such as run.max_epoch=5",
 )
+YAML = (argument("--cfg-path", required=True, help=FILE), OPTIONS)
 WEIGHTS = (
     argument("--checkpoint", metavar="FILE", help="file or URL; default: the bundled tiny model"),
-    argument(
-        "--model",
-        dest="arch",
-        metavar="ARCH",
-        help="the model of a checkpoint that does not name one, such as ALBEF.pth",
-    ),
-    argument("--type", dest="model_type", metavar="TYPE", help="the model's type, such as base"),
+    argument("--model", dest="arch", help="model of a checkpoint that names none, like ALBEF.pth"),
+    argument("--type", dest="model_type", metavar="TYPE", help="type of that model, such as base"),
     OPTIONS,
 )
 
 # Commands import what they need when they run: the doctor must work where LAVIS does not.
 
 
-@command("train", "train a model from a YAML file, then test it", CFG_PATH, OPTIONS)
-def _train(**args: Any) -> None:
-    _launch(**args)
-
-
-@command("evaluate", "test a model from a YAML file", CFG_PATH, OPTIONS)
-def _evaluate(**args: Any) -> None:
-    _launch(**args, evaluate=True)
-
-
+@command("train", "train a model from a YAML file, then test it", *YAML, evaluate=False)
+@command("evaluate", "test a model from a YAML file", *YAML, evaluate=True)
 def _launch(**args: Any) -> None:
     from softmask_plugin import launch
 
@@ -136,26 +122,9 @@ def _demo(**args: Any) -> None:
     argument("--image", required=True, metavar="FILE"),
     argument("--caption", required=True, metavar="TEXT"),
     *WEIGHTS,
-    argument(
-        "--word",
-        action="append",
-        metavar="W",
-        help="explain only this word; repeat it for several; default: every word of the caption",
-    ),
-    argument(
-        "-o",
-        "--output",
-        default="explanation.png",
-        metavar="FILE",
-        help="the figure, a .png, .pdf or .svg; default: %(default)s",
-    ),
-    argument(
-        "--width",
-        type=float,
-        metavar="INCHES",
-        help="the figure's width, at the same size of letters; 3.3 fits a paper's column; "
-        "default: as wide as its words need",
-    ),
+    argument("--word", action="append", help="explain this word only; may be repeated"),
+    argument("-o", "--output", default="explanation.png", help="figure: .png, .pdf or .svg"),
+    argument("--width", type=float, help="figure's width in inches; 3.3 fits a paper's column"),
     argument(
         "--json",
         nargs="?",
@@ -214,15 +183,10 @@ def _report(run_dir: str, output: str | None) -> None:
 @command(
     "ablate",
     "train the variants of a plan over several seeds at equal budget, and compare them",
-    argument("--plan", required=True, help="a YAML file, or one that 'softmask configs' lists"),
+    argument("--plan", required=True, help=FILE),
     argument("--output-dir", help="folder of the runs; default: outputs/ablation/<plan>"),
     argument("--seeds", type=int, help="how many of the plan's seeds to use; default: all"),
-    argument(
-        "--jobs",
-        type=int,
-        default=1,
-        help="runs at the same time on a CPU; default: %(default)s; with CUDA one per device",
-    ),
+    argument("--jobs", type=int, default=1, help="runs at once; with CUDA always one per device"),
     argument("--baseline", help="variant to compare with; default: the plan's baseline"),
     argument("--only", nargs="+", default=[], metavar="NAME", help="variants to run; default: all"),
     argument("--again", action="store_true", help="first discard the results of these variants"),
@@ -237,14 +201,9 @@ def _ablate(**args: Any) -> None:
 @command(
     "shards",
     "pack a folder of images and a file of captions into WebDataset shards",
-    argument(
-        "--captions",
-        required=True,
-        metavar="FILE",
-        help="JSON, JSONL, CSV, TSV or Karpathy's layout (its train split)",
-    ),
-    argument("--images", required=True, metavar="FOLDER", help="folder of the images"),
-    argument("--out", required=True, metavar="FOLDER", help="a new folder for the shards"),
+    argument("--captions", required=True, help="JSON, JSONL, CSV, TSV or Karpathy's train split"),
+    argument("--images", required=True, help="folder of the images"),
+    argument("--out", required=True, help="new folder for the shards"),
     argument("--per-shard", type=int, default=1000, help="images per shard; default: %(default)s"),
     argument("--seed", type=int, default=42, help="seed of the order; default: %(default)s"),
 )

@@ -152,7 +152,7 @@ def _look(weights: Weights) -> None:
     left, right = st.columns([1, 2], gap="large")
     with left:
         source = st.radio(
-            "Image", (SCENE, UPLOAD), key="source", horizontal=True, on_change=_true_caption
+            "Image", (SCENE, UPLOAD), key="source", horizontal=True, on_change=_set_caption
         )
         image, picture = _scene(weights) if source == SCENE else _uploaded(weights)
         if picture is not None:
@@ -173,7 +173,7 @@ def _look(weights: Weights) -> None:
 def _scene(weights: Weights) -> tuple[Image.Image, Image.Image]:
     """Let the user choose a scene; returns it as the model sees it, and larger to be shown."""
     number, more = st.columns([2, 1], vertical_alignment="bottom")
-    number.number_input("Scene", 1, SCENES, key="scene", on_change=_true_caption)
+    number.number_input("Scene", 1, SCENES, key="scene", on_change=_set_caption)
     more.button("Next scene", on_click=_next_scene, width="stretch")
     scene = _scenes()[st.session_state.scene - 1]
     return render(scene, _trained(weights).model.options.image_size), render(scene, SHOWN)
@@ -199,34 +199,29 @@ def _small(image: Image.Image) -> Image.Image:
 
 
 def _caption(of_scene: bool) -> str:
-    """Let the user type a caption, or take a true or a wrong one of the scene."""
     if "caption" not in st.session_state:
-        _true_caption()
+        _set_caption()
     text, true, wrong = st.columns([4, 1, 1], vertical_alignment="bottom")
     if of_scene:
-        true.button("True one", on_click=_true_caption, width="stretch")
-        wrong.button("Wrong one", on_click=_wrong_caption, width="stretch")
+        true.button("True one", on_click=_set_caption, width="stretch")
+        wrong.button("Wrong one", on_click=_set_caption, args=(False,), width="stretch")
     return text.text_input("Caption", key="caption", max_chars=200)
 
 
-def _true_caption() -> None:
+def _set_caption(true: bool = True) -> None:
     state = st.session_state
     state.caption = ""
     if state.source == SCENE:
-        state.caption = captions(_scenes()[state.scene - 1])[0].text
-
-
-def _wrong_caption() -> None:
-    st.session_state.caption = wrong_caption(_scenes()[st.session_state.scene - 1])
+        scene = _scenes()[state.scene - 1]
+        state.caption = captions(scene)[0].text if true else wrong_caption(scene)
 
 
 def _next_scene() -> None:
     st.session_state.scene = st.session_state.scene % SCENES + 1
-    _true_caption()
+    _set_caption()
 
 
 def _show(found: Explanation, picture: np.ndarray) -> None:
-    """Let the user click a word; show its maps and what its mask does to the match."""
     if found.cut:
         st.warning(f"The caption is too long for the model: {found.cut}.")
     word = st.pills(
@@ -276,21 +271,20 @@ def _search(weights: Weights, images: str | None) -> None:
     )
     if not _trained(weights).text_processor(query):
         return
-    hits = gallery.search(query)
-    for start in range(0, len(hits), 4):
-        for column, hit in zip(st.columns(4), hits[start : start + 4], strict=False):
-            if images is None:
-                scene = _scenes()[hit.index]
-                picture, name = render(scene, SHOWN), captions(scene)[0].text
-            else:
-                file = files[hit.index]
-                picture = _small(open_rgb(file, min_side=SHOWN))
-                name = one_line(str(file.relative_to(images)))
-            column.image(picture, width="stretch")
-            column.text(name)
-            column.caption(
-                f"match {hit.match:.2f}, similarity {hit.cosine:+.2f} (rank {hit.rank} by it)"
-            )
+    columns = [*st.columns(4), *st.columns(4)]
+    for column, hit in zip(columns, gallery.search(query, len(columns)), strict=False):
+        if images is None:
+            scene = _scenes()[hit.index]
+            picture, name = render(scene, SHOWN), captions(scene)[0].text
+        else:
+            file = files[hit.index]
+            picture = _small(open_rgb(file, min_side=SHOWN))
+            name = one_line(str(file.relative_to(images)))
+        column.image(picture, width="stretch")
+        column.text(name)
+        column.caption(
+            f"match {hit.match:.2f}, similarity {hit.cosine:+.2f} (rank {hit.rank} by it)"
+        )
 
 
 def _main() -> None:

@@ -35,15 +35,7 @@ HIDDEN = np.array([0.13, 0.14, 0.17])  # colour of a wholly masked patch
 
 @dataclass(frozen=True)
 class Shown:
-    """What a panel shows of one pair.
-
-    Attributes:
-        image: (H, W, 3) uint8.
-        explanation: The explanation of the image and its caption.
-        words: Indices in ``explanation.words``, one column each.
-        boxes: Ground truth, ``(word index, (x0, y0, x1, y1) in [0, 1], role)``. The box of a shown
-            word is outlined.
-    """
+    """What a panel shows of one pair: the arguments of :func:`word_panel`."""
 
     image: np.ndarray
     explanation: Explanation
@@ -60,7 +52,10 @@ def word_panel(
     """Draw an image and, for some words, the heat map, the mask and its effect on the match.
 
     Args:
-        image, explanation, words, boxes: See :class:`Shown`.
+        image: (H, W, 3) uint8.
+        explanation: The explanation of the image and its caption.
+        words: Indices in ``explanation.words``, one column each.
+        boxes: Ground truth to outline, ``(word index, (x0, y0, x1, y1) in [0, 1], role)``.
 
     Returns:
         The caption (as far as it was kept) above the image. Each column shows a word's heat map,
@@ -126,8 +121,7 @@ class _Panel:
         self.picture = np.asarray(scaled) / 255
 
     def draw(self, top: float) -> None:
-        """Draw everything."""
-        self.write(PAD, top, "\n".join(self.lines), va="top", size=FONT, linespacing=1.3)
+        self.write(PAD, top, "\n".join(self.lines), color=INK, size=FONT, linespacing=1.3)
         top += len(self.lines) * LINE
         self.draw_image(top + TITLE)
         for row in self.rows:
@@ -141,8 +135,8 @@ class _Panel:
         left, right, low = PAD, PAD + self.cell, top + self.room + GAP
         scale = heat_overlay(np.full((1, 256, 3), 0.9), np.linspace(0, 1, 256)[None])
         _imshow(self.place(left, low, self.cell, 0.06), scale)
-        self.write(left, low + 0.09, "0", va="top", color=MUTED)
-        self.write(right, low + 0.09, "own max.", va="top", ha="right", color=MUTED)
+        self.write(left, low + 0.09, "0")
+        self.write(right, low + 0.09, "own max.", ha="right")
 
     def draw_words(self, row: Sequence[int], heat: float) -> None:
         """A column for each word, with the heat maps' top at ``heat``."""
@@ -152,10 +146,8 @@ class _Panel:
         x, gauge = PAD + self.cell + LABEL / 2, mask + self.room
         mask_name = self.pair.explanation.mask_name.replace(" ×", "\n×")  # a row may be low
         for y, label in ((heat, "heat map"), (mask, mask_name)):
-            style = {"rotation": 90, "ha": "center", "va": "center", "color": MUTED}
-            self.write(x, y + self.room / 2, label, **style)
-        label = "match:\nplain → masked"
-        self.write(x + LABEL / 3, gauge + 0.03, label, ha="right", va="top", color=MUTED)
+            self.write(x, y + self.room / 2, label, rotation=90, ha="center", va="center")
+        self.write(x + LABEL / 3, gauge + 0.03, "match:\nplain → masked", ha="right")
         for column, word in enumerate(row):
             x = PAD + self.cell + LABEL + column * (self.cell + GAP)
             self.draw_word(word, x, heat, mask)
@@ -186,15 +178,13 @@ class _Panel:
         return axes
 
     def place(self, x: float, y: float, width: float, height: float) -> Axes:
-        """Add axes."""
         whole_width, whole = self.figure.get_size_inches()
         at = (x / whole_width, 1 - (y + height) / whole, width / whole_width, height / whole)
         return self.figure.add_axes(at)
 
     def write(self, x: float, y: float, text: str, **style: Any) -> None:
-        """Add a text."""
         width, height = self.figure.get_size_inches()
-        self.figure.text(x / width, 1 - y / height, text, **style)
+        self.figure.text(x / width, 1 - y / height, text, **{"va": "top", "color": MUTED} | style)
 
 
 def heat_overlay(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:

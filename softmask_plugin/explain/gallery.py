@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -97,15 +98,11 @@ def readable_images(folder: Path, limit: int) -> tuple[list[Path], int]:
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: give a folder of images")
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
-    good = [file for file in files[:limit] if _is_readable(file)]
+    good = []
+    for file in files[:limit]:
+        with suppress(UnreadableImageError):
+            open_rgb(file, min_side=1)
+            good.append(file)
     if not good:
         raise UserError(f"no readable image in {folder} ({', '.join(SUFFIXES)})")
     return good, len(files) - len(good)
-
-
-def _is_readable(file: Path) -> bool:
-    try:
-        open_rgb(file, min_side=1)
-    except UnreadableImageError:
-        return False
-    return True

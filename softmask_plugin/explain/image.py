@@ -153,9 +153,9 @@ def explain_image(
         model = Trained.of(model)
     processor = model.text_processor
     cleaned = processor(caption)
-    if not words_of(model.model, cleaned):
-        raise UserError(f"the caption '{caption}' has no word to explain: say what the image shows")
     (found,) = explain(model.model, model.image_processor(picture)[None], [cleaned])
+    if not found.words:
+        raise UserError(f"the caption '{caption}' has no word to explain: say what the image shows")
     limit = f"model.max_txt_len is {model.model.options.max_txt_len}"
     if isinstance(processor, CaptionProcessor):
         if found.kept == cleaned:  # only the processor can have cut it

@@ -11,7 +11,6 @@ from torch import Tensor
 from softmask_plugin.nn.image_memory import ImageMemory
 from softmask_plugin.nn.tokens import Tokens
 from softmask_plugin.soft_mask import grad_cam, word_map
-from softmask_plugin.tokenization import Captions
 
 if TYPE_CHECKING:
     from softmask_plugin.models.aligned import AlignedBase
@@ -26,14 +25,13 @@ class WordMaps:
             float32, >= 0; zeros where ``real`` is False.
         real: True where a caption has a word, (B, W).
         score: Probability of a match, (B,), float32.
-        captions, text, memory: The tokenized captions, their states, and the keys and values of
-            the images, to match the pairs again through masks.
+        text, memory: The captions' states, and the images' keys and values, to match the pairs
+            again through masks.
     """
 
     maps: Tensor
     real: Tensor
     score: Tensor
-    captions: Captions
     text: Tokens
     memory: ImageMemory
 
@@ -71,7 +69,6 @@ def word_maps(model: AlignedBase, images: Tensor, captions: list[str]) -> WordMa
         maps=maps.reshape(len(cam), count, side, side),
         real=tokenized.words.amax(dim=1, keepdim=True) >= words,
         score=logits.detach().float().softmax(dim=-1)[:, 1],
-        captions=tokenized,
         text=text,
         memory=memory,
     )

@@ -12,7 +12,7 @@ from softmask_plugin.errors import require_finite_scores
 from softmask_plugin.explain.maps import WordMaps, word_maps
 from softmask_plugin.nn.image_memory import View
 from softmask_plugin.soft_mask import Kind, keep_factors, normalize
-from softmask_plugin.tokenization import FUNCTION_WORDS, Captions
+from softmask_plugin.tokenization import FUNCTION_WORDS
 
 if TYPE_CHECKING:
     from softmask_plugin.models.aligned import AlignedBase
@@ -100,7 +100,7 @@ def _explain_one(model: AlignedBase, image: Tensor, caption: str) -> Explanation
     require_finite_scores("a heat map or its score", found.maps, found.score, masked_scores)
     return Explanation(
         caption=caption,
-        words=_words(model, found.captions),
+        words=words_of(model, caption),
         cams=found.maps[0].cpu(),
         masks=(1 - keep[:, 1:]).view_as(found.maps[0]).cpu(),
         score=found.score.item(),
@@ -137,13 +137,10 @@ def match_masked(
 
 def words_of(model: AlignedBase, text: str) -> list[str]:
     """The words of a processed text, as the model's tokenizer splits it."""
-    return _words(model, model.caption_tokenizer.tokenize([text]))
-
-
-def _words(model: AlignedBase, caption: Captions) -> list[str]:
+    tokenized = model.caption_tokenizer.tokenize([text])
+    tokens = model.tokenizer.convert_ids_to_tokens(tokenized.ids[0].tolist())
     words: dict[int, str] = {}
-    tokens = model.tokenizer.convert_ids_to_tokens(caption.ids[0].tolist())
-    for token, word in zip(tokens, caption.words[0].tolist(), strict=True):
+    for token, word in zip(tokens, tokenized.words[0].tolist(), strict=True):
         if word >= 0:
             words[word] = words.get(word, "") + token.removeprefix("##")
     return list(words.values())

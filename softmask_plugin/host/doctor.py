@@ -76,7 +76,11 @@ def _devices() -> Iterator[tuple[str, ...]]:
         yield f"cuda:{index}", f"{card.name}, {card.total_memory / 2**30:.0f} GiB, {bf16}"
     if not torch.cuda.is_available():
         yield _no_cuda()
-    backends = [name for name in ("gloo", "nccl") if _has_backend(name)]
+    backends = [
+        name
+        for name in ("gloo", "nccl")
+        if dist.is_available() and getattr(dist, f"is_{name}_available")()
+    ]
     yield "torchrun", " and ".join(backends) or "not available"
 
 
@@ -89,10 +93,6 @@ def _no_cuda() -> tuple[str, str, str]:
             "update its driver (see nvidia-smi)" if torch.version.cuda else "install a CUDA build"
         )
     return "cuda", f"none (this torch is built for {build})", advice
-
-
-def _has_backend(name: str) -> bool:
-    return dist.is_available() and getattr(dist, f"is_{name}_available")()
 
 
 def _files() -> Iterator[tuple[str, ...]]:
@@ -116,14 +116,13 @@ def _registered() -> Iterator[tuple[str, ...]]:
     from softmask_plugin.registry import list_losses
 
     for kind in KINDS:
-        classes = sorted(registry.mapping[f"{kind}_name_mapping"].items())
-        ours = [_with_types(*item) for item in classes if _is_ours(item[1])]
+        ours = [
+            _with_types(name, cls)
+            for name, cls in sorted(registry.mapping[f"{kind}_name_mapping"].items())
+            if cls.__module__.startswith("softmask_plugin.")
+        ]
         yield kind, ", ".join(ours) or "none"
     yield "loss", ", ".join(list_losses())
-
-
-def _is_ours(cls: type) -> bool:
-    return cls.__module__.startswith("softmask_plugin.")
 
 
 def _with_types(name: str, cls: type) -> str:
