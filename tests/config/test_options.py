@@ -1,4 +1,4 @@
-"""The options' schema: what it refuses and in which words, and that the shipped files pass."""
+"""Options of the models: mistakes and their messages, defaults, and the shipped model files."""
 
 from __future__ import annotations
 
@@ -52,19 +52,19 @@ def test_a_mistake_gets_one_line(section, message):
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_numbers_of_the_wrong_type_are_told_apart_from_those_that_can_be_read():
+def test_numbers_given_as_text_are_converted():
     options = read_options(PretrainOptions, {"temp": "5e-2", "queue_size": "128", "alpha": 0})
     assert (options.temp, options.queue_size, options.alpha) == (0.05, 128, 0.0)
 
 
 @pytest.mark.parametrize(("fusion", "layers", "layer"), [(6, 12, 8), (2, 4, 2), (2, 6, 4)])
-def test_the_maps_layer_is_the_third_with_cross_attention_but_never_the_last(fusion, layers, layer):
+def test_the_map_layer_is_the_third_with_cross_attention_but_never_the_last(fusion, layers, layer):
     bert = {"fusion_layer": fusion, "layers": layers}
     assert read_options(PretrainOptions, {"bert": bert}).soft_mask.layer == layer
 
 
 @pytest.mark.parametrize(("layer", "fits"), [(5, False), (6, True), (10, True), (11, False)])
-def test_bounds_of_the_maps_layer(layer, fits):
+def test_bounds_of_the_map_layer(layer, fits):
     section = {"soft_mask": {"layer": layer}}
     if fits:
         assert read_options(PretrainOptions, section).soft_mask.layer == layer
@@ -110,7 +110,7 @@ def test_a_stated_default_is_as_good_as_none():
 
 
 def test_shipped_models_are_built_from_their_files():
-    """Base on the meta device, without what would have to be downloaded."""
+    """On the meta device, and without downloads."""
     sizes = {}
     for model_type in SoftMaskPretrain.PRETRAINED_MODEL_CONFIG_DICT:
         section = OmegaConf.load(SoftMaskPretrain.default_config_path(model_type)).model

@@ -1,4 +1,4 @@
-"""Every shipped YAML: it loads, what it names is built, its keys are read and described."""
+"""Every shipped YAML loads, builds what it names, and describes its keys."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PLAN = OmegaConf.load(CONFIGS / "ablation" / "pretrain_4m.yaml")
 RUNS = {name.removeprefix("lavis_configs/projects/"): (name, ()) for name in PROJECTS}
 RUNS |= {f"ablation/{name}": (PLAN.base.config, own) for name, own in PLAN.variants.items()}
 EVERY_FILE = sorted(CONFIGS.rglob("*.yaml"))
-# What makes any model small, and keeps it from downloading
+# Makes any model small, and downloads nothing
 SMALL = {
     "tokenizer": "scenes",
     **{"load_pretrained": False, "load_finetuned": False},
@@ -84,7 +84,7 @@ def test_the_data_sets_processors_fit_the_model(project):
 
 @pytest.mark.parametrize("name", PROJECTS)
 def test_a_data_sets_keys_are_those_of_its_builder(name):
-    """Ours check their keys; LAVIS's read what their own YAML has, and processors."""
+    """Ours check their keys; LAVIS's read those of their own YAML, and processors."""
     given = OmegaConf.load(PROJECTS[name]).datasets
     for data, section in given.items():
         builder = registry.get_builder_class(data)

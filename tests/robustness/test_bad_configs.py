@@ -1,4 +1,4 @@
-"""YAML files and options of every bad kind end the command in one line, before any training."""
+"""Bad YAML files and options of every kind end the command in one line, before any training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from omegaconf import OmegaConf
 
 from softmask_plugin import cli
 from softmask_plugin.config import check as config_check
-from softmask_plugin.config.options import PretrainOptions, RetrievalOptions, read_options
+from softmask_plugin.config.options import (
+    MatchingOptions,
+    NlvrOptions,
+    PretrainOptions,
+    RetrievalOptions,
+    VqaOptions,
+    read_options,
+)
 from softmask_plugin.config.run_options import RUN as RUN_OPTIONS
 from softmask_plugin.errors import UserError
 from softmask_plugin.report import write_report
@@ -133,7 +140,9 @@ def test_every_key_that_lavis_lists_is_known():
     assert set(create_runner_config_validator().arguments) <= {*RUN_OPTIONS}
 
 
-@pytest.mark.parametrize("schema", [PretrainOptions, RetrievalOptions])
+@pytest.mark.parametrize(
+    "schema", [PretrainOptions, RetrievalOptions, MatchingOptions, NlvrOptions, VqaOptions]
+)
 def test_every_number_of_the_options_has_a_range(schema):
     """Neither NaN nor an infinite or hugely negative value gets through anywhere."""
 
