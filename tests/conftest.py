@@ -16,39 +16,13 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from PIL import Image
 from toy_folders import COLOURS
+from toy_models import CAPTIONS, SMALL
 from toy_shards import write_shards
 
 from benchmarks.baseline import albef_pretrain
 from softmask_plugin.config.options import PretrainOptions, read_options
 from softmask_plugin.datasets.shards import stream as shard_stream
 from softmask_plugin.models.pretrain import SoftMaskPretrain
-
-SMALL = {
-    "tokenizer": "scenes",
-    "image_size": 32,
-    "vit": {"patch_size": 8, "width": 48, "depth": 2, "heads": 3},
-    "bert": {
-        "vocab_size": None,
-        "width": 32,
-        "layers": 5,
-        "heads": 4,
-        "intermediate": 64,
-        "fusion_layer": 2,
-        "max_positions": 40,
-        "dropout": 0.0,
-        "attention_dropout": 0.0,
-    },
-    "embed_dim": 16,
-    "queue_size": 24,
-}
-CAPTIONS = [
-    "a small red circle above a large blue star",
-    "a green square",
-    "a picture of a yellow triangle to the left of a small purple ring and a cross",
-    "there is a large blue star below a red circle",
-    "a black heart",
-    "a small green square to the right of a yellow triangle",
-]
 
 
 @pytest.fixture

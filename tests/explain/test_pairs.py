@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from toy_models import matching_logits
 
 from softmask_plugin.explain.pairs import explain
 from softmask_plugin.models.matching import SoftMaskImageTextMatching
@@ -30,18 +31,7 @@ def fuse_plainly(twin, model, image_states, caption, keep=None):
     tokens = model.caption_tokenizer.tokenize([caption])
     if keep is not None:
         image_states = image_states * keep[None, :, None]
-    text = twin.text_encoder.bert(
-        tokens.ids, attention_mask=tokens.mask.long(), return_dict=True, mode="text"
-    )
-    fused = twin.text_encoder.bert(
-        encoder_embeds=text.last_hidden_state,
-        attention_mask=tokens.mask.long(),
-        encoder_hidden_states=image_states,
-        encoder_attention_mask=torch.ones(image_states.shape[:2], dtype=torch.long),
-        return_dict=True,
-        mode="fusion",
-    )
-    return twin.itm_head(fused.last_hidden_state[:, 0]).softmax(dim=-1)[0, 1]
+    return matching_logits(twin, tokens, image_states).softmax(dim=-1)[0, 1]
 
 
 def test_scores_equal_plain_forward_passes(model, images, albef_twin):

@@ -8,13 +8,13 @@ import re
 
 import pytest
 import torch
+from toy_models import EVERY_MODEL
 
 from benchmarks import baseline
 from softmask_plugin.errors import UserError
 from softmask_plugin.models import (
     SoftMaskClassification,
     SoftMaskFeatureExtractor,
-    SoftMaskImageTextMatching,
     SoftMaskNlvr,
     SoftMaskNlvrPretrain,
     SoftMaskPretrain,
@@ -24,16 +24,6 @@ from softmask_plugin.models import (
 from softmask_plugin.models.checkpoint_keys import adapt
 
 SHAPE = {"bert": {"layers": 5, "fusion_layer": 2}, "vit": {"width": 32, "heads": 2}}
-EVERY_MODEL = [
-    SoftMaskPretrain,
-    SoftMaskRetrieval,
-    SoftMaskClassification,
-    SoftMaskNlvr,
-    SoftMaskNlvrPretrain,
-    SoftMaskVqa,
-    SoftMaskFeatureExtractor,
-    SoftMaskImageTextMatching,
-]
 
 
 @pytest.fixture

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import softmask_plugin  # noqa: F401  (before LAVIS, also in processes that a test spawns)
-
-# isort: split
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +13,7 @@ from lavis.tasks.retrieval import RetrievalTask
 from torch.utils.data import DistributedSampler
 
 from benchmarks.baseline import albef_retrieval
+from benchmarks.ranks import on_ranks
 from softmask_plugin.errors import UserError
 from softmask_plugin.models.rerank import NOT_A_CANDIDATE, Reranker, candidates
 
@@ -169,32 +167,22 @@ def test_a_wrong_option_is_named(make_model, option, message):
         Reranker(make_model(), option)
 
 
-def test_two_ranks_share_the_work(make_model, gallery, tmp_path):
+def test_two_ranks_share_the_work(make_model, gallery, monkeypatch):
     """Each of two processes matches its own images; both have all scores."""
     model = make_model().eval()
-    torch.save({"model": model, "gallery": gallery[:], "dataset": gallery.dataset}, tmp_path / "in")
-    torch.multiprocessing.spawn(rank_scores, (tmp_path,), nprocs=2)
-    for rank in range(2):
-        got = torch.load(tmp_path / f"out{rank}", weights_only=False)
-        for a, b in zip(got["scores"], ours(model, gallery, 3), strict=True):
+    alone = ours(model, gallery, 3)
+    seen, remember = [], model.bert.remember
+    monkeypatch.setattr(model.bert, "remember", lambda states: seen.append(1) or remember(states))
+
+    def rank_scores(_):
+        return [*map(torch.from_numpy, ours(model, gallery, 3)), len(seen)]
+
+    for rank, ended in enumerate(on_ranks(2, rank_scores)):
+        assert not ended.error
+        *scores, images = ended.result
+        for a, b in zip(scores, alone, strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
-        assert got["images"] == IMAGES // 2 + (rank < IMAGES % 2)
-
-
-def rank_scores(rank, folder):
-    """What each process of the test above runs."""
-    torch.set_num_threads(1)
-    given = torch.load(folder / "in", weights_only=False)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
-    loader = type("Loader", (list,), {"dataset": given["dataset"]})(given["gallery"])
-    seen = []
-    remember = given["model"].bert.remember
-    given["model"].bert.remember = lambda states: seen.append(1) or remember(states)
-    scores = given["model"].compute_sim_matrix(loader, {"k_test": 3})
-    torch.save({"scores": scores, "images": len(seen)}, folder / f"out{rank}")
-    torch.distributed.destroy_process_group()
+        assert images == IMAGES // 2 + (rank < IMAGES % 2)
 
 
 def test_candidates_are_the_best_of_each_row():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lavis.models.vit import interpolate_pos_embed
 from omegaconf import OmegaConf
-from transformers import BertConfig, BertForMaskedLM
+from toy_models import plain_bert
 
 from softmask_plugin.errors import UserError
 from softmask_plugin.files.checkpoint import open_checkpoint
@@ -185,16 +185,8 @@ def test_encoders_start_from_their_own_pretraining(make_model, tmp_path):
 
 
 def test_a_berts_weights_are_read_from_a_folder(make_model, tmp_path):
-    model, shape = make_model(), make_model().text_encoder.shape
-    config = BertConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=shape.intermediate,
-        max_position_embeddings=shape.max_positions,
-    )
-    bert = BertForMaskedLM(config)
+    model = make_model()
+    bert = plain_bert(model.text_encoder.shape)
     bert.save_pretrained(tmp_path)
     cross = model.text_encoder.bert.encoder.layer[3].crossattention.self.key.weight.clone()
     weights.initialise(model, vit=None, bert=str(tmp_path))

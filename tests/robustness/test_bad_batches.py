@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from toy_models import TRAINED
 
 from softmask_plugin.errors import UserError, require_finite_scores
 from softmask_plugin.explain.pairs import explain
@@ -12,7 +13,6 @@ from softmask_plugin.models import (
     SoftMaskFeatureExtractor,
     SoftMaskImageTextMatching,
     SoftMaskNlvr,
-    SoftMaskNlvrPretrain,
     SoftMaskPretrain,
     SoftMaskRetrieval,
     SoftMaskVqa,
@@ -20,14 +20,6 @@ from softmask_plugin.models import (
 from softmask_plugin.models.rerank import Reranker
 
 TEXTS = ["a red ring", "", "?!", "a small green square to the right of a yellow triangle", "star"]
-TRAINED = [
-    SoftMaskPretrain,
-    SoftMaskRetrieval,
-    SoftMaskClassification,
-    SoftMaskNlvr,
-    SoftMaskNlvrPretrain,
-    SoftMaskVqa,
-]
 
 
 def batch_of(size: int, image_id: int | None = None) -> dict:
@@ -121,7 +113,7 @@ def test_a_broken_model_gives_an_error_and_no_result(make_other, kind, value):
     cls, predict = PREDICTIONS[kind]
     model = make_other(cls).eval()
     predict(model, batch_of(2))
-    with pytest.raises(UserError, match="is NaN or infinite, so no result can be told") as caught:
+    with pytest.raises(UserError, match="is NaN or infinite: the weights or the images") as caught:
         predict(broken(model, value), batch_of(2))
     assert "\n" not in str(caught.value)
 

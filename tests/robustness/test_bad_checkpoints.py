@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from omegaconf import OmegaConf
+from toy_models import plain_bert
 from transformers import BertConfig, BertForMaskedLM
 
 from softmask_plugin.errors import UserError
@@ -209,17 +210,7 @@ def test_code_runs_where_the_yaml_trusts_the_file(make_model, tmp_path):
 
 def bert_of(model, folder) -> BertForMaskedLM:
     """A BERT of the model's shape, whose description lies in the folder."""
-    shape = model.text_encoder.shape
-    bert = BertForMaskedLM(
-        BertConfig(
-            vocab_size=shape.vocab_size,
-            hidden_size=shape.width,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            intermediate_size=shape.intermediate,
-            max_position_embeddings=shape.max_positions,
-        )
-    )
+    bert = plain_bert(model.text_encoder.shape)
     bert.config.save_pretrained(folder)
     return bert
 

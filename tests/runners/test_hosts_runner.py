@@ -9,17 +9,13 @@ import torch
 from lavis.common.registry import registry
 from lavis.runners.runner_base import RunnerBase
 from lavis.tasks.base_task import BaseTask
+from toy_models import EVERY_MODEL
 from toys import RUN, ToyConfig
 
 from softmask_plugin.models import (
     SoftMaskClassification,
-    SoftMaskFeatureExtractor,
-    SoftMaskImageTextMatching,
-    SoftMaskNlvr,
-    SoftMaskNlvrPretrain,
     SoftMaskPretrain,
     SoftMaskRetrieval,
-    SoftMaskVqa,
 )
 from softmask_plugin.runners import SoftmaskRunner
 
@@ -98,19 +94,7 @@ def test_a_run_of_the_hosts_goes_on_from_its_checkpoint(
         assert torch.equal(tensor, expected[name]), name
 
 
-@pytest.mark.parametrize(
-    "cls",
-    [
-        SoftMaskPretrain,
-        SoftMaskRetrieval,
-        SoftMaskClassification,
-        SoftMaskNlvr,
-        SoftMaskNlvrPretrain,
-        SoftMaskVqa,
-        SoftMaskImageTextMatching,
-        SoftMaskFeatureExtractor,
-    ],
-)
+@pytest.mark.parametrize("cls", EVERY_MODEL)
 def test_the_hosts_checkpoint_holds_every_model_whole(make_other, tmp_path, cls):
     model, other = make_other(cls), make_other(cls, seed=1)
     host(tmp_path, model, [])._save_checkpoint(0)

@@ -15,6 +15,7 @@ from lavis.datasets.datasets.base_dataset import BaseDataset
 from lavis.tasks import setup_task
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
+from toy_models import matching_logits
 
 from softmask_plugin.errors import UserError
 from softmask_plugin.explain.maps import phrase_maps, word_maps
@@ -72,19 +73,7 @@ def test_maps_equal_the_grad_cam_of_lavis_modules(model, images, albef_twin):
     tokens = model.caption_tokenizer.tokenize([caption])
     look = twin.text_encoder.bert.encoder.layer[model.map_layer].crossattention.self
     look.save_attention = True
-    text = twin.text_encoder.bert(
-        tokens.ids, attention_mask=tokens.mask.long(), return_dict=True, mode="text"
-    )
-    states = twin.visual_encoder(images[:1])
-    fused = twin.text_encoder.bert(
-        encoder_embeds=text.last_hidden_state,
-        attention_mask=tokens.mask.long(),
-        encoder_hidden_states=states,
-        encoder_attention_mask=torch.ones(states.shape[:2], dtype=torch.long),
-        return_dict=True,
-        mode="fusion",
-    )
-    logits = twin.itm_head(fused.last_hidden_state[:, 0])
+    logits = matching_logits(twin, tokens, twin.visual_encoder(images[:1]))
     logits[0, 1].backward()
     cam = (look.get_attention_map() * look.get_attn_gradients().clamp_min(0))[0, :, :, 1:].mean(0)
 

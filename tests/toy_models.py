@@ -1,0 +1,72 @@
+"""Small models: their options, captions for them, and LAVIS's ways to the same numbers."""
+
+from __future__ import annotations
+
+import torch
+from transformers import BertConfig, BertForMaskedLM
+
+from softmask_plugin import models
+
+SMALL = {
+    "tokenizer": "scenes",
+    "image_size": 32,
+    "vit": {"patch_size": 8, "width": 48, "depth": 2, "heads": 3},
+    "bert": {
+        "vocab_size": None,
+        "width": 32,
+        "layers": 5,
+        "heads": 4,
+        "intermediate": 64,
+        "fusion_layer": 2,
+        "max_positions": 40,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+    },
+    "embed_dim": 16,
+    "queue_size": 24,
+}
+CAPTIONS = [
+    "a small red circle above a large blue star",
+    "a green square",
+    "a picture of a yellow triangle to the left of a small purple ring and a cross",
+    "there is a large blue star below a red circle",
+    "a black heart",
+    "a small green square to the right of a yellow triangle",
+]
+TRAINED = [
+    models.SoftMaskPretrain,
+    models.SoftMaskRetrieval,
+    models.SoftMaskClassification,
+    models.SoftMaskNlvr,
+    models.SoftMaskNlvrPretrain,
+    models.SoftMaskVqa,
+]
+EVERY_MODEL = [*TRAINED, models.SoftMaskFeatureExtractor, models.SoftMaskImageTextMatching]
+
+
+def plain_bert(shape) -> BertForMaskedLM:
+    """A BERT without cross-attention, of the shape of a model's text encoder."""
+    config = BertConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        intermediate_size=shape.intermediate,
+        max_position_embeddings=shape.max_positions,
+    )
+    return BertForMaskedLM(config)
+
+
+def matching_logits(twin, tokens, image_states) -> torch.Tensor:
+    """What LAVIS's ALBEF says of captions and images, by forward passes of its own."""
+    mask = tokens.mask.long()
+    text = twin.text_encoder.bert(tokens.ids, attention_mask=mask, return_dict=True, mode="text")
+    fused = twin.text_encoder.bert(
+        encoder_embeds=text.last_hidden_state,
+        attention_mask=mask,
+        encoder_hidden_states=image_states,
+        encoder_attention_mask=torch.ones(image_states.shape[:2], dtype=torch.long),
+        return_dict=True,
+        mode="fusion",
+    )
+    return twin.itm_head(fused.last_hidden_state[:, 0])
