@@ -83,15 +83,13 @@ def main(
 
 
 def _discard(jobs: Sequence[Job]) -> None:
-    """Discard the results of jobs, unless another plan shares one of their folders."""
-    for job in jobs:
-        own = {stage.name for stage in job.plan.stages}
-        others = sorted({each.name for each in job.home.glob("*/")} - own)
-        if others:
-            raise UserError(
-                f"--again: {job.home} has results of another plan too ({', '.join(others)}) that "
-                "its pretraining belongs to: delete it yourself, or name another --output-dir"
-            )
+    """Discard the results of jobs, unless another plan has results in one of their folders."""
+    own = {stage.name for stage in jobs[0].plan.stages}
+    for other in (each for job in jobs for each in job.home.glob("*/") if each.name not in own):
+        raise UserError(
+            f"--again: {other} belongs to another plan with the same pretraining: delete its "
+            "folder yourself, or name another --output-dir"
+        )
     for job in jobs:
         job.discard()
 

@@ -16,7 +16,7 @@ from softmask_plugin.config.check import find_config, find_file, read_config, va
 from softmask_plugin.config.options import ModelOptions, read_options
 from softmask_plugin.config.paths import CONFIGS
 from softmask_plugin.config.run_options import RUN
-from softmask_plugin.config.values import differences, flat
+from softmask_plugin.config.values import comparable, differences, flat
 from softmask_plugin.errors import UserError, suggest
 
 PRETRAIN = "pretrain"  # name of the stage that a plan's `base` describes
@@ -252,8 +252,8 @@ def _check_runs(plan: Plan) -> dict[tuple[str, str], dict[str, Any]]:
                 checked[given] = _check_run(plan, name, stage)
             asked[name, stage.name] = checked[given]
         own, budget = (
-            {key: value for key, value in asked[each, PRETRAIN].items() if BUDGET.fullmatch(key)}
-            for each in (name, plan.baseline)
+            {key: value for key, value in values.items() if BUDGET.fullmatch(key)}
+            for values in (comparable(asked[each, PRETRAIN]) for each in (name, plan.baseline))
         )
         for key, value, wanted in differences(own, budget):
             raise UserError(

@@ -58,7 +58,7 @@ def test_an_ablation_goes_on_past_a_variant_that_fails_and_is_not_run_twice(
 
     # What is there is of other options
     changed = ["model.soft_mask.strength=0.5"]
-    with pytest.raises(UserError, match=r"strength = unset, but .* 0.5: .*--only gamma --again"):
+    with pytest.raises(UserError, match=r"strength = 1.0, but .* 0.5: .*--only gamma --again"):
         command.main(plan, folder, only=["gamma"], options=changed)
     with pytest.raises(TypeError):  # with --again it would be run
         command.main(plan, folder, only=["gamma"], options=changed, again=True)
@@ -175,7 +175,7 @@ def test_results_of_another_plan_are_not_thrown_away(write_plan, tmp_path):
     plan = write_plan(variants={"albef": []})
     other = tmp_path / "out" / "albef" / "seed_1" / "vqa"
     other.mkdir(parents=True)
-    with pytest.raises(UserError, match="--again: .*seed_1 has results of another plan too.*vqa"):
+    with pytest.raises(UserError, match="--again: .*seed_1/vqa belongs to another plan"):
         command.main(plan, tmp_path / "out", again=True)
     assert other.exists()
 
