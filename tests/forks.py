@@ -34,15 +34,15 @@ def forked(function, *arguments, timeout=300) -> CompletedProcess:
 
 
 def _call(out, err, function, *arguments):
-    for name, file, number in (("stdout", out, 1), ("stderr", err, 2)):
-        os.dup2(file.fileno(), number)
-        setattr(sys, name, os.fdopen(number, "w", closefd=False))  # pytest's is in memory
+    os.dup2(out.fileno(), 1)
+    os.dup2(err.fileno(), 2)
     be_another_process()
     sys.exit(function(*arguments))
 
 
 def be_another_process() -> None:
     """Leave to the parent what a fork inherits but a fresh process would not have."""
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
     torch.set_num_threads(1)  # more would wait for threads that only the parent has
     logging.root.handlers.clear()  # pytest's
     run_folder._held.clear()

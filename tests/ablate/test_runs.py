@@ -16,8 +16,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ablations import EVALUATE, SMALL, done
+from forks import FORK, be_another_process
 
-from softmask_plugin import launch
+from softmask_plugin import cli, launch
 from softmask_plugin.ablate import command, cost, pool
 from softmask_plugin.ablate import job as jobs
 from softmask_plugin.ablate.job import Job
@@ -27,15 +28,23 @@ from softmask_plugin.errors import UserError
 SLOT = [{"OMP_NUM_THREADS": "1", "SLOT": "0"}]
 
 
+def fork_jobs(monkeypatch):
+    """Run jobs in forks: a process that is started afresh imports LAVIS for seconds."""
+    work = pool._work
+    monkeypatch.setattr(pool.multiprocessing, "get_context", lambda _: FORK)
+    monkeypatch.setattr(pool, "_work", lambda *given: be_another_process() or work(*given))
+
+
 def test_an_ablation_goes_on_past_a_variant_that_fails_and_is_not_run_twice(
-    write_plan, tmp_path, capsys, monkeypatch
+    write_plan, tmp_path, capfd, monkeypatch
 ):
+    fork_jobs(monkeypatch)
     bad = ["datasets.scenes_pretrain.objects=7"]  # which the data set refuses once it is built
     variants = {"albef": [], "bad": bad, "gamma": ["model.itc.gamma=1"]}
     plan, folder = write_plan(variants=variants, seeds=[0]), tmp_path / "out"
     with pytest.raises(UserError, match="1 of 3 runs failed, first bad, seed 0: .*objects"):
         command.main(plan, folder, jobs=2)
-    shown = capsys.readouterr().out
+    shown = capfd.readouterr().out
     assert "gamma, seed 0: retrieval, txt_r1" in shown and "Not measured yet: bad." in shown
     content = json.loads((folder / "mine.json").read_text())
     rows = {row["name"]: row for row in content["rows"]}
@@ -46,7 +55,8 @@ def test_an_ablation_goes_on_past_a_variant_that_fails_and_is_not_run_twice(
     assert rows["gamma"]["ran_on"][0]["torch"] == torch.__version__
     assert 0 < rows["gamma"]["losses"]["itm"]["0"] < math.inf and "| gamma | " in shown
     assert (folder / "mine.png").stat().st_size > 5000
-    assert "softmask_plugin" not in shown  # what the runs print is in the workers' logs
+    assert "softmask_plugin" not in shown  # what the runs print is in their logs
+    assert "softmask_pretrain" in Job(read_plan(plan), "gamma", 0, folder).log.read_text()
 
     # All that is asked for is there: the table alone is written again
     monkeypatch.setattr(command, "work", None)
@@ -221,28 +231,38 @@ def test_a_cost_is_that_of_this_pair(write_plan, tmp_path, monkeypatch, caplog):
     )  # it would not fit the next time either
 
 
-def test_a_killed_ablation_goes_on(write_plan, tmp_path):
+def test_a_killed_ablation_goes_on(write_plan, tmp_path, monkeypatch):
     """The killed one's workers end with it, so that their runs can be taken up."""
     plan, folder = write_plan(variants={"albef": []}), tmp_path / "out"
-    asked = [sys.executable, "-m", "softmask_plugin.cli", "ablate", "--plan", str(plan)]
-    asked += ["--output-dir", str(folder), "--jobs", "2"]
-    first = subprocess.Popen(asked, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    asked = ["ablate", "--plan", str(plan), "--output-dir", str(folder), "--jobs", "2"]
+    reader, writer = os.pipe()
+    first = FORK.Process(target=ablate_in_a_session, args=(writer, asked))
+    first.start()
+    os.close(writer)
     try:
-        assert first.stdout is not None
-        assert "pretrain" in first.stdout.readline()
-        first.send_signal(signal.SIGKILL)
-        first.wait()
+        with open(reader) as shown:
+            assert "pretrain" in shown.readline()
+        first.kill()
+        first.join()
         until_no_process_is_left(first.pid)
     finally:
-        if first.poll() is None:
+        if first.is_alive():
             os.killpg(first.pid, signal.SIGKILL)
     results = {file: file.stat().st_mtime_ns for file in folder.rglob("result.json")}
     assert 1 <= len(results) < 4
-    done = subprocess.run(asked, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
+    fork_jobs(monkeypatch)
+    assert cli.main(asked) == 0
     assert len([*folder.rglob("result.json")]) == 4
     assert all(file.stat().st_mtime_ns == then for file, then in results.items())
     assert "| **albef** |" in (folder / "mine.md").read_text()
+
+
+def ablate_in_a_session(output, asked):
+    """The command, with the processes that it starts, as a group that can be listed and killed."""
+    os.setsid()
+    os.dup2(output, 1)
+    be_another_process()
+    sys.exit(cli.main(asked))
 
 
 def until_no_process_is_left(group):
@@ -271,6 +291,7 @@ def test_one_process_per_cuda_device(monkeypatch):
 
 
 def test_a_process_that_dies_is_reported(tmp_path, monkeypatch):
+    fork_jobs(monkeypatch)
     monkeypatch.setattr(pool, "_work", die)
     job = Job(read_plan(SMALL), "albef", 0, tmp_path)
     ((of, error),) = pool.work([job], SLOT)
@@ -283,6 +304,7 @@ def die(*_):
 
 
 def test_a_process_that_dies_after_a_message_is_reported(tmp_path, monkeypatch):
+    fork_jobs(monkeypatch)
     monkeypatch.setattr(pool, "_work", tell_and_die)
     job = Job(read_plan(SMALL), "albef", 0, tmp_path)
     messages = []
