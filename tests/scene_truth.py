@@ -2,7 +2,6 @@
 
 import math
 import re
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -16,15 +15,6 @@ DIRECTIONS = {
     "below": (0, 1),
 }
 NOUN = rf"(?:(small|large) )?(?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)}|thing)"
-
-
-def item_of(entry):
-    """What the functions below read, from an entry of a data set's annotation."""
-    text = next(entry[key] for key in ("sentence", "question", "text") if key in entry)
-    left, right = entry["scenes"][0], entry["scenes"][-1]
-    return SimpleNamespace(
-        text=text, scene=left, left=left, right=right, curtain=entry.get("curtain")
-    )
 
 
 def things_called(noun, things):
@@ -63,9 +53,10 @@ def hidden_by(curtain, things):
 
 
 def entailment_label(item):
-    expression, value = re.fullmatch(r"(the .+) is (?:an? )?(\w+)", item.text).groups()
-    (thing,), anchor = meant(expression, item.scene.things)
-    hidden = hidden_by(item.curtain, item.scene.things)
+    expression, value = re.fullmatch(r"(the .+) is (?:an? )?(\w+)", item["sentence"]).groups()
+    (scene,) = item["scenes"]
+    (thing,), anchor = meant(expression, scene.things)
+    hidden = hidden_by(item["curtain"], scene.things)
     assert anchor is not hidden
     if thing is hidden:
         return "neutral"
@@ -80,25 +71,27 @@ def nouns(text):
 
 def pair_truth(item):
     """Whether a statement about two images is true."""
+    text = item["sentence"]
     shown = [
-        [bool(things_called(noun, scene.things)) for noun in nouns(item.text)]
-        for scene in (item.left, item.right)
+        [bool(things_called(noun, scene.things)) for noun in nouns(text)]
+        for scene in item["scenes"]
     ]
     (left, *left_second), (right, *right_second) = shown
-    if item.text.startswith("both images show"):
+    if text.startswith("both images show"):
         return left and right
-    if item.text.startswith("only one image shows"):
+    if text.startswith("only one image shows"):
         return left != right
     (left_second,), (right_second,) = left_second, right_second
-    if item.text.startswith("one image shows"):
+    if text.startswith("one image shows"):
         return (left and right_second) or (right and left_second)
-    assert item.text.startswith("the left image shows")
+    assert text.startswith("the left image shows")
     return left and right_second
 
 
 def answer(question):
     """The answer to a question."""
-    text, things = question.text, question.scene.things
+    (scene,), text = question["scenes"], question["question"]
+    things = scene.things
     if asked := re.fullmatch(r"what (colour|shape|size) is (.+)", text):
         (thing,), _ = meant(asked[2], things)
         return getattr(thing, asked[1])

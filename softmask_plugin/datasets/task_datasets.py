@@ -74,6 +74,12 @@ class ItemDataset(BaseDataset):
             "the disk still there?"
         )
 
+    def _sample(self, index: int, key: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return an item, and its image and its text at a key, both processed."""
+        item, (image,) = self.open(index)
+        text = self.text_processor(item[key])
+        return item, {"image": self.vis_processor(image), "text_input": text}
+
 
 class PretrainDataset(ItemDataset):
     """Images with captions (``image_id``, ``caption``: a list), for pretraining.
@@ -148,14 +154,9 @@ class EntailmentDataset(ItemDataset, SNLIVisualEntialmentDataset):
             self.class_labels = {label: number for number, label in enumerate(labels)}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item, (image,) = self.open(index)
-        return {
-            "image": self.vis_processor(image),
-            "text_input": self.text_processor(item["sentence"]),
-            "label": self.class_labels[item["label"]],
-            "image_id": item["image"],
-            "instance_id": item["instance_id"],
-        }
+        item, sample = self._sample(index, "sentence")
+        ids = {"image_id": item["image"], "instance_id": item["instance_id"]}
+        return {**sample, "label": self.class_labels[item["label"]], **ids}
 
 
 class NLVRDataset(ItemDataset, nlvr_datasets.NLVRDataset):
@@ -195,13 +196,8 @@ class VQADataset(ItemDataset, vqa_datasets.VQADataset):
     """
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item, (image,) = self.open(index)
-        return {
-            "image": self.vis_processor(image),
-            "text_input": self.text_processor(item["question"]),
-            "answers": list(item["answer"]),
-            "weights": list(item["answer"].values()),
-        }
+        item, sample = self._sample(index, "question")
+        return {**sample, "answers": list(item["answer"]), "weights": list(item["answer"].values())}
 
 
 class VQAEvalDataset(ItemDataset, vqa_datasets.VQAEvalDataset):
@@ -234,13 +230,8 @@ class VQAEvalDataset(ItemDataset, vqa_datasets.VQAEvalDataset):
             self.coco_fmt_qust_file, self.coco_fmt_anno_file = files
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item, (image,) = self.open(index)
-        return {
-            "image": self.vis_processor(image),
-            "text_input": self.text_processor(item["question"]),
-            "question_id": item["question_id"],
-            "instance_id": item["instance_id"],
-        }
+        item, sample = self._sample(index, "question")
+        return {**sample, "question_id": item["question_id"], "instance_id": item["instance_id"]}
 
 
 class GroundingDataset(ItemDataset):
@@ -253,10 +244,5 @@ class GroundingDataset(ItemDataset):
     """
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item, (image,) = self.open(index)
-        return {
-            "image": self.vis_processor(image),
-            "text_input": self.text_processor(item["text"]),
-            "instance_id": item["instance_id"],
-            "index": index,
-        }
+        item, sample = self._sample(index, "text")
+        return {**sample, "instance_id": item["instance_id"], "index": index}

@@ -13,9 +13,10 @@ import torch
 from lavis.models import load_model_and_preprocess
 from safetensors import safe_open
 
-from softmask_plugin.datasets.scenes.builders import SceneRetrievalDataset, caption_scenes
+from softmask_plugin.datasets.scenes.builders import SceneRetrievalDataset
 from softmask_plugin.datasets.scenes.grammar import make_scenes
 from softmask_plugin.datasets.scenes.render import render_item
+from softmask_plugin.datasets.scenes.tasks import describe
 from softmask_plugin.errors import UserError
 from softmask_plugin.files.checkpoint import ASSETS, SHIPPED, open_checkpoint
 from softmask_plugin.models.rerank import Reranker
@@ -62,7 +63,8 @@ def test_it_ranks_held_out_scenes():
     """A damaged file, or processors that do not fit it, would fall far below."""
     model, images, texts = load_model_and_preprocess(ARCHS[-1], "scenes_tiny", is_eval=True)
     scenes = make_scenes("test", 200, seed=1)  # of another seed than those that were reported
-    items, draw = caption_scenes(scenes, captions_per_image=1), partial(render_item, 60)
+    items = [{"image": str(i), **describe(scene, 1)} for i, scene in enumerate(scenes)]
+    draw = partial(render_item, 60)
     data = SceneRetrievalDataset(images["eval"], texts["eval"], items, draw)
     scores = Reranker(model).scores(torch.utils.data.DataLoader(data, batch_size=64))
     for score in scores:

@@ -68,31 +68,23 @@ class RefCocoPlusGroundingBuilder(FolderBuilder):
         return annotation
 
 
-@dataclass(frozen=True)
-class Table:
-    """Entries of a file by their ids; a missing one is a UserError that names the source."""
+class Table(dict[Any, Any]):
+    """Entries of a file by their ids; a missing one is a UserError that names the source.
 
-    file: Path
-    source: str
-    entries: Any
+    Args:
+        content: A mapping, or with ``key`` a list of entries that have their id under this key.
+    """
 
-    @classmethod
-    def by(cls, key: str, file: Path, source: str, entries: Any) -> Table:
-        """Index a list of entries by their ``key``."""
+    def __init__(self, file: Path, source: str, content: Any, key: str | None = None) -> None:
+        self.file, self.source = file, source
         try:
-            return cls(file, source, {entry[key]: entry for entry in entries})
-        except (KeyError, TypeError) as error:
-            raise UserError(
-                f"{file} should hold a list of entries with '{key}': get that of {source}"
-            ) from error
+            super().__init__({entry[key]: entry for entry in content} if key else content)
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"a list of entries with '{key}'" if key else "an object"
+            raise UserError(f"{file} should hold {what}: get that of {source}") from error
 
-    def __getitem__(self, key: Any) -> Any:
-        try:
-            return self.entries[key]
-        except (KeyError, TypeError) as error:
-            raise UserError(
-                f"{self.file} has no entry {key!r}: get that of {self.source}"
-            ) from error
+    def __missing__(self, key: Any) -> Any:
+        raise UserError(f"{self.file} has no entry {key!r}: get that of {self.source}")
 
 
 @dataclass(frozen=True)
@@ -110,9 +102,9 @@ class Boxes:
         content = Table(instances, REFER, parse_json(instances, read_bytes(instances, REFER)))
         detected = parse_json(detections, read_bytes(detections, ALBEF))
         return cls(
-            refs=Table.by("ref_id", refs, REFER, load_plain_pickle(refs, REFER)),
-            images=Table.by("id", instances, REFER, content["images"]),
-            truths=Table.by("id", instances, REFER, content["annotations"]),
+            refs=Table(refs, REFER, load_plain_pickle(refs, REFER), "ref_id"),
+            images=Table(instances, REFER, content["images"], "id"),
+            truths=Table(instances, REFER, content["annotations"], "id"),
             detections=Table(detections, ALBEF, detected),
         )
 

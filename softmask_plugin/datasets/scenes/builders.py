@@ -16,12 +16,11 @@ from softmask_plugin.datasets.scenes.grammar import (
     Composition,
     Scene,
     allowed_compositions,
-    captions,
     heldout_compositions,
     make_scenes,
 )
 from softmask_plugin.datasets.scenes.render import render_item
-from softmask_plugin.datasets.scenes.tasks import ANSWERS, ask, compare, entail, refer
+from softmask_plugin.datasets.scenes.tasks import ANSWERS, ask, compare, describe, entail, refer
 from softmask_plugin.datasets.task_datasets import (
     Annotation,
     EntailmentDataset,
@@ -74,7 +73,10 @@ class ScenesBuilder(Builder):
         for split in map(str, num):
             count = self.SCENES_PER_ITEM * self._number(f"num.{split}", 1)
             scenes = make_scenes(split, count, seed, objects, heldout, str(self.config.layout))
-            annotation = self._annotate(split, scenes, allowed_compositions(split, heldout))
+            items = self._annotate(split, scenes, allowed_compositions(split, heldout))
+            annotation = [
+                {"image": f"scene {i}", "image_id": i, **item} for i, item in enumerate(items)
+            ]
             datasets[split] = self._dataset(split, annotation, partial(render_item, image_size))
         return datasets
 
@@ -93,39 +95,6 @@ class SceneRetrievalDataset(RetrievalDataset):
         return list(self.annotation[image]["word_boxes"][self.img2txt[image].index(text_index)])
 
 
-def caption_scenes(scenes: Sequence[Scene], captions_per_image: int | None = None) -> Annotation:
-    """Make one item per scene.
-
-    Args:
-        scenes: The scenes.
-        captions_per_image: How many captions of each scene to use, the most detailed first; None:
-            all.
-
-    Raises:
-        UserError: A scene has fewer captions.
-    """
-    annotation: Annotation = []
-    for index, scene in enumerate(scenes):
-        chosen = captions(scene)
-        if captions_per_image is not None:
-            if captions_per_image > len(chosen):
-                raise UserError(
-                    f"captions_per_image is {captions_per_image}, but a scene of "
-                    f"{len(scene.things)} object(s) has {len(chosen)} captions: ask for fewer"
-                )
-            chosen = chosen[:captions_per_image]
-        annotation.append(
-            {
-                "image": f"scene {index}",
-                "image_id": index,
-                "scenes": (scene,),
-                "caption": [caption.text for caption in chosen],
-                "word_boxes": [caption.boxes for caption in chosen],
-            }
-        )
-    return annotation
-
-
 @register("builder", "scenes_pretrain")
 class ScenesPretrainBuilder(ScenesBuilder):
     """Scenes for pretraining: a train split."""
@@ -134,7 +103,7 @@ class ScenesPretrainBuilder(ScenesBuilder):
     train_dataset_cls = PretrainDataset
 
     def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> Annotation:
-        return caption_scenes(scenes)
+        return [describe(scene) for scene in scenes]
 
 
 @register("builder", "scenes_retrieval")
@@ -147,7 +116,7 @@ class ScenesRetrievalBuilder(ScenesBuilder):
 
     def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> Annotation:
         limit = None if split == "train" else self._number("captions_per_image", 1)
-        return caption_scenes(scenes, limit)
+        return [describe(scene, limit) for scene in scenes]
 
 
 @register("builder", "scenes_entailment")
@@ -159,16 +128,7 @@ class ScenesEntailmentBuilder(ScenesBuilder):
     train_dataset_cls = eval_dataset_cls = EntailmentDataset
 
     def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> Annotation:
-        return [
-            {
-                "image": f"scene {index}",
-                "scenes": (item.scene,),
-                "curtain": item.curtain,
-                "sentence": item.text,
-                "label": item.label,
-            }
-            for index, item in enumerate(entail(scene, pool) for scene in scenes)
-        ]
+        return [entail(scene, pool) for scene in scenes]
 
 
 @register("builder", "scenes_nlvr")
@@ -182,11 +142,7 @@ class ScenesNLVRBuilder(ScenesBuilder):
     def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> Annotation:
         heldout = heldout_compositions(self.config.heldout)
         pairs = zip(scenes[::2], scenes[1::2], strict=True)
-        items = [compare(left, right, pool, heldout) for left, right in pairs]
-        return [
-            {"scenes": (item.left, item.right), "sentence": item.text, "label": str(item.label)}
-            for item in items
-        ]
+        return [compare(left, right, pool, heldout) for left, right in pairs]
 
 
 @register("builder", "scenes_vqa")
@@ -198,16 +154,7 @@ class ScenesVQABuilder(ScenesBuilder):
     eval_dataset_cls = VQAEvalDataset
 
     def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> Annotation:
-        return [
-            {
-                "image": index,
-                "question_id": index,
-                "scenes": (item.scene,),
-                "question": item.text,
-                "answer": {item.answer: 1.0},
-            }
-            for index, item in enumerate(ask(scene, pool) for scene in scenes)
-        ]
+        return [{"question_id": index, **ask(scene, pool)} for index, scene in enumerate(scenes)]
 
     def _arguments(self, split: str) -> dict[str, Any]:
         return {} if split == "train" else {"answer_list": list(ANSWERS)}
@@ -222,13 +169,4 @@ class ScenesGroundingBuilder(ScenesBuilder):
     eval_dataset_cls = GroundingDataset
 
     def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> Annotation:
-        return [
-            {
-                "scenes": (scene,),
-                "text": expression.text,
-                "box": expression.thing.box,
-                "boxes": [thing.box for thing in scene.things],
-                "group": split,
-            }
-            for scene, expression in ((scene, refer(scene)) for scene in scenes)
-        ]
+        return [{"group": split, **refer(scene)} for scene in scenes]

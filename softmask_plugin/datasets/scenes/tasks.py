@@ -1,8 +1,9 @@
-"""Statements, questions and referring expressions about scenes, with their truth.
+"""Captions, statements, questions and referring expressions about scenes, with their truth.
 
 Each function makes one item from its arguments alone: the scene's ``texture`` seeds its draws. The
 truth follows from the scene; the words alone give nothing away, since right and wrong statements
-are drawn in the same way.
+are drawn in the same way. An item is an entry of a data set's annotation, with LAVIS's keys, and
+``scenes``, which it is about.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,13 +22,14 @@ from softmask_plugin.datasets.scenes.grammar import (
     MAX_OBJECTS,
     SHAPES,
     SIZES,
-    Box,
     Composition,
     Scene,
     Thing,
     article,
+    captions,
     relation,
 )
+from softmask_plugin.errors import UserError
 
 ANSWERS = (*COLOURS, *SHAPES, *SIZES, "yes", "no", *map(str, range(MAX_OBJECTS + 1)))
 KINDS = ("colour", "shape", "size", "exists", "count")  # of questions
@@ -43,6 +45,7 @@ _PAIR_STATEMENTS = (
     ("the left image shows {0} and the right image {1}", ((0, 1),), ((1, 0), (0, 0), (1, 1))),
 )
 
+Item = dict[str, Any]
 Option = TypeVar("Option")
 
 
@@ -55,39 +58,24 @@ class Reference:
     anchor: Thing | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Hypothesis:
-    """A statement about a scene, part of which is behind an opaque curtain.
+def describe(scene: Scene, captions_per_image: int | None = None) -> Item:
+    """Describe a scene by its captions, the most detailed first; None: all of them.
 
-    Attributes:
-        curtain: (x0, y0, x1, y1) in [0, 1].
-        label: ``"contradiction"``, ``"neutral"`` or ``"entailment"``.
+    Returns:
+        ``caption``, a list, and ``word_boxes``, the ``boxes`` of each ``Caption``.
+
+    Raises:
+        UserError: The scene has fewer captions.
     """
-
-    scene: Scene
-    curtain: Box
-    text: str
-    label: str
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """A statement about two images, and whether it is true."""
-
-    left: Scene
-    right: Scene
-    text: str
-    label: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A question about a scene, its answer (one of ANSWERS) and its kind (one of KINDS)."""
-
-    scene: Scene
-    text: str
-    answer: str
-    kind: str
+    chosen = captions(scene)
+    if captions_per_image is not None and captions_per_image > len(chosen):
+        raise UserError(
+            f"captions_per_image is {captions_per_image}, but a scene of {len(scene.things)} "
+            f"object(s) has {len(chosen)} captions: ask for fewer"
+        )
+    chosen = chosen[:captions_per_image]
+    texts, boxes = [each.text for each in chosen], [each.boxes for each in chosen]
+    return {"scenes": (scene,), "caption": texts, "word_boxes": boxes}
 
 
 def references(things: Sequence[Thing], secret: str | None = None) -> list[Reference]:
@@ -118,12 +106,18 @@ def references(things: Sequence[Thing], secret: str | None = None) -> list[Refer
     return found
 
 
-def refer(scene: Scene) -> Reference:
-    """Refer to a thing, half of the time by a relation: "the thing above the red circle"."""
-    return _pick_reference(_rng(scene), references(scene.things))
+def refer(scene: Scene) -> Item:
+    """Refer to a thing, half of the time by a relation: "the thing above the red circle".
+
+    Returns:
+        ``text``, ``box`` of the thing meant and ``boxes`` of all, (x0, y0, x1, y1) in [0, 1].
+    """
+    meant = _pick_reference(_rng(scene), references(scene.things))
+    boxes = [thing.box for thing in scene.things]
+    return {"scenes": (scene,), "text": meant.text, "box": meant.thing.box, "boxes": boxes}
 
 
-def entail(scene: Scene, pool: Sequence[Composition]) -> Hypothesis:
+def entail(scene: Scene, pool: Sequence[Composition]) -> Item:
     """State the colour or shape of one thing, and hide one thing behind a curtain.
 
     "The circle is red" is entailed or contradicted if the circle is in view, and neutral if it is
@@ -133,6 +127,10 @@ def entail(scene: Scene, pool: Sequence[Composition]) -> Hypothesis:
     Args:
         scene: Two or more things; if more, some are meant by their relation to another.
         pool: Compositions that may be stated, rightly or wrongly.
+
+    Returns:
+        ``sentence``, ``label`` (``contradiction``, ``neutral`` or ``entailment``) and ``curtain``,
+        (x0, y0, x1, y1) in [0, 1].
     """
     rng = _rng(scene)
     spare = len(scene.things) > 2  # one can be hidden besides the thing meant and its anchor
@@ -163,12 +161,13 @@ def entail(scene: Scene, pool: Sequence[Composition]) -> Hypothesis:
     said = said if secret == "colour" else _a(said)
     x0, y0, x1, y1 = hidden.box
     curtain = (x0 - GAP / 2, y0 - GAP / 2, x1 + GAP / 2, y1 + GAP / 2)  # touches no other thing
-    return Hypothesis(scene, curtain, f"{meant.text} is {said}", label)
+    sentence = f"{meant.text} is {said}"
+    return {"scenes": (scene,), "curtain": curtain, "sentence": sentence, "label": label}
 
 
 def compare(
     left: Scene, right: Scene, pool: Sequence[Composition], heldout: Collection[Composition]
-) -> Pair:
+) -> Item:
     """State what two images show; each kind of statement is true half of the time.
 
     In each scene, one thing is replaced by one of the two things that the statement is about.
@@ -177,6 +176,9 @@ def compare(
         left, right: Scenes before the replacement.
         pool: Compositions that the statement may name.
         heldout: Compositions that make a scene ``novel``.
+
+    Returns:
+        ``sentence`` and ``label``, ``"True"`` or ``"False"``.
     """
     rng = _rng(left)
     free = [pair for pair in pool if pair not in left.compositions | right.compositions]
@@ -186,11 +188,11 @@ def compare(
     on_left, on_right = _pick(rng, where_true if label else where_false)
     left = _replace_first(left, named[on_left], heldout)
     right = _replace_first(right, named[on_right], heldout)
-    text = template.format(*(_a(" ".join(composition)) for composition in named))
-    return Pair(left, right, text, label)
+    sentence = template.format(*(_a(" ".join(composition)) for composition in named))
+    return {"scenes": (left, right), "sentence": sentence, "label": str(label)}
 
 
-def ask(scene: Scene, pool: Sequence[Composition]) -> Question:
+def ask(scene: Scene, pool: Sequence[Composition]) -> Item:
     """Ask for a colour, shape or size, whether something is there, or how many things are.
 
     "Yes" and "no" are equally frequent, and so are "small" and "large", and all counts. If a
@@ -199,6 +201,9 @@ def ask(scene: Scene, pool: Sequence[Composition]) -> Question:
     Args:
         scene: The scene in question.
         pool: Compositions that may be asked for.
+
+    Returns:
+        ``question``, ``answer`` ({one of ANSWERS: 1.0}) and ``kind``, one of KINDS.
     """
     rng = _rng(scene)
     kind = _pick(rng, KINDS)
@@ -207,10 +212,10 @@ def ask(scene: Scene, pool: Sequence[Composition]) -> Question:
         count = sum(thing.size == size for thing in scene.things)
         # Sizes fall like coins; asking this often makes all counts equally frequent.
         if rng.random() < 1 / math.comb(len(scene.things), count):
-            return Question(scene, f"how many {size} things are there", str(count), kind)
+            return _question(scene, f"how many {size} things are there", str(count), kind)
     elif kind != "exists" and (found := references(scene.things, kind)):
         meant = _pick_reference(rng, found)
-        return Question(scene, f"what {kind} is {meant.text}", getattr(meant.thing, kind), kind)
+        return _question(scene, f"what {kind} is {meant.text}", getattr(meant.thing, kind), kind)
 
     answer = _pick(rng, ("yes", "no"))
     shown = sorted(scene.compositions)
@@ -218,7 +223,11 @@ def ask(scene: Scene, pool: Sequence[Composition]) -> Question:
     absent = [pair for pair in pool if pair not in shown]
     near = [pair for pair in absent if pair[0] in colours and pair[1] in shapes]
     asked = _pick(rng, shown) if answer == "yes" else _pick_near(rng, absent, near)
-    return Question(scene, f"is there {_a(' '.join(asked))}", answer, "exists")
+    return _question(scene, f"is there {_a(' '.join(asked))}", answer, "exists")
+
+
+def _question(scene: Scene, text: str, answer: str, kind: str) -> Item:
+    return {"scenes": (scene,), "question": text, "answer": {answer: 1.0}, "kind": kind}
 
 
 def _rng(scene: Scene) -> np.random.Generator:

@@ -26,7 +26,6 @@ from softmask_plugin.datasets.skip_log import SkipLog
 from softmask_plugin.errors import UserError
 from softmask_plugin.fixed_draws import fixed_draws
 
-
 END: RawSample = {}  # stands after the last sample of a shard
 
 

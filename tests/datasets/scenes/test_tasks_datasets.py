@@ -11,7 +11,7 @@ import pytest
 import torch
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
-from scene_truth import answer, entailment_label, item_of, meant, pair_truth
+from scene_truth import answer, entailment_label, meant, pair_truth
 from torch.utils.data import DataLoader
 from toy_builders import build_scenes, section
 
@@ -68,7 +68,7 @@ class Classifier:
 def test_lavis_classifies(name, read, numbers, folders):
     dataset = build_scenes(f"scenes_{name}", 300)["test"]
     task = task_of("multimodal_classification")
-    oracle = Classifier(lambda i: numbers[read(item_of(dataset.annotation[i]))], len(numbers))
+    oracle = Classifier(lambda i: numbers[read(dataset.annotation[i])], len(numbers))
     assert evaluate(task, oracle, dataset)["agg_metrics"] == 1.0
     for number in numbers.values():
         constant = Classifier(lambda _, number=number: number, len(numbers))
@@ -91,7 +91,7 @@ def test_lavis_answers_and_scores_questions(folders):
 
     for split in ("val", "test"):
         data = datasets[split]
-        oracle = model(lambda i, data=data: answer(item_of(data.annotation[i])))
+        oracle = model(lambda i, data=data: answer(data.annotation[i]))
         metrics = evaluate(task, oracle, data, split)
         assert metrics == {"agg_metrics": 100.0, "yes/no": 100.0, "number": 100.0, "other": 100.0}
         share = np.mean([entry["answer"] == {"yes": 1.0} for entry in data.annotation])
@@ -103,7 +103,7 @@ def test_questions_are_collated_by_lavis_to_train():
     train = build_scenes("scenes_vqa", 6)["train"]
     batch = train.collater([train[i] for i in range(4)])
     assert batch["image"].shape == (4, 3, 60, 60)
-    assert batch["answer"] == [answer(item_of(entry)) for entry in train.annotation[:4]]
+    assert batch["answer"] == [answer(entry) for entry in train.annotation[:4]]
     assert batch["n_answers"].tolist() == [1] * 4 and batch["weight"].tolist() == [1.0] * 4
 
 
