@@ -1,4 +1,4 @@
-"""Several processes on this machine that talk by gloo, as torchrun would start them."""
+"""Forked processes in a gloo group, as torchrun would start them."""
 
 from __future__ import annotations
 
@@ -25,30 +25,23 @@ RunOnRank = Callable[[int], Any]
 
 @dataclass
 class Ended:
-    """How a process ended.
+    """How a process ended."""
 
-    Attributes:
-        result: what its function returned.
-        error: "" or what it raised, a UserError as its message alone.
-        status: exit status, negative for a signal.
-        seconds: since the start of all.
-    """
-
-    result: Any
-    error: str
-    status: int
-    seconds: float
+    result: Any  # of its function
+    error: str  # a UserError's message, or another error's traceback; "" if there was none
+    status: int  # exit status, negative for a signal
+    seconds: float  # since the start of all processes
 
 
 def on_ranks(number: int, function: RunOnRank, patience: float = 1800.0) -> list[Ended]:
-    """Run ``function(rank)`` in so many forked processes of one group.
+    """Run ``function(rank)`` in forked processes of one group.
 
-    Call it before torch has run anything on several threads, which do not survive a fork.
+    Call it before torch has used several threads, which do not survive a fork.
 
     Args:
-        number: of processes.
-        function: returns what torch can save.
-        patience: seconds that one waits for another, see ``run.dist_timeout``.
+        number: Number of processes.
+        function: Function of the rank, whose result torch can save.
+        patience: Seconds that a process waits for another one, see ``run.dist_timeout``.
     """
     fork = multiprocessing.get_context("fork")
     with TemporaryDirectory() as name:

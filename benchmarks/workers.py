@@ -1,20 +1,20 @@
 """Several processes against one: ``python -m benchmarks.workers``.
 
-Two and four gloo processes train the small model with softmask_runner. What must be the same on
-every rank, or the same as on a single process, is compared; collective operations are counted; a
-process is killed, another one hangs, and the others must end in bounded time and say why.
+Two and four gloo processes train the small model with softmask_runner. Their state is compared with
+each other and with a single process; collective operations are counted; a process is killed or
+hangs, and the others must end within bounded time and say why.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import multiprocessing
 import os
 import signal
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,43 +36,45 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.material import SMALL, texts
 from benchmarks.ranks import on_ranks
 from softmask_plugin.config.options import ClassificationOptions, PretrainOptions, read_options
+from softmask_plugin.files.whole import write_json
+from softmask_plugin.fixed_draws import seed_draws
 from softmask_plugin.models.classification import SoftMaskClassification
 from softmask_plugin.models.pretrain import SoftMaskPretrain
 from softmask_plugin.runners import SoftmaskRunner
 
-STILL = {"dropout": 0.0, "attention_dropout": 0.0}
 RUN: dict[str, Any] = {
-    **{"device": "cpu", "seed": 7, "max_epoch": 1, "init_lr": 1e-3, "min_lr": 1e-4},
-    **{"weight_decay": 0.02, "lr_sched": "softmask_cosine_lr", "num_workers": 0, "log_freq": 2},
-    **{
-        "batch_size_eval": 2,
-        "train_splits": ["train"],
-        "save_every_steps": 2,
-        "keep_checkpoints": None,
-    },
+    "device": "cpu",
+    "seed": 7,
+    "max_epoch": 1,
+    "init_lr": 1e-3,
+    "min_lr": 1e-4,
+    "weight_decay": 0.02,
+    "lr_sched": "softmask_cosine_lr",
+    "num_workers": 0,
+    "log_freq": 2,
+    "batch_size_eval": 2,
+    "train_splits": ["train"],
+    "save_every_steps": 2,
+    "keep_checkpoints": None,
 }
+STILL = {"dropout": 0.0, "attention_dropout": 0.0}
+SHAPE = {**SMALL, "bert": {**SMALL["bert"], **STILL}, "tokenizer": "scenes", "momentum": 0.9}
 PATIENCE = 5.0  # seconds that a process waits for one that hangs
+SIZE = 48  # pairs, where the same ones are shared differently
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A row of the table: what was compared, with how many processes, and what came out.
+    """A row of the table."""
 
-    Attributes:
-        what: was compared.
-        processes: how many.
-        found: in words.
-        good: whether it is as it should be.
-    """
-
-    what: str
+    what: str  # was compared
     processes: int
-    found: str
-    good: bool
+    found: str  # in words
+    good: bool  # whether it is as it should be
 
 
 class Pairs(BaseDataset):
-    """Random images with captions and labels, the same everywhere."""
+    """Random images with captions and labels, the same in every process."""
 
     def __init__(self, size: int, captions: list[str]) -> None:
         super().__init__()
@@ -92,53 +94,49 @@ class Pairs(BaseDataset):
         }
 
 
-def pretrain(**changes: Any) -> SoftMaskPretrain:
-    """The small model, with a queue that steps do not divide."""
+def pretrain() -> SoftMaskPretrain:
+    """The small model, with a queue size that is no multiple of a step's pairs."""
     torch.manual_seed(0)
-    bert = {**SMALL["bert"], **STILL}
-    given = {**SMALL, "tokenizer": "scenes", "bert": bert, "queue_size": 50, "momentum": 0.9}
-    return SoftMaskPretrain(read_options(PretrainOptions, {**given, **changes}))
+    return SoftMaskPretrain(read_options(PretrainOptions, {**SHAPE, "queue_size": 50}))
 
 
 def classifier() -> SoftMaskClassification:
-    """The small model whose loss is a mean over samples that know nothing of each other."""
+    """The small model whose loss is a mean over independent samples."""
     torch.manual_seed(0)
-    bert = {**SMALL["bert"], **STILL}
-    sizes = {key: SMALL[key] for key in ("image_size", "vit")}
-    given = {**sizes, "bert": bert, "tokenizer": "scenes", "num_classes": 2, "momentum": 0.9}
-    return SoftMaskClassification(read_options(ClassificationOptions, given))
+    own = {key: value for key, value in SHAPE.items() if key not in ("embed_dim", "queue_size")}
+    return SoftMaskClassification(read_options(ClassificationOptions, {**own, "num_classes": 2}))
 
 
-def run(model: Any, folder: Path, size: int, batch: int, job: str = "run", **more: Any) -> Any:
+def run(model: Any, folder: str | Path, size: int, batch: int, **more: Any) -> Any:
     """A runner over ``size`` pairs."""
     options = {**RUN, "output_dir": str(folder), "batch_size_train": batch, **more}
     config = Config.__new__(Config)
     config.config = OmegaConf.create({"run": options, "model": {}, "datasets": {}})
     pairs = Pairs(size, texts(model, None, 16))
     data = {"pairs": {"train": pairs, "val": pairs}}
-    return SoftmaskRunner(config, BaseTask(), model, data, job)
+    return SoftmaskRunner(config, BaseTask(), model, data, "run")
 
 
 def each_step(runner: Any) -> Iterator[None]:
-    """Take the steps of an epoch one by one."""
+    """Take the steps of an epoch one at a time."""
     runner.model.train()
     batches = runner.train_loader.batches(0, 0)
     for first in range(0, len(runner.train_loader), runner.accum_grad_iters):
         yield runner.train_step(batches, 0, range(first, first + runner.accum_grad_iters))
 
 
-# ---- what is compared
+# ---- The comparisons
 
 
 def same_on_every_rank(processes: int, steps: int) -> Finding:
-    """Weights, momentum copies and queues, after each of so many steps."""
+    """Weights, momentum copies and queues after each step."""
 
     def rank(number: int) -> list[str]:
         differing = []
         with TemporaryDirectory() as folder:
             size = steps * processes * 3 + 1  # the last item is left over
-            runner = run(pretrain(), Path(folder), size, 3)
-            torch.manual_seed(number)  # as the host seeds its ranks
+            runner = run(pretrain(), folder, size, 3)
+            torch.manual_seed(number)  # launch seeds ranks differently, too
             runner._model.image_queue.normal_()
             for _ in each_step(runner):
                 differing += _differing(runner._model.state_dict())
@@ -154,7 +152,7 @@ def same_on_every_rank(processes: int, steps: int) -> Finding:
 
 
 def _differing(state: dict[str, Tensor]) -> list[str]:
-    """Names of tensors that this rank has otherwise than rank 0."""
+    """Names of tensors in which this rank differs from rank 0."""
     found = []
     for name, tensor in state.items():
         first = tensor.clone()
@@ -165,19 +163,19 @@ def _differing(state: dict[str, Tensor]) -> list[str]:
 
 
 def gradients_of_joined_batch(processes: int) -> Finding:
-    """Where samples know nothing of each other: the gradients of one process with all of them."""
-    together = on_ranks(processes, lambda rank: _gradients(classifier, 3, 1))[0]
-    (alone,) = on_ranks(1, lambda rank: _gradients(classifier, 3 * processes, 1))
+    """Independent samples: the gradients of one process with all of them."""
+    together = on_ranks(processes, lambda rank: _gradients(classifier(), 3, 1))[0]
+    (alone,) = on_ranks(1, lambda rank: _gradients(classifier(), 3 * processes, 1))
     what = "gradients of softmask_classification against one process with the joined batch"
     return _compared(what, processes, together, alone)
 
 
 def gradients_of_shares(processes: int) -> Finding:
-    """Of pretraining, where contrast and negatives are drawn within a process: their mean."""
-    together = on_ranks(processes, lambda rank: _gradients(pretrain, 3, 1))[0]
+    """Pretraining, which contrasts and draws negatives within a process: the shares' mean."""
+    together = on_ranks(processes, lambda rank: _gradients(pretrain(), 3, 1))[0]
 
     def alone(_: int) -> dict[str, Tensor]:
-        parts = [_gradients(pretrain, 3, 1, part=(rank, processes)) for rank in range(processes)]
+        parts = [_gradients_of_share(pretrain(), 3, rank, processes) for rank in range(processes)]
         return {name: torch.stack([p[name] for p in parts]).mean(dim=0) for name in parts[0]}
 
     (mean,) = on_ranks(1, alone)
@@ -186,48 +184,38 @@ def gradients_of_shares(processes: int) -> Finding:
 
 
 def accumulated(processes: int) -> Finding:
-    """Two accumulated batches against one of twice the size, momentum and queue included."""
-    whole = on_ranks(processes, lambda rank: _gradients(classifier, 4, 1))[0]
-    halves = on_ranks(processes, lambda rank: _gradients(classifier, 2, 2))[0]
+    """Two accumulated batches against one of twice the size."""
+    whole = on_ranks(processes, lambda rank: _gradients(classifier(), 4, 1))[0]
+    halves = on_ranks(processes, lambda rank: _gradients(classifier(), 2, 2))[0]
     what = "gradients of two accumulated batches against one of twice the size"
     return _compared(what, processes, whole, halves)
 
 
-def _gradients(
-    build: Any, batch: int, accumulate: int, part: tuple[int, int] | None = None
-) -> dict[str, Tensor]:
-    """The gradients of a first step; ``part``: those of one rank of so many, without the others."""
+def _gradients(model: Any, batch: int, accumulate: int) -> dict[str, Tensor]:
+    """The gradients in a first step."""
+    found: dict[str, Tensor] = {}
     with TemporaryDirectory() as folder:
-        size = 48  # the same data and order, however they are shared
-        if part is None:
-            runner = run(build(), Path(folder), size, batch, accum_grad_iters=accumulate)
-            found: dict[str, Tensor] = {}
-            runner.optimizer.register_step_pre_hook(
-                lambda *_: found.update(_gradients_of(runner._model))
-            )
-            next(each_step(runner))
-            return found
-        return _gradients_of(_share(build(), size, batch, part))
+        runner = run(model, folder, SIZE, batch, accum_grad_iters=accumulate)
+        runner.optimizer.register_step_pre_hook(lambda *_: found.update(_copied_gradients(model)))
+        next(each_step(runner))
+    return found
 
 
-def _gradients_of(model: Any) -> dict[str, Tensor]:
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {name: grad.clone() for name, grad in found.items()}
-
-
-def _share(model: Any, size: int, batch: int, part: tuple[int, int]) -> Any:
-    """Forward and backward of what a rank of several would do."""
-    from softmask_plugin.fixed_draws import seed_draws
-
-    data, (rank, processes) = Pairs(size, texts(model, None, 16)), part
+def _gradients_of_share(model: Any, batch: int, rank: int, processes: int) -> dict[str, Tensor]:
+    """The gradients of one rank's share of a first step, computed alone."""
+    data = Pairs(SIZE, texts(model, None, 16))
     generator = torch.Generator().manual_seed(RUN["seed"])
-    order = torch.randperm(size, generator=generator).tolist()
+    order = torch.randperm(SIZE, generator=generator).tolist()
     samples = data.collater([data[i] for i in order[rank::processes][:batch]])
-    samples.update(epoch=0, iters=0, num_iters_per_epoch=size // (batch * processes))
+    samples.update(epoch=0, iters=0, num_iters_per_epoch=SIZE // (batch * processes))
     seed_draws(RUN["seed"], rank, 0, 0)
     model.paced = True
     model.train()(samples)["loss"].backward()
-    return model
+    return _copied_gradients(model)
+
+
+def _copied_gradients(model: Any) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def _compared(what: str, processes: int, one: Any, other: Any) -> Finding:
@@ -240,20 +228,22 @@ def _compared(what: str, processes: int, one: Any, other: Any) -> Finding:
 
 
 def collectives(processes: int) -> Finding:
-    """What processes say to each other in a step after the first, of one batch and of three."""
+    """Operations between processes in a step after the first, of one batch and of three."""
 
-    def rank(_: int) -> list[dict[str, int]]:
+    def rank(number: int) -> list[dict[str, int]]:
         counts = []
         for accumulate in (1, 3):
             with TemporaryDirectory() as folder:
                 size = 3 * 3 * accumulate * processes
-                runner = run(pretrain(), Path(folder), size, 3, accum_grad_iters=accumulate)
+                runner = run(pretrain(), folder, size, 3, accum_grad_iters=accumulate)
                 steps = each_step(runner)
                 next(steps), next(steps)
-                with profile(activities=[ProfilerActivity.CPU]) as record:
+                watched = profile(activities=[ProfilerActivity.CPU]) if number == 0 else None
+                with watched or nullcontext():
                     next(steps)
-                names = [e.name for e in record.events() if e.name.startswith("gloo:")]
-                counts.append(dict(Counter(names)))
+                if watched and watched.profiler:  # its events() would take seconds
+                    names = [event.name() for event in watched.profiler.kineto_results.events()]
+                    counts.append(dict(Counter(n for n in names if n.startswith("gloo:"))))
         return counts
 
     one, three = on_ranks(processes, rank)[0].result
@@ -264,11 +254,11 @@ def collectives(processes: int) -> Finding:
 
 
 def bad_on_one(processes: int) -> Finding:
-    """A NaN in one image of the last process: none takes that step, and its queue stays clean."""
+    """A NaN in one image of the last process: all skip that step, and the queues stay clean."""
 
     def rank(number: int) -> list[Any]:
         with TemporaryDirectory() as folder:
-            runner = run(pretrain(), Path(folder), 3 * processes * 4, 3)
+            runner = run(pretrain(), folder, 3 * processes * 4, 3)
 
             def spoil(_: Any, args: Any) -> None:
                 if number == processes - 1 and runner.step == 1:
@@ -284,15 +274,15 @@ def bad_on_one(processes: int) -> Finding:
     expected = [1, 3 * processes * 3 % 50, []]
     bad = [end.error or str(end.result) for end in ended if end.result != expected]
     what = "a NaN in an image of one process"
-    return Finding(what, processes, "; ".join(bad) or "all skip that step, none other", not bad)
+    return Finding(what, processes, "; ".join(bad) or "all skip that step and no other", not bad)
 
 
 def uneven_evaluation(processes: int) -> Finding:
-    """Accuracy on items that processes do not divide, by LAVIS's task, against one process."""
+    """Accuracy by LAVIS's task on a number of items that is no multiple of the processes."""
     with TemporaryDirectory() as folder:
 
         def rank(_: int) -> float | None:
-            runner = run(classifier(), Path(folder), 13, 2)
+            runner = run(classifier(), folder, 13, 2)
             runner.task = MultimodalClassificationTask()
             scores = runner.eval_epoch("val", "best", skip_reload=True)
             return float(scores["acc"]) if scores else None
@@ -306,7 +296,7 @@ def uneven_evaluation(processes: int) -> Finding:
 
 
 def another_number(before: int, after: int) -> Finding:
-    """A run interrupted within an epoch goes on with another number of processes."""
+    """A run is interrupted within an epoch and resumed with another number of processes."""
     with TemporaryDirectory() as name:
         folder, items = Path(name), 28
 
@@ -328,30 +318,36 @@ def another_number(before: int, after: int) -> Finding:
 
         first = on_ranks(before, lambda rank: train(2))
         second = on_ranks(after, lambda rank: train(None))
-        errors = [end.error for end in (*first, *second) if end.error]
-        seen = sorted(i for end in (*first, *second) for i in end.result or ())
+        what = f"resumed with {after} processes"
+        for error in (end.error for end in (*first, *second) if end.error):
+            return Finding(what, before, error, False)
+        seen = sorted(i for end in (*first, *second) for i in end.result)
         last = torch.load(next(folder.glob("*/checkpoint_0.pth")), weights_only=True)
-    whole = seen == list(range(items)) and not errors and last["progress"]["epoch"] == 1
-    found = errors[0] if errors else f"{len(set(seen))} of {items} items of the epoch, each once"
-    return Finding(f"resumed with {after} processes", before, found, whole)
+    whole = seen == list(range(items)) and last["progress"]["epoch"] == 1
+    found = f"{len(set(seen))} of {items} items of the epoch, each once"
+    return Finding(what, before, found, whole)
 
 
 def gone(processes: int, how: str) -> Finding:
-    """The last process is killed, or hangs, after its first step."""
+    """The last process is killed or hangs after its first step."""
+    over = multiprocessing.get_context("fork").Semaphore(0)
 
     def rank(number: int) -> None:
         with TemporaryDirectory() as folder:
-            runner = run(pretrain(), Path(folder), 3 * processes * 4, 3)
+            runner = run(pretrain(), folder, 3 * processes * 4, 3)
 
             def fail(*_: Any) -> None:
                 if number == processes - 1 and runner.step == 1:
                     if how == "killed":
                         os.kill(os.getpid(), signal.SIGKILL)
-                    time.sleep(3 * PATIENCE)
+                    over.acquire(timeout=3 * PATIENCE)  # until another one ends
                     os._exit(1)
 
             runner.model.register_forward_pre_hook(fail)
-            runner.train()
+            try:
+                runner.train()
+            finally:
+                over.release()
 
     *others, last = on_ranks(processes, rank, patience=PATIENCE)
     told = all("lost another one" in end.error and "\n" not in end.error for end in others)
@@ -362,21 +358,21 @@ def gone(processes: int, how: str) -> Finding:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run all comparisons; returns 1 if one is not as it should be."""
+    """Run all comparisons; return 1 if one is not as it should be."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=40, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=40, help="number, default: %(default)s")
     parser.add_argument("--json", type=Path, help="write the findings to this file")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)  # threads would not survive the fork
+    torch.set_num_threads(1)  # threads do not survive a fork
     findings = list(examine(args.steps))
     if args.json:
-        args.json.write_text(json.dumps([asdict(finding) for finding in findings], indent=2))
+        write_json(args.json, [asdict(finding) for finding in findings])
     return 0 if all(finding.good for finding in findings) else 1
 
 
 def examine(steps: int) -> Iterator[Finding]:
-    """Compare with two and with four processes, and tell as it goes."""
-    checks = [
+    """Compare with two and with four processes, and print each finding."""
+    checks: list[Any] = [
         check
         for n in (2, 4)
         for check in (
