@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -116,20 +114,6 @@ def test_data_sets_log_to_the_folder_of_their_own_run(config, tmp_path, monkeypa
     for runner, log in zip(runners, logs, strict=True):
         assert log.read_text() == f"{tmp_path / 'b.png'}: no such file\n"
         assert runner.result_dir == runner.output_dir / "result"
-
-
-def test_torchrun_on_cpus(config, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += ["-m", "softmask_plugin.train", "--cfg-path", config]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-
-    assert done.returncode == 0, done.stderr[-3000:]
-    (folder,) = (tmp_path / "runs").iterdir()  # both ranks agree on one folder
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["split"] for line in lines] == ["train", "test"]
-    assert lines[0]["step"] == 1  # 8 scenes in batches of 4 on each of 2 ranks
-    assert OmegaConf.load(folder / "config.yaml").run.world_size == 2
 
 
 def test_a_script_runs_with_the_plugin_registered(tmp_path, monkeypatch):

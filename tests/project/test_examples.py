@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import forked
 from PIL import Image
 
 from benchmarks import tasks
@@ -55,26 +56,27 @@ def folder(tmp_path):
     return tmp_path
 
 
+def run(name: str, cwd: Path, *arguments: object) -> None:
+    """Run a script in this process."""
+    os.chdir(cwd)
+    sys.path.insert(0, str(EXAMPLES))
+    sys.argv = [name, *map(str, arguments)]
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+
+
 def example(name: str, cwd: Path, *arguments: object) -> list[str]:
-    """Run a script in its own process; returns the lines that it prints."""
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / f"{name}.py", *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    """Run a script in its own process, a fork of this one; returns the lines that it prints."""
+    done = forked(run, name, cwd, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()
 
 
 def in_process(name: str, monkeypatch, cwd: Path, *arguments: object) -> None:
-    """Run a script in this process, which has LAVIS loaded: for variants of the tests above."""
+    """Run a script in this process: for variants of the tests above."""
     monkeypatch.chdir(cwd)
-    monkeypatch.syspath_prepend(EXAMPLES)
-    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", [])
+    run(name, cwd, *arguments)
 
 
 def test_score_pairs(checkpoint, tmp_path):
@@ -160,8 +162,18 @@ def test_evaluate_tasks(trained, tmp_path):
 
 
 def test_custom_loss(tmp_path):
+    """This one in a fresh process, as a reader runs them all."""
     options = ["datasets.scenes_pretrain.num.train=320", "run.batch_size_train=32"]
-    lines = example("custom_loss", tmp_path, "--options", *options)
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "custom_loss.py", "--options", *options],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
     losses = [float(line.rpartition(" ")[2]) for line in lines if ": loss_itc " in line]
     assert [line.partition(":")[0] for line in lines[-2:]] == ["step 5", "step 10"]
     assert len(losses) == 2 and losses[1] < losses[0]
@@ -177,6 +189,13 @@ def test_without_a_checkpoint_the_bundled_model_is_used(tmp_path, monkeypatch, c
 def test_without_models_one_line_says_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="no model for retrieval in .*: run `make tasks` first"):
         in_process("evaluate_tasks", monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize("file", [*EXAMPLES.glob("*.py")], ids=lambda file: file.stem)
+def test_an_example_imports_the_plugin_before_lavis(file):
+    """Without it LAVIS may not import, and knows none of the models; a fork would not notice."""
+    imported = re.findall(r"^(?:import|from) (softmask_plugin|lavis)\b", file.read_text(), re.M)
+    assert imported[0] == "softmask_plugin"
 
 
 def test_every_example_is_tested_and_listed():
