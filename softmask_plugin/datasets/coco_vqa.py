@@ -47,9 +47,10 @@ def write_coco_vqa(owner: object, items: Iterable[Mapping[str, Any]]) -> tuple[s
                 "answers": [{"answer_id": i, "answer": a} for i, a in enumerate(answers, 1)],
             }
         )
+    about = {"info": {}, "license": {}, "data_type": "", "data_subtype": "", "task_type": ""}
     return (
-        _write(folder, "questions", questions, task_type="Open-Ended"),
-        _write(folder, "annotations", annotations),
+        _write(folder, "questions", {**about, "questions": questions}),
+        _write(folder, "annotations", {"annotations": annotations}),
     )
 
 
@@ -74,10 +75,9 @@ def _kind(answer: str) -> str:
     return "number" if answer.isnumeric() else "other"
 
 
-def _write(folder: str, name: str, entries: list[dict[str, Any]], **about: str) -> str:
+def _write(folder: str, name: str, content: dict[str, Any]) -> str:
     path = Path(folder, f"{name}.json")
-    content = {"info": {}, "license": {}, "data_type": "images", "data_subtype": "", **about}
-    path.write_text(json.dumps(content | {name: entries}), encoding="utf-8")
+    path.write_text(json.dumps(content), encoding="utf-8")
     return str(path)
 
 

@@ -53,7 +53,7 @@ class FolderBuilder(Builder):
         datasets: dict[str, ItemDataset] = {}
         for split, file in files.items():
             annotation = self._existing(root, self._parse(file, split, at_build), at_build)
-            if split != "train":
+            if split != "train":  # evaluation must know its gallery from the start
                 annotation = _readable(root, annotation, at_build, split)
             self.annotations[split] = annotation
             log = skipped if split == "train" else None
@@ -124,20 +124,15 @@ def _listing(folder: Path) -> set[str]:
 
 
 def _readable(root: Path, annotation: Annotation, skipped: SkipLog, split: str) -> Annotation:
-    """Leave out images that cannot be decoded: evaluation must know its gallery from the start."""
-    bar = tqdm(_names(annotation), f"checking {split} images", unit=" images", leave=False)
-    defects = {name: defect for name in bar if (defect := _defect(root / name))}
+    defects: dict[str, str] = {}
+    for name in tqdm(_names(annotation), f"checking {split} images", unit=" images", leave=False):
+        try:
+            open_rgb(root / name, min_side=1)
+        except UnreadableImageError as error:
+            defects[name] = str(error)
     readable = _without(defects, annotation)
     if not readable:
         first = next(iter(defects.values()))
         raise UserError(f"none of the {len(defects)} {split} images can be read: {first}")
     skipped.add("unreadable images", list(defects.values()))
     return readable
-
-
-def _defect(path: Path) -> str | None:
-    try:
-        open_rgb(path, min_side=1)
-    except UnreadableImageError as error:
-        return str(error)
-    return None

@@ -7,7 +7,6 @@ and where in the image the thing lies that a word names.
 from __future__ import annotations
 
 import math
-import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -40,11 +39,6 @@ _BOARD = 3  # cells along a side of the board
 _MARGIN = 0.02  # least distance of a thing from the image's edge
 GAP = 0.03  # least distance between two things along the axis of their relation
 _DOMINANCE = 1.5  # centres are at least this much farther apart along that axis than across it
-
-# Other words of the captions, and of the statements and questions in tasks.py.
-_CAPTION_WORDS = "there is a an and picture of"
-_TASK_WORDS = """are both colour how image images many no one only other shape show shows size thing
-    things what yes"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,9 +216,10 @@ def make_scenes(
     seen: set[frozenset[Composition]] = set()
     for index in range(num):
         rng = np.random.default_rng((seed, SPLITS.index(split), index))
-        shown = _choose(rng, allowed, objects)
-        while split != "train" and frozenset(shown) in seen:
-            shown = _choose(rng, allowed, objects)
+        while True:
+            shown = [allowed[i] for i in rng.choice(len(allowed), objects, replace=False)]
+            if split == "train" or frozenset(shown) not in seen:
+                break
         seen.add(frozenset(shown))
         novel = not kept_back.isdisjoint(shown)
         scenes.append(Scene(_place(rng, shown, LAYOUTS[layout]), novel, int(rng.integers(2**63))))
@@ -234,26 +229,6 @@ def make_scenes(
 def article(word: str) -> str:
     """Return the article, ``a`` or ``an``, for a word."""
     return "an" if word[0] in "aeiou" else "a"
-
-
-def vocabulary() -> list[str]:
-    """Return a WordPiece vocabulary with one token per word of the grammar.
-
-    Letters and digits, at a word's start and within it, make other ASCII text tokenizable too.
-    """
-    relations = (LEFT, RIGHT, ABOVE, BELOW)
-    phrases = (*COLOURS, *SHAPES, *SIZES, *relations, _CAPTION_WORDS, _TASK_WORDS)
-    characters = string.ascii_lowercase + string.digits
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokens += sorted(set(" ".join(phrases).split()))
-    tokens += [c for c in characters if c not in tokens]
-    return tokens + [f"##{c}" for c in characters]
-
-
-def _choose(
-    rng: np.random.Generator, allowed: Sequence[Composition], count: int
-) -> list[Composition]:
-    return [allowed[i] for i in rng.choice(len(allowed), count, replace=False)]
 
 
 def _place(

@@ -18,14 +18,14 @@ def _circle(radius: float = 1.0, x: float = 0.0) -> np.ndarray:
     return np.stack([x + radius * np.cos(angle), radius * np.sin(angle)], axis=1)
 
 
-def _star(points: int = 5, inner: float = 0.42) -> np.ndarray:
-    angle = np.arange(2 * points) * np.pi / points
-    radius = np.where(np.arange(2 * points) % 2, inner, 1.0)
+def _star() -> np.ndarray:
+    angle = np.arange(10) * np.pi / 5
+    radius = np.where(np.arange(10) % 2, 0.42, 1.0)
     return np.stack([radius * np.sin(angle), -radius * np.cos(angle)], axis=1)
 
 
-def _cross(arm: float = 0.34) -> np.ndarray:
-    a = arm
+def _cross() -> np.ndarray:
+    a = 0.34  # half the width of an arm
     right = [(a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1)]
     return np.array(right + [(-x, y) for x, y in reversed(right)])
 

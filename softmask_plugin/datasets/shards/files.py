@@ -55,8 +55,8 @@ def find_shards(given: str | Iterable[str], where: str) -> list[Path]:
     names = [given] if isinstance(given, str) else list(given)
     if not names or not all(isinstance(name, str) and name for name in names):
         raise UserError(f"{where} is not set: give shards (.tar files), a pattern or a folder")
-    found = [path for name in names for path in _expand(name, where)]
-    return list(dict.fromkeys(path.absolute() for path in found))
+    found = [path.absolute() for name in names for path in _expand(name, where)]
+    return list(dict.fromkeys(found))
 
 
 def _expand(name: str, where: str) -> list[Path]:
@@ -64,14 +64,13 @@ def _expand(name: str, where: str) -> list[Path]:
         expanded = list(braceexpand(name))
     except ValueError as error:
         raise UserError(f"{where}: {name} is no pattern of shards: {error}") from error
-    paths: list[Path] = []
     for each in expanded:
         if scheme := _SCHEME.match(each):
             raise UserError(
                 f"{where}: {each} starts with {scheme[0]}, but only local files are read: download "
                 "the shards, or put ./ before a file name with a colon"
             )
-        paths += _matches(Path(each).expanduser())
+    paths = [path for each in expanded for path in _matches(Path(each).expanduser())]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise UserError(f"{where}: {len(missing)} of {len(paths)} shards, {missing[0]} is no file")

@@ -60,6 +60,11 @@ class ShardStream(wds.DataPipeline):
     random draws (of the caption, and in the image processor) depend only on the seed, the pass, the
     shard and the sample: they are the same for any number of readers, and after a restart.
 
+    A sample has ``image`` (as processed), ``text_input``, ``image_id`` (int; a hash of the sample's
+    own ``image_id``, or of its name), ``instance_id`` ("shard/key") and ``position``, (5,) int64:
+    reader, pass, index of the shard in this reader's list, samples taken of it (broken ones
+    included), number of readers. After the last sample of a shard, it is the beginning of the next.
+
     Broken samples are skipped and named in ``skipped``: an image that is missing or cannot be
     decoded, no usable caption, the rest of a truncated shard.
 
@@ -191,18 +196,7 @@ class ShardStream(wds.DataPipeline):
         return [name for name in names if pass_ != start.pass_ or name not in start.done]
 
     def _samples(self) -> Iterator[dict[str, Any]]:
-        """Yield this reader's samples; the pipeline's only stage.
-
-        Yields:
-            ``image`` (as processed), ``text_input``, ``image_id`` (int; a hash of the sample's own
-            ``image_id``, or of its name), ``instance_id`` ("shard/key") and ``position``, (5,)
-            int64: reader, pass, index of the shard in this reader's list, samples taken of it
-            (broken ones included), number of readers. After the last sample of a shard, it is the
-            beginning of the next.
-
-        Raises:
-            UserError: Fewer shards than readers, or a whole pass without a usable sample.
-        """
+        """Yield this reader's samples; UserError after a whole pass without a usable one."""
         rank, world = self.process or (get_rank(), get_world_size())
         worker = get_worker_info()
         workers, number = (worker.num_workers, worker.id + self.turn) if worker else (1, 0)
@@ -237,11 +231,8 @@ class ShardStream(wds.DataPipeline):
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield a shard's usable samples, each with the number taken by then (0 after the last).
 
-        Args:
-            pass_: Number of the pass.
-            name: Name of the shard.
-            taken: Samples taken earlier; they are passed over without decoding.
-            defects: Gets a line for each broken sample.
+        Samples ``taken`` before are passed over without decoding; ``defects`` gets a line for each
+        broken one.
         """
         path = self.shards[name]
         raw: Iterator[RawSample] = read_shard(path, defects)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +52,10 @@ def parse_captions(
     Raises:
         UserError: The file is missing, malformed, or holds no usable row.
     """
-
-    def unpack(content: dict[str, Any]) -> Iterator[Row] | None:
-        entries = content.get("images")
-        return _karpathy_rows(path, entries, split) if isinstance(entries, list) else None
-
     columns, parts = ("image", "caption"), "rows or captions"
-    rows = parse_table(path, columns, _parse, skipped, "caption", parts, unpack)
+    unpack = partial(_karpathy_rows, path, split)
     images: dict[str, CaptionedImage] = {}
-    for row in rows:
+    for row in parse_table(path, columns, _parse, skipped, "caption", parts, unpack):
         first = images.setdefault(row.image, row)
         if first is not row:
             first.captions += row.captions
@@ -77,19 +72,26 @@ def _parse(row: dict[str, Any], complaints: list[str]) -> CaptionedImage:
     )
 
 
-def _karpathy_rows(path: str | Path, entries: list[Any], split: str | None) -> Iterator[Row]:
+def _karpathy_rows(
+    path: str | Path, split: str | None, content: dict[str, Any]
+) -> list[Row] | None:
+    entries = content.get("images")
+    if not isinstance(entries, list):
+        return None
     splits = Counter(str(entry.get("split")) for entry in entries if isinstance(entry, dict))
     wanted = set(splits) if split is None else _KARPATHY_SPLITS[split]
     if not splits.keys() & wanted:
         raise UserError(f"{path} has no image of split '{split}'; its splits: {dict(splits)}")
-    for number, entry in enumerate(entries, 1):
-        if not isinstance(entry, dict):
-            yield f"image {number}", entry
-        elif str(entry.get("split")) in wanted:
-            yield f"image {number}", _plain_row(entry)
+    return [
+        (f"image {number}", _plain_row(entry))
+        for number, entry in enumerate(entries, 1)
+        if not isinstance(entry, dict) or str(entry.get("split")) in wanted
+    ]
 
 
-def _plain_row(entry: dict[str, Any]) -> Any:
+def _plain_row(entry: Any) -> Any:
+    if not isinstance(entry, dict):
+        return entry
     name, folder, sentences = (entry.get(key) for key in ("filename", "filepath", "sentences"))
     if not isinstance(name, str) or not isinstance(sentences, list):
         return ValueError(f"no 'filename' or no list 'sentences' in {short(entry)}")

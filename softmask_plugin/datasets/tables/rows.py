@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeVar
 
@@ -28,7 +28,7 @@ def parse_table(
     skipped: SkipLog | None = None,
     kind: str = "table",
     parts: str = "rows",
-    unpack: Callable[[dict[str, Any]], Iterator[Row] | None] = lambda content: None,
+    unpack: Callable[[dict[str, Any]], Iterable[Row] | None] = lambda content: None,
 ) -> list[Item]:
     """Parse a file of rows; unusable rows are skipped and reported.
 
@@ -151,8 +151,8 @@ def _rows(
     path: Path,
     text: str,
     columns: Sequence[str],
-    unpack: Callable[[dict[str, Any]], Iterator[Row] | None],
-) -> Iterator[Row]:
+    unpack: Callable[[dict[str, Any]], Iterable[Row] | None],
+) -> Iterable[Row]:
     suffix, start = path.suffix.lower(), text.lstrip()[:1]
     if suffix in (".csv", ".tsv") or (start not in ("[", "{") and suffix not in SUFFIXES):
         return _csv_rows(path, text, columns)

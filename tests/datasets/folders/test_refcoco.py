@@ -142,12 +142,10 @@ def test_files_that_do_not_belong_together(release):
     with pytest.raises(UserError, match=r"dets.json has no entry '9': get that of ALBEF's"):
         build()
     write("data/refcoco+/dets.json", {"7": [], "9": [[1, 2, 3]]})
-    with pytest.raises(
-        UserError, match=r"_test.json, entry 1, or .* differently \(ValueError"
-    ):
+    with pytest.raises(UserError, match=r"_test.json, entry 1, or .* differently \(ValueError"):
         build()
     write("data/refcoco+_test.json", [{"image": name_of(9), "ref_id": 2}])
-    with pytest.raises(UserError, match=r"_test.json, entry 1, or .* differently \(KeyError\('text'"):
+    with pytest.raises(UserError, match=r"_test.json, entry 1, .* differently \(KeyError\('text'"):
         build()
 
 
