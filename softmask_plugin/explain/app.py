@@ -247,11 +247,11 @@ def _show(found: Explanation, picture: np.ndarray) -> None:
     heat.image(heat_overlay(picture, found.cams[word].numpy()), width="stretch")
     heat.caption(f"Heat map of “{name}”: bright is where the model looks")
     mask.image(soft_masked(picture, found.masks[word].numpy()), width="stretch")
-    mask.caption(f"{found.mask_name.capitalize()}: dark is what the model does not see")
+    mask.caption(f"{found.mask_name.capitalize()}: dark is what it hides from the model")
 
 
 def _label(words: list[str], index: int) -> str:
-    """A word to click. Streamlit tells labels apart, so repeated ones gain an invisible space."""
+    """A word to click. Streamlit needs unique labels, so repeated words gain invisible spaces."""
     return plain(words[index]) + "\u200b" * words[:index].count(words[index])
 
 

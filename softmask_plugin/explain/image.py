@@ -96,9 +96,8 @@ class ImageExplanation(Explanation):
 
     def table(self) -> str:
         """The match and, for each word, the masked match, as text."""
-        lines = [
-            f"match {self.score:.3f}: {self.kept}" + (f" ... ({self.cut})" if self.cut else "")
-        ]
+        cut = f" ... ({self.cut})" if self.cut else ""
+        lines = [f"match {self.score:.3f}: {self.kept}{cut}"]
         width = max((len(word) for word in self.words), default=0)
         for word, masked in zip(self.words, self.masked_scores.tolist(), strict=True):
             lines.append(f"  {word:<{width}}  {masked:.3f} when it is masked")
