@@ -12,7 +12,7 @@ from softmask_plugin.errors import UserError
 SCENES = ("scenes", "scenes_tasks")
 
 
-def test_a_plan_says_what_each_run_is_given(write_plan):
+def test_a_plan_gives_the_options_of_each_run(write_plan):
     variants = {"albef": [], "deep": ["model.bert.layers=6", "model.itc.gamma=1"]}
     given = ["run.num_workers=0", "datasets.scenes_retrieval.objects=1"]
     plan = read_plan(write_plan(variants=variants, seeds=[3, 5, 7]), given, seeds=2)
@@ -99,7 +99,7 @@ def test_a_mistake_in_a_plan_gets_one_line(write_plan, changes, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_variant_named_twice_is_told(tmp_path):
+def test_a_variant_named_twice_is_refused(tmp_path):
     file = tmp_path / "twice.yaml"
     file.write_text("variants:\n  a: []\n  a: []\n")
     with pytest.raises(UserError, match="not valid YAML.*duplicate key a"):
@@ -127,7 +127,7 @@ def test_a_mistake_on_the_command_line_gets_one_line(arguments, message, capsys,
     assert error.startswith("softmask: error: ") and message in error
 
 
-def test_the_groups_of_grounding_can_be_asked_for(write_plan):
+def test_grounding_metrics_can_be_measured_by_group(write_plan):
     stage = {
         "name": "grounding",
         "config": "lavis_configs/projects/scenes/eval/grounding_tiny.yaml",

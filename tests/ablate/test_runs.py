@@ -35,7 +35,7 @@ def fork_jobs(monkeypatch):
     monkeypatch.setattr(pool, "_work", lambda *given: be_another_process() or work(*given))
 
 
-def test_an_ablation_goes_on_past_a_variant_that_fails_and_is_not_run_twice(
+def test_an_ablation_survives_a_failing_variant_and_repeats_nothing(
     write_plan, tmp_path, capfd, monkeypatch
 ):
     fork_jobs(monkeypatch)
@@ -75,7 +75,7 @@ def test_an_ablation_goes_on_past_a_variant_that_fails_and_is_not_run_twice(
     assert not [*(folder / "gamma").iterdir()] and (folder / "albef" / "seed_0").exists()
 
 
-def test_a_result_counts_for_the_whole_configuration_that_it_is_of(write_plan, tmp_path):
+def test_a_result_counts_only_for_the_configuration_it_was_made_with(write_plan, tmp_path):
     """Not for the name of its YAML file: that may have changed since."""
     plan = read_plan(write_plan(variants={"albef": []}, seeds=[1]))
     job = Job(plan, "albef", 1, tmp_path / "out")
@@ -98,7 +98,9 @@ def test_a_result_counts_for_the_whole_configuration_that_it_is_of(write_plan, t
         job.result(retrieval)
 
 
-def test_no_run_goes_on_that_began_with_something_else(write_plan, tmp_path, monkeypatch):
+def test_a_run_resumes_only_with_the_configuration_it_was_begun_with(
+    write_plan, tmp_path, monkeypatch
+):
     plan = read_plan(write_plan(variants={"albef": []}, seeds=[1]))
     job = Job(plan, "albef", 1, tmp_path / "out")
     monkeypatch.setattr(launch, "run", interrupted)
@@ -115,7 +117,7 @@ def interrupted(*_, **__):
     raise KeyboardInterrupt
 
 
-def test_what_a_stage_is_run_with(write_plan, tmp_path, monkeypatch):
+def test_the_options_of_a_stage(write_plan, tmp_path, monkeypatch):
     """The folder's name holds what YAML reads as a comment, and as a key."""
     seen = []
 
@@ -174,14 +176,14 @@ def test_two_commands_do_not_work_on_one_job(write_plan, tmp_path):
     assert not job.home.exists()
 
 
-def test_the_error_of_the_first_run_is_told_where_none_succeeds(write_plan, tmp_path, monkeypatch):
+def test_the_first_error_is_reported_if_no_run_succeeds(write_plan, tmp_path, monkeypatch):
     plan = write_plan(variants={"albef": []}, seeds=[0])
     monkeypatch.setattr(command, "work", lambda jobs, *_: [(jobs[0], UserError("no memory"))])
     with pytest.raises(UserError, match="1 of 1 runs failed, first albef, seed 0: no memory"):
         command.main(plan, tmp_path / "out")
 
 
-def test_results_of_another_plan_are_not_thrown_away(write_plan, tmp_path):
+def test_results_of_another_plan_are_not_discarded(write_plan, tmp_path):
     plan = write_plan(variants={"albef": []})
     other = tmp_path / "out" / "albef" / "seed_1" / "vqa"
     other.mkdir(parents=True)
@@ -190,7 +192,7 @@ def test_results_of_another_plan_are_not_thrown_away(write_plan, tmp_path):
     assert other.exists()
 
 
-def test_ctrl_c_says_how_to_go_on(write_plan, tmp_path, monkeypatch):
+def test_ctrl_c_says_how_to_resume(write_plan, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
@@ -209,7 +211,9 @@ def test_a_step_is_timed_with_the_mask_on(write_plan, tmp_path, monkeypatch):
     assert runner._model.options.soft_mask.start_iter == 0
 
 
-def test_a_cost_is_that_of_this_pair(write_plan, tmp_path, monkeypatch, caplog):
+def test_a_cost_counts_only_for_the_pair_it_was_measured_with(
+    write_plan, tmp_path, monkeypatch, caplog
+):
     variants = {"albef": [], "gamma": ["model.itc.gamma=1"]}
     job = Job(read_plan(write_plan(variants=variants, seeds=[0])), "gamma", 0, tmp_path / "out")
     done(job)
@@ -231,7 +235,7 @@ def test_a_cost_is_that_of_this_pair(write_plan, tmp_path, monkeypatch, caplog):
     )  # it would not fit the next time either
 
 
-def test_a_killed_ablation_goes_on(write_plan, tmp_path, monkeypatch):
+def test_a_killed_ablation_resumes(write_plan, tmp_path, monkeypatch):
     """The killed one's workers end with it, so that their runs can be taken up."""
     plan, folder = write_plan(variants={"albef": []}), tmp_path / "out"
     asked = ["ablate", "--plan", str(plan), "--output-dir", str(folder), "--jobs", "2"]

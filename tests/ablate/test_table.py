@@ -90,7 +90,7 @@ def test_the_table_in_markdown():
     assert table.cell(unknown) == "1.173 (-0.027, 0/1)"
 
 
-def test_shares_are_told_in_percent(tmp_path):
+def test_fractions_become_percent(tmp_path):
     plan = read_plan("lavis_configs/ablation/scenes_tasks.yaml", seeds=1)
     done(Job(plan, "albef", 0, tmp_path), 0.731)
     albef = table.rows(plan, tmp_path, "albef")[0]
@@ -114,7 +114,7 @@ def test_the_plot_shows_differences_with_their_intervals():
     assert soft[0].get_color() != clear[0].get_color()  # whose interval leaves out zero
 
 
-def test_a_row_of_other_options_is_left_out_of_the_table(write_plan, tmp_path):
+def test_results_of_other_options_are_left_out_of_the_table(write_plan, tmp_path):
     plan, changed = (
         read_plan(write_plan(variants={"albef": [], "gamma": [f"model.itc.gamma={gamma}"]}))
         for gamma in (1, 2)

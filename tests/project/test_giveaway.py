@@ -1,4 +1,4 @@
-"""benchmarks.giveaway: what its masks are, whose checkpoints it takes, mistakes in one line."""
+"""benchmarks.giveaway: its masks, its checkpoints, and mistakes in one line."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def ablation(tmp_path, monkeypatch):
     return folder
 
 
-def test_a_mask_gives_no_match_of_the_shipped_model_away(capsys, tmp_path):
+def test_no_mask_gives_a_match_of_the_bundled_model_away(capsys, tmp_path):
     """It was trained with masked negatives: under a mask it still tells right from wrong."""
     assert giveaway.main(["--scenes", "12", "--output", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "giveaway.json").read_text())["variants"]["scenes_tiny"]
@@ -94,7 +94,7 @@ def test_every_model_is_scored_under_both_kinds_at_full_strength():
         assert abs(soft[caption] - random[caption]) > 1e-3  # the shipped one minds neither
 
 
-def test_weights_with_nan_are_told_and_not_counted():
+def test_weights_with_nan_are_refused():
     trained = load_trained()
     with torch.no_grad():
         trained.model.itm_head.bias.fill_(torch.nan)
@@ -131,7 +131,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES)
-def test_a_mistake_gets_one_line_and_no_evidence_is_lost(
+def test_a_mistake_gets_one_line_and_deletes_nothing(
     ablation, tmp_path, capsys, monkeypatch, arguments, message
 ):
     (tmp_path / "empty").mkdir()
@@ -153,14 +153,14 @@ def test_a_stale_result_or_a_lost_checkpoint_gets_one_line(ablation, tmp_path, c
     refused([str(ablation)], "of another plan: start it again", tmp_path, capsys)
 
 
-def test_what_is_about_an_ablation_needs_its_folder(tmp_path, capsys):
+def test_options_for_an_ablation_need_its_folder(tmp_path, capsys):
     refused([], "--plan and --only need an ablation: give its folder", tmp_path, capsys)
     assert giveaway.main([str(tmp_path), "--plan", "smal.yaml"]) == 2
     assert "--plan: there is no file 'smal.yaml'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("output", ["{tmp_path}/file", "/proc/self"])  # no folder; no new files
-def test_an_output_folder_of_no_use_is_told_before_anything_is_scored(
+def test_a_bad_output_folder_is_refused_before_anything_is_scored(
     ablation, tmp_path, capsys, output
 ):
     (tmp_path / "file").write_text("")

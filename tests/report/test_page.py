@@ -1,29 +1,20 @@
-"""The report: metrics files, chance, the pointing game, figures and the page itself."""
+"""The report: metrics files, chance, curves and the page itself."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-import torch
+from explain.test_figure import explanation
 from hypothesis import given
 from hypothesis import strategies as st
 
 from softmask_plugin.errors import UserError
-from softmask_plugin.explain.figure import (
-    HIDDEN,
-    Shown,
-    heat_overlay,
-    soft_masked,
-    word_panel,
-    word_panels,
-)
-from softmask_plugin.explain.pairs import Explanation
-from softmask_plugin.pointing import pointing_game, swapped
+from softmask_plugin.explain.figure import word_panel
+from softmask_plugin.pointing import pointing_game
 from softmask_plugin.report import (
     constant_guess,
     loss_curves,
@@ -39,13 +30,6 @@ EVIL = """<script>alert("1")</script> --> $\\frac$ for $5 & more"""
 def train_record(step: int, **more: float | None) -> dict:
     values = {"loss": 3.0 / step, "loss_itc": 2.0 / step, "lr": 1e-3, "pairs_per_s": 100.0}
     return {"split": "train", "epoch": 0, "step": step, "time": step * 1.5, **values, **more}
-
-
-def explanation(caption: str = "a red star", side: int = 4) -> Explanation:
-    words = caption.split()
-    cams = torch.rand(len(words), side, side, generator=torch.Generator().manual_seed(0))
-    scores = torch.linspace(0.1, 0.9, len(words))
-    return Explanation(caption, words, cams, cams, 0.95, scores, "soft", 1.0, caption)
 
 
 class TestReadMetrics:
@@ -91,175 +75,17 @@ class TestRetrievalChance:
         assert chance[f"img_r{k}"] == pytest.approx(100 * min(1, k / len(counts)))
 
 
-unit = st.floats(0, 1, allow_subnormal=False)
-
-
-@st.composite
-def box(draw):
-    x0, x1 = sorted(draw(st.lists(unit, min_size=2, max_size=2, unique=True)))
-    y0, y1 = sorted(draw(st.lists(unit, min_size=2, max_size=2, unique=True)))
-    return x0, y0, x1, y1
-
-
-class TestPointingGame:
-    LEFT_TOP = (0.0, 0.0, 0.5, 0.5)
-
-    def test_hit_and_miss(self):
-        hit = np.zeros((4, 4))
-        hit[1, 0] = 3
-        miss = hit.T[::-1].copy()
-        assert pointing_game([(hit, self.LEFT_TOP, "shape")])["all"]["hit"] == 1
-        assert pointing_game([(miss, self.LEFT_TOP, "shape")])["all"]["hit"] == 0
-
-    def test_rows_are_y_and_columns_are_x(self):
-        heat = np.zeros((2, 4))
-        heat[0, 3] = 1
-        assert pointing_game([(heat, (0.75, 0.0, 1.0, 0.5), "shape")])["all"] == {
-            "hit": 1,
-            "chance": 1 / 8,
-            "energy_inside": 1,
-            "area": 1 / 8,
-            "count": 1,
-        }
-
-    def test_tied_peaks_share_the_hit(self):
-        heat = np.zeros((4, 4))
-        heat[0, 0] = heat[3, 3] = heat[3, 0] = 2
-        assert pointing_game([(heat, self.LEFT_TOP, "size")])["all"]["hit"] == pytest.approx(1 / 3)
-
-    def test_patches_on_the_edge_count_for_the_part_inside(self):
-        heat = np.array([[1.0, 3.0]])
-        scores = pointing_game([(heat, (0.0, 0.0, 0.75, 0.5), "size")])["all"]
-        assert scores["energy_inside"] == pytest.approx((1 * 0.5 + 3 * 0.25) / 4)
-        assert scores["area"] == pytest.approx(0.375)
-
-    def test_roles(self):
-        peak = np.eye(2)[:1].repeat(2, 0) * [[1], [0]]  # peak in the top left patch
-        result = pointing_game(
-            [(peak, self.LEFT_TOP, "shape"), (peak, (0.5, 0.5, 1.0, 1.0), "colour")]
-        )
-        assert {role: (row["hit"], row["count"]) for role, row in result.items()} == {
-            "all": (0.5, 2),
-            "shape": (1, 1),
-            "colour": (0, 1),
-        }
-
-    def test_takes_tensors_and_nothing(self):
-        assert pointing_game([(torch.ones(2, 2), self.LEFT_TOP, "x")])["x"]["hit"] == 0.25
-        assert pointing_game([]) == {}
-
-    def test_the_control_points_at_the_other_things(self):
-        a, b, c = (0.0, 0.0, 0.2, 0.2), (0.5, 0.5, 1.0, 1.0), (0.5, 0.0, 1.0, 0.2)
-        boxes = [(1, a, "colour"), (2, a, "shape"), (5, b, "shape")]
-        assert swapped(boxes) == [(1, b, "colour"), (2, b, "shape"), (5, a, "shape")]
-        assert {box for word, box, _ in swapped([*boxes, (7, c, "size")]) if word == 7} == {a, b}
-        assert swapped(boxes[:2]) == []
-
-    @given(box=box(), level=st.sampled_from([0.0, 1e-30, 0.1, 7.0]), side=st.integers(1, 9))
-    def test_a_constant_map_scores_chance(self, box, level, side):
-        scores = pointing_game([(np.full((side, side), level), box, "size")])["all"]
-        assert scores["hit"] == scores["chance"]
-        assert scores["energy_inside"] == pytest.approx(scores["area"], abs=1e-12)
-
-    @pytest.mark.parametrize(
-        "heat", [np.ones(3), np.ones((0, 2)), np.array([[1, np.nan]]), np.array([[1.0, -1]])]
-    )
-    def test_bad_maps(self, heat):
-        with pytest.raises(ValueError, match="heat map"):
-            pointing_game([(heat, self.LEFT_TOP, "shape")])
-
-    @pytest.mark.parametrize("box", [(0.5, 0, 0.5, 1), (0, 0, 1.2, 1), (0.4, 0, 0.2, 1)])
-    def test_bad_boxes(self, box):
-        with pytest.raises(ValueError, match="box"):
-            pointing_game([(np.ones((2, 2)), box, "shape")])
-
-
-class TestFigures:
-    def test_a_curve_for_each_quantity_logged(self):
-        records = [train_record(s, loss_soft=None) for s in (1, 2)]
-        records.append(train_record(3, loss_mine=0.5))
-        figure = loss_curves([*records, {"split": "val", "step": 3, "loss_val": 9.0}])
-        lines = {axes.get_title("left"): axes.lines[0].get_xydata() for axes in figure.axes}
-        assert list(lines) == [
-            *("Total loss", "Contrast (ITC)", "Learning rate", "Pairs per second"),
-            "loss_mine",
-        ]
-        np.testing.assert_allclose(lines["Contrast (ITC)"], [[1, 2], [2, 1], [3, 2 / 3]])
-        np.testing.assert_allclose(lines["loss_mine"], [[3, 0.5]])
-
-    def test_soft_mask_attenuates_by_its_share(self):
-        picture = np.full((8, 8, 3), 0.8)
-        seen = soft_masked(picture, np.array([[0.0, 1.0], [0.25, 0.0]]))
-        np.testing.assert_array_equal(seen[:4, :4], picture[:4, :4])
-        np.testing.assert_allclose(seen[:4, 4:], np.broadcast_to(HIDDEN, (4, 4, 3)))
-        np.testing.assert_allclose(seen[4:, :4], np.broadcast_to(0.6 + 0.25 * HIDDEN, (4, 4, 3)))
-
-    def test_heat_is_brightest_at_its_peak_whatever_its_scale(self):
-        picture, heat = np.full((64, 96, 3), 0.5), np.zeros((4, 6))
-        heat[1, 4] = 1e-5
-        overlay = heat_overlay(picture, heat)
-        y, x = np.unravel_index(overlay.sum(-1).argmax(), (64, 96))
-        assert (y // 16, x // 16) == (1, 4)
-        np.testing.assert_allclose(overlay, heat_overlay(picture, heat * 1e7), atol=1e-2)
-        assert np.isfinite(heat_overlay(picture, np.zeros((4, 6)))).all()
-
-    def test_word_panel(self):
-        image = np.zeros((30, 20, 3), np.uint8)
-        boxes = [(0, (0.0, 0.0, 0.5, 0.5), "size"), (2, (0.1, 0.2, 0.5, 0.9), "shape")]
-        figure = word_panel(image, explanation(), [1, 2], boxes)
-        assert len(figure.axes) == 2 + 2 * 3
-        titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
-        assert titles == ["match 0.95", "red", "star"]
-        frames = [p for axes in figure.axes if axes.images for p in axes.patches]
-        assert len(frames) == 2 * 2  # a black and a white one, on the heat map and on the mask
-        for frame in frames:
-            np.testing.assert_allclose(frame.get_bbox().extents, [0.1, 0.2, 0.5, 0.9])
-        written = " ".join(text.get_text() for axes in figure.axes for text in axes.texts)
-        assert "0.95 → 0.50" in written and "0.95 → 0.90" in written
-        assert "0.95 → 0.10" not in written
-
-    def test_word_panel_shows_the_part_of_a_caption_that_was_kept(self):
-        cut = replace(explanation(), caption="a red star above a ring")
-        figure = word_panel(np.zeros((30, 20, 3), np.uint8), cut, [1])
-        assert "a red star […]" in [text.get_text() for text in figure.texts]
-
-    def test_word_panel_names_the_mask_that_it_shows(self):
-        image = np.zeros((30, 20, 3), np.uint8)
-        for change, name in (
-            ({}, "soft mask"),
-            ({"kind": "random", "strength": 0.5}, "random mask\n× 0.5"),
-        ):
-            figure = word_panel(image, replace(explanation(), **change), [1])
-            assert {"heat map", name} <= {text.get_text() for text in figure.texts}
-
-    @pytest.mark.parametrize("width", [None, 2, 3.3])
-    @pytest.mark.parametrize("shape", [(60, 60), (10, 120), (120, 10)])
-    def test_a_word_panel_is_fit_to_print(self, width, shape):
-        """Nothing touches or leaves the page, letters keep their size, no page is endless."""
-        words = explanation("a photographer of a red star above extraordinarily black hearts")
-        words = replace(words, kind="random", strength=0.5, score=1.0)
-        shown = Shown(np.zeros((*shape, 3), np.uint8), words, range(4))
-        figure = word_panels([shown], width=width)
-        assert width is None or figure.get_figwidth() == pytest.approx(width)
-        assert figure.get_figheight() < 15  # where each of four words has a row of its own
-        texts = [
-            *figure.texts,
-            *(text for axes in figure.axes for text in (axes.title, *axes.texts)),
-        ]
-        texts = [text for text in texts if text.get_text()]
-        assert {text.get_fontsize() for text in texts if len(text.get_text()) < 12} == {6.5, 8}
-        figure.draw_without_rendering()
-        boxes = {text: text.get_window_extent() for text in texts}
-        for text, box in boxes.items():
-            assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, text
-            assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1, text
-        for (one, its_box), (other, box) in itertools.combinations(boxes.items(), 2):
-            assert not its_box.overlaps(box), (one, other)
-
-    def test_a_word_panel_says_what_its_colours_and_numbers_are(self):
-        figure = word_panel(np.zeros((30, 20, 3), np.uint8), explanation(), [1])
-        written = [text.get_text() for text in figure.texts]
-        assert {"0", "own max.", "match:\nplain → masked"} <= set(written)
+def test_a_curve_for_each_quantity_logged():
+    records = [train_record(s, loss_soft=None) for s in (1, 2)]
+    records.append(train_record(3, loss_mine=0.5))
+    figure = loss_curves([*records, {"split": "val", "step": 3, "loss_val": 9.0}])
+    lines = {axes.get_title("left"): axes.lines[0].get_xydata() for axes in figure.axes}
+    assert list(lines) == [
+        *("Total loss", "Contrast (ITC)", "Learning rate", "Pairs per second"),
+        "loss_mine",
+    ]
+    np.testing.assert_allclose(lines["Contrast (ITC)"], [[1, 2], [2, 1], [3, 2 / 3]])
+    np.testing.assert_allclose(lines["loss_mine"], [[3, 0.5]])
 
 
 class Page(HTMLParser):
@@ -354,7 +180,7 @@ def test_a_constant_guess_is_right_as_often_as_the_most_frequent_truth():
     assert constant_guess([1]) == 100.0
 
 
-def test_validation_curves_are_of_what_was_evaluated_again():
+def test_validation_curves_need_two_evaluations():
     lines = [{"split": "val", "epoch": e, "step": 10 * e, "r1": 5.0 * e} for e in (1, 2)]
     lines += [train_record(3), {"split": "test", "epoch": 1, "step": 10, "r1": 9.0}]
     (axes,) = validation_curves(lines).axes

@@ -70,7 +70,7 @@ def test_a_finished_run(folder, capsys):
         (TEST, "Nothing was trained."),
     ],
 )
-def test_runs_that_are_elsewhere(folder, tmp_path, records, summary):
+def test_the_summary_says_how_far_the_run_is(folder, tmp_path, records, summary):
     for file in ("environment.json", "masks/step_5.png"):
         (folder / file).unlink()
     write(folder, records)
@@ -79,7 +79,7 @@ def test_runs_that_are_elsewhere(folder, tmp_path, records, summary):
 
 
 def test_a_run_that_was_killed(folder):
-    """Before its first line, and within one."""
+    """Before its first log line, and within one."""
     (folder / "metrics.jsonl").unlink()
     assert "Nothing is logged yet." in report_run(folder).read_text(encoding="utf-8")
     (folder / "metrics.jsonl").write_text(json.dumps(train_record(7)) + '\n{"split": "tr')
@@ -94,7 +94,7 @@ def test_many_pictures_are_thinned_out(folder):
     assert "After step 0<" in text and "After step 199<" in text
 
 
-def test_a_run_of_a_model_without_any_of_it(tmp_path):
+def test_a_run_of_lavis_runner(tmp_path):
     """LAVIS's runner keeps no configuration or environment."""
     write(tmp_path, [train_record(1)])
     assert "the run noted none" in report_run(tmp_path).read_text(encoding="utf-8")
@@ -151,6 +151,6 @@ def test_a_broken_file_is_named(folder, file, content, message):
         report_run(folder)
 
 
-def test_no_run_at_all(tmp_path, capsys):
+def test_a_folder_without_a_run_gets_one_line(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path / "none")]) == 2
     assert "give the folder of a run" in capsys.readouterr().err
