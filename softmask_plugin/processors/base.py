@@ -1,4 +1,4 @@
-"""What all processors share: they are built from YAML, and a mistyped key is an error."""
+"""What all processors share: they are built from YAML, and an unknown key is an error."""
 
 from __future__ import annotations
 
@@ -21,13 +21,11 @@ class Processor(BaseProcessor):
         """Build from a YAML section, an OmegaConf or plain mapping (None: all defaults).
 
         Raises:
-            UserError: a key that the processor does not have, or a value out of its range.
+            UserError: An unknown key, or a value out of range.
         """
-        section: Any = (
-            OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
-        )
-        options = dict(section or {})
-        options.pop("name", None)
+        if OmegaConf.is_config(cfg):
+            cfg = OmegaConf.to_container(cfg, resolve=True)
+        options = {key: value for key, value in (cfg or {}).items() if key != "name"}
         known = list(inspect.signature(cls).parameters)
         for key in options:
             if key not in known:
@@ -38,6 +36,6 @@ class Processor(BaseProcessor):
             raise UserError(f"{cls.NAME}: {error}") from error
 
     def require(self, condition: bool, message: str) -> None:
-        """Raise UserError with the processor's name before ``message`` unless ``condition``."""
+        """Raise UserError, which names the processor, unless the condition holds."""
         if not condition:
             raise UserError(f"{self.NAME}: {message}")

@@ -1,4 +1,4 @@
-"""Text processors: captions and questions cleaned as ALBEF cleans them."""
+"""Text processors, which clean captions and questions as ALBEF does."""
 
 from __future__ import annotations
 
@@ -16,15 +16,13 @@ _CLEANING = str.maketrans({**dict.fromkeys(",.'!?\"()*#:;~", ""), "-": " ", "/":
 class CaptionProcessor(Processor):
     """Lower-case a caption, drop its punctuation and keep its first ``max_words`` words.
 
-    The characters ``, . ' ! ? " ( ) * # : ; ~`` vanish, ``-`` and ``/`` part words, ``<person>``
-    (Conceptual Captions' stand-in for a name) becomes ``person``. A missing caption (None, NaN)
-    is the empty string; a number or truth value is spelt out.
+    The characters ``, . ' ! ? " ( ) * # : ; ~`` vanish, ``-`` and ``/`` separate words, and
+    ``<person>`` (Conceptual Captions' placeholder for a name) becomes ``person``. A missing caption
+    (None, NaN) becomes the empty string; a number or truth value is spelt out.
 
     Raises:
-        UserError: the caption is neither text nor one of these.
+        UserError: The caption is something else.
     """
-
-    NAME = "softmask_caption"
 
     def __init__(self, max_words: int = 30) -> None:
         self.require(
@@ -34,24 +32,22 @@ class CaptionProcessor(Processor):
         self.max_words = max_words
 
     def __call__(self, caption: Any) -> str:
-        """Clean one caption, and cut it."""
+        """Clean one caption and cut it."""
         return " ".join(self.words(caption)[: self.max_words])
 
     def words(self, caption: Any) -> list[str]:
-        """All words of a cleaned caption, those that a call would cut off too."""
+        """Return all words of a cleaned caption, beyond ``max_words`` too."""
         if caption is None or (isinstance(caption, float) and math.isnan(caption)):
             return []
         if not isinstance(caption, (str, int, float)):
-            raise UserError(f"{self.NAME}: text expected, got {type(caption).__name__}")
+            raise UserError(f"{self.NAME}: expected text, got {type(caption).__name__}")
         text = str(caption).lower().translate(_CLEANING).replace("<person>", "person")
         return text.split()
 
 
 @register("processor", "softmask_question")
 class QuestionProcessor(CaptionProcessor):
-    """`CaptionProcessor` for questions, which are longer: 50 words unless told otherwise."""
-
-    NAME = "softmask_question"
+    """``CaptionProcessor`` for questions, which are longer: by default up to 50 words."""
 
     def __init__(self, max_words: int = 50) -> None:
         super().__init__(max_words)

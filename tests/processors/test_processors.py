@@ -246,7 +246,7 @@ def test_processors_travel_to_spawned_workers():
 def test_blur_is_a_gaussian():
     point = np.zeros((41, 41, 3), np.uint8)
     point[20, 20] = 255
-    row = distort.GaussianBlur((2, 2))(point)[20, :, 0].astype(float)
+    row = distort.blur(point, (2, 2))[20, :, 0].astype(float)
     x = np.arange(41) - 20
     expected = row[20] * np.exp(-(x**2) / (2 * 2**2))
     np.testing.assert_allclose(row, expected, atol=1)
@@ -368,7 +368,7 @@ def test_cleaned_captions_keep_words_in_order(text, max_words):
 
 
 def test_text_that_is_no_text_is_refused():
-    with pytest.raises(UserError, match="softmask_question: text expected, got list"):
+    with pytest.raises(UserError, match="softmask_question: expected text, got list"):
         QuestionProcessor()(["what", "is", "it"])
 
 

@@ -140,7 +140,7 @@ def load_plain_pickle(file: Path, source: str) -> Any:
         return _PlainUnpickler(content, encoding="latin-1").load()
     except Exception as error:  # the unpickler raises nearly anything for a file of another kind
         reason = reason_of(error)
-        raise UserError(f"{file} is no pickle of plain lists, dicts and text: {reason}") from error
+        raise UserError(f"{file} is not a pickle of plain lists, dicts and text: {reason}") from error
 
 
 class _PlainUnpickler(pickle.Unpickler):

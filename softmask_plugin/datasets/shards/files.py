@@ -63,7 +63,7 @@ def _expand(name: str, where: str) -> list[Path]:
     try:
         expanded = list(braceexpand(name))
     except ValueError as error:
-        raise UserError(f"{where}: {name} is no pattern of shards: {error}") from error
+        raise UserError(f"{where}: {name} is not a valid pattern: {error}") from error
     for each in expanded:
         if scheme := _SCHEME.match(each):
             raise UserError(
@@ -73,7 +73,7 @@ def _expand(name: str, where: str) -> list[Path]:
     paths = [path for each in expanded for path in _matches(Path(each).expanduser())]
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        raise UserError(f"{where}: {len(missing)} of {len(paths)} shards, {missing[0]} is no file")
+        raise UserError(f"{where}: {missing[0]} is not a file ({len(missing)} of {len(paths)})")
     if not paths:
         raise UserError(f"{where}: no shard (.tar file) is found at {name}")
     return paths
@@ -212,7 +212,7 @@ def _captions(sample: RawSample) -> tuple[list[str], str | None]:
         except ValueError as error:
             raise ValueError(f".json is not valid JSON: {error}") from error
         if not isinstance(content, dict):
-            raise ValueError(f".json holds no object but {short(content)}")
+            raise ValueError(f".json is not an object but {short(content)}")
     captions = content.get("caption")
     if captions is None and "txt" in sample:
         captions = sample["txt"].decode("utf-8")

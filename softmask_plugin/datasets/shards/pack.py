@@ -52,7 +52,7 @@ def pack_shards(
     if not images.is_dir():
         raise UserError(f"--images: there is no folder {images}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"--out: {out} exists and is no empty folder: give a new one, or remove it")
+        raise UserError(f"--out: {out} is not an empty folder: give another, or remove it")
     log = out.with_name(f"{out.name}.skipped.log")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

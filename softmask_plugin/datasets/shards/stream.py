@@ -221,8 +221,8 @@ class ShardStream(wds.DataPipeline):
                 reason = defects[0] if defects else reason
             if whole and not usable:
                 raise UserError(
-                    f"{len(names)} of {len(self.shards)} shards hold no usable sample, all that "
-                    f"reader {reader + 1} of {readers} has in a pass: {reason}"
+                    f"{len(names)} of {len(self.shards)} shards have no usable sample, all those "
+                    f"of reader {reader + 1} of {readers}: {reason}"
                 )
             place = Place(pass_ + 1, 0, 0)
 

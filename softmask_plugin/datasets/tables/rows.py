@@ -89,9 +89,9 @@ def image_name(value: Any) -> str:
     """
     name = PurePosixPath(value.strip().replace("\\", "/") if isinstance(value, str) else "")
     if name.is_absolute() or ".." in name.parts or PureWindowsPath(name).drive:
-        raise ValueError(f"image {short(value)} does not lie below the images folder")
+        raise ValueError(f"image {short(value)} is outside the images folder")
     if not name.name:
-        raise ValueError(f"an image's name expected, got {short(value)}")
+        raise ValueError(f"expected an image name, got {short(value)}")
     return str(name)
 
 
@@ -99,7 +99,7 @@ def one_text(value: Any, what: str) -> str:
     """Return a text with a letter or digit, or a number as text; ValueError for anything else."""
     text = _text(value)
     if text is None:
-        raise ValueError(f"no usable {what}, but {short(value)}")
+        raise ValueError(f"no usable {what}: {short(value)}")
     return text
 
 
@@ -112,7 +112,7 @@ def texts(value: Any, what: str, complaints: list[str]) -> list[str]:
     given = value if isinstance(value, list) else [value]
     usable = [text for text in map(_text, given) if text is not None]
     if not usable:
-        raise ValueError(f"no usable {what}, but {short(value)}")
+        raise ValueError(f"no usable {what}: {short(value)}")
     if len(usable) < len(given):
         complaints.append(f"{len(given) - len(usable)} unusable {what}s in {short(given)}")
     return usable
@@ -143,7 +143,7 @@ def _checked(row: Any, columns: Sequence[str]) -> dict[str, Any]:
         if needed not in row:
             raise ValueError(f"no '{needed}' among {short(list(row))}")
     if None in row:  # the csv module's key for surplus fields
-        raise ValueError("more fields than columns: quote texts that hold the delimiter")
+        raise ValueError("more fields than columns: quote texts that contain the delimiter")
     return row
 
 

@@ -37,8 +37,8 @@ def test_statements_in_every_layout(tmp_path, suffix):
         ({"label": -1}, "unknown label -1"),
         ({"label": True}, "unknown label True"),
         ({"label": None}, "unknown label None"),
-        ({"sentence": ""}, "no usable sentence, but ''"),
-        ({"image": "a/../../b.jpg"}, "image 'a/../../b.jpg' does not lie below the images folder"),
+        ({"sentence": ""}, "no usable sentence: ''"),
+        ({"image": "a/../../b.jpg"}, "image 'a/../../b.jpg' is outside the images folder"),
     ],
     ids=str,
 )

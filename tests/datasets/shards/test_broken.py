@@ -21,12 +21,12 @@ BROKEN = {  # members beside the good samples a and c, and the line that names t
     "no image at all": ({"b.txt": b"text"}, r"/b: no image \(\.jpg"),
     "no image": ({"b.png": b"nothing", "b.txt": b"text"}, r"/b\.png: no image of a known format"),
     "truncated image": ({"b.png": picture()[:-20], "b.txt": b"text"}, r"/b\.png: .*truncated"),
-    "no caption": ({"b.png": picture()}, "/b: no usable caption, but None"),
-    "empty caption": ({"b.png": picture(), "b.txt": b" . "}, "/b: no usable caption, but ' . '"),
+    "no caption": ({"b.png": picture()}, "/b: no usable caption: None"),
+    "empty caption": ({"b.png": picture(), "b.txt": b" . "}, "/b: no usable caption: ' . '"),
     "null caption": ({"b.png": picture(), "b.json": b'{"caption": null}'}, "/b: no usable caption"),
     "no JSON": ({"b.png": picture(), "b.json": b"{"}, r"/b: \.json is not valid JSON"),
     "deep JSON": ({"b.png": picture(), "b.json": b"[" * 200_000}, "/b: .*recursion"),
-    "a list": ({"b.png": picture(), "b.json": b"[1]"}, r"/b: \.json holds no object but \[1\]"),
+    "a list": ({"b.png": picture(), "b.json": b"[1]"}, r"/b: \.json is not an object but \[1\]"),
     "no UTF-8": ({"b.png": picture(), "b.txt": b"caf\xe9"}, "/b: 'utf-8' codec can't decode"),
 }
 
@@ -130,7 +130,7 @@ def test_a_command_in_place_of_a_shard_is_not_run(tmp_path, monkeypatch, scheme)
     write_tar(tmp_path / "x.tar", good("a"))
     for given in (scheme, ["x.tar", scheme], f"x.tar::{scheme}"):
         given = json.loads(json.dumps(given).replace("{}", str(marker)))
-        with pytest.raises(UserError, match="only local files are read|is no file") as caught:
+        with pytest.raises(UserError, match="only local files are read|is not a file") as caught:
             build(f"shards={json.dumps(given)}", "items=1")
         assert "\n" not in str(caught.value)
     # nor where it gets past the builder: it is but the name of a file
@@ -145,8 +145,8 @@ def test_a_command_in_place_of_a_shard_is_not_run(tmp_path, monkeypatch, scheme)
 def test_a_pass_without_a_usable_sample_is_an_error(shards, tmp_path, as_rank):
     bad = [write_tar(tmp_path / f"{i}.tar", {"b.txt": b"text"}) for i in range(2)]
     stream = make(bad, skipped=SkipLog(muted=True))
-    with pytest.raises(UserError, match=r"2 of 2 shards hold no usable sample.*/b: no image"):
+    with pytest.raises(UserError, match=r"2 of 2 shards have no usable sample.*/b: no image"):
         next(iter(stream))
     empty = make([write_tar(tmp_path / "3.tar", {})])
-    with pytest.raises(UserError, match="1 of 1 shards hold no usable sample.*they are empty"):
+    with pytest.raises(UserError, match="1 of 1 shards have no usable sample.*they are empty"):
         next(iter(empty))

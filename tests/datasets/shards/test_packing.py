@@ -127,8 +127,8 @@ def test_a_killed_pack_leaves_no_shards(photos, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--out", "photos"], "photos exists and is no empty folder"),
-        (["--out", "train.json"], "train.json exists and is no empty folder"),
+        (["--out", "photos"], "photos is not an empty folder"),
+        (["--out", "train.json"], "train.json is not an empty folder"),
         (["--out", "train.json/x"], "cannot write the shards .*: (Not a directory|File exists)"),
         (["--images", "phtos"], "--images: there is no folder phtos"),
         (["--captions", "none.json"], "cannot read the caption file none.json"),
