@@ -298,6 +298,7 @@ def test_wrong_options(option, message):
 
 def test_the_environment_is_noted(tmp_path):
     runner = build(tmp_path)
+    runner.train()
     (noted,) = json.loads((runner.output_dir / "environment.json").read_text())
     assert noted["torch"] == torch.__version__ and noted["threads"] == torch.get_num_threads()
     assert noted["device"] == RUN["device"] and noted["processor"] and noted["processes"] == 1
@@ -335,6 +336,7 @@ def test_a_run_that_goes_on_keeps_its_notes(tmp_path, monkeypatch):
     first.train()
     monkeypatch.setattr(environment, "installed", lambda: {"torch": "9.9.9"})
     again = build(tmp_path, resume_ckpt_path="auto")
+    again.train()
     assert again.output_dir == first.output_dir
     noted = environment.noted_environments(again.output_dir)
     assert [start["torch"] for start in noted] == [torch.__version__, "9.9.9"]
