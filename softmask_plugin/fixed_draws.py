@@ -1,4 +1,4 @@
-"""Random draws that are a function of a key alone: who draws, when and what for."""
+"""Random draws that depend only on a key, such as (seed, rank, epoch, step)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def seed_draws(*key: int) -> None:
-    """Seed the generators of torch (all devices), numpy and Python by a key."""
+    """Seed the generators of torch (all devices), numpy and Python with a key of numbers >= 0."""
     seed = _seed(key)
     torch.manual_seed(seed)
     np.random.seed(seed)
@@ -20,14 +20,14 @@ def seed_draws(*key: int) -> None:
 
 @contextmanager
 def fixed_draws(*key: int) -> Iterator[None]:
-    """What is drawn within depends on the key alone, each number >= 0.
+    """Make draws inside the context depend only on a key of numbers >= 0.
 
-    Torch's generator, which a model draws from too, is left as it was; those of numpy and Python,
-    which nothing else of a run may rely on, are not.
+    torch's generator, which models use too, is restored. Those of numpy and Python are not: nothing
+    else in a run may rely on them.
     """
     state = torch.get_rng_state()
     seed = _seed(key)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would re-seed the GPU as well
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs too
     np.random.seed(seed)
     random.seed(seed)
     try:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, whatever happens to the process or the machine."""
+"""Write files whole or not at all, even if the process is killed or the machine fails."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-LEFTOVERS = ".*.tmp"  # what a killed process may leave in the folder
+LEFTOVERS = ".*.tmp"  # files that a killed process may leave in the folder
 
 
 def write_whole(path: Path, make: Callable[[Path], object]) -> None:
-    """Make a file under another name, on the disk, and only then give it its own.
+    """Write a file under another name, flush it to disk, and only then rename it.
 
     Args:
-        path: of the file, an earlier one of which stays until the new one is whole.
-        make: writes the content to the path that it is given.
+        path: The file. An earlier version stays until the new one is whole.
+        make: Writes the content to a path.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: The file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -32,7 +32,7 @@ def write_whole(path: Path, make: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a small JSON file, indented, as :func:`write_whole` does."""
+    """Write a small, indented JSON file whole."""
     text = json.dumps(content, indent=2) + "\n"
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
