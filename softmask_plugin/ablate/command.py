@@ -105,7 +105,7 @@ def _run(jobs: Sequence[Job], at_once: int) -> list[tuple[Job, UserError]]:
     for job, outcome in work(jobs, slots(cuda, at_once)):
         if isinstance(outcome, UserError):
             failed.append((job, outcome))
-            total -= len(job.unfinished)
+            done += len(job.unfinished)
             text = f"failed: {outcome}"
         else:
             stage, result = outcome

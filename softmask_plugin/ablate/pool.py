@@ -80,13 +80,13 @@ def work(
 
 
 def _work(job: Job, pipe: Connection) -> None:
-    job.home.mkdir(parents=True, exist_ok=True)
-    with job.log.open("a") as file:  # whatever the process writes, libraries included
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
+        job.home.mkdir(parents=True, exist_ok=True)
+        with job.log.open("a") as file:  # whatever the process writes, libraries included
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
         for finished in job.run():
             pipe.send(finished)
         pipe.send(None)
