@@ -9,7 +9,8 @@ import torch
 from transformers import BertTokenizerFast
 
 from softmask_plugin.errors import UserError
-from softmask_plugin.tokenization import FUNCTION_WORDS, CaptionReader, Captions, build_tokenizer
+from softmask_plugin.tokenization import FUNCTION_WORDS, Captions, CaptionTokenizer
+from softmask_plugin.vocabulary import build_tokenizer
 
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "pur", "##ple", "##s", "ring"]
 
@@ -18,7 +19,7 @@ PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "pur", "##pl
 def reader(tmp_path):
     """A reader whose vocabulary cuts 'purples' in three."""
     (tmp_path / "vocab.txt").write_text("\n".join(PIECES))
-    return CaptionReader(build_tokenizer(str(tmp_path / "vocab.txt")), max_length=8)
+    return CaptionTokenizer(build_tokenizer(str(tmp_path / "vocab.txt")), max_length=8)
 
 
 def karpathy(path, **captions):
@@ -86,7 +87,7 @@ def test_a_path_that_leads_nowhere_gets_one_line(tmp_path, monkeypatch, name):
 
 
 def test_words_and_pieces(reader):
-    captions = reader.read(["a purples red", "purple zebra ring", ""])
+    captions = reader.tokenize(["a purples red", "purple zebra ring", ""])
     assert captions.words.tolist() == [
         [-1, 0, 1, 1, 1, 2, -1],
         [-1, 0, 0, 1, 2, -1, -1],  # an unknown word is a word
@@ -99,13 +100,13 @@ def test_words_and_pieces(reader):
 
 
 def test_long_captions_are_cut_and_short_batches_not_padded(reader):
-    long = reader.read(["red ring " * 20])
+    long = reader.tokenize(["red ring " * 20])
     assert long.ids.shape == (1, 8) and long.ids[0, -1] == reader.tokenizer.sep_token_id
-    assert reader.read(["red"]).ids.shape == (1, 3)
+    assert reader.tokenize(["red"]).ids.shape == (1, 3)
 
 
 def test_pickable_words(reader):
-    captions = reader.read(["a purples red"])
+    captions = reader.tokenize(["a purples red"])
     seen = captions.ids.clone()
     seen[0, 3] = reader.tokenizer.mask_token_id  # the middle piece of "purples"
     assert reader.pickable(captions, captions.ids, False).tolist() == captions.words.tolist()
@@ -114,9 +115,9 @@ def test_pickable_words(reader):
 
 
 def test_words_that_name_nothing():
-    reader = CaptionReader(build_tokenizer("scenes"), max_length=30)
+    reader = CaptionTokenizer(build_tokenizer("scenes"), max_length=30)
     text = "there is a large blue star to the left of a ring and below the cross"
-    captions = reader.read([text])
+    captions = reader.tokenize([text])
     picked = reader.pickable(captions, captions.ids, content_only=True)
     left = torch.unique(picked[picked >= 0]).tolist()
     assert [text.split()[i] for i in left] == "large blue star left ring cross".split()

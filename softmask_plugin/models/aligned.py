@@ -6,17 +6,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor
 
 from softmask_plugin.config.options import ModelOptions
-from softmask_plugin.config.run_options import RerankOptions
 from softmask_plugin.models.base import SoftMaskBase
 from softmask_plugin.models.rerank import Reranker
 
 
 class AlignedBase(SoftMaskBase):
-    """Projections to a common space, temperature and matching head, on top of the encoders."""
+    """The encoders with projections to a common space, a temperature and a matching head."""
 
     def __init__(self, options: ModelOptions) -> None:
         super().__init__(options)
@@ -31,8 +31,16 @@ class AlignedBase(SoftMaskBase):
         """BERT layer whose cross-attention gives the maps of words."""
         return self.options.map_layer
 
+    def image_features(self, states: Tensor, suffix: str = "") -> Tensor:
+        """Unit vectors for ITC: image states (..., width) -> (..., embed_dim), float32."""
+        return F.normalize(self.part("vision_proj", suffix)(states).float(), dim=-1)
+
+    def text_features(self, states: Tensor, suffix: str = "") -> Tensor:
+        """Unit vectors for ITC: text states (..., width) -> (..., embed_dim), float32."""
+        return F.normalize(self.part("text_proj", suffix)(states).float(), dim=-1)
+
     def match(self, cls: Tensor) -> Tensor:
-        """Matching logits (N, 2) from the multi-modal [CLS] (N, width): [no match, match]."""
+        """Matching logits (N, 2) of multi-modal [CLS] states (N, width): [no match, match]."""
         return self.itm_head(cls)
 
     def compute_sim_matrix(
@@ -41,10 +49,10 @@ class AlignedBase(SoftMaskBase):
         """Score images against texts for LAVIS's ``retrieval`` task.
 
         Args:
-            data_loader: over a retrieval data set with attributes ``text`` and ``image``.
-            task_cfg: the ``run:`` section; of it ``RerankOptions`` are read.
+            data_loader: Over a retrieval data set with attributes ``text`` and ``image``.
+            task_cfg: The ``run:`` section.
 
         Returns:
             Scores (images, texts) and (texts, images).
         """
-        return Reranker(self, RerankOptions.of(task_cfg)).scores(data_loader)
+        return Reranker(self, task_cfg).scores(data_loader)

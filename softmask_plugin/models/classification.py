@@ -1,4 +1,4 @@
-"""``softmask_classification``: image and text into classes, such as SNLI-VE's three."""
+"""``softmask_classification``: sort pairs of image and text into classes, such as SNLI-VE's."""
 
 from __future__ import annotations
 
@@ -7,34 +7,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
 from softmask_plugin.config.options import ClassificationOptions
-from softmask_plugin.config.paths import shipped
 from softmask_plugin.errors import require_finite_scores
 from softmask_plugin.losses import distilled_cross_entropy
+from softmask_plugin.models.base import LossOutput, shipped_types
 from softmask_plugin.models.distillation import DistilledBase
-from softmask_plugin.nn.tokens import Packing
 from softmask_plugin.registry import register
+from softmask_plugin.tokenization import Captions
 
 
 @dataclass
-class ClassificationOutput(ModelOutput):
+class ClassificationOutput(LossOutput):
     """Loss of a step (a scalar) and logits (B, classes)."""
 
-    loss: Tensor | None = None
     logits: Tensor | None = None
 
 
 @register("model", "softmask_classification")
 class SoftMaskClassification(DistilledBase):
-    """Two-layer head on the multi-modal [CLS], with the state-dict keys and the losses of LAVIS's
+    """A two-layer head on the multi-modal [CLS], with the state-dict keys and losses of LAVIS's
     ``albef_classification``."""
 
     OPTIONS = ClassificationOptions
-    PRETRAINED_MODEL_CONFIG_DICT = {
-        name: shipped(f"models/softmask_classification_{name}.yaml") for name in ("ve", "tiny")
-    }
+    PRETRAINED_MODEL_CONFIG_DICT = shipped_types("softmask_classification", "ve", "tiny")
 
     def __init__(self, options: ClassificationOptions) -> None:
         super().__init__(options)
@@ -45,40 +41,42 @@ class SoftMaskClassification(DistilledBase):
         self.add_momentum("visual_encoder", "text_encoder", "cls_head")
 
     def forward(self, samples: dict[str, Any]) -> ClassificationOutput:
-        """Loss of one step; in training mode also moves the momentum model.
+        """Compute the loss of one step; in training mode, also update the momentum model.
 
         Args:
-            samples: the images that ``images`` names, ``text_input`` list of B sentences, ``label``
-                (B,) int64, and, as LAVIS's tasks give them, ``epoch``, ``iters``,
-                ``num_iters_per_epoch``.
+            samples: The images that ``images`` takes, ``text_input`` (list of B sentences),
+                ``label`` (B,) int64, and ``epoch``, ``iters``, ``num_iters_per_epoch`` from
+                LAVIS's tasks.
         """
-        images, text = self.images(samples), self.read(samples["text_input"])
-        logits, taught, alpha = self.logits(images, text), None, 0.0
+        images, captions = self.images(samples), self.tokenize(samples["text_input"])
+        logits, teacher, alpha = self.logits(images, captions), None, 0.0
         if self.options.use_distill:
             _, alpha = self.progress(samples)
-            self.move_momentum()
+            self.update_momentum()
             with torch.no_grad():
-                taught = self.logits(images, text, "_m")
-        loss = distilled_cross_entropy(logits, samples["label"], taught, alpha)
+                teacher = self.logits(images, captions, "_m")
+        loss = distilled_cross_entropy(logits, samples["label"], teacher, alpha)
         return ClassificationOutput(loss=loss, logits=logits)
 
     @torch.no_grad()
     def predict(self, samples: dict[str, Any]) -> dict[str, Tensor]:
-        """Logits (B, classes) as ``predictions`` and labels as ``targets``, for LAVIS's task
-        ``multimodal_classification``.
+        """Predict for LAVIS's task ``multimodal_classification``.
+
+        Returns:
+            Logits (B, classes) as ``predictions``, and the labels as ``targets``.
 
         Raises:
-            UserError: a logit is NaN or infinite.
+            UserError: A logit is NaN or infinite.
         """
-        logits = self.logits(self.images(samples), self.read(samples["text_input"]))
+        logits = self.logits(self.images(samples), self.tokenize(samples["text_input"]))
         require_finite_scores("a class's score", logits)
         return {"predictions": logits, "targets": samples["label"]}
 
     def images(self, samples: dict[str, Any]) -> Tensor:
-        """What to look at: ``image``, (B, 3, H, W)."""
+        """Take ``image``, (B, 3, H, W), from the samples."""
         return samples["image"]
 
-    def logits(self, images: Tensor, text: tuple[Tensor, Packing], suffix: str = "") -> Tensor:
-        """Logits (B, classes) of the model, or with "_m" of its momentum copy."""
-        fused = self.fuse(images, text, text[1].cls_only, suffix)
+    def logits(self, images: Tensor, captions: Captions, suffix: str = "") -> Tensor:
+        """Logits (B, classes) of the model or, with suffix "_m", of its momentum copy."""
+        fused = self.fuse(images, captions, captions.packing.cls_only, suffix)
         return self.part("cls_head", suffix)(fused.cls)

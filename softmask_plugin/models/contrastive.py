@@ -1,8 +1,9 @@
-"""What the models that learn by contrast share: queues, ITC, hard negatives, the soft mask, ITM."""
+"""What the contrastive models share: queues, ITC, hard negatives, the soft mask, ITM."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from softmask_plugin.config.options import ContrastOptions
 from softmask_plugin.models.aligned import AlignedBase
-from softmask_plugin.models.base import bert_of
+from softmask_plugin.models.base import LossOutput, bert_of
 from softmask_plugin.models.distillation import MomentumDistillation
 from softmask_plugin.nn.image_memory import ImageMemory, View
 from softmask_plugin.nn.pairs import Pairs
@@ -30,12 +31,30 @@ from softmask_plugin.soft_mask import (
     word_map,
 )
 
+IGNORED = -100  # the label that cross_entropy leaves out
+
+
+@dataclass
+class ContrastiveOutput(LossOutput):
+    """Losses of a step (scalars; None if an innovation is off), and the soft mask (see SoftMask).
+
+    ``loss`` is the weighted sum of the others, which are reported without their weights.
+    """
+
+    loss_itc: Tensor | None = None
+    loss_itm: Tensor | None = None
+    loss_mlm: Tensor | None = None
+    loss_soft: Tensor | None = None
+    loss_mlm_soft: Tensor | None = None
+    keep: Tensor | None = None
+    word: Tensor | None = None
+
 
 class Features(NamedTuple):
-    """What the online or the momentum encoders make of a batch."""
+    """A batch, encoded by the online or the momentum encoders."""
 
     image: Tensor  # image states, (B, S, width)
-    text: Tokens  # of N >= B captions: those for ITC come first
+    text: Tokens  # of N >= B captions, those for ITC first
     image_feat: Tensor  # unit vectors, (B, embed_dim), float32
     text_feat: Tensor  # unit vectors, (B, embed_dim), float32
 
@@ -48,29 +67,29 @@ class Similarity(NamedTuple):
     same: Tensor
 
 
-class Hidden(NamedTuple):
-    """What the soft mask did: factor of each image token, (B, S), and the picked word of each
-    caption, (B,), -1 where there was none to pick; None while the mask is off."""
+class SoftMask(NamedTuple):
+    """The factor of each image token, (B, S), and the index of each caption's picked word, (B,),
+    -1 if it has no word to pick. Both None while the mask is off."""
 
     keep: Tensor | None = None
     word: Tensor | None = None
 
 
 class ContrastiveBase(AlignedBase, MomentumDistillation):
-    """Encoders, their momentum copies and the feature queues of ALBEF (arXiv 2107.07651, 3.2)."""
+    """ALBEF's encoders with their momentum copies and feature queues (arXiv 2107.07651, 3.2)."""
 
     def __init__(self, options: ContrastOptions) -> None:
         super().__init__(options)
-        if not options.learn_temp:  # a frozen parameter would be left out of LAVIS's checkpoints
+        if not options.learn_temp:  # LAVIS's checkpoints would leave out a frozen parameter
             fixed = self.temp.detach()
             del self.temp
             self.register_buffer("temp", fixed)
         self.register_buffer("image_queue", random_queue(options.embed_dim, options.queue_size))
         self.register_buffer("text_queue", random_queue(options.embed_dim, options.queue_size))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
-        # Reading queue_ptr would wait for the device, so the host counts along.
+        # A copy of queue_ptr on the host, which need not wait for the device
         self.pointer: int | None = None
-        self.fresh: list[Mapping[str, Tensor]] = []  # features of the step that is not over yet
+        self.fresh: list[Mapping[str, Tensor]] = []  # features of the current step
         self.register_load_state_dict_post_hook(forget_pointer)
         self.itc_loss = get_loss_class(options.itc.loss)(options.itc.gamma)
 
@@ -80,52 +99,53 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         return self.options.soft_mask.layer
 
     def encode(self, images: Tensor, ids: Tensor, packing: Packing) -> Features:
-        """Online features: images (B, 3, H, W), captions (N, T), the first B of them for ITC."""
+        """Encode images (B, 3, H, W) and captions (N, T), the first B of them for ITC."""
         return self._encode(images, ids, packing, "")
 
     @torch.no_grad()
-    def encode_slowly(self, images: Tensor, ids: Tensor, packing: Packing) -> Features:
-        """Momentum features, after the momentum encoders took their step (see ``paced``)."""
-        self.move_momentum()
+    def encode_momentum(self, images: Tensor, ids: Tensor, packing: Packing) -> Features:
+        """Encode with the momentum encoders, once they are updated (see ``paced``)."""
+        self.update_momentum()
         return self._encode(images, ids, packing, "_m")
 
     def _encode(self, images: Tensor, ids: Tensor, packing: Packing, suffix: str) -> Features:
-        names = ("visual_encoder", "text_encoder", "vision_proj", "text_proj")
-        vision, text_encoder, vision_proj, text_proj = (self.part(name, suffix) for name in names)
-        image, text = vision(images), bert_of(text_encoder).encode(ids, packing)
-        image_feat = F.normalize(vision_proj(image[:, 0]).float(), dim=-1)
-        text_feat = F.normalize(text_proj(text.cls[: len(images)]).float(), dim=-1)
-        return Features(image, text, image_feat, text_feat)
+        image = self.part("visual_encoder", suffix)(images)
+        text = bert_of(self.part("text_encoder", suffix)).encode(ids, packing)
+        image_feat = self.image_features(image[:, 0], suffix)
+        return Features(
+            image, text, image_feat, self.text_features(text.cls[: len(images)], suffix)
+        )
 
     # ---- ITC
 
     def contrast(
-        self, online: Features, slow: Features, alpha: float, ids: Tensor | None = None
+        self, online: Features, momentum: Features, alpha: float, ids: Tensor | None = None
     ) -> tuple[Tensor, Similarity]:
         """ITC loss against batch and queue.
 
         Args:
-            online, slow: features of the batch.
-            alpha: weight of the momentum model's soft targets.
-            ids: image of each pair, (B,), where pairs of one image match each other (which needs an
-                ``idx_queue``); None: each pair matches itself alone.
+            online, momentum: Features of the batch.
+            alpha: Weight of the momentum model's soft targets.
+            ids: Image of each pair, (B,); pairs of the same image match each other, which needs an
+                ``idx_queue``. None: each pair matches only itself.
         """
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
             positives = self.positives(len(online.image_feat), ids)
         size = len(online.image_feat)
         with torch.autocast(online.image_feat.device.type, enabled=False):  # logits need the digits
-            # These copies are what autograd keeps, so the queues may change in place.
-            texts = torch.cat([slow.text_feat.T, self.text_queue], dim=1)
-            images = torch.cat([slow.image_feat.T, self.image_queue], dim=1)
+            # Autograd keeps these copies, so the queues may change in place.
+            texts = torch.cat([momentum.text_feat.T, self.text_queue], dim=1)
+            images = torch.cat([momentum.image_feat.T, self.image_queue], dim=1)
             sim_i2t = online.image_feat @ texts / self.temp
             sim_t2i = online.text_feat @ images / self.temp
             with torch.no_grad():
-                targets_i2t = _mixed_targets(positives, slow.image_feat, texts, self.temp, alpha)
-                targets_t2i = _mixed_targets(positives, slow.text_feat, images, self.temp, alpha)
+                image_feat, text_feat = momentum.image_feat, momentum.text_feat
+                targets_i2t = _mixed_targets(positives, image_feat, texts, self.temp, alpha)
+                targets_t2i = _mixed_targets(positives, text_feat, images, self.temp, alpha)
             loss = self.itc_loss(sim_i2t, sim_t2i, targets_i2t, targets_t2i)
         if self.training:
-            fresh = {"image_queue": slow.image_feat, "text_queue": slow.text_feat}
+            fresh = {"image_queue": momentum.image_feat, "text_queue": momentum.text_feat}
             self.fresh.append(fresh if ids is None else {**fresh, "idx_queue": ids[:, None]})
             if not self.paced:
                 self.enqueue_fresh()
@@ -146,11 +166,11 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         super().advance()
 
     def retract(self) -> None:
-        """In place of an optimizer step: its features do not enter the queues."""
+        """Instead of an optimizer step: drop its features."""
         self.fresh.clear()
 
     def enqueue_fresh(self) -> None:
-        """Put the features of the forward passes since the last time into the queues."""
+        """Put the features of the current step into the queues."""
         rows = {name: torch.cat([each[name] for each in self.fresh]) for name in self.fresh[0]}
         self.fresh.clear()
         self.enqueue(rows)
@@ -167,7 +187,7 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
 
     # ---- Soft mask and ITM
 
-    def pair_up(
+    def collect_pairs(
         self,
         caption: Tokens,
         memory: ImageMemory,
@@ -176,52 +196,46 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         similarity: Similarity,
         draws: Draws,
         step: int,
-    ) -> tuple[Pairs, Hidden]:
-        """Positive and negative pairs and, where the soft mask is on, masked ones, to be fused.
+    ) -> tuple[Pairs, SoftMask]:
+        """Collect the pairs to fuse: positives, negatives and, if the mask is on, masked ones.
 
         Args:
-            caption: text states of B captions.
-            memory: of their images.
-            words: word index per token, -1 where the soft mask may not pick, (B, T).
-            scored: the tokens of a positive pair that the losses read.
-            similarity: what hard negatives are drawn by.
-            draws: random streams of the step.
-            step: index of the step in the run.
+            caption: Text states of B captions.
+            memory: Keys and values of their images.
+            words: Word index per token, (B, T); -1 where the soft mask may not pick.
+            scored: The tokens of a positive pair that the losses need.
+            similarity: Decides how hard negatives are drawn.
+            draws: Random streams of the step.
+            step: Index of the step in the run.
 
         Returns:
-            Groups "positive", "negative image", "negative text", "soft" and "soft negative", those
-            that there are; and what was hidden.
+            Groups "positive", "negative image", "negative text", "soft" and "soft negative", as far
+            as they exist, and the soft mask.
         """
-        option, pairs, hidden = self.options.soft_mask, Pairs(), Hidden()
+        option, pairs, mask = self.options.soft_mask, Pairs(), SoftMask()
         if option.enabled and step >= option.start_iter:
-            # Positives go first, since the mask is drawn from their score
-            fused, hidden = self.hide_a_word(caption, words, scored, memory, draws)
+            # The mask comes from the positive pairs' scores, so they are fused first
+            fused, mask = self.draw_soft_mask(caption, words, scored, memory, draws)
             pairs.add_fused("positive", fused)
             wanted = scored if option.in_mlm else None
-            pairs.add("soft", caption, View(keep=hidden.keep), wanted)
+            pairs.add("soft", caption, View(keep=mask.keep), wanted)
         else:
             pairs.add("positive", caption, wanted=scored)
         if len(words) > 1:  # a batch of one has no negatives
             image, other = self.negatives(similarity, draws)
             pairs.add("negative image", caption, View(images=image))
             pairs.add("negative text", caption.take(other))
-            if hidden.keep is not None and option.negatives:
-                pairs.add("soft negative", caption.take(other), View(keep=hidden.keep))
-        return pairs, hidden
+            if mask.keep is not None and option.negatives:
+                pairs.add("soft negative", caption.take(other), View(keep=mask.keep))
+        return pairs, mask
 
-    def negatives(self, similarity: Similarity, draws: Draws) -> tuple[Tensor, Tensor]:
-        """A hard negative image for each caption, and a hard negative caption for each image."""
-        i2t, t2i, same = similarity
-        stream = draws.stream("negatives", same.device)
-        return sample_negatives(t2i, same, stream), sample_negatives(i2t, same, stream)
-
-    def hide_a_word(
+    def draw_soft_mask(
         self, caption: Tokens, words: Tensor, scored: Packing, memory: ImageMemory, draws: Draws
-    ) -> tuple[Tokens, Hidden]:
-        """Fuse the positive pairs, pick a word of each caption, and hide what it refers to.
+    ) -> tuple[Tokens, SoftMask]:
+        """Fuse the positive pairs, pick a word of each caption, and mask what it refers to.
 
         Returns:
-            Multi-modal states of the positive pairs' scored tokens, and what was hidden.
+            Multi-modal states of the positive pairs' scored tokens, and the soft mask.
         """
         option, device = self.options.soft_mask, words.device
         # The options are checked, but OmegaConf has no Literal type for them.
@@ -232,15 +246,21 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
             )
             cam = grad_cam(self.match(fused.cls)[:, 1], attention)
         word = pick_words(cam, words, choice, draws.stream("word", device))
-        hidden = normalize(word_map(cam, words, word))
-        patches = draws.stream("patches", device)
-        return fused, Hidden(keep_factors(hidden, kind, option.strength, patches), word)
+        maps = normalize(word_map(cam, words, word))
+        keep = keep_factors(maps, kind, option.strength, draws.stream("patches", device))
+        return fused, SoftMask(keep, word)
+
+    def negatives(self, similarity: Similarity, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Draw a hard negative image for each caption, and a hard negative caption per image."""
+        i2t, t2i, same = similarity
+        stream = draws.stream("negatives", same.device)
+        return sample_negatives(t2i, same, stream), sample_negatives(i2t, same, stream)
 
     def matching_losses(
         self, fused: dict[str, Tokens], similarity: Similarity
     ) -> tuple[Tensor, Tensor | None]:
-        """ITM of the plain pairs, and that of the masked ones; None where the mask is off."""
-        # Where all images of a batch are one, there is no negative: what was drawn does not count.
+        """ITM of the unmasked pairs, and of the masked ones; None while the mask is off."""
+        # If all pairs of a batch share an image, there are no negatives: what was drawn is ignored
         exists = ~similarity.same.all(dim=1)
         itm = self.matching_loss(fused["positive"], named("negative", fused), exists)
         if "soft" not in fused:
@@ -248,31 +268,48 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         return itm, self.matching_loss(fused["soft"], named("soft negative", fused), exists)
 
     def matching_loss(self, positives: Tokens, negatives: list[Tokens], exists: Tensor) -> Tensor:
-        """Cross-entropy of the multi-modal [CLS] of matching pairs and of others that exist."""
+        """Cross-entropy of the multi-modal [CLS] of positives, and of the negatives that exist."""
         logits = self.match(torch.cat([group.cls for group in (positives, *negatives)]))
         label = torch.where(exists, 0, IGNORED)
         labels = torch.cat([torch.ones_like(label), *(label for _ in negatives)])
         return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED)
 
-
-IGNORED = -100  # the label that cross_entropy leaves out
+    def output(
+        self,
+        mask: SoftMask,
+        itc: Tensor,
+        itm: Tensor,
+        soft: Tensor | None,
+        mlm: Tensor | None = None,
+        mlm_soft: Tensor | None = None,
+    ) -> ContrastiveOutput:
+        """Sum the losses with their weights; None: not computed."""
+        option = self.options
+        loss = option.itc.weight * itc + option.itm_weight * itm
+        if mlm is not None:
+            loss = loss + option.mlm_weight * mlm
+        if soft is not None:
+            loss = loss + option.soft_mask.weight * option.itm_weight * soft
+        if mlm_soft is not None:
+            loss = loss + option.soft_mask.weight * option.mlm_weight * mlm_soft
+        return ContrastiveOutput(loss, itc, itm, mlm, soft, mlm_soft, *mask)
 
 
 def forget_pointer(model: nn.Module, _: Any) -> None:
-    """After loading weights, the host's count of the queue's position is void."""
+    """After loading weights, the host's copy of queue_ptr is out of date."""
     model.pointer = None  # type: ignore[assignment]
 
 
 def named(prefix: str, groups: dict[str, Tokens]) -> list[Tokens]:
-    """The groups whose name starts with ``prefix``."""
+    """Groups whose name starts with ``prefix``."""
     return [group for name, group in groups.items() if name.startswith(prefix)]
 
 
 def _mixed_targets(
     positives: Tensor, feat: Tensor, bank: Tensor, temp: Tensor, alpha: float
 ) -> Tensor:
-    """Equal shares for the positives (B, C), mixed with the momentum model's softmax of its
-    features (B, width) against the bank (width, C): (B, C)."""
+    """Targets (B, C): equal shares for the positives (B, C), mixed with the softmax of the momentum
+    features (B, width) against the bank (width, C)."""
     hard = positives * ((1 - alpha) / positives.sum(dim=1, keepdim=True))
     if alpha == 0:
         return hard

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lavis.models.albef_models.albef_outputs import AlbefOutputFeatures
-from torch import Tensor
 
 from softmask_plugin.config.options import MatchingOptions
-from softmask_plugin.config.paths import shipped
 from softmask_plugin.errors import UserError, require_finite_scores, suggest
 from softmask_plugin.models.aligned import AlignedBase
+from softmask_plugin.models.base import shipped_types
 from softmask_plugin.registry import register
 
 MODES = ("multimodal", "image", "text")
@@ -21,35 +19,33 @@ MODES = ("multimodal", "image", "text")
 
 @register("model", "softmask_feature_extractor")
 class SoftMaskFeatureExtractor(AlignedBase):
-    """Called as LAVIS's ``albef_feature_extractor`` is, with its state-dict keys and the matching
-    head's."""
+    """Called as LAVIS's ``albef_feature_extractor``, with its state-dict keys and those of the
+    matching head."""
 
     OPTIONS = MatchingOptions
     PREDICTS_WORDS = True
-    PRETRAINED_MODEL_CONFIG_DICT = {
-        name: shipped(f"models/softmask_feature_extractor_{name}.yaml")
-        for name in ("base", "tiny", "scenes_tiny")
-    }
+    PRETRAINED_MODEL_CONFIG_DICT = shipped_types(
+        "softmask_feature_extractor", "base", "tiny", "scenes_tiny"
+    )
 
     @torch.no_grad()
     def extract_features(
         self, samples: dict[str, Any], mode: str | Sequence[str] = "multimodal"
     ) -> AlbefOutputFeatures:
-        """Features of each token; the first is [CLS], whose projections ITC compares.
+        """Compute features of every token; the first is [CLS], whose projections ITC compares.
 
         Args:
-            samples: ``image`` (B, 3, H, W) and ``text_input``, a list of N texts (N = B for
-                "multimodal"); those that the mode needs.
-            mode: any of "image", "text" and "multimodal" (which gives the other two as well).
+            samples: ``image`` (B, 3, H, W) and ``text_input`` (list of N texts; N = B for
+                "multimodal"), as the mode needs.
+            mode: Any of "image", "text" and "multimodal", which includes the other two.
 
         Returns:
             ``image_embeds`` (B, 1 + patches, width), ``text_embeds`` and ``multimodal_embeds``
             (N, T, width), and unit vectors ``image_embeds_proj`` and ``text_embeds_proj``
-            (..., embed_dim), None where not asked for. All are zero for padding.
+            (..., embed_dim); None if not asked for, zero for padding.
 
         Raises:
-            UserError: an unknown mode, the image or the text is missing, or a feature is NaN or
-                infinite.
+            UserError: Unknown mode, no image or text, or a NaN or infinite feature.
         """
         modes = [mode] if isinstance(mode, str) else list(mode)
         for each in modes:
@@ -59,15 +55,15 @@ class SoftMaskFeatureExtractor(AlignedBase):
         if both or "image" in modes:
             image = self.visual_encoder(self._needed(samples, "image", modes))
             features["image_embeds"] = image
-            features["image_embeds_proj"] = unit(self.vision_proj(image))
+            features["image_embeds_proj"] = self.image_features(image)
         if both or "text" in modes:
-            ids, packing = self.read(self._needed(samples, "text_input", modes))
-            text = self.bert.encode(ids, packing)
-            features["text_embeds"] = packing.pad(text.states)
-            features["text_embeds_proj"] = packing.pad(unit(self.text_proj(text.states)))
+            captions = self.tokenize(self._needed(samples, "text_input", modes))
+            text, pad = self.bert.encode(captions.ids, captions.packing), captions.packing.pad
+            features["text_embeds"] = pad(text.states)
+            features["text_embeds_proj"] = pad(self.text_features(text.states))
         if both:
             fused = self.bert.fuse(text, self.bert.remember(image))
-            features["multimodal_embeds"] = packing.pad(fused.states)
+            features["multimodal_embeds"] = pad(fused.states)
         require_finite_scores("a feature", *features.values())
         return AlbefOutputFeatures(**features)
 
@@ -75,8 +71,3 @@ class SoftMaskFeatureExtractor(AlignedBase):
         if samples.get(key) is None:
             raise UserError(f"samples['{key}'] is missing: mode {', '.join(modes)} needs it")
         return samples[key]
-
-
-def unit(features: Tensor) -> Tensor:
-    """Vectors of length 1."""
-    return F.normalize(features.float(), dim=-1)

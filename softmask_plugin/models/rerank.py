@@ -1,14 +1,14 @@
-"""Retrieval scores: ITC ranks all, ITM re-ranks the best candidates."""
+"""Retrieval scores: ITC ranks all candidates, ITM re-ranks the best."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from lavis.common.dist_utils import (
     get_rank,
     get_world_size,
@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 from tqdm import tqdm
 
-from softmask_plugin.config.run_options import RerankOptions
+from softmask_plugin.config.run_options import setting
 from softmask_plugin.errors import UserError, require_finite_scores
 from softmask_plugin.nn.image_memory import ImageMemory, View
-from softmask_plugin.nn.tokens import Packing, Tokens
+from softmask_plugin.nn.tokens import Tokens
 
 if TYPE_CHECKING:
-    from softmask_plugin.models.base import SoftMaskBase
+    from softmask_plugin.models.aligned import AlignedBase
 
 NOT_A_CANDIDATE = -100.0  # LAVIS's score of a pair that ITC did not propose
 
@@ -33,37 +33,40 @@ NOT_A_CANDIDATE = -100.0  # LAVIS's score of a pair that ITC did not propose
 class Reranker:
     """Scores every candidate pair of both directions once, image by image.
 
-    An image's keys and values are projected once for all its candidates, a caption's text states
-    are computed once for all images, and padding costs nothing.
+    It projects an image's keys and values once for all its candidates, encodes a caption once for
+    all images, and spends nothing on padding.
 
     Args:
-        model: encoders, projections and matching head.
-        options: how many candidates, what ranks them, how much memory.
-        text_batch: captions encoded at once.
+        model: A model with a matching head.
+        run: A ``run:`` section, for ``k_test``, ``rerank_scoring`` and ``rerank_memory``.
+        text_batch: How many captions to encode at once.
     """
 
     def __init__(
-        self, model: SoftMaskBase, options: RerankOptions | None = None, text_batch: int = 256
+        self, model: AlignedBase, run: Mapping[str, Any] | None = None, text_batch: int = 256
     ) -> None:
+        run = run or {}
         self.model, self.text_batch = model, text_batch
-        self.options = options or RerankOptions()
+        self.k_test = int(setting(run, "k_test"))
+        self.scoring: str = setting(run, "rerank_scoring")
+        self.memory = float(setting(run, "rerank_memory"))  # GiB
 
     @torch.no_grad()
     def scores(self, data_loader: Any) -> tuple[np.ndarray, np.ndarray]:
         """Score (images, texts) and (texts, images).
 
         Raises:
-            UserError: a score is NaN or infinite; ranks made from it would mean nothing.
+            UserError: A score is NaN or infinite, so ranks would mean nothing.
         """
         texts, text_feats = self.encode_texts(data_loader.dataset.text)
         images, image_feats = self.encode_images(data_loader)
         similarity = (image_feats @ text_feats.T).cpu()
-        warn_if_fewer(self.options.k_test, similarity)
-        for_image = candidates(similarity, self.options.k_test)
-        for_text = candidates(similarity.T, self.options.k_test).T
+        warn_if_fewer(self.k_test, similarity)
+        for_image = candidates(similarity, self.k_test)
+        for_text = candidates(similarity.T, self.k_test).T
         score = self.match(images, texts, for_image | for_text)
         require_finite_scores("a retrieval score", similarity, score)
-        if self.options.rerank_scoring == "itm+itc":
+        if self.scoring == "itm+itc":
             score += similarity
         i2t = score.masked_fill(~for_image, NOT_A_CANDIDATE)
         t2i = score.masked_fill(~for_text, NOT_A_CANDIDATE).T
@@ -74,7 +77,7 @@ class Reranker:
         """Cosine of every image with every text, (images, texts): the ranking by ITC alone.
 
         Raises:
-            UserError: as ``scores``.
+            UserError: As ``scores``.
         """
         texts = self.encode_texts(data_loader.dataset.text)[1]
         cosines = self.encode_images(data_loader)[1] @ texts.T
@@ -82,31 +85,30 @@ class Reranker:
         return cosines
 
     def encode_texts(self, texts: list[str]) -> tuple[Tokens, Tensor]:
-        """Text states of N captions, and unit features (N, embed_dim)."""
-        model, batches = self.model, []
+        """Encode N captions: text states, and unit features (N, embed_dim)."""
+        batches = []
         for start in range(0, len(texts), self.text_batch):
-            captions = model.reader.read(texts[start : start + self.text_batch])
-            packing = Packing.of(captions.mask).to(model.device)
-            batches.append(model.bert.encode(captions.ids.to(model.device), packing))
+            captions = self.model.tokenize(texts[start : start + self.text_batch])
+            batches.append(self.model.bert.encode(captions.ids, captions.packing))
         encoded = Tokens.cat(batches)
-        return encoded, F.normalize(model.text_proj(encoded.cls).float(), dim=-1)
+        return encoded, self.model.text_features(encoded.cls)
 
     def encode_images(self, data_loader: Any) -> tuple[dict[int, Tensor], Tensor]:
-        """States (S, width) of this rank's share of the images, on the CPU, by their index; and
-        unit features of all, (M, embed_dim).
+        """Encode M images: this rank's share of their states (S, width), by index and on the CPU,
+        and unit features of all, (M, embed_dim).
 
         Raises:
-            UserError: each process would see a part of the gallery only.
+            UserError: Each process would see only part of the gallery.
         """
         if isinstance(getattr(data_loader, "sampler", None), DistributedSampler):
             raise UserError(
-                "retrieval ranks the whole gallery, of which each process would see a part: set "
-                "run.use_dist_eval_sampler=false"
+                "retrieval ranks the whole gallery, but each process would see only part of it: "
+                "set run.use_dist_eval_sampler=false"
             )
         states, feats, count = {}, [], 0
         for samples in progress_bar(data_loader, desc="images", unit="batch"):
             image = self.model.visual_encoder(samples["image"].to(self.model.device))
-            feats.append(F.normalize(self.model.vision_proj(image[:, 0]).float(), dim=-1))
+            feats.append(self.model.image_features(image[:, 0]))
             for i in range(count, count + len(image)):
                 if i % get_world_size() == get_rank():
                     states[i] = image[i - count].cpu()
@@ -116,7 +118,7 @@ class Reranker:
     def match(self, images: dict[int, Tensor], texts: Tokens, wanted: Tensor) -> Tensor:
         """Matching logits of the ``wanted`` pairs (M, N), 0 elsewhere; each rank does its share.
 
-        The matrix of logits, like ``wanted``, is on the CPU, where a large gallery has room.
+        Both matrices are on the CPU, which has room for a large gallery.
         """
         device, scores = self.model.device, torch.zeros(wanted.shape)
         mine = list(images)
@@ -140,17 +142,17 @@ class Reranker:
         return self.model.match(fused.cls)[:, 1].float()
 
     def pairs_at_once(self, texts: Tokens) -> int:
-        """How many captions of the longest kind fit into the memory that the options grant."""
+        """How many captions of the longest length fit into ``rerank_memory``."""
         shape = self.model.text_encoder.shape
-        # The feed-forward's input and output, and queries, contexts, residuals beside them, which
-        # attention wants padded and unpadded.
+        # Per token: the feed-forward's input and output, besides queries, contexts and residuals,
+        # which attention needs padded and unpadded
         token_bytes = texts.states.element_size() * (2 * shape.intermediate + 10 * shape.width)
         caption_bytes = token_bytes * texts.packing.mask.shape[1]
-        return max(1, int(self.options.rerank_memory * 2**30 / caption_bytes))
+        return max(1, int(self.memory * 2**30 / caption_bytes))
 
 
 def warn_if_fewer(k: int, similarity: Tensor) -> None:
-    """Say so where a gallery has fewer entries than ``k``."""
+    """Warn if a gallery has fewer than ``k`` entries."""
     for gallery, count in zip(("images", "texts"), similarity.shape, strict=True):
         if k > count:
             logging.warning(
@@ -165,6 +167,6 @@ def candidates(similarity: Tensor, k: int) -> Tensor:
 
 
 def progress_bar(items: Any = None, **options: Any) -> Any:
-    """A bar on the first rank where standard error is a terminal, gone when done."""
+    """Show progress on the first rank if standard error is a terminal; gone when done."""
     disable = None if is_main_process() else True
     return tqdm(items, leave=False, disable=disable, **options)

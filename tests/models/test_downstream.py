@@ -19,7 +19,6 @@ from softmask_plugin.models import (
 )
 from softmask_plugin.models.nlvr import assign
 from softmask_plugin.nn.sampling import Draws
-from softmask_plugin.nn.tokens import Packing
 
 
 def sound(model, batch):
@@ -43,10 +42,9 @@ def test_a_batch_of_one_image_has_no_negatives(make_other, make_batch, ids):
     model.zero_grad()  # ITM of the positives alone
     with torch.no_grad():
         batch = make_batch(len(ids))
-        clean = model.reader.read(batch["text_input"])
-        packing = Packing.of(clean.mask)
+        captions = model.tokenize(batch["text_input"])
         memory = model.bert.remember(model.visual_encoder(batch["image"]))
-        fused = model.bert.fuse(model.bert.encode(clean.ids, packing), memory)
+        fused = model.bert.fuse(model.bert.encode(captions.ids, captions.packing), memory)
         expected = -model.match(fused.cls).log_softmax(1)[:, 1].mean()
     torch.testing.assert_close(out["loss_itm"], expected)
 
@@ -84,8 +82,8 @@ def test_swapping_the_images_matters_and_each_layer_looks_at_its_own(make_other,
     for a, b in zip(layers[::2], layers[1::2], strict=True):
         assert a.crossattention.self.key.weight is b.crossattention.self.key.weight
         assert a.crossattention.self.query.weight is not b.crossattention.self.query.weight
-    slow = model.text_encoder_m.fusion_layers
-    assert slow[0].crossattention.self.key.weight is slow[1].crossattention.self.key.weight
+    first, second, *_ = model.text_encoder_m.fusion_layers
+    assert first.crossattention.self.key.weight is second.crossattention.self.key.weight
 
 
 def test_text_assignment_shows_each_caption_as_its_label_says(make_other, make_batch):

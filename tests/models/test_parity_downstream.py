@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from toy_models import CAPTIONS
 
 from benchmarks import baseline
 from softmask_plugin.models import (
@@ -18,14 +19,6 @@ from softmask_plugin.models import (
 
 # LAVIS's class for two images is written for a first fusion layer of 6 and six of them
 SIX_FUSION_LAYERS = {"layers": 12, "fusion_layer": 6}
-CAPTIONS = [
-    "a small red circle above a large blue star",
-    "a green square",
-    "a picture of a yellow triangle to the left of a small purple ring and a cross",
-    "there is a large blue star below a red circle",
-    "a black heart",
-    "a small green square to the right of a yellow triangle",
-]
 ANSWERS = ["yes", "no", "red", "a large blue star", "two circles", "green", "a ring"]
 
 
@@ -200,7 +193,7 @@ def test_vqa_answers(make_other, monkeypatch, candidates, at_once):
         got = ours.predict_answers(dict(batch), ANSWERS, num_ans_candidates=candidates)
         with torch.no_grad():
             assert got == theirs.predict_answers(dict(batch), ANSWERS, candidates)
-        assert all(torch.equal(ours.state_dict()[name], before[name]) for name in before)
+        assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
         answers += got
     assert len(set(answers)) > 1
 
@@ -213,7 +206,7 @@ def test_feature_extractor(make_other, mode):
     ours = make_other(SoftMaskFeatureExtractor).eval()
     theirs = baseline.albef_feature_extractor(ours).eval()
     batch = {"image": images(4), "text_input": CAPTIONS[:4]}
-    real = ours.reader.read(CAPTIONS[:4]).mask
+    real = ours.tokenize(CAPTIONS[:4]).mask
     expected, got = (m.extract_features(dict(batch), mode=mode) for m in (theirs, ours))
     if mode != "multimodal":
         assert got.keys() == expected.keys()

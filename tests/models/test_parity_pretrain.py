@@ -28,12 +28,12 @@ def same_draws(monkeypatch):
 
         def mask(self, input_ids, vocab_size, device, targets, probability_matrix):
             step, _ = model.progress(batch)
-            clean = model.reader.read(batch["text_input"])
+            clean = model.caption_tokenizer.tokenize(batch["text_input"])
             width = clean.ids.shape[1]
             assert (input_ids[:, width:] == 0).all()  # LAVIS pads to 30 tokens, we to the longest
             ids, chosen = mask_tokens(
                 clean.ids,
-                model.reader.maskable(clean),
+                model.caption_tokenizer.maskable(clean),
                 self.tokenizer.mask_token_id,
                 vocab_size,
                 float(probability_matrix[0, 0]),
@@ -71,9 +71,10 @@ def test_losses_gradients_and_state_equal_lavis(
         torch.testing.assert_close(
             parameter.grad, gradients[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
+    state = ours.state_dict()
     for name, tensor in theirs.state_dict().items():  # momentum encoders, queues and pointer moved
         torch.testing.assert_close(
-            ours.state_dict()[name], tensor, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            state[name], tensor, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 

@@ -1,17 +1,18 @@
-"""softmask_pretrain's behaviour: switches, edges, precision, state. As a script: the two ranks."""
+"""softmask_pretrain's behaviour: switches, edges, precision, state, several ranks."""
 
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from dataclasses import asdict
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from toy_models import CAPTIONS
+
+from benchmarks.ranks import on_ranks
 
 
 def record(model, monkeypatch):
@@ -25,7 +26,7 @@ def record(model, monkeypatch):
 
         monkeypatch.setattr(model, name, call)
 
-    for name in ("read_masked", "negatives", "hide_a_word"):
+    for name in ("tokenize_masked", "negatives", "draw_soft_mask"):
         spy(name, getattr(model, name))
     return drawn
 
@@ -90,11 +91,11 @@ def test_switching_one_innovation_leaves_the_draws_of_the_others(
         model(make_batch(6))
     for a, b in zip(*(d["negatives"] for d in drawn), strict=True):
         assert torch.equal(a, b)
-    texts = [d["read_masked"] for d in drawn]
+    texts = [d["tokenize_masked"] for d in drawn]
     assert torch.equal(texts[0].ids[-6:], texts[1].ids[-6:])  # the masked captions
     assert torch.equal(texts[0].masked.index, texts[1].masked.index)
-    if "hide_a_word" in drawn[1] and "text" not in change:
-        assert torch.equal(drawn[0]["hide_a_word"][1].word, drawn[1]["hide_a_word"][1].word)
+    if "draw_soft_mask" in drawn[1] and "text" not in change:
+        assert torch.equal(drawn[0]["draw_soft_mask"][1].word, drawn[1]["draw_soft_mask"][1].word)
 
 
 def test_terms_are_there_when_their_innovation_is(make_model, make_batch):
@@ -149,7 +150,7 @@ def test_strength_zero_is_no_mask(make_model, make_batch, monkeypatch):
     drawn = record(model, monkeypatch)
     out = model(make_batch(6))
     assert (out.keep == 1).all()
-    logits = model.match(drawn["hide_a_word"][0].cls)
+    logits = model.match(drawn["draw_soft_mask"][0].cls)
     own = F.cross_entropy(logits, torch.ones(6, dtype=torch.long))
     torch.testing.assert_close(out.loss_soft, own)
     torch.testing.assert_close(out.loss_mlm_soft, out.loss_mlm)
@@ -172,7 +173,7 @@ def test_what_is_never_picked(make_model, make_batch, monkeypatch, words):
     drawn, picked = record(model, monkeypatch), set()
     for step in range(20):
         out = model(make_batch(6, epoch=step))
-        text = drawn["read_masked"]
+        text = drawn["tokenize_masked"]
         tokens = model.tokenizer.convert_ids_to_tokens(
             text.ids[:6][(text.words == out.word[:, None]) & (text.words >= 0)].tolist()
         )
@@ -351,30 +352,20 @@ def test_half_precision_is_near_full_precision(make_model, make_batch, dtype, sh
 # ---- two processes
 
 
-def main(conftest, rank):
-    """What each rank of the test below runs."""
-    import importlib.util
-    from types import SimpleNamespace
+def test_two_ranks_agree_though_seeded_differently(make_model):
+    ended = on_ranks(2, lambda rank: train_and_retrieve(make_model(rank, momentum=0.9), rank))
+    assert [rank.error for rank in ended] == ["", ""]
 
-    import torch.distributed as dist
 
-    spec = importlib.util.spec_from_file_location("fixtures", conftest)
-    fixtures = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fixtures)
-    store = (Path.cwd() / "rendezvous").as_uri()
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    from softmask_plugin.config.options import PretrainOptions, read_options
-    from softmask_plugin.models.pretrain import SoftMaskPretrain
-
-    torch.manual_seed(rank)
-    model = SoftMaskPretrain(read_options(PretrainOptions, {**fixtures.SMALL, "momentum": 0.9}))
+def train_and_retrieve(model, rank):
+    """What each rank of the test above does; its model and its images are of another seed."""
     ddp = torch.nn.parallel.DistributedDataParallel(model)
     assert not list(ddp.named_module_buffers), "DDP would broadcast buffers at every step"
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
     for step in range(3):
         batch = {
             "image": torch.randn(3, 3, 32, 32),
-            "text_input": fixtures.CAPTIONS[rank::2],
+            "text_input": CAPTIONS[rank::2],
             "epoch": 0,
             "iters": step,
             "num_iters_per_epoch": 3,
@@ -389,7 +380,7 @@ def main(conftest, rank):
         assert torch.equal(tensor, states[1][name]), f"{name} differs between ranks"
 
     class Loader(list):
-        dataset = SimpleNamespace(text=fixtures.CAPTIONS)
+        dataset = SimpleNamespace(text=CAPTIONS)
 
     images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     loader, task = Loader([{"image": images}]), {"k_test": 3}
@@ -398,26 +389,3 @@ def main(conftest, rank):
     alone = model.compute_sim_matrix(loader, task)
     for a, b in zip(together, alone, strict=True):
         torch.testing.assert_close(torch.from_numpy(a), torch.from_numpy(b))
-
-
-def test_two_ranks_agree_though_seeded_differently(tmp_path):
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(Path(__file__).parents[1] / "conftest.py"), str(rank)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-            cwd=tmp_path,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [rank.communicate(timeout=180)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "".join(errors)[-4000:]
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from softmask_plugin.nn import image_memory
 from softmask_plugin.nn.image_memory import LayerMemory, View
 from softmask_plugin.nn.recompute import recompute
-from softmask_plugin.nn.tokens import Packing, Tokens
+from softmask_plugin.nn.tokens import Tokens
 from softmask_plugin.soft_mask import grad_cam
 
 FIRST_FUSION, CAM_LAYER = 2, 3
@@ -40,9 +40,9 @@ def pair(make_model, albef_twin, make_batch):
         ours = make_model().eval()
         twin = albef_twin(ours).eval()
         batch = make_batch(size)
-        captions = ours.reader.read(batch["text_input"])
+        captions = ours.tokenize(batch["text_input"])
         image = ours.visual_encoder(batch["image"])
-        tokens = ours.bert.encode(captions.ids, Packing.of(captions.mask))
+        tokens = ours.bert.encode(captions.ids, captions.packing)
         tokens = Tokens(tokens.states.detach(), tokens.packing)
         torch.testing.assert_close(image, twin.visual_encoder(batch["image"]))
         return ours, twin, image.detach().requires_grad_(), tokens, captions
@@ -139,9 +139,9 @@ def test_dropout_leaves_the_map_undropped(make_model, make_batch):
         "attention_dropout": 0.5,
     }
     model = make_model(bert=bert).train()
-    captions = model.reader.read(make_batch(4)["text_input"])
+    captions = model.tokenize(make_batch(4)["text_input"])
     memory = model.bert.remember(model.visual_encoder(make_batch(4)["image"]))
-    tokens = model.bert.encode(captions.ids, Packing.of(captions.mask))
+    tokens = model.bert.encode(captions.ids, captions.packing)
     _, attention = model.bert.fuse_with_attention(tokens, memory, CAM_LAYER)
     torch.testing.assert_close(attention.sum(dim=-1), torch.ones(attention.shape[:-1]))
     assert (attention > 0).all()
@@ -168,12 +168,12 @@ def test_a_whole_step_equals_the_slow_way(
     twin = albef_twin(ours)
     batch = make_batch(size)
     seen = {}
-    for name in ("read_masked", "negatives", "hide_a_word", "contrast", "encode_slowly"):
+    for name in ("tokenize_masked", "negatives", "draw_soft_mask", "contrast", "encode_momentum"):
         spy(ours, name, seen)
     out = ours(batch)
     nobody = torch.empty(0, dtype=torch.long)
-    text, (image_of, text_of) = seen["read_masked"], seen.get("negatives", (nobody, nobody))
-    _, (keep, word) = seen["hide_a_word"]
+    text, (image_of, text_of) = seen["tokenize_masked"], seen.get("negatives", (nobody, nobody))
+    _, (keep, word) = seen["draw_soft_mask"]
     alpha = ours.progress(batch)[1]
 
     mask, ids, masked_ids = text.tokens.mask, text.ids[:size], text.ids[-size:]
@@ -195,15 +195,15 @@ def test_a_whole_step_equals_the_slow_way(
 
     soft = masked_albef(twin, states, mask, image, keep)
     if negatives and size > 1:
-        hidden = masked_albef(twin, states[text_of], mask[text_of], image, keep)
-        soft = torch.cat([soft, hidden])
+        wrong = masked_albef(twin, states[text_of], mask[text_of], image, keep)
+        soft = torch.cat([soft, wrong])
     plain.append(F.cross_entropy(twin.itm_head(soft[:, 0]), labels[: len(soft)]))
     torch.testing.assert_close(out.loss_soft, plain[-1])
     assert (keep[:, 1:].amin(dim=1) == 0).all() and (word >= 0).all()
 
-    slow, momentum = seen["encode_slowly"], ours.text_encoder_m
-    _, slow_text = text.versions(slow.text)
-    fused_m = momentum.bert.fuse(slow_text, momentum.bert.remember(slow.image))
+    encoded_m, momentum = seen["encode_momentum"], ours.text_encoder_m
+    _, words_m = text.versions(encoded_m.text)
+    fused_m = momentum.bert.fuse(words_m, momentum.bert.remember(encoded_m.image))
     soft_labels = torch.zeros(*mask.shape, momentum.shape.vocab_size)
     soft_labels[mask] = momentum(fused_m.states).softmax(dim=-1)  # on every token
     chosen = text.masked.mask

@@ -15,12 +15,13 @@ from PIL import Image
 from transformers import BertTokenizerFast
 
 from softmask_plugin import cli
-from softmask_plugin.datasets.tables.captions import read_captions
+from softmask_plugin.datasets.tables.captions import parse_captions
 from softmask_plugin.errors import UserError
 from softmask_plugin.models import SoftMaskRetrieval, SoftMaskVqa
 from softmask_plugin.nn.sampling import Draws
 from softmask_plugin.processors import CaptionProcessor
-from softmask_plugin.tokenization import CaptionReader, build_tokenizer
+from softmask_plugin.tokenization import CaptionTokenizer
+from softmask_plugin.vocabulary import build_tokenizer
 
 LONG = "a red ring " * 9_091  # 100,001 characters
 CJK = "桌子上的红色圆圈"
@@ -51,7 +52,7 @@ CAPTIONS = {
 
 @pytest.fixture(scope="module")
 def reader():
-    return CaptionReader(build_tokenizer("scenes"), max_length=30)
+    return CaptionTokenizer(build_tokenizer("scenes"), max_length=30)
 
 
 # ---- one caption
@@ -62,7 +63,7 @@ def test_a_caption_is_read_or_skipped_and_counted(tmp_path, caplog, kind):
     caption, expected = CAPTIONS[kind]
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"image": "a.jpg", "caption": ["fine", caption]}]))
-    (item,) = read_captions(path)
+    (item,) = parse_captions(path)
     assert item.captions == (["fine"] if expected is None else ["fine", expected])
     assert ("1 unusable captions" in caplog.text) == (expected is None)
 
@@ -84,11 +85,11 @@ def test_100_000_characters_fit_into_a_table(tmp_path, suffix):
     with (tmp_path / f"a.{suffix}").open("w", newline="") as file:
         rows = csv.writer(file, delimiter="\t" if suffix == "tsv" else ",")
         rows.writerows([["image", "caption"], ["a.jpg", LONG]])
-    assert read_captions(tmp_path / f"a.{suffix}")[0].captions == [LONG.strip()]
+    assert parse_captions(tmp_path / f"a.{suffix}")[0].captions == [LONG.strip()]
 
 
 def test_a_long_caption_costs_as_many_tokens_as_are_allowed(reader):
-    captions = reader.read([LONG, "x" * 100_000, "a ring"])
+    captions = reader.tokenize([LONG, "x" * 100_000, "a ring"])
     assert captions.ids.shape == (3, 30)
     assert captions.mask.sum(dim=1).tolist() == [30, 3, 4]
 
@@ -96,7 +97,7 @@ def test_a_long_caption_costs_as_many_tokens_as_are_allowed(reader):
 @pytest.mark.parametrize("caption", [None, 5, 1.5, ["a"], b"a"], ids=str)
 def test_what_is_no_text_is_refused_in_one_line(reader, caption):
     with pytest.raises(UserError, match="a caption must be text, not "):
-        reader.read(["a ring", caption])
+        reader.tokenize(["a ring", caption])
 
 
 # ---- "[MASK]" in a caption's text
@@ -107,26 +108,26 @@ def spelling(tmp_path):
     """A reader that knows the words and brackets of special tokens as ordinary tokens."""
     words = "[PAD] [UNK] [CLS] [SEP] [MASK] [ ] mask cls sep pad unk a ring".split()
     (tmp_path / "vocab.txt").write_text("\n".join(words))
-    return CaptionReader(build_tokenizer(str(tmp_path / "vocab.txt")), max_length=40)
+    return CaptionTokenizer(build_tokenizer(str(tmp_path / "vocab.txt")), max_length=40)
 
 
 @pytest.mark.parametrize("token", ["[MASK]", "[CLS]", "[SEP]", "[PAD]", "[UNK]"])
 def test_a_special_tokens_text_is_its_characters(spelling, token):
-    captions = spelling.read([f"a {token} ring", f"{token}{token}", f"[{token}"])
+    captions = spelling.tokenize([f"a {token} ring", f"{token}{token}", f"[{token}"])
     tokens = spelling.tokenizer.convert_ids_to_tokens(captions.ids[0].tolist())
     name = token.strip("[]").lower()
     assert tokens == ["[CLS]", "a", "[", name, "]", "ring", "[SEP]", "[PAD]"]
     assert captions.words[0].tolist() == [-1, 0, 1, 2, 3, 4, -1, -1]
     assert captions.mask.sum(dim=1).tolist() == [7, 8, 6]
     assert ((captions.words >= 0) == (captions.mask & ~spelling.is_special[captions.ids])).all()
-    assert spelling.read([f"a {name} ring"]).ids.shape == (1, 5)
+    assert spelling.tokenize([f"a {name} ring"]).ids.shape == (1, 5)
 
 
 def test_mlm_predicts_a_special_tokens_text_as_words_and_the_mask_may_pick_it(make_model):
     model = make_model(text={"mask_prob": 1.0})
-    reader = model.reader
-    text = model.read_masked([SPECIAL, "a ring"], Draws(0, 0))
-    clean = reader.read([SPECIAL, "a ring"])
+    reader = model.caption_tokenizer
+    text = model.tokenize_masked([SPECIAL, "a ring"], Draws(0, 0))
+    clean = reader.tokenize([SPECIAL, "a ring"])
     special = {reader.tokenizer.convert_tokens_to_ids(t) for t in ("[MASK]", "[CLS]", "[PAD]")}
     assert not special & set(text.targets.tolist())
     # all but [CLS] and padding
@@ -144,7 +145,7 @@ def test_ordinary_captions_are_tokenized_as_before(reader):
         "it's [ MASK ]",
     ]
     for text in plain:
-        assert reader.read([text]).ids.tolist() == [reader.tokenizer(text)["input_ids"]]
+        assert reader.tokenize([text]).ids.tolist() == [reader.tokenizer(text)["input_ids"]]
 
 
 # ---- vocabularies
@@ -199,9 +200,9 @@ FILES = {
     "malformed": ("[{", "train.json is not valid JSON"),
     "no rows": ("[]", "train.json holds no rows"),
     "another layout": ('{"annotations": []}', "no 'image' among ['annotations']"),
-    "absolute paths": ([{"image": "/etc/a.png", "caption": "a"}], "does not lie below the images"),
-    "..": ([{"image": "../photos/a.png", "caption": "a"}], "does not lie below the images folder"),
-    "a drive": ([{"image": "C:/a.png", "caption": "a"}], "does not lie below the images folder"),
+    "absolute paths": ([{"image": "/etc/a.png", "caption": "a"}], "is outside the images"),
+    "..": ([{"image": "../photos/a.png", "caption": "a"}], "is outside the images folder"),
+    "a drive": ([{"image": "C:/a.png", "caption": "a"}], "is outside the images folder"),
     "missing images": ([{"image": "c.png", "caption": "a"}], "none of the 1 images exists"),
     "a name of two lines": ([{"image": "a\nb", "caption": "a"}], r"photos/a\nb; set"),
     "no text": (b"\xff\xfe\x00", "is not UTF-8 text: save it as UTF-8"),

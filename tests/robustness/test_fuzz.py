@@ -14,22 +14,23 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from softmask_plugin.datasets.images import UnreadableImageError, open_rgb
-from softmask_plugin.datasets.tables.captions import read_captions
-from softmask_plugin.datasets.tables.questions import read_answers, read_questions
-from softmask_plugin.datasets.tables.statements import read_statements
+from softmask_plugin.datasets.tables.captions import parse_captions
+from softmask_plugin.datasets.tables.questions import parse_answers, parse_questions
+from softmask_plugin.datasets.tables.statements import parse_statements
 from softmask_plugin.errors import UserError, one_line
 from softmask_plugin.soft_mask import keep_factors, normalize, pick_words, word_cam, word_map
-from softmask_plugin.tokenization import CaptionReader, build_tokenizer
+from softmask_plugin.tokenization import CaptionTokenizer
+from softmask_plugin.vocabulary import build_tokenizer
 
 # ---- files of captions, questions and statements
 
 READERS = {
-    "captions": lambda path: read_captions(path, "train"),
-    "questions": read_questions,
-    "unanswered": lambda path: read_questions(path, answered=False),
-    "entailment": lambda path: read_statements(path, ("image",), ("no", "yes")),
-    "pairs": lambda path: read_statements(path, ("image0", "image1"), ("False", "True")),
-    "answers": read_answers,
+    "captions": lambda path: parse_captions(path, "train"),
+    "questions": parse_questions,
+    "unanswered": lambda path: parse_questions(path, answered=False),
+    "entailment": lambda path: parse_statements(path, ("image",), ("no", "yes")),
+    "pairs": lambda path: parse_statements(path, ("image0", "image1"), ("False", "True")),
+    "answers": parse_answers,
 }
 KEYS = """image image0 image1 images caption question answer sentence label image_id question_id
 filename filepath split sentences raw""".split()
@@ -99,7 +100,7 @@ def test_nesting_of_any_depth_is_refused(tmp_path, wrap):
     for depth in [*range(900, 1000), 10**5]:
         path.write_text(wrap.format("[" * depth + "]" * depth))
         with pytest.raises(UserError):
-            read_captions(path)
+            parse_captions(path)
 
 
 # ---- images
@@ -129,14 +130,14 @@ def test_a_damaged_image_is_rgb_or_refused(tmp_path_factory, kind, data):
 
 @pytest.fixture(scope="module")
 def reader():
-    return CaptionReader(build_tokenizer("scenes"), max_length=12)
+    return CaptionTokenizer(build_tokenizer("scenes"), max_length=12)
 
 
 @given(st.lists(st.text(max_size=60), min_size=1, max_size=4))
 @settings(max_examples=150, deadline=None)
 def test_any_text_is_read_without_special_tokens_of_its_own(reader, texts):
     try:
-        captions = reader.read(texts)
+        captions = reader.tokenize(texts)
     except UserError:
         return
     special = reader.is_special[captions.ids]

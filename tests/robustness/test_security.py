@@ -24,7 +24,7 @@ from softmask_plugin.explain.pairs import Explanation
 from softmask_plugin.files import download
 from softmask_plugin.models.weights import DEIT_URL
 from softmask_plugin.report import loss_curves, write_report
-from softmask_plugin.tokenization import build_tokenizer
+from softmask_plugin.vocabulary import build_tokenizer
 
 PACKAGE = Path(softmask_plugin.__file__).parent
 RUN = {

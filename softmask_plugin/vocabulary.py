@@ -1,0 +1,110 @@
+"""Tokenizers: from the shipped vocabulary, a vocab.txt, a BERT, or a file of texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tokenizers import BertWordPieceTokenizer
+from transformers import BertTokenizerFast
+
+from softmask_plugin.config.paths import PACKAGE
+from softmask_plugin.datasets.tables.captions import parse_captions
+from softmask_plugin.datasets.tables.questions import parse_questions
+from softmask_plugin.datasets.tables.rows import SUFFIXES, one_text, parse_table
+from softmask_plugin.errors import UserError, reason_of
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+SCENES_VOCABULARY = PACKAGE / "assets" / "scenes_vocab.txt"
+
+
+def build_tokenizer(source: str | None, vocab_size: int = 8192) -> BertTokenizerFast:
+    """Build a lower-casing WordPiece tokenizer.
+
+    Args:
+        source: ``scenes`` (the shipped vocabulary of the rendered scenes); a ``vocab.txt``; a file
+            of captions, questions or statements, from which the same vocabulary is made at every
+            call (from the train split of a file in Karpathy's layout); or a BERT on the Hugging
+            Face hub or in a local folder.
+        vocab_size: Largest size of a vocabulary made from texts.
+
+    Raises:
+        UserError: No source, no such file or BERT, or an unusable file.
+    """
+    if source is None:
+        raise UserError(
+            "model.tokenizer is null: name the vocabulary of the weights (vocab.txt in the folder "
+            "of their run), or the train split's file to make one from"
+        )
+    path = SCENES_VOCABULARY if source == "scenes" else Path(source)
+    is_list = path.suffix == ".txt"
+    if (is_list or path.suffix in SUFFIXES) and not path.is_file():
+        raise UserError(f"no tokenizer '{source}' (model.tokenizer): there is no such file")
+    if path.suffix in SUFFIXES:
+        return _train(_texts_of(path), vocab_size)
+    try:
+        if is_list:
+            tokenizer = BertTokenizerFast(vocab_file=str(path), do_lower_case=True)
+        else:
+            tokenizer = BertTokenizerFast.from_pretrained(source)
+        tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        if not all(isinstance(token, str) for token in tokens):
+            raise TypeError("a token is listed twice")
+        tokenizer("\u2603")  # an unknown word needs [UNK]
+    except Exception as error:  # a damaged file can raise anything
+        if not is_list and isinstance(error, (OSError, ValueError)):
+            raise UserError(
+                f"no tokenizer '{source}' (model.tokenizer): it is no vocab.txt, caption file or "
+                "local folder, and neither the Hugging Face hub nor its cache has it"
+            ) from error
+        raise UserError(
+            f"{source} is no usable vocabulary (model.tokenizer): it must list every token once, "
+            f"including {', '.join(SPECIAL_TOKENS)} ({reason_of(error)})"
+        ) from error
+    return tokenizer
+
+
+def vocabulary_of(tokenizer: BertTokenizerFast) -> list[str]:
+    """List the tokens by id."""
+    return tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+
+
+def _texts_of(file: Path) -> list[str]:
+    errors = []
+    for texts_of in (_captions, _questions_and_answers, _statements):
+        try:
+            return texts_of(file)
+        except UserError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _captions(file: Path) -> list[str]:
+    return [caption for item in parse_captions(file, "train") for caption in item.captions]
+
+
+def _questions_and_answers(file: Path) -> list[str]:
+    return [text for item in parse_questions(file) for text in (item["question"], *item["answer"])]
+
+
+def _statements(file: Path) -> list[str]:
+    return parse_table(file, ["sentence"], lambda row, _: one_text(row["sentence"], "sentence"))
+
+
+def _train(texts: list[str], vocab_size: int) -> BertTokenizerFast:
+    tokenizer = BertWordPieceTokenizer(lowercase=True)
+    # The trainer numbers "##x" in the order of a hash table and breaks ties by number. Given these
+    # tokens in order, it makes the same vocabulary on every rank and in every later run.
+    normalize, split = tokenizer.normalizer.normalize_str, tokenizer.pre_tokenizer.pre_tokenize_str
+    words = {word for text in texts for word, _ in split(normalize(text))}
+    inner = sorted({letter for word in words for letter in word[1:]})
+    tokenizer.train_from_iterator(
+        texts,
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[*SPECIAL_TOKENS, *(f"##{letter}" for letter in inner)],
+        show_progress=False,
+    )
+    with TemporaryDirectory() as folder:
+        (vocabulary,) = tokenizer.save_model(folder)
+        return BertTokenizerFast(vocab_file=vocabulary, do_lower_case=True)
