@@ -37,7 +37,11 @@ def write_coco_vqa(owner: object, items: Iterable[Mapping[str, Any]]) -> tuple[s
     evaluator = VQAEval()
     for item in items:
         keys = {"image_id": item["image"], "question_id": item["question_id"]}
-        answers = [_normalize(evaluator, text) for text in _votes(item["answer"])]
+        # Spelt as the metric spells predictions: it expects annotations to be spelt so already
+        answers = [
+            evaluator.processDigitArticle(evaluator.processPunctuation(text))
+            for text in _votes(item["answer"])
+        ]
         questions.append({**keys, "question": item["question"]})
         annotations.append(
             {
@@ -61,11 +65,6 @@ def _votes(weights: Mapping[str, float]) -> list[str]:
     left = ANNOTATORS - int(votes.sum())
     votes[np.argsort(votes - shares, kind="stable")[:left]] += 1
     return np.repeat(list(weights), votes.astype(int)).tolist()
-
-
-def _normalize(evaluator: VQAEval, answer: str) -> str:
-    """Spell an answer as the metric spells predictions; it expects annotations spelt so already."""
-    return evaluator.processDigitArticle(evaluator.processPunctuation(answer))
 
 
 def _kind(answer: str) -> str:

@@ -218,13 +218,9 @@ class VQAEvalDataset(ItemDataset, vqa_datasets.VQAEvalDataset):
         self.answer_list = answer_list
         self.coco_fmt_qust_file: str | None = None
         self.coco_fmt_anno_file: str | None = None
-        unanswered = sum(not item["answer"] for item in self.annotation)
-        if unanswered:
-            logging.warning(
-                "%d of %d test questions have no answer: predictions are saved, but no accuracy",
-                unanswered,
-                len(self),
-            )
+        if unanswered := sum(not item["answer"] for item in self.annotation):
+            text = "%d of %d test questions have no answer: predictions are saved, but no accuracy"
+            logging.warning(text, unanswered, len(self))
         else:
             files = write_coco_vqa(self, self.annotation)
             self.coco_fmt_qust_file, self.coco_fmt_anno_file = files

@@ -28,10 +28,9 @@ def cache_folder() -> Path:
 def fetch(url: str) -> Path:
     """Return the local file of an https URL in ``cache_folder()``; download it if necessary.
 
-    A broken download is resumed if the server still has the same version of the file. If several
-    processes on a machine want a file, one downloads it and the others wait. At every use, the file
-    is checked against ``KNOWN_SHA256``, or the first eight digits in a name of the form
-    ``name-<8 digits>.pth``, if there is either.
+    A broken download is resumed if the server still has the same version of the file. Of several
+    processes on a machine, one downloads and the others wait. At every use, the file is checked
+    against ``KNOWN_SHA256`` or the hash in a name like ``name-<8 digits>.pth``, if there is one.
 
     Raises:
         UserError: No https, a failed download, or another sha256 (the file is then removed).

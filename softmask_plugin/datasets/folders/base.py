@@ -90,9 +90,8 @@ class FolderBuilder(Builder):
         found = _without(missing, annotation)
         if not found:
             raise UserError(
-                f"none of the {len(missing)} images exists: the first was looked for as "
-                f"{root / missing[0]}; set {self.place}.images to the folder that the names start "
-                "from"
+                f"none of the {len(missing)} images exists: there is no {root / missing[0]}; set "
+                f"{self.place}.images to the folder that the names start from"
             )
         skipped.add("missing images", [f"{root / name}: no such file" for name in missing])
         return found

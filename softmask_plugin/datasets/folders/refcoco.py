@@ -139,8 +139,8 @@ def load_plain_pickle(file: Path, source: str) -> Any:
     try:  # Python 2 wrote it, whose text may hold any bytes
         return _PlainUnpickler(content, encoding="latin-1").load()
     except Exception as error:  # the unpickler raises nearly anything for a file of another kind
-        reason = reason_of(error)
-        raise UserError(f"{file} is not a pickle of plain lists, dicts and text: {reason}") from error
+        what = f"{file} is not a pickle of plain lists, dicts and text"
+        raise UserError(f"{what}: {reason_of(error)}") from error
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -85,12 +85,7 @@ class SceneRetrievalDataset(RetrievalDataset):
     """Scenes and captions to match, with the boxes of the things that the captions name."""
 
     def boxes(self, text_index: int) -> list[tuple[int, Box, str]]:
-        """Find what each word of ``text[text_index]`` that names a thing points at.
-
-        Returns:
-            (index of the word in ``text.split()``, box (x0, y0, x1, y1) in [0, 1], role), the role
-            being ``"size"``, ``"colour"`` or ``"shape"``.
-        """
+        """Return the word boxes of a caption, as in ``Caption.boxes``."""
         image = self.txt2img[text_index]
         return list(self.annotation[image]["word_boxes"][self.img2txt[image].index(text_index)])
 

@@ -94,17 +94,11 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Things of different (colour, shape), with a clear relation between any two.
-
-    Attributes:
-        things: The things.
-        novel: Whether one of them has a held-out composition.
-        texture: Seed of the image's grain and shades.
-    """
+    """Things of different (colour, shape), with a clear relation between any two."""
 
     things: tuple[Thing, ...]
-    novel: bool
-    texture: int
+    novel: bool  # whether one of the things has a held-out composition
+    texture: int  # seed of the image's grain and shades
 
     @property
     def compositions(self) -> frozenset[Composition]:
@@ -117,9 +111,8 @@ class Caption:
     """A sentence with the boxes of its words.
 
     Attributes:
-        text: The sentence.
-        boxes: For each word that names a thing: index in ``text.split()``, box, and role:
-            ``"size"``, ``"colour"`` or ``"shape"``.
+        boxes: For each word that names a thing: index in ``text.split()``, box (x0, y0, x1, y1) in
+            [0, 1], and role: ``"size"``, ``"colour"`` or ``"shape"``.
     """
 
     text: str

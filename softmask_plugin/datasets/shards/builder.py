@@ -34,14 +34,7 @@ class CaptionShardsBuilder(Builder):
             items = self._number("items", 1)
         shuffle, seed = self._number("shuffle", 0), self._number("seed", 0)
         self.build_processors()
-        stream = ShardStream(
-            shards,
-            items,
-            self.vis_processors["train"],
-            self.text_processors["train"],
-            shuffle=shuffle,
-            seed=seed,
-            skipped=SkipLog.of_run(),
-        )
+        processors = self.vis_processors["train"], self.text_processors["train"]
+        stream = ShardStream(shards, items, *processors, shuffle, seed, SkipLog.of_run())
         logging.info("%s: %d shards, %d items per epoch", self.NAME, len(shards), items)
         return {"train": stream}

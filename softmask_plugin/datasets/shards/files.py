@@ -133,7 +133,7 @@ def read_shard(path: Path, defects: list[str]) -> Iterator[RawSample]:
             for a member that occurs twice in a sample (the first counts).
     """
 
-    def resume(error: Exception) -> bool:
+    def skip(error: Exception) -> bool:
         defects.append(f"{path}: {_reason(error)}")
         return True
 
@@ -147,7 +147,7 @@ def read_shard(path: Path, defects: list[str]) -> Iterator[RawSample]:
         with path.open("rb") as file:
             source = [{"url": str(path), "stream": file}]
             members = tar_file_expander(source, handler=stop, select_files=_wanted)
-            yield from group_by_keys(members, handler=resume)
+            yield from group_by_keys(members, handler=skip)
             if not errors and _is_cut(file):
                 defects.append(f"{path}: its end mark is missing, it may have been cut short")
     except OSError as error:
@@ -205,14 +205,12 @@ def read_sample(
 
 
 def _captions(sample: RawSample) -> tuple[list[str], str | None]:
-    content: Any = {}
-    if "json" in sample:
-        try:
-            content = json.loads(sample["json"])
-        except ValueError as error:
-            raise ValueError(f".json is not valid JSON: {error}") from error
-        if not isinstance(content, dict):
-            raise ValueError(f".json is not an object but {short(content)}")
+    try:
+        content = json.loads(sample.get("json", "{}"))
+    except ValueError as error:
+        raise ValueError(f".json is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f".json is not an object but {short(content)}")
     captions = content.get("caption")
     if captions is None and "txt" in sample:
         captions = sample["txt"].decode("utf-8")

@@ -38,17 +38,11 @@ class Place(NamedTuple):
 
 
 class Start(NamedTuple):
-    """Where an iteration starts.
+    """Where an iteration starts."""
 
-    Attributes:
-        pass_: The lowest unfinished pass.
-        done: Names of the shards to leave out of that pass.
-        places: The position of each reader.
-    """
-
-    pass_: int = 0
-    done: frozenset[str] = frozenset()
-    places: tuple[Place, ...] = ()
+    pass_: int = 0  # the lowest unfinished pass
+    done: frozenset[str] = frozenset()  # names of the shards to leave out of that pass
+    places: tuple[Place, ...] = ()  # of the readers
 
 
 class ShardStream(wds.DataPipeline):

@@ -109,7 +109,7 @@ def _answers(value: Any, complaints: list[str]) -> dict[str, float]:
     weights: dict[str, float] = defaultdict(float)
     for text, weight in value.items():
         if not isinstance(weight, (int, float)) or not 0 < weight <= 1e9:
-            raise ValueError(f"the weight of answer {short(text)} is {short(weight)}: it must be above 0")
+            raise ValueError(f"the weight of answer {short(text)} is {short(weight)}, not above 0")
         weights[_normalize(one_text(text, "answer"))] += weight
     return weights
 

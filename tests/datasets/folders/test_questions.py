@@ -71,7 +71,7 @@ def test_rows_of_one_question_id_are_one_question(tmp_path):
         ({"question": ["a", "b"]}, "no usable question"),
         ({"answer": "..."}, "no usable answer"),
         ({"answer": None}, "no answer to 'what?'"),
-        ({"answer": {"red": -1}}, "the weight of answer 'red' is -1: it must be above 0"),
+        ({"answer": {"red": -1}}, "the weight of answer 'red' is -1, not above 0"),
         ({"answer": {"red": "much"}}, "the weight of answer 'red' is 'much'"),
         ({"answer": {"red": float("nan")}}, "the weight of answer 'red' is nan"),
         ({"question_id": "q7"}, "question_id 'q7' is not a whole number >= 0: leave it out"),

@@ -180,7 +180,7 @@ class Malicious:
 def test_a_pickle_never_runs_code(release, protocol):
     refs, here = Path("data/refcoco+/refs(unc).p"), Path("was here")
     refs.write_bytes(pickle.dumps([{**REFS[0], "sentences": Malicious()}], protocol))
-    with pytest.raises(UserError, match=r"refs\(unc\).p is not a pickle of plain .* could run code"):
+    with pytest.raises(UserError, match=r"refs\(unc\).p is not a pickle .* could run code"):
         build()
     assert not here.exists()
     pickle.loads(refs.read_bytes())  # it would have
