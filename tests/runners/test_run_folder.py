@@ -20,7 +20,7 @@ from softmask_plugin.runners import run_folder
 def hold(pipe, output_dir, how):
     """Claim a folder and keep it, beside a worker as data loaders have them."""
     be_another_process()
-    folder = run_folder.claim(output_dir, "job", go_on=how == "auto")
+    folder = run_folder.claim(output_dir, "job", resume=how == "auto")
     worker = FORK.Process(target=time.sleep, args=(30,))  # outlives a killed parent
     worker.start()
     pipe.send((folder.name, worker.pid))
@@ -37,7 +37,7 @@ def another():
         process = FORK.Process(target=hold, args=(theirs, output_dir, how))
         process.start()
         processes.append(process)
-        assert ours.poll(60)
+        theirs.close()  # so that a process that dies ends the wait for it
         name, worker = ours.recv()
         workers.append(worker)
         return process, name
@@ -61,11 +61,11 @@ def test_a_living_run_is_not_taken_over_a_killed_one_is(tmp_path, another):
     (tmp_path / "job" / "checkpoint_0.pth").touch()
     process, name = another(tmp_path, "auto")
     assert name == "job"
-    assert run_folder.claim(tmp_path, "mine", go_on=True).name == "mine"
+    assert run_folder.claim(tmp_path, "mine", resume=True).name == "mine"
     run_folder.release(tmp_path / "mine")
     process.kill()
     process.join()
-    assert run_folder.claim(tmp_path, "mine", go_on=True).name == "job"  # its worker still lives
+    assert run_folder.claim(tmp_path, "mine", resume=True).name == "job"  # its worker still lives
     run_folder.release(tmp_path / "job")
 
 
@@ -76,7 +76,7 @@ def test_the_newest_run_goes_on(tmp_path):
         path.touch()
         os.utime(path, (0, (2, 3, 1)[age]))
     (tmp_path / "evaluated").mkdir()
-    assert run_folder.claim(tmp_path, "mine", go_on=True).name == "newest"
+    assert run_folder.claim(tmp_path, "mine", resume=True).name == "newest"
     run_folder.release(tmp_path / "newest")
 
 
