@@ -28,6 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from softmask_plugin.config.check import find_config, read_config
 from softmask_plugin.config.run_options import setting
+from softmask_plugin.config.values import check_weights
 from softmask_plugin.errors import UserError
 from softmask_plugin.runners.run_folder import AUTO, claim, release
 
@@ -107,7 +108,9 @@ def load_config(
     config.run.setdefault("evaluate", False)
     # LAVIS would put a relative folder inside its own installation
     config.run.output_dir = str(Path(config.run.output_dir).expanduser().absolute())
-    return Config(Namespace(cfg_path=io.StringIO(OmegaConf.to_yaml(config)), options=None))
+    merged = Config(Namespace(cfg_path=io.StringIO(OmegaConf.to_yaml(config)), options=None))
+    check_weights(config.model, merged.model_cfg, bool(setting(config.run, "evaluate")))
+    return merged
 
 
 def init_distributed(run_cfg: DictConfig) -> None:
@@ -155,7 +158,7 @@ def join_group(backend: str, patience: float) -> None:
 def leave_distributed() -> None:
     """Leave the process group; call it after dropping the runner.
 
-    A runner that awaits garbage collection still holds the group, and gloo's threads, which end with
+    A runner awaiting garbage collection still holds the group, and gloo's threads, which end with
     the group, abort the process if they free a tensor while the interpreter exits (torch 2.13).
     """
     gc.collect()

@@ -18,14 +18,14 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 SCENES_VOCABULARY = PACKAGE / "assets" / "scenes_vocab.txt"
 
 
-def build_tokenizer(source: str | None, vocab_size: int = 8192) -> BertTokenizerFast:
+def build_tokenizer(source: str | list[str] | None, vocab_size: int = 8192) -> BertTokenizerFast:
     """Build a lower-casing WordPiece tokenizer.
 
     Args:
-        source: ``scenes`` (the shipped vocabulary of the rendered scenes); a ``vocab.txt``; a file
-            of captions, questions or statements, from which the same vocabulary is made at every
-            call (from the train split of a file in Karpathy's layout); or a BERT on the Hugging
-            Face hub or in a local folder.
+        source: The tokens by id; ``scenes`` (the shipped vocabulary of the rendered scenes); a
+            ``vocab.txt``; a file of captions, questions or statements, from which the same
+            vocabulary is made at every call (from the train split of a file in Karpathy's layout);
+            or a BERT on the Hugging Face hub or in a local folder.
         vocab_size: Largest size of a vocabulary made from texts.
 
     Raises:
@@ -33,9 +33,14 @@ def build_tokenizer(source: str | None, vocab_size: int = 8192) -> BertTokenizer
     """
     if source is None:
         raise UserError(
-            "model.tokenizer is null: name the vocabulary of the weights (vocab.txt in the folder "
-            "of their run), or the train split's file to make one from"
+            "model.tokenizer is null, and no checkpoint brings a vocabulary: name a vocab.txt, or "
+            "the train split's file to make one from"
         )
+    if isinstance(source, list):
+        with TemporaryDirectory() as folder:
+            file = Path(folder, "vocab.txt")
+            file.write_text("\n".join(source) + "\n", encoding="utf-8")
+            return build_tokenizer(str(file))
     path = SCENES_VOCABULARY if source == "scenes" else Path(source)
     is_list = path.suffix == ".txt"
     if (is_list or path.suffix in SUFFIXES) and not path.is_file():

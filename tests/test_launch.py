@@ -25,6 +25,7 @@ def options(tmp_path):
         "run.valid_splits=[]",
         "run.test_splits=[]",
         "run.num_workers=0",
+        "model.load_pretrained=false",
     ]
 
 
@@ -51,3 +52,35 @@ def test_a_run_that_cannot_start_lets_its_folder_go(tmp_path, options):
     with pytest.raises(UserError, match="no tokenizer"):
         launch.run(TRAIN, [*options, "model.tokenizer=missing.txt"])
     assert not any(folder.parent == tmp_path for folder in run_folder._held)
+
+
+# ---- weights
+
+
+EVALUATE = "lavis_configs/projects/scenes/eval/retrieval_tiny.yaml"
+FLICKR = "lavis_configs/projects/retrieval/eval/flickr30k.yaml"
+
+
+@pytest.mark.parametrize(
+    ("config", "option", "message"),
+    [
+        (EVALUATE, "model.finetuned=a.pth", "model.finetuned would not .*load_finetuned=true"),
+        (FLICKR, "model.pretrained=a.pth", "model.pretrained would not .*load_finetuned=false"),
+        (EVALUATE, "model.pretrained=null", "no weights to evaluate.*load_pretrained=false"),
+    ],
+)
+def test_weights_that_would_not_be_loaded(config, option, message):
+    with pytest.raises(UserError, match=message):
+        launch.load_config(config, [option, "run.device=cpu"], evaluate=True)
+
+
+def test_pretrained_weights_that_are_switched_off():
+    given = ["model.pretrained=a.pth", "model.load_pretrained=false"]
+    with pytest.raises(UserError, match="would not be loaded.*add model.load_pretrained=true"):
+        launch.load_config(TRAIN, given)
+
+
+def test_a_file_that_does_not_exist_ends_the_evaluation(tmp_path):
+    given = [f"run.output_dir={tmp_path}", f"model.pretrained={tmp_path}/missing.pth"]
+    with pytest.raises(UserError, match="no checkpoint at .*missing.pth"):
+        launch.run(EVALUATE, given, evaluate=True)

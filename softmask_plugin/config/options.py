@@ -108,17 +108,27 @@ class ModelOptions:
     vit_grad_ckpt: bool = False  # recompute image blocks in the backward pass, to save memory
     bert: BertOptions = field(default_factory=BertOptions)  # text and fusion encoder
     tokenizer: str | None = "bert-base-uncased"  # name on the Hub, "scenes", a vocab.txt, a
-    # tokenizer's folder, or a file of captions, questions or statements to build a vocabulary from
+    # tokenizer's folder, or a file of captions, questions or statements to build a vocabulary from;
+    # a checkpoint that has its vocabulary, as this plugin's have, takes precedence
     max_txt_len: int = 30  # tokens, including [CLS] and [SEP]; 3 to bert.max_positions
 
     def __post_init__(self) -> None:
         vit, bert = self.vit, self.bert
         _check_values(self, "model")
+        if self.load_finetuned and self.finetuned is None:
+            raise UserError("model.load_finetuned is true, but model.finetuned names no checkpoint")
         _within("model.max_txt_len", self.max_txt_len, 3, bert.max_positions)
         _within("model.bert.fusion_layer", bert.fusion_layer, 0, bert.layers - 1)
         _multiple("vit.width", vit.width, "vit.heads", vit.heads)
         _multiple("bert.width", bert.width, "bert.heads", bert.heads)
         _multiple("image_size", self.image_size, "vit.patch_size", vit.patch_size)
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The checkpoint to load, if any."""
+        if self.load_finetuned:
+            return self.finetuned
+        return self.pretrained if self.load_pretrained else None
 
     def checked_map_layer(self, key: str, layer: int | None) -> int:
         """The layer whose cross-attention gives the maps; None: the third, as in ALBEF, or the last

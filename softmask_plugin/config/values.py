@@ -49,6 +49,36 @@ def require_section(where: str, section: Any) -> None:
         raise UserError(f"{where} is {section!r}: it must be a section of keys")
 
 
+def check_weights(given: DictConfig, merged: DictConfig, evaluate: bool) -> None:
+    """Raise UserError if named weights would not be loaded, or if evaluation has no weights.
+
+    Args:
+        given: The model section of the user's YAML and options.
+        merged: The same with the defaults of its type. Only models of this plugin are checked.
+        evaluate: Whether the run only evaluates.
+    """
+    if getattr(registry.get_model_class(merged.arch), "OPTIONS", None) is None:
+        return
+    load_finetuned = merged.get("load_finetuned", False)
+    load_pretrained = merged.get("load_pretrained", True)
+    if given.get("finetuned") and not load_finetuned:
+        raise UserError(
+            "model.finetuned would not be loaded, since model.load_finetuned is false: add "
+            "model.load_finetuned=true"
+        )
+    if given.get("pretrained") and (load_finetuned or not load_pretrained):
+        why = f"load_{'finetuned' if load_finetuned else 'pretrained'}"
+        raise UserError(
+            f"model.pretrained would not be loaded, since model.{why} is {merged[why]}: add "
+            f"model.{why}={str(not merged[why]).lower()}"
+        )
+    if evaluate and load_pretrained and not load_finetuned and not merged.get("pretrained"):
+        raise UserError(
+            "there are no weights to evaluate: set model.pretrained to a checkpoint or a run's "
+            "folder (for random weights on purpose: model.load_pretrained=false)"
+        )
+
+
 def flat(section: Any, prefix: str = "") -> dict[str, Any]:
     """Values of nested sections by dotted key.
 

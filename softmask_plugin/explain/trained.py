@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from softmask_plugin.config.check import parse_options
+from softmask_plugin.config.options import read_options
 from softmask_plugin.errors import UserError, suggest
 from softmask_plugin.files.checkpoint import Checkpoint, open_checkpoint
 from softmask_plugin.models.aligned import AlignedBase
@@ -21,12 +22,6 @@ from softmask_plugin.models.aligned import AlignedBase
 DEFAULT: tuple[str, str] | None = ("softmask_image_text_matching", "scenes_tiny")
 
 SECTIONS = ("model", "preprocess")  # those that options may change
-NO_WEIGHTS = {
-    "load_pretrained": False,
-    "load_finetuned": False,
-    "vit_weights": None,
-    "bert_weights": None,
-}
 
 
 @dataclass(frozen=True)
@@ -67,8 +62,8 @@ def load_trained(
     """Load a model as its checkpoint, or else a model type, describes it.
 
     Args:
-        checkpoint: A file or URL. Checkpoints of this plugin hold the configuration of their run,
-            or have its ``config.yaml`` beside them; ``vocab.txt`` beside one is its vocabulary.
+        checkpoint: A file, a run's folder or a URL. Checkpoints of this plugin hold the
+            configuration and the vocabulary of their run, or have them beside them.
         arch, model_type: The model of a checkpoint without a configuration (ALBEF.pth, for
             instance) or, without a checkpoint, the model whose own weights are loaded.
         options: Overrides, "model.key=value" or "preprocess.vis_processor.eval.key=value".
@@ -95,10 +90,10 @@ def load_trained(
         trusted = bool(OmegaConf.select(overrides, "model.trust_checkpoint"))
         opened = open_checkpoint(checkpoint, trusted)
         described = _config_of(opened) if arch is None else _config_of_type(arch, model_type)
-        config = OmegaConf.merge(described, overrides, {"model": NO_WEIGHTS})
-        model = _model_class(config.model).from_config(config.model)
+        config = OmegaConf.merge(described, overrides)
+        model_class = _model_class(config.model)
         _require_head(opened)
-        model.load_weights(opened)
+        model = model_class.from_checkpoint(read_options(model_class.OPTIONS, config.model), opened)
     processors = _processors(config.get("preprocess") or {}, model.options.image_size)
     return Trained(model.eval(), *processors)
 
@@ -119,8 +114,6 @@ def _config_of(checkpoint: Checkpoint) -> DictConfig:
         )
     # A checkpoint must not decide that it may run code
     model = {key: value for key, value in run["model"].items() if key != "trust_checkpoint"}
-    if (vocabulary := path.parent / "vocab.txt").is_file():
-        model["tokenizer"] = str(vocabulary)
     dataset = next(iter((run.get("datasets") or {}).values()), None) or {}
     preprocess = {slot: dataset.get(slot) for slot in ("vis_processor", "text_processor")}
     return OmegaConf.create({"model": model, "preprocess": preprocess})

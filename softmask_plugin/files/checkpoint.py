@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ from softmask_plugin.files.download import fetch
 StateDict = dict[str, Tensor]
 ASSETS = PACKAGE / "assets"
 SHIPPED = "shipped:"  # prefix of the weights that come with the package
+BEST = "checkpoint_best.pth"
+OWN_FIELDS = ("model", "config", "vocabulary")  # entries of a file that are fields of a Checkpoint
+_NAME = re.compile(r"checkpoint_(\d+)(?:_(\d+))?\.pth")
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,15 @@ class Checkpoint:
         config: Resolved configuration of the run that wrote the file, with its sections ``model``,
             ``datasets`` and ``run``, from the file or from ``config.yaml`` beside it; None if
             there is neither, as for ALBEF's own files.
+        vocabulary: Tokens by id, from the file or from ``vocab.txt`` beside it; None if there is
+            neither.
         training: Everything else in the file: ``optimizer``, ``epoch``, ``progress``, ...
     """
 
     path: Path
     state: StateDict
     config: dict[str, Any] | None = None
+    vocabulary: list[str] | None = None
     training: dict[str, Any] = field(default_factory=dict)
 
 
@@ -50,7 +57,8 @@ def open_checkpoint(
     """Open a checkpoint of this plugin, LAVIS, ALBEF or any other PyTorch model.
 
     Args:
-        source: A file, a URL (downloaded once), or ``shipped:NAME`` for bundled weights.
+        source: A file, the folder of a run (its best checkpoint, or else the furthest), a URL
+            (downloaded once), or ``shipped:NAME`` for bundled weights.
         trusted: Load any pickled object, which can run any code; only for files that you trust.
         device: Where the tensors go.
 
@@ -66,13 +74,25 @@ def open_checkpoint(
     state, training = content, {}
     if "model" in content:
         state = content["model"] if isinstance(content["model"], dict) else {}
-        training = {key: value for key, value in content.items() if key not in ("model", "config")}
+        training = {key: value for key, value in content.items() if key not in OWN_FIELDS}
     return Checkpoint(
         path=path,
         state={k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)},
         config=_resolve(content.get("config"), path) or _config_beside(path),
+        vocabulary=_vocabulary_within(content, path) or _vocabulary_beside(path),
         training=training,
     )
+
+
+def furthest_first(folder: Path) -> list[Path]:
+    """All checkpoints of a run's folder but the best, the furthest first."""
+    found = []
+    for path in folder.glob("checkpoint_*.pth"):
+        if match := _NAME.fullmatch(path.name):
+            epoch, step = int(match[1]), match[2]
+            # The file of a whole epoch comes after those within it
+            found.append(((epoch, int(step)) if step else (epoch + 1, -1), path))
+    return [path for _, path in sorted(found, reverse=True)]
 
 
 def require_sound(state: Mapping[str, Tensor], source: object) -> None:
@@ -91,7 +111,11 @@ def _locate(source: str) -> Path:
     if is_url(source):
         return fetch(source)
     if not source.startswith(SHIPPED):
-        return Path(source).expanduser()
+        path = Path(source).expanduser()
+        if path.is_dir():
+            best = path / BEST
+            path = best if best.is_file() else next(iter(furthest_first(path)), best)
+        return path
     name = source.removeprefix(SHIPPED)
     shipped = {file.stem: file for file in ASSETS.glob("*.safetensors")}
     if name not in shipped:
@@ -110,8 +134,8 @@ def _load(path: Path, trusted: bool, device: torch.device | str) -> Any:
         return torch.load(path, map_location=device, weights_only=not trusted)
     except Exception as error:  # a damaged file can fail in any way
         raise UserError(
-            f"{path} is no readable checkpoint ({type(error).__name__}): it is cut short, damaged or "
-            "of another kind, or holds objects that could run code (only for a file that you "
+            f"{path} is no readable checkpoint ({type(error).__name__}): it is cut short, damaged "
+            "or of another kind, or holds objects that could run code (only for a file that you "
             "trust: model.trust_checkpoint=true)"
         ) from error
 
@@ -124,6 +148,21 @@ def _config_beside(path: Path) -> dict[str, Any] | None:
         return _resolve(OmegaConf.to_container(OmegaConf.load(file)), file)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not valid YAML: {reason_of(error)}") from error
+
+
+def _vocabulary_within(content: Mapping[str, Any], path: Path) -> list[str] | None:
+    tokens = content.get("vocabulary")
+    if tokens is None or (isinstance(tokens, list) and all(isinstance(t, str) for t in tokens)):
+        return tokens
+    raise UserError(f"the vocabulary in {path} is not a list of tokens")
+
+
+def _vocabulary_beside(path: Path) -> list[str] | None:
+    file = path.parent / "vocab.txt"
+    try:
+        return file.read_text("utf-8").splitlines() if file.is_file() else None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is no vocabulary: it is not UTF-8 text") from error
 
 
 def _resolve(config: Any, path: Path) -> dict[str, Any] | None:

@@ -13,7 +13,6 @@ from transformers.utils import ModelOutput
 
 from softmask_plugin.config.options import ModelOptions, read_options
 from softmask_plugin.config.paths import load_inherited, shipped
-from softmask_plugin.errors import UserError
 from softmask_plugin.files.checkpoint import Checkpoint, open_checkpoint
 from softmask_plugin.models import weights
 from softmask_plugin.nn.bert import BertForMaskedLM, BertModel, BertShape
@@ -51,8 +50,16 @@ class SoftMaskBase(BaseModel):
         self.options: Any = options  # an instance of OPTIONS
         self.tokenizer = build_tokenizer(options.tokenizer, options.bert.vocab_size or 8192)
         self.caption_tokenizer = CaptionTokenizer(self.tokenizer, options.max_txt_len)
-        self.visual_encoder = build_vision(options)
-        self.text_encoder: Any = self.build_text_encoder(bert_shape(options, len(self.tokenizer)))
+        self.visual_encoder = VisionTransformer(
+            image_size=options.image_size,
+            **vars(options.vit),
+            drop_path=options.vit_drop_path_rate,
+            norm_eps=options.vit_layer_norm_epsilon,
+            checkpointing=options.vit_grad_ckpt,
+        )
+        shape = BertShape(**vars(options.bert), image_width=options.vit.width)
+        shape = replace(shape, vocab_size=max(shape.vocab_size or 0, len(self.tokenizer)))
+        self.text_encoder: Any = self.build_text_encoder(shape)
 
     @property
     def bert(self) -> BertModel:
@@ -75,19 +82,24 @@ class SoftMaskBase(BaseModel):
         """Build the model from the ``model:`` section of a YAML, and load the weights it names.
 
         Raises:
-            UserError: an unknown key, a wrong value, or weights that cannot be had.
+            UserError: An unknown key, a wrong value, or weights that cannot be loaded.
         """
         options = read_options(cls.OPTIONS, cfg)
-        if options.load_finetuned and options.finetuned is None:
-            raise UserError("model.load_finetuned is true, but model.finetuned names no checkpoint")
+        if options.checkpoint is not None:
+            checkpoint = open_checkpoint(options.checkpoint, options.trust_checkpoint)
+            return cls.from_checkpoint(options, checkpoint)
         model = cls(options)
-        source = options.finetuned if options.load_finetuned else None
-        if source is None and options.load_pretrained:
-            source = options.pretrained
-        if source is not None:
-            model.load_from_pretrained(source)
-        else:
-            model.load_encoders()
+        model.load_encoders()
+        return model
+
+    @classmethod
+    def from_checkpoint(cls, options: Any, checkpoint: Checkpoint) -> SoftMaskBase:
+        """Build a model of these options with the weights and the vocabulary of a checkpoint.
+
+        ``options.tokenizer`` counts only if the checkpoint has no vocabulary.
+        """
+        model = cls(replace(options, tokenizer=checkpoint.vocabulary or options.tokenizer))
+        model.load_weights(checkpoint)
         return model
 
     def load_encoders(self) -> None:
@@ -123,20 +135,3 @@ class SoftMaskBase(BaseModel):
 def bert_of(text_encoder: nn.Module) -> Any:
     """The BERT of a text encoder with or without an MLM head."""
     return getattr(text_encoder, "bert", text_encoder)
-
-
-def build_vision(options: ModelOptions) -> VisionTransformer:
-    """Build the image encoder."""
-    return VisionTransformer(
-        image_size=options.image_size,
-        **vars(options.vit),
-        drop_path=options.vit_drop_path_rate,
-        norm_eps=options.vit_layer_norm_epsilon,
-        checkpointing=options.vit_grad_ckpt,
-    )
-
-
-def bert_shape(options: ModelOptions, tokens: int) -> BertShape:
-    """Shape of the text and multi-modal encoder, with an embedding of at least ``tokens`` rows."""
-    shape = BertShape(**vars(options.bert), image_width=options.vit.width)
-    return replace(shape, vocab_size=max(options.bert.vocab_size or tokens, tokens))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,13 @@ import torch
 from torch import nn
 
 from softmask_plugin.errors import UserError, reason_of
-from softmask_plugin.files.checkpoint import StateDict, require_sound
+from softmask_plugin.files.checkpoint import (
+    BEST,
+    StateDict,
+    furthest_first,
+    require_sound,
+)
 from softmask_plugin.files.whole import LEFTOVERS, write_whole
-
-BEST = "best"
-_NAME = re.compile(r"checkpoint_(\d+)(?:_(\d+))?\.pth")
 
 
 def trained_state(model: nn.Module) -> StateDict:
@@ -77,37 +78,26 @@ class CheckpointFiles:
         try:
             self._remove_leftovers()
             if is_best:
-                best = self.folder / f"checkpoint_{BEST}.pth"
+                best = self.folder / BEST
                 write_whole(best, lambda temporary: _serialize(content, temporary))
                 write_whole(path, lambda temporary: _link(best, temporary))
             else:
                 write_whole(path, lambda temporary: _serialize(content, temporary))
-            for old in self.newest_first()[self.keep :] if self.keep else ():
+            for old in furthest_first(self.folder)[self.keep :] if self.keep else ():
                 old.unlink()
         except (OSError, RuntimeError) as error:  # a full disk: torch's writer raises the latter
-            last = next((str(file) for file in self.newest_first()), "none")
+            last = next((str(file) for file in furthest_first(self.folder)), "none")
             raise UserError(
                 f"cannot save {path} ({reason_of(error)[:200]}): make room, then resume with "
                 f"run.resume_ckpt_path=auto; the last whole checkpoint: {last}"
             ) from error
         logging.info("saved %s", path)
 
-    def newest_first(self) -> list[Path]:
-        """All checkpoints but the best, the furthest first."""
-        found = []
-        for path in self.folder.glob("checkpoint_*.pth"):
-            if match := _NAME.fullmatch(path.name):
-                epoch, step = int(match[1]), match[2]
-                # The file of a whole epoch comes after those within it
-                found.append(((epoch, int(step)) if step else (epoch + 1, -1), path))
-        return [path for _, path in sorted(found, reverse=True)]
-
     def take_best_from(self, folder: Path) -> bool:
         """Copy the best checkpoint of another run; False if it has none."""
-        name = f"checkpoint_{BEST}.pth"
-        if not (folder / name).is_file():
+        if not (folder / BEST).is_file():
             return False
-        write_whole(self.folder / name, lambda temporary: _link(folder / name, temporary))
+        write_whole(self.folder / BEST, lambda temporary: _link(folder / BEST, temporary))
         return True
 
     def _remove_leftovers(self) -> None:

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,9 @@ from torch import nn
 from softmask_plugin.config.options import read_options
 from softmask_plugin.config.values import differences, flat
 from softmask_plugin.errors import UserError
-from softmask_plugin.files.checkpoint import Checkpoint, open_checkpoint
-from softmask_plugin.runners.checkpoint_files import CheckpointFiles, load_trained_state
-
-# Sections of a YAML that must not change when a run resumes by itself
-FIXED = ("model", "datasets")
+from softmask_plugin.files.checkpoint import Checkpoint, furthest_first, open_checkpoint
+from softmask_plugin.runners.checkpoint_files import load_trained_state
+from softmask_plugin.vocabulary import vocabulary_of
 
 
 @dataclass
@@ -78,12 +77,13 @@ def load_run(path: str | Path, model: nn.Module, device: torch.device) -> Checkp
             f"{path} is no training checkpoint (it needs model, optimizer, epoch): to start from "
             "weights alone, set model.pretrained instead"
         )
+    _require_vocabulary(checkpoint, model)
     load_trained_state(model, checkpoint.state, path)
     return checkpoint
 
 
 def load_furthest(
-    files: CheckpointFiles, model: nn.Module, device: torch.device, config: Mapping[str, Any]
+    folder: Path, model: nn.Module, device: torch.device, config: Mapping[str, Any]
 ) -> Checkpoint | None:
     """Load the furthest usable checkpoint of a run's folder, the same one on every rank.
 
@@ -99,9 +99,9 @@ def load_furthest(
     found: Checkpoint | None = None
     if is_main_process():
         try:
-            found = next(_usable(files, model, device), None)
+            found = next(_usable(folder, model, device), None)
             if found is not None:
-                _require_same(found.config or config, config, files.folder)
+                _require_same(found.config or config, config, folder)
                 box[0] = found.path
         except UserError as error:
             box[0] = error
@@ -113,8 +113,8 @@ def load_furthest(
     return load_run(path, model, device) if path is not None and found is None else found
 
 
-def _usable(files: CheckpointFiles, model: nn.Module, device: torch.device) -> Iterator[Checkpoint]:
-    paths, refused = files.newest_first(), []
+def _usable(folder: Path, model: nn.Module, device: torch.device) -> Iterator[Checkpoint]:
+    paths, refused = furthest_first(folder), []
     for path in paths:
         try:
             checkpoint = load_run(path, model, device)
@@ -125,24 +125,41 @@ def _usable(files: CheckpointFiles, model: nn.Module, device: torch.device) -> I
             yield checkpoint
     if paths and len(refused) == len(paths):
         raise UserError(
-            f"none of the {len(paths)} checkpoints in {files.folder} can be used, the furthest: "
+            f"none of the {len(paths)} checkpoints in {folder} can be used, the furthest: "
             f"{refused[0]} (remove that folder, or set run.output_dir, to start anew)"
         )
 
 
 def _require_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
-    for section in FIXED:
-        old, new = (flat(_with_defaults(each, section)) for each in (before, now))
-        for key, was, now_is in differences(old, new):
+    for key, was, now_is in differences(_fixed(before), _fixed(now)):
+        raise UserError(
+            f"the run in {folder} had {key} = {was}, this one has {now_is}: set run.output_dir to "
+            "another folder to start anew, or run.resume_ckpt_path to the file of a checkpoint to "
+            "resume all the same"
+        )
+
+
+def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Values that must not change when a run resumes by itself, by dotted key.
+
+    The model's include all its defaults, which not every version writes out.
+    """
+    model, run = config.get("model", {}), config.get("run", {})
+    schema = getattr(registry.get_model_class(model.get("arch")), "OPTIONS", None)
+    if schema is not None:
+        model = asdict(read_options(schema, model))
+    datasets = config.get("datasets", {})
+    return flat({"model": model, "datasets": datasets, "run": {"seed": run.get("seed")}})
+
+
+def _require_vocabulary(checkpoint: Checkpoint, model: nn.Module) -> None:
+    tokenizer: Any = getattr(model, "tokenizer", None)
+    if tokenizer is None or checkpoint.vocabulary is None:
+        return
+    own = vocabulary_of(tokenizer)
+    for i, (was, now_is) in enumerate(zip_longest(checkpoint.vocabulary, own)):
+        if was != now_is:
             raise UserError(
-                f"the run in {folder} had {section}.{key} = {was}, this one has {now_is}: set "
-                "run.output_dir to another folder to start anew, or run.resume_ckpt_path to the "
-                "file of a checkpoint to resume all the same"
+                f"{checkpoint.path} has another vocabulary than model.tokenizer: token {i} is "
+                f"{was!r}, not {now_is!r}; name the run's vocab.txt"
             )
-
-
-def _with_defaults(config: Mapping[str, Any], section: str) -> Any:
-    """A section; a model's gains all its defaults, which not every version writes out."""
-    given = config.get(section, {})
-    schema = getattr(registry.get_model_class(given.get("arch")), "OPTIONS", None)
-    return asdict(read_options(schema, given)) if section == "model" and schema else given

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from lavis.common.dist_utils import get_world_size, is_main_process
 
 from softmask_plugin.errors import UserError
-from softmask_plugin.runners.checkpoint_files import CheckpointFiles
+from softmask_plugin.files.checkpoint import furthest_first
 
 AUTO = "auto"  # run.resume_ckpt_path: the newest run below run.output_dir that is not running
 
@@ -82,7 +82,7 @@ def _with_checkpoints(output_dir: Path) -> list[Path]:
     """Folders with a checkpoint to resume from, the newest checkpoint first."""
     found = []
     for folder in output_dir.glob("*/"):
-        if files := CheckpointFiles(folder, None).newest_first():
+        if files := furthest_first(folder):
             found.append((files[0].stat().st_mtime_ns, folder))
     return [folder for _, folder in sorted(found, reverse=True)]
 

@@ -19,14 +19,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from softmask_plugin.config.run_options import setting
+from softmask_plugin.config.values import differences
 from softmask_plugin.errors import UserError
+from softmask_plugin.files.checkpoint import BEST, Checkpoint
 from softmask_plugin.fixed_draws import seed_draws
 from softmask_plugin.host.environment import note_environment
 from softmask_plugin.models.distillation import MomentumDistillation
 from softmask_plugin.registry import register
 from softmask_plugin.runners.bad_steps import BadSteps, gradient_norm
 from softmask_plugin.runners.boards import Boards
-from softmask_plugin.runners.checkpoint_files import BEST, CheckpointFiles, trained_state
+from softmask_plugin.runners.checkpoint_files import CheckpointFiles, trained_state
 from softmask_plugin.runners.logs import RunLog, require_finite
 from softmask_plugin.runners.meter import LossMeter, loss_terms
 from softmask_plugin.runners.panels import MaskPanels
@@ -35,6 +37,11 @@ from softmask_plugin.runners.portable import PortableRunner
 from softmask_plugin.runners.resume import Progress, load_furthest, load_run
 from softmask_plugin.runners.run_folder import AUTO, release
 from softmask_plugin.runners.statistics import mask_terms, queue_statistics
+from softmask_plugin.vocabulary import vocabulary_of
+
+APPLIED = ("weight_decay", "betas")  # optimizer settings that a resumed run takes from its YAML
+# Options of a run that say where it runs, not how
+PLACES = "output_dir resume_ckpt_path rank gpu world_size distributed dist_backend dist_url".split()
 
 
 @register("runner", "softmask_runner")
@@ -262,7 +269,7 @@ class SoftmaskRunner(PortableRunner):
         progress.stream = self.train_loader.state()
         progress.logs = self.log.lengths()
         if is_main_process():
-            content = {
+            content: dict[str, Any] = {
                 "model": trained_state(self._model),
                 "optimizer": self.optimizer.state_dict(),
                 "config": self.resolved_config,
@@ -270,13 +277,15 @@ class SoftmaskRunner(PortableRunner):
                 "epoch": progress.epoch - 1,  # the last whole one: LAVIS's runner resumes after it
                 "progress": progress.as_dict(),
             }
+            if (tokenizer := getattr(self._model, "tokenizer", None)) is not None:
+                content["vocabulary"] = vocabulary_of(tokenizer)
             self.files.save(content, cur_epoch, step, is_best)
 
     def _resume(self) -> None:
         """Resume from the checkpoint that ``run.resume_ckpt_path`` asks for, or start."""
         wanted, found = self.resume_ckpt_path, None
         if wanted == AUTO:
-            found = load_furthest(self.files, self._model, self.device, self.resolved_config)
+            found = load_furthest(self.output_dir, self._model, self.device, self.resolved_config)
         elif wanted:
             found = load_run(wanted, self._model, self.device)
         if found is None:
@@ -286,12 +295,16 @@ class SoftmaskRunner(PortableRunner):
         self.progress = progress = Progress.of(training)
         if wanted != AUTO and progress.epoch >= self.max_epoch:
             raise UserError(f"{path} has all {self.max_epoch} epochs done: raise run.max_epoch")
+        given = [{key: group[key] for key in APPLIED} for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(training["optimizer"])
             if self.scaler.is_enabled() and training.get("scaler"):
                 self.scaler.load_state_dict(training["scaler"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: its optimizer is of another run ({error})") from error
+        for group, values in zip(self.optimizer.param_groups, given, strict=True):
+            group.update(values)
+        self._log_changes(found)
         self.bad_steps.total, self.bad_steps.in_a_row = progress.skipped, progress.skipped_in_a_row
         self.meter.restore(progress.meter)
         self.train_loader.restore(progress.stream)
@@ -303,6 +316,15 @@ class SoftmaskRunner(PortableRunner):
             self._take_best_from(path.parent)
         self._find_step()
         logging.info("resumed from %s: epoch %d, step %d", path, progress.epoch, self.step)
+
+    def _log_changes(self, checkpoint: Checkpoint) -> None:
+        """Name the run options that differ from the checkpoint's; the new ones are used."""
+        before, now = (
+            {key: value for key, value in config["run"].items() if key not in PLACES}
+            for config in (checkpoint.config or self.resolved_config, self.resolved_config)
+        )
+        for key, was, now_is in differences(before, now):
+            logging.warning("run.%s was %s in %s, it is %s now", key, was, checkpoint.path, now_is)
 
     def _take_best_from(self, folder: Path) -> None:
         """In a new folder: copy the best checkpoint so far, or choose anew."""
@@ -363,7 +385,7 @@ class SoftmaskRunner(PortableRunner):
         self.model.eval()
         epoch = cur_epoch if isinstance(cur_epoch, int) else None
         if cur_epoch == "best" and not skip_reload:
-            best = load_run(self.output_dir / f"checkpoint_{BEST}.pth", self._model, self.device)
+            best = load_run(self.output_dir / BEST, self._model, self.device)
             epoch = best.training["epoch"]
         self.task.before_evaluation(model=self._model, dataset=self.datasets[split_name])
         with self.autocast():

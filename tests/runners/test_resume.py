@@ -16,6 +16,7 @@ from toys import ScriptedTask, ToyModel, ToyTask, build, read_metrics, weights
 from benchmarks import kills
 from benchmarks.traces import differences, trace
 from softmask_plugin.errors import UserError
+from softmask_plugin.files.checkpoint import furthest_first
 
 
 def test_best_epoch_is_kept_and_tested(tmp_path):
@@ -166,11 +167,11 @@ def test_a_finished_run_is_tested_again(tmp_path):
 def test_the_last_checkpoints_are_kept(tmp_path):
     runner = build(tmp_path, max_epoch=3, save_every_steps=4, keep_checkpoints=3)
     runner.train()
-    names = [path.name for path in runner.files.newest_first()]
+    names = [path.name for path in furthest_first(runner.output_dir)]
     assert names == ["checkpoint_2.pth", "checkpoint_2_28.pth", "checkpoint_2_24.pth"]
     runner = build(tmp_path, job_id="all", max_epoch=2, save_every_steps=4, keep_checkpoints=None)
     runner.train()
-    names = [path.name for path in runner.files.newest_first()]
+    names = [path.name for path in furthest_first(runner.output_dir)]
     assert names == [f"checkpoint_{n}.pth" for n in ("1", "1_16", "1_12", "0", "0_8", "0_4")]
 
 
@@ -201,7 +202,7 @@ def test_a_broken_checkpoint_is_refused_by_name_and_the_one_before_used(tmp_path
     whole = build(tmp_path / "whole", **OPTIONS)
     whole.train()
     folder = interrupted(tmp_path / "broken", 32)
-    newest, before = build(tmp_path / "broken", **OPTIONS).files.newest_first()
+    newest, before = furthest_first(build(tmp_path / "broken", **OPTIONS).output_dir)
     damage(newest, how)
     again = build(tmp_path / "broken", **OPTIONS)
     with caplog.at_level(logging.INFO):
@@ -226,6 +227,57 @@ def test_going_on_by_itself_needs_the_same_model(tmp_path):
     again.resolved_config["model"] = {"itc": {"gamma": 1.0}}
     with pytest.raises(UserError, match=r"had model.itc.gamma = None, this one has 1.0"):
         again.train()
+
+
+def test_a_refused_resume_leaves_the_folder_as_it_was(tmp_path):
+    interrupted(tmp_path, 32)
+    names = ("config.yaml", "environment.json")
+    folder = next(tmp_path.glob("*/config.yaml")).parent
+    before = {name: (folder / name).read_bytes() for name in names}
+    again = build(tmp_path, **{**OPTIONS, "seed": 8})
+    with pytest.raises(UserError, match="had run.seed = 7, this one has 8"):
+        again.train()
+    assert {name: (folder / name).read_bytes() for name in names} == before
+
+
+def test_a_resumed_run_uses_the_options_that_it_records(tmp_path, caplog):
+    interrupted(tmp_path, 32)
+    again = build(tmp_path, **{**OPTIONS, "weight_decay": 0.5, "beta2": 0.9, "init_lr": 0.2})
+    again.train()
+    decayed, plain = again.optimizer.param_groups
+    assert decayed["weight_decay"] == 0.5 and plain["weight_decay"] == 0
+    assert decayed["betas"] == plain["betas"] == (0.9, 0.9)
+    changed = [text for text in caplog.messages if text.startswith("run.")]
+    assert [text.split()[0] for text in changed] == ["run.beta2", "run.init_lr", "run.weight_decay"]
+
+
+class Words:
+    """A tokenizer, as far as a runner needs one."""
+
+    def __init__(self, *tokens):
+        self.tokens = list(tokens)
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def convert_ids_to_tokens(self, ids):
+        return [self.tokens[i] for i in ids]
+
+    def save_vocabulary(self, folder):
+        Path(folder, "vocab.txt").write_text("\n".join(self.tokens))
+
+
+def test_another_vocabulary_of_the_same_size_is_refused(tmp_path):
+    model = ToyModel()
+    model.tokenizer = Words("[PAD]", "red", "blue")
+    first = build(tmp_path, model=model)
+    first.train()
+    model = ToyModel()
+    model.tokenizer = Words("[PAD]", "red", "green")
+    again = build(tmp_path, model=model, resume_ckpt_path="auto", max_epoch=3)
+    with pytest.raises(UserError, match="another vocabulary .*token 2 is 'blue', not 'green'"):
+        again.train()
+    assert (first.output_dir / "vocab.txt").read_text().split() == ["[PAD]", "red", "blue"]
 
 
 def test_the_best_checkpoint_comes_along_into_a_new_folder(tmp_path, caplog):
