@@ -1,4 +1,4 @@
-"""What is said about a scene and whether it is true, read without the code that wrote it."""
+"""The truth about texts on scenes, found without the code that wrote them."""
 
 import math
 import re
@@ -25,7 +25,7 @@ def things_called(noun, things):
 
 
 def lies(thing, how, anchor):
-    """Whether a thing lies within 45 degrees of a direction, seen from another."""
+    """Whether a thing is within 45 degrees of a direction, seen from another."""
     way = np.array([thing.x - anchor.x, thing.y - anchor.y])
     return way @ DIRECTIONS[how] > math.cos(math.pi / 4) * np.linalg.norm(way)
 

@@ -34,7 +34,7 @@ PAIRS = [
 
 
 def write(path: Path | str, rows: list[dict] | str) -> Path:
-    """Write rows in the layout that the path's suffix names."""
+    """Write rows in the format of the path's suffix."""
     path = Path(path)
     if isinstance(rows, str):
         path.write_text(rows)
@@ -64,7 +64,7 @@ def build(name: str, *options: str) -> dict:
 
 
 def task(name: str, dataset: str, *options: str):
-    """LAVIS's own task and the data sets that it builds of ours."""
+    """LAVIS's own task and the data sets that it builds with our builder."""
     run = OmegaConf.create({"inference_method": "rank"})
     config = OmegaConf.create({"datasets_cfg": {dataset: settings(dataset, *options)}})
     config.run_cfg = run

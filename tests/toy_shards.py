@@ -1,4 +1,4 @@
-"""Small shards, the streams that read them, and samples in a form to compare."""
+"""Small shards, their streams, and samples in a comparable form."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def write_shards(folder: Path) -> list[Path]:
 
 
 def draw(image: Image.Image) -> torch.Tensor:
-    """A processor that shows the image and what is drawn: (4,)."""
+    """A processor that returns the image's red value and three random draws, (4,)."""
     drawn = [float(torch.rand(())), np.random.rand(), random.random()]
     return torch.tensor([image.getpixel((0, 0))[0], *drawn], dtype=torch.float64)
 
@@ -73,7 +73,7 @@ def build(*options: str) -> dict:
 
 
 def plain(sample: dict) -> tuple:
-    """A sample in a form that can be compared."""
+    """A sample in a comparable form."""
     return tuple(v.tolist() if isinstance(v, torch.Tensor) else v for v in sample.values())
 
 
@@ -82,7 +82,7 @@ def ids(samples) -> list[str]:
 
 
 def one_pass(stream: ShardStream, number: int = 0, workers: int = 0) -> list[dict]:
-    """This process's samples of a pass, with workers those of the first so many samples of each."""
+    """This process's samples of a pass; with workers, those among each one's first samples."""
     if not workers:
         samples = iter(stream)
         first = next(s for s in samples if int(s["position"][1]) == number)

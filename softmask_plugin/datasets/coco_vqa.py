@@ -51,6 +51,7 @@ def write_coco_vqa(owner: object, items: Iterable[Mapping[str, Any]]) -> tuple[s
                 "answers": [{"answer_id": i, "answer": a} for i, a in enumerate(answers, 1)],
             }
         )
+    # The metric copies these keys, and only these
     about = {"info": {}, "license": {}, "data_type": "", "data_subtype": "", "task_type": ""}
     return (
         _write(folder, "questions", {**about, "questions": questions}),

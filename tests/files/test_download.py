@@ -1,4 +1,4 @@
-"""Downloads from an HTTPS server of our own: whole, resumed, refused, and by two at once."""
+"""Downloads from a local HTTPS server: whole, resumed, refused, and by two processes at once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves the server's content at every path; the server says how, and counts."""
+    """Serves the same content at every path; attributes of the server say how."""
 
     def do_GET(self):
         server = self.server
@@ -49,7 +49,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         body = body[: server.cut_after]
-        server.sent += len(body)  # first: who has read the body may look at once
+        server.sent += len(body)  # before the client can finish
         self.wfile.write(body)
 
     def log_message(self, *args):
@@ -72,7 +72,7 @@ def certificate(tmp_path_factory):
 
 @pytest.fixture
 def server(certificate, monkeypatch, tmp_path):
-    """An HTTPS server that requests trusts; the cache lies in the test's folder."""
+    """An HTTPS server trusted by requests; the cache is in the test's folder."""
     key, file = certificate
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(file))
     monkeypatch.setenv("NO_PROXY", "localhost")
@@ -94,7 +94,7 @@ def server(certificate, monkeypatch, tmp_path):
 
 
 def cut(server, url: str) -> Path:
-    """Fetch in vain, as the server hangs up; the part that arrived."""
+    """Let the server break a download; return the part that arrived."""
     server.cut_after = 300_000
     with pytest.raises(UserError, match="run again to resume"):
         fetch(url)
@@ -114,7 +114,7 @@ def test_a_file_is_downloaded_once_and_whole(server, capsys):
     assert {file.suffix for file in path.parent.iterdir()} <= {".pth", ".lock"}
 
 
-def test_the_cache_lies_where_the_desktop_puts_caches(server, monkeypatch, tmp_path):
+def test_the_cache_is_in_the_xdg_cache_folder(server, monkeypatch, tmp_path):
     assert fetch(f"{server.url}/a").parent == cache_folder() == tmp_path / "cache/softmask_plugin"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -139,7 +139,7 @@ def test_nothing_is_written_outside_the_cache(server, tmp_path, rest):
 
 
 @pytest.mark.parametrize("url", ["http://localhost/a.pth", "ftp://a/b", "a.pth", "//host/a", ""])
-def test_only_https_is_asked(server, url):
+def test_only_https_is_used(server, url):
     with pytest.raises(UserError, match="is not an https address.*download it by hand"):
         fetch(url)
     assert not cache_folder().exists()
@@ -151,7 +151,7 @@ def test_a_redirect_may_not_leave_https(server):
         fetch(f"{server.url}/a.pth")
 
 
-def test_a_cut_download_goes_on_where_it_broke_off(server):
+def test_a_broken_download_is_resumed(server):
     url = f"{server.url}/vit.pth"
     arrived = cut(server, url).stat().st_size
     assert fetch(url).read_bytes() == CONTENT
@@ -182,15 +182,15 @@ def test_without_a_version_nothing_is_resumed(server):
     assert [requested for _, requested in server.requests] == [None, None]
 
 
-def test_a_part_that_is_whole_already_is_fetched_anew(server):
-    """As when the process is killed between the last byte and the renaming."""
+def test_a_complete_part_is_downloaded_again(server):
+    """The process may be killed between the last byte and the renaming."""
     url = f"{server.url}/vit.pth"
     cut(server, url).write_bytes(CONTENT)
     assert fetch(url).read_bytes() == CONTENT
     assert [wanted for _, wanted in server.requests[1:]] == [f"bytes={len(CONTENT)}-", None]
 
 
-def test_a_server_need_not_say_the_length(server):
+def test_a_server_need_not_state_the_length(server):
     server.says_length = False
     assert fetch(f"{server.url}/vit.pth").read_bytes() == CONTENT
 
@@ -243,7 +243,7 @@ def test_the_right_sha256_passes(server, monkeypatch):
         assert fetch(f"{server.url}/{name}").read_bytes() == CONTENT
 
 
-def test_a_file_in_the_cache_is_checked_as_well(server, monkeypatch):
+def test_a_cached_file_is_checked_too(server, monkeypatch):
     path = fetch(f"{server.url}/vit.pth")
     path.write_bytes(b"tampered with")
     monkeypatch.setitem(KNOWN_SHA256, f"{server.url}/vit.pth", SHA256)
@@ -252,7 +252,7 @@ def test_a_file_in_the_cache_is_checked_as_well(server, monkeypatch):
     assert fetch(f"{server.url}/vit.pth").read_bytes() == CONTENT
 
 
-def test_of_two_processes_one_downloads(server, monkeypatch):
+def test_only_one_of_two_processes_downloads(server, monkeypatch):
     monkeypatch.setitem(KNOWN_SHA256, f"{server.url}/vit.pth", SHA256)
     server.delay = 0.3  # seconds, in which the other one asks too if nothing holds it back
     url, start = f"{server.url}/vit.pth", multiprocessing.get_context("fork")

@@ -1,4 +1,4 @@
-"""Image and text processors: what they accept, what they change, what they must leave alone."""
+"""Image and text processors: what they accept, what they change, what they must not change."""
 
 from __future__ import annotations
 
@@ -36,8 +36,6 @@ NONE = {
     "flip_p": 0,
     "randaugment_ops": 0,
 }
-MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB"]
-MODES += ["HSV", "I", "F", "I;16", "I;16L", "I;16B"]
 
 
 def photo(width: int = 48, height: int = 40) -> Image.Image:
@@ -65,15 +63,6 @@ def test_registered_under_their_names():
 
 
 # ---- modes of images
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_every_mode_becomes_rgb(mode):
-    image = Image.new(mode, (5, 4))
-    rgb = to_rgb(image)
-    assert (rgb.mode, rgb.size) == ("RGB", (5, 4))
-    tensor = ImageTrainProcessor(16)(image)
-    assert tensor.shape == (3, 16, 16) and tensor.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -156,12 +145,12 @@ def test_large_jpegs_are_decoded_smaller_but_large_enough(tmp_path):
 # ---- image processors
 
 
-def test_eval_is_lavis_eval():
+def test_evaluation_equals_that_of_lavis():
     reference = registry.get_processor_class("blip_image_eval")(image_size=32)
     torch.testing.assert_close(ImageEvalProcessor(32)(photo()), reference(photo()))
 
 
-def test_train_without_distortions_is_eval():
+def test_training_without_distortions_equals_evaluation():
     plain = ImageTrainProcessor(32, **NONE)
     torch.testing.assert_close(plain(photo()), ImageEvalProcessor(32)(photo()))
 
@@ -209,7 +198,7 @@ def test_jitter_draws_as_torchvision_does():
         assert np.abs(given - np.asarray(theirs(image)).astype(int)).mean() < 2
 
 
-def test_crops_are_those_of_pillow():
+def test_crops_equal_those_of_pillow():
     crop = RandomCrop(32, 0.2, 1)
     pillow = v2.RandomResizedCrop(32, (0.2, 1), interpolation=v2.InterpolationMode.BICUBIC)
     for seed in range(20):
@@ -234,7 +223,7 @@ def test_randaugment_changes_as_torchvision_does(op):
         assert np.abs(given - np.asarray(noise)).mean() > 2
 
 
-def test_processors_travel_to_spawned_workers():
+def test_processors_can_be_pickled():
     processor = ImageTrainProcessor(32)
     twin = pickle.loads(pickle.dumps(processor))
     torch.manual_seed(0)
@@ -367,7 +356,7 @@ def test_cleaned_captions_keep_words_in_order(text, max_words):
     assert cleaned == " ".join(cleaned.split())
 
 
-def test_text_that_is_no_text_is_refused():
+def test_other_types_are_refused():
     with pytest.raises(UserError, match="softmask_question: expected text, got list"):
         QuestionProcessor()(["what", "is", "it"])
 

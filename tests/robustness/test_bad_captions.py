@@ -1,4 +1,4 @@
-"""Captions and caption files of every bad kind, from the file to the losses."""
+"""Bad captions and caption files of every kind, from the file to the losses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LONG = "a red ring " * 9_091  # 100,001 characters
 CJK = "桌子上的红色圆圈"
 SPECIAL = "a [MASK] [CLS] [SEP] [PAD] [UNK] ring"
 
-# What a file makes of a caption; None: it is skipped.
+# Captions and how they are parsed; None: they are skipped
 CAPTIONS = {
     "empty": ("", None),
     "spaces": ("  \t ", None),
@@ -59,7 +59,7 @@ def reader():
 
 
 @pytest.mark.parametrize("kind", CAPTIONS)
-def test_a_caption_is_read_or_skipped_and_counted(tmp_path, caplog, kind):
+def test_a_caption_is_parsed_or_skipped_and_counted(tmp_path, caplog, kind):
     caption, expected = CAPTIONS[kind]
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"image": "a.jpg", "caption": ["fine", caption]}]))
@@ -70,7 +70,7 @@ def test_a_caption_is_read_or_skipped_and_counted(tmp_path, caplog, kind):
 
 @pytest.mark.parametrize("kind", CAPTIONS)
 def test_what_a_file_lets_through_gives_finite_losses(make_model, make_batch, kind):
-    """Processed or as it is, empty where the processor leaves nothing."""
+    """Processed or not, and the empty text that may be left of it."""
     given = CAPTIONS[kind][1] or ""
     texts = [given, CaptionProcessor()(given), ""]
     model = make_model().train()
@@ -88,14 +88,14 @@ def test_100_000_characters_fit_into_a_table(tmp_path, suffix):
     assert parse_captions(tmp_path / f"a.{suffix}")[0].captions == [LONG.strip()]
 
 
-def test_a_long_caption_costs_as_many_tokens_as_are_allowed(reader):
+def test_a_long_caption_is_cut_to_the_allowed_tokens(reader):
     captions = reader.tokenize([LONG, "x" * 100_000, "a ring"])
     assert captions.ids.shape == (3, 30)
     assert captions.mask.sum(dim=1).tolist() == [30, 3, 4]
 
 
 @pytest.mark.parametrize("caption", [None, 5, 1.5, ["a"], b"a"], ids=str)
-def test_what_is_no_text_is_refused_in_one_line(reader, caption):
+def test_other_types_are_refused_in_one_line(reader, caption):
     with pytest.raises(UserError, match="a caption must be text, not "):
         reader.tokenize(["a ring", caption])
 
@@ -162,7 +162,7 @@ def test_ordinary_captions_are_tokenized_as_before(reader):
     ],
     ids=["empty", "no special tokens", "no text", "a token twice", "blank lines"],
 )
-def test_a_vocabulary_that_is_none_gets_one_line(tmp_path, content):
+def test_a_bad_vocabulary_gives_a_one_line_error(tmp_path, content):
     (tmp_path / "vocab.txt").write_bytes(content)
     with pytest.raises(UserError, match=r"vocab.txt is no usable vocabulary \(model.tokenizer\)"):
         build_tokenizer(str(tmp_path / "vocab.txt"))
@@ -211,7 +211,7 @@ FILES = {
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """Two pictures and a YAML file to train on them; the process stands beside them."""
+    """Two pictures and a YAML file to train on them, in the current folder."""
     monkeypatch.chdir(tmp_path)
     Path("photos").mkdir()
     for name, colour in (("a", "red"), ("b", "blue")):
@@ -284,7 +284,7 @@ def test_a_gallery_of_odd_captions_is_ranked(make_other):
     assert scores.shape == (2, 5) and torch.from_numpy(scores).isfinite().all()
 
 
-def test_processors_make_text_of_whatever_a_file_holds():
+def test_processors_turn_any_value_of_a_file_into_text():
     for name in ("softmask_caption", "softmask_question"):
         process = registry.get_processor_class(name)()
         for given, _ in CAPTIONS.values():

@@ -1,4 +1,4 @@
-"""Image files of every bad kind: each is a counted skip or one clear line, before any harm."""
+"""Bad image files of every kind: each is skipped and counted, or gives a one-line error."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def picture(path: str | Path, size=(40, 30), **options) -> Path:
 
 
 def png(width: int, height: int) -> bytes:
-    """A PNG that says it is of this size, with hardly any data."""
+    """A PNG that claims this size, with hardly any data."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return (
@@ -72,7 +72,7 @@ BAD = {
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """Three pictures in a folder, and a run's folder beside it; the process stands there."""
+    """Three pictures in a folder, and a run's folder beside it, in the current folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(registry.mapping["paths"], "output_dir", str(tmp_path / "run"))
     Path("photos").mkdir()
@@ -117,7 +117,7 @@ def test_a_bomb_is_refused_by_its_size_before_it_is_decoded(here, monkeypatch):
         open_rgb("bomb.png")
 
 
-def test_the_largest_image_is_taken(here, monkeypatch):
+def test_the_largest_image_is_accepted(here, monkeypatch):
     monkeypatch.setattr(images, "MAX_PIXELS", 1200)
     assert open_rgb("photos/a.jpg").size == (40, 30) and MAX_PIXELS > 1200
     monkeypatch.setattr(images, "MAX_PIXELS", 1199)
@@ -125,7 +125,7 @@ def test_the_largest_image_is_taken(here, monkeypatch):
         open_rgb("photos/a.jpg")
 
 
-def test_no_format_is_read_that_is_a_program():
+def test_no_format_is_a_program():
     assert "EPS" not in images._known_formats()
     assert {"JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP"} <= set(images._known_formats())
 
@@ -143,8 +143,10 @@ def test_an_odd_shape_becomes_a_whole_batch(here, size, suffix):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_is_read(mode):
-    assert to_rgb(Image.new(mode, (5, 4))).mode == "RGB"
-    assert ImageTrainProcessor(8)(Image.new(mode, (5, 4))).isfinite().all()
+    rgb = to_rgb(Image.new(mode, (5, 4)))
+    assert (rgb.mode, rgb.size) == ("RGB", (5, 4))
+    tensor = ImageTrainProcessor(8)(Image.new(mode, (5, 4)))
+    assert tensor.shape == (3, 8, 8) and tensor.isfinite().all()
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff", "gif", "webp", "jpg", "bmp"])
@@ -171,8 +173,8 @@ def test_a_pipe_or_a_folder_of_an_images_name_does_not_hang(here, caplog):
     assert "Skipped 3 missing images" in caplog.text
 
 
-def test_an_error_of_a_worker_is_one_line(here):
-    """torch raises it anew in the main process, with the worker's traceback for its message."""
+def test_a_workers_error_is_one_line(here):
+    """torch raises it again in the main process, with the worker's traceback as its message."""
     train = build("a.jpg", "b.jpg")
     for path in Path("photos").iterdir():
         path.write_bytes(b"")

@@ -46,10 +46,10 @@ def test_wrong_options_get_one_clear_line(colour_photos, name, options, message)
         ("nlvr_folder", "sentences", [*PAIRS, {**PAIRS[0], "image1": "red.png"}], ["red.png"]),
     ],
 )
-def test_missing_and_unreadable_images_leave_the_evaluation(
+def test_evaluation_leaves_out_missing_and_unreadable_images(
     colour_photos, caplog, name, files, rows, left
 ):
-    """An item leaves with any of its images; each image is reported once."""
+    """One bad image is enough to leave an item out; each image is reported once."""
     gone = "blue.png" if name == "nlvr_folder" else "red.png"
     broken = None if name == "nlvr_folder" else "blue.png"
     Path("photos", gone).unlink()
@@ -69,7 +69,7 @@ def test_missing_and_unreadable_images_leave_the_evaluation(
         build(name, f"{files}.val=a.json")
 
 
-def test_an_unreadable_training_pair_passes_to_the_next(colour_photos):
+def test_an_unreadable_training_pair_is_replaced_by_the_next(colour_photos):
     Path("photos/blue.png").write_bytes(b"no image")
     train = build("nlvr_folder", f"sentences.train={write('a.json', PAIRS)}")["train"]
     assert [train[i]["instance_id"] for i in range(4)] == ["2", "2", "2", "2"]

@@ -52,7 +52,7 @@ def test_answers_become_shares(tmp_path, given, expected):
 
 
 def test_rows_of_one_question_id_are_one_question(tmp_path):
-    """The way to give several answers in a CSV file."""
+    """How a CSV file gives several answers."""
     rows = [
         {"image": "a.jpg", "question": "what?", "answer": text, "question_id": 3}
         for text in ("cat", "cat", "dog", "cat")
@@ -118,7 +118,7 @@ def test_a_malformed_question_file_is_refused(tmp_path, name, content, message):
     assert "\n" not in str(caught.value) and name in str(caught.value)
 
 
-def test_train_samples_are_those_of_lavis(colour_photos):
+def test_training_samples_equal_those_of_lavis(colour_photos):
     """COCOVQADataset on the same annotation, with the answers listed one by one."""
     given = [["red"] * 7 + ["pink"] * 3, ["yes"], ["a", "b", "a"]]
     rows = [
@@ -152,7 +152,7 @@ class Answers:
         return [self.table[question] for question in samples["text_input"]]
 
 
-def test_the_official_metric_of_lavis(colour_photos):
+def test_lavis_computes_the_official_metric(colour_photos):
     options = [f"questions.{split}={write('a.json', QUESTIONS)}" for split in ("train", "test")]
     vqa, datasets = task("vqa", "vqa_folder", *options)
     test = datasets["test"]
@@ -169,7 +169,7 @@ def test_the_official_metric_of_lavis(colour_photos):
     assert {row["question_id"] for row in saved} == {70, 8, 9, 71}
 
 
-def test_the_official_metric_of_a_minority(colour_photos):
+def test_the_official_metric_of_a_minority_answer(colour_photos):
     """Two of ten annotators: 2/3 for the eight others, 1/3 for the two themselves."""
     row = {"image": "red.png", "question": "what", "answer": {"red": 0.8, "pink": 0.2}}
     vqa, datasets = task("vqa", "vqa_folder", f"questions.val={write('a.json', [row])}")

@@ -41,7 +41,7 @@ def write(path: str, content: object) -> None:
 
 @pytest.fixture
 def release(tmp_path, monkeypatch):
-    """Images and the five files, in the folder that the process stands in."""
+    """Images and the five files, in the current folder."""
     monkeypatch.chdir(tmp_path)
     Path("coco/train2014").mkdir(parents=True)
     Path("data/refcoco+").mkdir(parents=True)
@@ -81,7 +81,7 @@ def test_expressions_get_their_boxes_and_groups(release):
     assert (table["group"], table["box"], table["boxes"]) == ("testB", [0, 0, 1, 1], boxes)
 
 
-def test_samples_are_what_the_task_reads(release):
+def test_samples_have_the_layout_of_the_task(release):
     val = build("annotations.test=null")["val"]
     (batch,) = DataLoader(val, batch_size=2, collate_fn=val.collater)
     assert batch["image"].shape == (2, 3, 8, 8)
@@ -89,7 +89,7 @@ def test_samples_are_what_the_task_reads(release):
     assert batch["instance_id"] == ["0", "1"] and batch["index"].tolist() == [0, 1]
 
 
-def test_other_folders(release):
+def test_other_folders_can_be_named(release):
     Path("data").rename("elsewhere")
     Path("elsewhere/refcoco+/dets.json").rename("mine.json")
     datasets = build("data=elsewhere", "detections=mine.json")
@@ -101,7 +101,7 @@ def test_a_missing_image_is_left_out(release):
     assert [row["text"] for row in build()["test"].annotation] == ["table"]
 
 
-def test_boxes_of_pixels_become_shares_of_the_image():
+def test_pixel_boxes_become_shares_of_the_image():
     assert unit_boxes([], 10, 10) == []
     outside, empty, flipped = [12, 0, 5, 5], [3, 3, 0, 4], [5, 5, -2, 2]
     assert unit_boxes([outside, [-5, 5, 10, 5], empty, flipped], 10, 20) == [[0, 0.25, 0.5, 0.5]]
@@ -133,7 +133,7 @@ def test_any_other_content_is_refused_in_one_line(release, file, content):
     assert "\n" not in str(error.value)
 
 
-def test_files_that_do_not_belong_together(release):
+def test_files_that_do_not_match_are_refused(release):
     write("data/refcoco+_test.json", [expression(2, "woman"), expression(99, "table")])
     with pytest.raises(UserError, match=r"refs\(unc\).p has no entry 99: get that of REFER's"):
         build()
@@ -150,13 +150,13 @@ def test_files_that_do_not_belong_together(release):
 
 
 @pytest.mark.parametrize("image", ["/etc/passwd", "../secret.jpg", "C:\\a.jpg"])
-def test_an_image_outside_of_the_folder(release, image):
+def test_an_image_outside_the_folder_is_refused(release, image):
     write("data/refcoco+_test.json", [{**expression(2, "woman"), "image": image}])
     with pytest.raises(UserError, match="is outside the images folder"):
         build()
 
 
-def test_wrong_keys(release):
+def test_wrong_keys_are_refused(release):
     with pytest.raises(UserError, match=f"datasets.{NAME}.dets: did you mean 'detections'"):
         build("dets=x.json")
     with pytest.raises(UserError, match=f"datasets.{NAME}.annotations.testA: did you mean 'test'"):
@@ -187,7 +187,7 @@ def test_a_pickle_never_runs_code(release, protocol):
     assert here.exists()
 
 
-def test_plain_pickles_only(tmp_path):
+def test_only_plain_pickles_are_loaded(tmp_path):
     path = tmp_path / "refs.p"
     path.write_bytes(pickle.dumps(OrderedDict(a=1)))
     with pytest.raises(UserError, match="it asks for collections.OrderedDict"):

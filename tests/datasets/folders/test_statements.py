@@ -57,7 +57,7 @@ def test_a_missing_column_is_named(tmp_path):
 
 
 class Classes:
-    """A model that is told the logits."""
+    """A model with given logits."""
 
     def __init__(self, logits) -> None:
         self.logits = logits
@@ -70,7 +70,7 @@ class Classes:
     ("name", "rows", "share_of_class_0"),
     [("entailment_folder", STATEMENTS, 0.25), ("nlvr_folder", PAIRS, 0.5)],
 )
-def test_the_accuracy_of_lavis(colour_photos, name, rows, share_of_class_0):
+def test_lavis_computes_the_accuracy(colour_photos, name, rows, share_of_class_0):
     options = [f"sentences.{split}={write('a.csv', rows)}" for split in ("train", "val")]
     classification, datasets = task("multimodal_classification", name, *options)
 
@@ -84,7 +84,7 @@ def test_the_accuracy_of_lavis(colour_photos, name, rows, share_of_class_0):
     assert metrics == {"agg_metrics": share_of_class_0, "acc": share_of_class_0}
 
 
-def test_entailment_samples_are_those_of_lavis(colour_photos):
+def test_entailment_samples_equal_those_of_lavis(colour_photos):
     """SNLIVisualEntialmentDataset reads images with the suffix .jpg, and labels by name."""
     for colour in COLOURS:
         Image.open(f"photos/{colour}.png").save(f"photos/{colour}.jpg")
@@ -101,7 +101,7 @@ def test_entailment_samples_are_those_of_lavis(colour_photos):
         assert our == {**their, "image_id": f"{their['image_id']}.jpg"}
 
 
-def test_pairs_are_those_of_lavis(colour_photos):
+def test_pairs_equal_those_of_lavis(colour_photos):
     ours = build("nlvr_folder", f"sentences.val={write('a.json', PAIRS)}")["val"]
     pairs = parse_statements("a.json", ["image0", "image1"], ["False", "True"])
     theirs = NLVREvalDataset(
@@ -116,7 +116,7 @@ def test_pairs_are_those_of_lavis(colour_photos):
 
 
 def test_swapped_pairs_stay_true(colour_photos):
-    """The left image is red, whichever it is; other words keep their letters."""
+    """Whichever image is left, the sentence is true; other words keep their letters."""
     rows = [
         {**PAIRS[0], "sentence": "The left one is bright red, the rightmost blue", "label": True},
     ]
@@ -138,7 +138,7 @@ def test_swapped_pairs_stay_true(colour_photos):
     assert {still[0]["text_input"] for _ in range(20)} == {texts[0]}
 
 
-def test_classes_of_ones_own(colour_photos):
+def test_custom_classes(colour_photos):
     rows = [{**STATEMENTS[0], "label": label} for label in ("No", 5, "1", "yes")]
     options = f"sentences.val={write('a.json', rows)}", "labels=['yes', 'no', 5]"
     val = build("entailment_folder", *options)["val"]

@@ -115,7 +115,7 @@ def test_things_on_the_board_stand_in_the_middle_of_different_cells(seed, object
     assert {t.diameter for t in scene.things} <= set(LAYOUTS["board"].diameters.values())
 
 
-def test_things_are_free_to_stand_anywhere():
+def test_free_things_stand_anywhere():
     things = [t for scene in make_scenes("test", 300, layout="free") for t in scene.things]
     for values in ([t.x for t in things], [t.y for t in things], [t.diameter for t in things]):
         assert len(set(values)) == len(values)
@@ -148,7 +148,7 @@ def test_every_shape_and_colour_looks_different():
 
 @given(seeds)
 @settings(max_examples=5, deadline=None)
-def test_a_scene_depends_on_seed_split_and_index_alone(seed):
+def test_a_scene_depends_only_on_seed_split_and_index(seed):
     for split in ("train", "test"):
         many = make_scenes(split, 12, seed)
         assert make_scenes(split, 5, seed) == many[:5]
@@ -209,7 +209,7 @@ def test_vocabulary_file_holds_the_grammar():
 # The datasets and builders
 
 
-def test_retrieval_datasets_hold_what_lavis_reads():
+def test_retrieval_datasets_have_the_layout_of_lavis():
     datasets = build_scenes("scenes_retrieval", 6)
     assert list(datasets) == ["train", "val", "test"]
     test = datasets["test"]
@@ -273,7 +273,7 @@ def test_one_key_sets_the_image_size_everywhere():
         ({"layout": "bord"}, "did you mean 'board'"),
     ],
 )
-def test_wrong_settings_are_told_in_one_line(changes, message):
+def test_wrong_settings_give_a_one_line_error(changes, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
         build_scenes("scenes_retrieval", 6, changes)
     assert "\n" not in str(error.value)

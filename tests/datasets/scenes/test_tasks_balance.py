@@ -1,4 +1,4 @@
-"""Tasks about scenes: what can be told without seeing, or without seeing all."""
+"""Tasks about scenes: what can be guessed without the image, or from a part of the input."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""The data sets of tasks about scenes, as LAVIS's tasks read them."""
+"""Data sets of scenes for LAVIS's downstream tasks."""
 
 import gc
 import json
@@ -99,7 +99,7 @@ def test_lavis_answers_and_scores_questions(folders):
         assert metrics["agg_metrics"] == pytest.approx(100 * share, abs=0.01)
 
 
-def test_questions_are_collated_by_lavis_to_train():
+def test_lavis_collates_training_questions():
     train = build_scenes("scenes_vqa", 6)["train"]
     batch = train.collater([train[i] for i in range(4)])
     assert batch["image"].shape == (4, 3, 60, 60)
@@ -150,7 +150,7 @@ def test_the_grounding_task_reads_it(make_model, folders):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_words_are_tokens_and_processors_change_none(name):
+def test_every_word_is_a_token_and_survives_the_processors(name):
     tokenizer = build_tokenizer("scenes")
     for split, data in build_scenes(f"scenes_{name}", 200).items():
         texts = [data[i]["text_input"] for i in range(200)]
@@ -162,7 +162,7 @@ def test_words_are_tokens_and_processors_change_none(name):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_items_depend_on_seed_split_and_index_alone(name):
+def test_items_depend_only_on_seed_split_and_index(name):
     many, few = (build_scenes(f"scenes_{name}", num) for num in (9, 5))
     other = build_scenes(f"scenes_{name}", 5, {"seed": 1})
     for split in many:
@@ -172,7 +172,7 @@ def test_items_depend_on_seed_split_and_index_alone(name):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_one_key_sets_the_image_size_and_objects_and_layout_are_used(name):
+def test_image_size_objects_and_layout_are_used(name):
     changes = {"image_size": 48, "objects": 2, "layout": "free", "heldout": 0.5}
     for split, data in build_scenes(f"scenes_{name}", 20, changes).items():
         sample = data[0]
@@ -200,7 +200,7 @@ def test_one_key_sets_the_image_size_and_objects_and_layout_are_used(name):
         ("grounding", {"image_size": 8}, "image_size is 8"),
     ],
 )
-def test_wrong_settings_are_told_in_one_line(name, changes, message):
+def test_wrong_settings_give_a_one_line_error(name, changes, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
         build_scenes(f"scenes_{name}", 6, changes)
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Statements, questions and expressions about scenes: each is read back and checked."""
+"""Statements, questions and expressions about scenes: each is parsed again and checked."""
 
 from dataclasses import replace
 
@@ -42,7 +42,7 @@ layouts = st.sampled_from(sorted(LAYOUTS))
 
 @given(seeds, splits, st.integers(2, 4), layouts)
 @settings(max_examples=60, deadline=None)
-def test_hypotheses_have_the_label_they_are_given(seed, split, objects, layout):
+def test_hypotheses_have_the_right_label(seed, split, objects, layout):
     pool = allowed_compositions(split, HELDOUT)
     for scene in make_scenes(split, 5, seed, objects, HELDOUT, layout):
         item = entail(scene, pool)
@@ -50,7 +50,7 @@ def test_hypotheses_have_the_label_they_are_given(seed, split, objects, layout):
         assert item["label"] == entailment_label(item)
 
 
-def test_a_neutral_hypothesis_is_true_in_one_world_and_false_in_another_of_the_same_picture():
+def test_a_neutral_hypothesis_may_be_true_or_false_in_the_same_picture():
     items = [entail(scene, COMPOSITIONS) for scene in make_scenes("test", 60, objects=3)]
     neutral = [item for item in items if item["label"] == "neutral"]
     assert len(neutral) > 10
@@ -73,7 +73,7 @@ def test_a_neutral_hypothesis_is_true_in_one_world_and_false_in_another_of_the_s
 
 @given(seeds, splits, st.integers(1, 4))
 @settings(max_examples=60, deadline=None)
-def test_statements_about_pairs_are_as_true_as_they_are_said_to_be(seed, split, objects):
+def test_statements_about_pairs_have_the_right_label(seed, split, objects):
     pool, heldout = allowed_compositions(split, HELDOUT), heldout_compositions(HELDOUT)
     scenes = make_scenes(split, 10, seed, objects, HELDOUT)
     for left, right in zip(scenes[::2], scenes[1::2], strict=True):
@@ -89,7 +89,7 @@ def test_statements_about_pairs_are_as_true_as_they_are_said_to_be(seed, split, 
 
 @given(seeds, splits, st.integers(1, 4), layouts)
 @settings(max_examples=60, deadline=None)
-def test_questions_have_the_answer_they_are_given(seed, split, objects, layout):
+def test_questions_have_the_right_answer(seed, split, objects, layout):
     pool = allowed_compositions(split, HELDOUT)
     for scene in make_scenes(split, 5, seed, objects, HELDOUT, layout):
         question = ask(scene, pool)
@@ -100,7 +100,7 @@ def test_questions_have_the_answer_they_are_given(seed, split, objects, layout):
 
 @given(seeds, st.integers(1, 4), layouts, st.sampled_from([None, "size", "colour", "shape"]))
 @settings(max_examples=60, deadline=None)
-def test_references_fit_one_thing_alone_and_keep_the_secret(seed, objects, layout, secret):
+def test_references_fit_only_one_thing_and_keep_the_secret(seed, objects, layout, secret):
     (scene,) = make_scenes("test", 1, seed, objects, HELDOUT, layout)
     found = references(scene.things, secret)
     assert len({reference.text for reference in found}) == len(found)
@@ -117,7 +117,7 @@ def test_references_fit_one_thing_alone_and_keep_the_secret(seed, objects, layou
 
 
 def test_no_reference_is_left_out():
-    """Of all nouns there are, those that fit one thing alone."""
+    """All nouns that fit exactly one thing are found."""
     sizes, colours, shapes = ("", "small "), ("", *(f"{c} " for c in COLOURS)), ("thing", *SHAPES)
     every = [s + c + n for s in (*sizes, "large ") for c in colours for n in shapes]
     for scene in make_scenes("test", 30, objects=3):

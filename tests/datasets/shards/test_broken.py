@@ -1,4 +1,4 @@
-"""Broken and hostile shards: what is skipped, counted and named, and that nothing is run."""
+"""Broken and hostile shards: defects are skipped, counted and named, and nothing is run."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_shard_cut_where_a_tar_may_end_is_named(tmp_path, cut):
     assert "0.tar: its end mark is missing" in log.path.read_text()
 
 
-def test_of_a_member_that_occurs_twice_the_first_counts(tmp_path):
+def test_the_first_of_duplicate_members_counts(tmp_path):
     shard = write_tar(tmp_path / "0.tar", good("a"))
     with tarfile.open(shard, "a") as tar:
         for name, data in {"a.txt": b"another", **good("b")}.items():
@@ -133,7 +133,7 @@ def test_a_command_in_place_of_a_shard_is_not_run(tmp_path, monkeypatch, scheme)
         with pytest.raises(UserError, match="only local files are read|is not a file") as caught:
             build(f"shards={json.dumps(given)}", "items=1")
         assert "\n" not in str(caught.value)
-    # nor where it gets past the builder: it is but the name of a file
+    # Not even past the builder, where it is just a file name
     stream = make([scheme.replace("{}", str(marker))])
     with pytest.raises(UserError, match="no usable sample.*No such file"):
         next(iter(stream))

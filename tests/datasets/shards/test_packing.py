@@ -99,7 +99,7 @@ def test_what_cannot_be_packed_is_counted_and_named(photos, caplog):
     assert len(stream) == 8 == len(set(ids(one_pass(stream))))
 
 
-def test_of_karpathys_layout_the_train_split_is_packed(photos):
+def test_a_karpathy_files_train_split_is_packed(photos):
     images = [
         {"filename": row["image"], "split": split, "sentences": [{"raw": "a card"}]}
         for row, split in zip(photos, ["train", "restval", "val", "test"] * 3, strict=True)
@@ -146,7 +146,7 @@ def test_a_mistake_in_packing_gets_one_line(photos, capfd, options, message):
     assert sorted(Path().rglob("*")) == before
 
 
-def test_names_of_folders_are_never_commands(photos):
+def test_folder_names_are_never_run(photos):
     """An --out that webdataset would run, or take for a pattern."""
     for out in ("pipe:touch marker", "50%d"):
         assert pack(out) == 0 and sorted(contents(out)) == ["00000.tar", "index.json"]

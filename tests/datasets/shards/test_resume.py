@@ -1,4 +1,4 @@
-"""Resuming a stream of shards, with the same number of readers and with another."""
+"""Resuming a stream of shards with the same and with another number of readers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_resuming_is_exact_at_every_position(shards, as_rank, readers):
 
 
 @pytest.mark.parametrize("taken", [1, 4, 7])
-def test_a_loaders_batches_go_on_as_they_would_have(shards, taken):
+def test_a_loaders_batches_continue_exactly(shards, taken):
     def batches(stream, count):
         loader = DataLoader(stream, 3, num_workers=2)
         return [plain(batch) for batch in islice(loader, count)]
@@ -69,7 +69,7 @@ def test_readers_without_a_sample_stay_where_they_were(shards, as_rank):
         assert plain(next(iter(stream))) == whole[rank][taken]
 
 
-def test_what_is_passed_over_is_not_decoded(shards, monkeypatch):
+def test_samples_taken_before_are_not_decoded(shards, monkeypatch):
     samples = list(islice(make(shards), 4))
     stream = make(shards)
     stream.begin(stream.state(samples[-1]["position"][None]))
@@ -81,7 +81,7 @@ def test_what_is_passed_over_is_not_decoded(shards, monkeypatch):
 
 
 def split_anew(shards, as_rank, before: int, after: int, taken: int):
-    """Samples of pass 0 that ``before`` readers took, and those that ``after`` take from there."""
+    """Samples of pass 0 taken by ``before`` readers, and the rest taken by ``after`` readers."""
     first, rows = [], []
     for rank in range(before):
         as_rank(rank, before)
@@ -112,13 +112,13 @@ def test_another_number_of_readers_reads_no_finished_shard_again(shards, as_rank
 
 
 def test_a_reader_ahead_does_not_end_the_pass_of_the_others(shards, as_rank):
-    """Of three readers one has two shards, the others three: it is in the next pass earlier."""
+    """One of three readers has two shards, the others three, so it reaches the next pass first."""
     _, rest, state = split_anew(shards, as_rank, 3, 2, 12)
     assert state["pass"] == 0 and sorted(place[0] for place in state["places"]) == [0, 0, 1]
     assert len({i.split("/")[0] for i in rest}) == SHARDS - (2 + 2 + 2)
 
 
-def test_a_split_anew_is_resumed_exactly(shards, as_rank):
+def test_a_new_split_is_resumed_exactly(shards, as_rank):
     _, _, state = split_anew(shards, as_rank, 2, 3, 10)
     whole = []
     for rank in range(3):

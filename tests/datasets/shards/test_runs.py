@@ -55,7 +55,7 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize(("workers", "moments"), [(0, (4, 11, 17)), (2, (5, 14)), (3, (8,))])
-def test_an_interrupted_stream_goes_on_with_the_very_next_sample(
+def test_an_interrupted_stream_resumes_with_the_very_next_sample(
     shards, tmp_path, monkeypatch, workers, moments
 ):
     whole = trace(train(shards, tmp_path / "whole", workers).output_dir)
@@ -76,14 +76,14 @@ def test_an_interrupted_stream_goes_on_with_the_very_next_sample(
         assert not differences(trace(again.output_dir), whole)
 
 
-def test_too_few_shards_for_the_workers_are_told_before_training(shards, tmp_path):
+def test_too_few_shards_are_an_error_before_training(shards, tmp_path):
     from softmask_plugin.errors import UserError
 
     with pytest.raises(UserError, match="6 shards cannot be split among 1 processes x 7 workers"):
         train(shards, tmp_path, 7)
 
 
-def test_with_other_workers_the_rest_of_the_data_comes(shards, tmp_path, monkeypatch, caplog):
+def test_another_number_of_workers_gets_the_rest_of_the_data(shards, tmp_path, monkeypatch, caplog):
     seen = []
     forward = SoftMaskPretrain.forward
 

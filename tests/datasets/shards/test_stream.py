@@ -62,7 +62,7 @@ def test_every_sample_comes_once_per_pass(shards, as_rank, world, workers):
         assert len(seen) == len(set(seen)) == SHARDS * PER_SHARD
 
 
-def test_order_is_of_seed_and_pass(shards):
+def test_the_order_depends_only_on_seed_and_pass(shards):
     first, second = (ids(one_pass(make(shards), number)) for number in (0, 1))
     assert sorted(first) == sorted(second) and first != second
     assert first == ids(one_pass(make(shards)))
@@ -73,7 +73,7 @@ def test_order_is_of_seed_and_pass(shards):
     assert [i.split("/")[0] for i in first] == [i.split("/")[0] for i in in_order]
 
 
-def test_draws_are_of_seed_pass_and_sample(shards, as_rank):
+def test_draws_depend_only_on_seed_pass_and_sample(shards, as_rank):
     """Whoever reads a sample draws the same for it; torch's own generator stays as it was."""
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -96,7 +96,7 @@ def test_draws_are_of_seed_pass_and_sample(shards, as_rank):
     assert len(drawn) == SHARDS * PER_SHARD
 
 
-def test_lavis_takes_the_stream(shards):
+def test_lavis_accepts_the_stream(shards):
     chained = concat_datasets({"train": [make(shards)]})["train"]
     assert isinstance(chained, ChainDataset) and len(chained) == SHARDS * PER_SHARD
     assert isinstance(make(shards), wds.DataPipeline)
@@ -137,7 +137,7 @@ def test_a_compressed_shard_is_read(tmp_path):
     assert len(one_pass(make([tmp_path / "0.tar"], skipped=log))) == 2 and not log.path.exists()
 
 
-def test_layouts_of_others_are_read(tmp_path):
+def test_shards_of_other_tools_are_read(tmp_path):
     """img2dataset writes .jpg, .json and .txt; suffixes may be upper case."""
     members = {
         "000/1.JPG": picture(),
