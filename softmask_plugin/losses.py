@@ -1,5 +1,5 @@
 """Focal image-text contrastive loss (innovation 2 of SoftMask++, arXiv 2304.00719, section 3.3),
-and the cross-entropy of models with a momentum teacher."""
+and the cross-entropy of models that a momentum model teaches."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class FocalITCLoss(nn.Module):
     .. math:: L = -\sum_j y_j (1 - p_j)^\gamma \log p_j
 
     averaged over the rows, then over image-to-text and text-to-image. ``y`` may be one-hot or
-    ALBEF's momentum-mixed soft target; ``gamma = 0`` is ALBEF's ITC exactly.
+    ALBEF's target, mixed with the momentum model's; ``gamma = 0`` is exactly ALBEF's ITC.
 
     Args:
-        gamma: focusing parameter, >= 0.
+        gamma: Focusing parameter, >= 0.
 
     Raises:
         ValueError: ``gamma`` is negative or not finite.
@@ -37,23 +37,23 @@ class FocalITCLoss(nn.Module):
         """Compute the loss.
 
         Args:
-            sim_i2t: logits of each image against all texts, (B, B + queue), temperature applied.
-            sim_t2i: logits of each text against all images, (B, B + queue).
-            targets_i2t: target distribution of each row of ``sim_i2t``; rows sum to 1.
-            targets_t2i: target distribution of each row of ``sim_t2i``; rows sum to 1.
+            sim_i2t: Logits of each image against all texts, over the temperature, (B, B + queue).
+            sim_t2i: Logits of each text against all images, (B, B + queue).
+            targets_i2t: Target distribution for each row of ``sim_i2t``; rows sum to 1.
+            targets_t2i: Target distribution for each row of ``sim_t2i``; rows sum to 1.
 
         Returns:
             The loss, a float32 scalar (float64 for float64 logits).
 
         Raises:
-            ValueError: logits and targets differ in shape.
+            ValueError: Logits and targets differ in shape.
         """
         i2t = focal_cross_entropy(sim_i2t, targets_i2t, self.gamma)
         t2i = focal_cross_entropy(sim_t2i, targets_t2i, self.gamma)
         return (i2t + t2i) / 2
 
     def extra_repr(self) -> str:
-        """What printing the module shows in its parentheses."""
+        """Show gamma when the module is printed."""
         return f"gamma={self.gamma}"
 
 
@@ -69,8 +69,8 @@ def focal_cross_entropy(logits: Tensor, targets: Tensor, gamma: float) -> Tensor
     log_p = F.log_softmax(logits, dim=1)
     if gamma == 0:
         return -(targets * log_p).sum(dim=1).mean()
-    # 1 - p from log p keeps its digits as p -> 1; the floor keeps the gradient of x^gamma finite
-    # at x = 0 for gamma < 1, where it would meet log p = 0 and give inf * 0.
+    # expm1 keeps the digits of 1 - p as p -> 1. For gamma < 1, the gradient of x^gamma is infinite
+    # at x = 0, where log p = 0: the floor avoids inf * 0.
     one_minus_p = (-torch.expm1(log_p)).clamp_min(torch.finfo(log_p.dtype).eps)
     return -(targets * one_minus_p.pow(gamma) * log_p).sum(dim=1).mean()
 
@@ -78,7 +78,7 @@ def focal_cross_entropy(logits: Tensor, targets: Tensor, gamma: float) -> Tensor
 def distilled_cross_entropy(
     logits: Tensor,
     labels: Tensor,
-    taught: Tensor | None,
+    teacher: Tensor | None,
     alpha: float,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
@@ -87,18 +87,18 @@ def distilled_cross_entropy(
 
     Args:
         logits: (N, C).
-        labels: class of each row, (N,), int64.
-        taught: the momentum model's logits (N, C), or None where it does not teach.
-        alpha: weight of its part, in [0, 1].
-        label_smoothing: of the labels' part.
-        reduction: "mean" or "none", as torch's.
+        labels: Class of each row, (N,), int64.
+        teacher: The momentum model's logits (N, C); None: no distillation.
+        alpha: Weight of the distillation, in [0, 1].
+        label_smoothing: Of the labels' term, as in torch.
+        reduction: "mean" or "none", as in torch.
 
     Returns:
-        ``(1 - alpha) CE(logits, labels) + alpha CE(logits, softmax(taught))``: a scalar, or (N,).
+        ``(1 - alpha) CE(logits, labels) + alpha CE(logits, softmax(teacher))``: a scalar, or (N,).
     """
     logits = logits.float()
     loss = F.cross_entropy(logits, labels, reduction=reduction, label_smoothing=label_smoothing)
-    if taught is None:
+    if teacher is None:
         return loss
-    soft = F.cross_entropy(logits, taught.float().softmax(dim=1), reduction=reduction)
+    soft = F.cross_entropy(logits, teacher.float().softmax(dim=1), reduction=reduction)
     return (1 - alpha) * loss + alpha * soft

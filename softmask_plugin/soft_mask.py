@@ -4,8 +4,8 @@
     G^     = (G[w] - min) / (max - min)                      normalize     (w: the picked word)
     v'_i   = (1 - G^_i) * v_i                                keep_factors  (1 - G^)
 
-A are the probabilities of one cross-attention layer and s+ is the positive matching logit. Shapes:
-B pairs, H heads, T tokens, P patches; S = 1 + P image tokens, of which the first is [CLS].
+A are the probabilities of one cross-attention layer, and s+ is the positive matching logit. Shapes:
+B pairs, H heads, T tokens, P patches; S = 1 + P image tokens, the first of which is [CLS].
 """
 
 from __future__ import annotations
@@ -18,20 +18,19 @@ from torch import Tensor
 Kind = Literal["soft", "hard", "random", "uniform"]
 WordChoice = Literal["uniform", "content", "energy"]
 
-
-# In half precision the gradient of a score with respect to one attention probability underflows;
-# it is walked back this much larger, and divided again in float32.
+# In half precision, the gradient of a score with respect to one attention probability underflows.
+# So the score is scaled by this factor, and the gradient is divided by it in float32.
 GRADIENT_SCALE = 2.0**10
 
 
 def grad_cam(score: Tensor, attention: Tensor) -> Tensor:
     """Word-conditional Grad-CAM of a matching score.
 
-    Walks the graph back from the score to the attention only: no parameter gets a gradient, and
-    the graph stays for the loss's own backward pass.
+    The backward pass runs from the score only to the attention: no parameter gets a gradient, and
+    the graph remains for the loss's own backward pass.
 
     Args:
-        score: s+, (B,); each entry depends on its own row of ``attention`` only.
+        score: s+, (B,); each entry depends only on its own row of ``attention``.
         attention: A, probabilities after softmax and before dropout, (B, H, T, S), in the graph.
 
     Returns:
@@ -44,7 +43,7 @@ def grad_cam(score: Tensor, attention: Tensor) -> Tensor:
 
 def word_cam(attention: Tensor, gradient: Tensor) -> Tensor:
     """``mean_h relu(gradient) * attention`` over patch keys: (B, H, T, S) twice -> (B, T, P)."""
-    patches = slice(1, None)  # the image [CLS] key tells of no place
+    patches = slice(1, None)  # the image's [CLS] is no place
     return (gradient[..., patches].relu() * attention[..., patches].float()).mean(dim=1)
 
 
@@ -54,29 +53,28 @@ def pick_words(
     """Pick one word of each caption at random.
 
     Args:
-        cam: G, (B, T, P); read by ``energy`` only.
-        word_ids: which word each token belongs to, (B, T), int64 in [0, T), words in order; -1
-            where a token may not be picked (padding, special tokens, with ``content`` also
-            function words).
-        choice: ``uniform`` and ``content`` give each word the same chance, ``energy`` a chance in
-            proportion to the sum of its map.
-        generator: random stream on the device of ``cam``.
+        cam: G, (B, T, P); only ``energy`` uses it.
+        word_ids: Word that each token belongs to, (B, T), int64 in [0, T), in order; -1 for tokens
+            that may not be picked (padding, special tokens and, with ``content``, function words).
+        choice: With ``uniform`` and ``content`` all words are equally likely; with ``energy`` their
+            probability is proportional to the sum of their map.
+        generator: Random stream on the device of ``cam``.
 
     Returns:
-        The picked word's id, (B,); -1 for a caption without a word to pick.
+        Id of the picked word, (B,); -1 for a caption without a word to pick.
     """
     eligible = word_ids >= 0
-    # The first token of a word stands for the word, so that long words are not favoured.
-    seen = word_ids.cummax(dim=1).values  # a masked piece may part a word's tokens
+    # Only the first token of a word counts, so that long words are not favoured.
+    seen = word_ids.cummax(dim=1).values  # a masked piece may split a word's tokens
     previous = torch.nn.functional.pad(seen, (1, 0), value=-1)[:, :-1]
     weights = (word_ids > previous).float()
     if choice == "energy":
         energy = torch.zeros_like(weights)
         energy = energy.scatter_add(1, word_ids.clamp_min(0), cam.sum(-1) * eligible)
-        # The floor is far below any real map: it decides only where every map is zero.
+        # The floor is far below any real map: it matters only if every map is zero.
         weights = weights * energy.gather(1, word_ids.clamp_min(0)).clamp_min(1e-20)
     found = eligible.any(dim=1)
-    # multinomial refuses a row of zeros; such a row is drawn over all tokens, then discarded.
+    # multinomial refuses a row of zeros: draw from all tokens there, and discard the result.
     token = torch.multinomial(
         torch.where(found[:, None], weights, torch.ones_like(weights)), 1, generator=generator
     )
@@ -84,46 +82,46 @@ def pick_words(
 
 
 def word_map(cam: Tensor, word_ids: Tensor, word: Tensor) -> Tensor:
-    """Mean map of the tokens of one word: (B, T, P), (B, T), (B,) -> (B, P); zeros for word -1."""
+    """Mean map of one word's tokens: (B, T, P), (B, T), (B,) -> (B, P); zeros for word -1."""
     tokens = (word_ids == word[:, None]) & (word[:, None] >= 0)
     count = tokens.sum(1, keepdim=True).clamp_min(1)
-    # No einsum: autocast would run it in half precision, where small maps underflow.
+    # Not einsum, which autocast runs in half precision, where small maps underflow
     return (cam * tokens[:, :, None]).sum(dim=1) / count
 
 
 def normalize(maps: Tensor) -> Tensor:
-    """Min-max over the last dimension, into [0, 1]; a constant map (0/0) becomes zeros."""
+    """Scale each map (..., P) to span [0, 1]; a constant map (0/0) becomes zeros."""
     low, high = maps.aminmax(dim=-1, keepdim=True)
     spread = high - low
     return torch.where(spread > 0, (maps - low) / spread.clamp_min(1e-38), torch.zeros_like(maps))
 
 
 def keep_factors(
-    hidden: Tensor,
+    maps: Tensor,
     kind: Kind = "soft",
     strength: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Turn normalised maps into the factor that each image token is multiplied by.
+    """Compute the factor for each image token from normalised maps.
 
     Args:
-        hidden: G^, (B, P), in [0, 1].
-        kind: ``soft`` is the paper's. For ablations: ``hard`` removes the patches with G^ > 0.5;
-            ``random`` hides the same amounts at random patches; ``uniform`` spreads the same mass
-            evenly over all patches.
-        strength: G^ is multiplied by it, in [0, 1].
-        generator: random stream on the device of ``hidden``, for ``random``.
+        maps: G^, (B, P), in [0, 1].
+        kind: ``soft`` is the paper's mask. For ablations, ``hard`` removes the patches with
+            G^ > 0.5, ``random`` moves the mask's values to random patches, and ``uniform`` spreads
+            their sum evenly over all patches.
+        strength: Factor for G^, in [0, 1].
+        generator: Random stream on the device of ``maps``, for ``random``.
 
     Returns:
-        (B, S) in [0, 1]; the [CLS] token keeps 1.
+        Factors (B, S) in [0, 1]; [CLS] keeps 1.
     """
     if kind == "hard":
-        hidden = (hidden > 0.5).to(hidden.dtype)
+        maps = (maps > 0.5).to(maps.dtype)
     elif kind == "random":
-        order = torch.rand(hidden.shape, generator=generator, device=hidden.device).argsort(dim=-1)
-        hidden = hidden.gather(-1, order)
+        order = torch.rand(maps.shape, generator=generator, device=maps.device).argsort(dim=-1)
+        maps = maps.gather(-1, order)
     elif kind == "uniform":
-        hidden = hidden.mean(dim=-1, keepdim=True).expand_as(hidden)
+        maps = maps.mean(dim=-1, keepdim=True).expand_as(maps)
     elif kind != "soft":
         raise ValueError(f"unknown kind of mask '{kind}': choose soft, hard, random or uniform")
-    return torch.nn.functional.pad(1 - strength * hidden, (1, 0), value=1.0)
+    return torch.nn.functional.pad(1 - strength * maps, (1, 0), value=1.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,25 +21,15 @@ from softmask_plugin.nn.queue import enqueue_, random_queue
 from softmask_plugin.nn.sampling import Draws, sample_negatives
 from softmask_plugin.nn.tokens import Packing, Tokens
 from softmask_plugin.registry import get_loss_class
-from softmask_plugin.soft_mask import (
-    Kind,
-    WordChoice,
-    grad_cam,
-    keep_factors,
-    normalize,
-    pick_words,
-    word_map,
-)
+from softmask_plugin.soft_mask import grad_cam, keep_factors, normalize, pick_words, word_map
 
 IGNORED = -100  # the label that cross_entropy leaves out
 
 
 @dataclass
 class ContrastiveOutput(LossOutput):
-    """Losses of a step (scalars; None if an innovation is off), and the soft mask (see SoftMask).
-
-    ``loss`` is the weighted sum of the others, which are reported without their weights.
-    """
+    """Losses of a step (scalars, None if an innovation is off) and its soft mask (see SoftMask);
+    ``loss`` is the weighted sum of the others."""
 
     loss_itc: Tensor | None = None
     loss_itm: Tensor | None = None
@@ -169,20 +159,15 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         """Instead of an optimizer step: drop its features."""
         self.fresh.clear()
 
-    def enqueue_fresh(self) -> None:
-        """Put the features of the current step into the queues."""
-        rows = {name: torch.cat([each[name] for each in self.fresh]) for name in self.fresh[0]}
-        self.fresh.clear()
-        self.enqueue(rows)
-
     @torch.no_grad()
-    def enqueue(self, rows: Mapping[str, Tensor]) -> None:
-        """Put rows (n, width) of all ranks into the queues of these names."""
+    def enqueue_fresh(self) -> None:
+        """Put the features of the current step, on all ranks, into the queues."""
         if self.pointer is None:
             self.pointer = int(self.queue_ptr)
-        queues = [getattr(self, name) for name in rows]
-        everyone = [concat_all_gather(each) for each in rows.values()]
-        self.pointer = enqueue_(queues, everyone, self.pointer)
+        queues = [getattr(self, name) for name in self.fresh[0]]
+        rows = [torch.cat([each[name] for each in self.fresh]) for name in self.fresh[0]]
+        self.fresh.clear()
+        self.pointer = enqueue_(queues, [concat_all_gather(each) for each in rows], self.pointer)
         self.queue_ptr.fill_(self.pointer)
 
     # ---- Soft mask and ITM
@@ -195,7 +180,6 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         scored: Packing,
         similarity: Similarity,
         draws: Draws,
-        step: int,
     ) -> tuple[Pairs, SoftMask]:
         """Collect the pairs to fuse: positives, negatives and, if the mask is on, masked ones.
 
@@ -206,14 +190,13 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
             scored: The tokens of a positive pair that the losses need.
             similarity: Decides how hard negatives are drawn.
             draws: Random streams of the step.
-            step: Index of the step in the run.
 
         Returns:
             Groups "positive", "negative image", "negative text", "soft" and "soft negative", as far
             as they exist, and the soft mask.
         """
         option, pairs, mask = self.options.soft_mask, Pairs(), SoftMask()
-        if option.enabled and step >= option.start_iter:
+        if option.enabled and draws.step >= option.start_iter:
             # The mask comes from the positive pairs' scores, so they are fused first
             fused, mask = self.draw_soft_mask(caption, words, scored, memory, draws)
             pairs.add_fused("positive", fused)
@@ -238,16 +221,15 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
             Multi-modal states of the positive pairs' scored tokens, and the soft mask.
         """
         option, device = self.options.soft_mask, words.device
-        # The options are checked, but OmegaConf has no Literal type for them.
-        choice, kind = cast(WordChoice, option.words), cast(Kind, option.kind)
         with torch.enable_grad():  # the map is a gradient, under no_grad as well
             fused, attention = self.bert.fuse_with_attention(
                 caption, memory, self.map_layer, scored
             )
             cam = grad_cam(self.match(fused.cls)[:, 1], attention)
-        word = pick_words(cam, words, choice, draws.stream("word", device))
+        word = pick_words(cam, words, option.words, draws.stream("word", device))
         maps = normalize(word_map(cam, words, word))
-        keep = keep_factors(maps, kind, option.strength, draws.stream("patches", device))
+        patches = draws.stream("patches", device)
+        keep = keep_factors(maps, option.kind, option.strength, patches)
         return fused, SoftMask(keep, word)
 
     def negatives(self, similarity: Similarity, draws: Draws) -> tuple[Tensor, Tensor]:

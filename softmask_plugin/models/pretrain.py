@@ -79,7 +79,7 @@ class SoftMaskPretrain(ContrastiveBase):
 
         # Mask and match
         pairs, mask = self.collect_pairs(
-            caption, memory, text.words, text.scored, similarity, draws, step
+            caption, memory, text.words, text.scored, similarity, draws
         )
         mlm_with_mask = mask.keep is not None and option.soft_mask.in_mlm
         if not option.text.shared:

@@ -54,8 +54,6 @@ class SoftMaskRetrieval(ContrastiveBase):
 
         draws, memory = Draws(torch.initial_seed(), step), self.bert.remember(online.image)
         scored = text.packing.cls_only
-        pairs, mask = self.collect_pairs(
-            online.text, memory, text.words, scored, similarity, draws, step
-        )
+        pairs, mask = self.collect_pairs(online.text, memory, text.words, scored, similarity, draws)
         loss_itm, loss_soft = self.matching_losses(pairs.fuse(self.bert, memory), similarity)
         return self.output(mask, loss_itc, loss_itm, loss_soft)

@@ -46,7 +46,8 @@ class BertForMaskedLM(nn.Module):
         super().__init__()
         self.shape = shape
         self.bert = BertModel(shape)
-        self.cls = MlmHead(shape)
+        self.cls: Any = nn.Module()  # a container for LAVIS's key, like others below
+        self.cls.predictions = MlmHead(shape)
         self.cls.predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
 
     def forward(self, states: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ class BertModel(nn.Module):
         super().__init__()
         self.shape = shape
         self.embeddings = Embeddings(shape)
-        self.encoder: Any = nn.Module()  # an empty container for LAVIS's key, like others below
+        self.encoder: Any = nn.Module()
         self.encoder.layer = nn.ModuleList(
             Layer(shape, has_cross_attention=i >= shape.fusion_layer) for i in range(shape.layers)
         )
@@ -218,12 +219,9 @@ class Attention(nn.Module):
     def attend_self(self, tokens: Tokens, wanted: Packing) -> Tokens:
         """Let the ``wanted`` tokens attend to all tokens of their caption."""
         queries = tokens.only(wanted)
-        key, value = (
-            self.split_heads(tokens.packing.pad(projection(tokens.states)))
-            for projection in (self.self.key, self.self.value)
-        )
+        key, value = (self.project(tokens, each) for each in (self.self.key, self.self.value))
         context = F.scaled_dot_product_attention(
-            self.query(queries),
+            self.project(queries, self.self.query),
             key,
             value,
             attn_mask=self.visible(tokens.packing, wanted),
@@ -246,26 +244,28 @@ class Attention(nn.Module):
             self.split_heads(self.self.value(image_states)),
             self.self.key.bias.view(self.heads, -1, 1),
             self.self.value.bias.view(self.heads, 1, -1),
-            mask,
+            None if mask is None else mask[:, None, None],
         )
 
     def attend_image(self, tokens: Tokens, memory: LayerMemory, views: Sequence[View]) -> Tokens:
         """Let the tokens of each caption attend to its image, as its view shows it."""
-        context = memory.attend(self.query(tokens), views, self.current_dropout)
+        queries = self.project(tokens, self.self.query)
+        context = memory.attend(queries, views, self.current_dropout)
         return self.merge_heads(context, tokens)
 
     def attend_with_probabilities(
         self, tokens: Tokens, memory: LayerMemory
     ) -> tuple[Tokens, Tensor]:
         """Attend to image i in caption i; returns the probabilities (N, H, T, S) too."""
+        queries = self.project(tokens, self.self.query)
         context, probabilities = memory.attend_with_probabilities(
-            self.query(tokens), View(), self.current_dropout
+            queries, View(), self.current_dropout
         )
         return self.merge_heads(context, tokens), probabilities
 
-    def query(self, tokens: Tokens) -> Tensor:
-        """Project tokens to a grid of queries, (N, H, T, d)."""
-        return self.split_heads(tokens.packing.pad(self.self.query(tokens.states)))
+    def project(self, tokens: Tokens, projection: nn.Module) -> Tensor:
+        """Project tokens to a grid of queries, keys or values, (N, H, T, d)."""
+        return self.split_heads(tokens.packing.pad(projection(tokens.states)))
 
     def merge_heads(self, context: Tensor, tokens: Tokens) -> Tokens:
         """Project the heads' output (N, H, T, d) and add it to the tokens."""
@@ -297,14 +297,6 @@ class AddNorm(nn.Module):
 
 
 class MlmHead(nn.Module):
-    """Container for LAVIS's key ``cls.predictions``."""
-
-    def __init__(self, shape: BertShape) -> None:
-        super().__init__()
-        self.predictions = MlmPredictions(shape)
-
-
-class MlmPredictions(nn.Module):
     """Transform, then project to the vocabulary."""
 
     def __init__(self, shape: BertShape) -> None:

@@ -40,7 +40,7 @@ class View:
 @dataclass(frozen=True)
 class LayerMemory:
     """One cross-attention layer's keys and values, (B, H, S, d), and its biases, (H, d, 1) and
-    (H, 1, d); ``mask``, (B, S), is True for the keys that count (None: all)."""
+    (H, 1, d); ``mask``, (B, 1, 1, S), is True for the keys that count (None: all)."""
 
     key: Tensor
     value: Tensor
@@ -71,37 +71,29 @@ class LayerMemory:
         # On a CPU the fused kernel has no dropout, and its fallback would copy K to scale it.
         if view.keep is not None or (dropout > 0 and query.device.type == "cpu"):
             return self.attend_with_probabilities(query, view, dropout)[0]
-        key, value = self.seen_through(view)
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=self.visible(view), dropout_p=dropout
-        )
+        key, value, mask = self.of(view.images)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
 
-    def seen_through(self, view: View) -> tuple[Tensor, Tensor]:
-        """Unmasked keys and values, (n, H, S, d), of a view's images."""
-        if view.images is None:
-            return self.key, self.value
-        return self.key[view.images], self.value[view.images]
-
-    def visible(self, view: View) -> Tensor | None:
-        """Which keys count for each image of a view, (n, 1, 1, S); None: all."""
-        if self.mask is None:
-            return None
-        mask = self.mask if view.images is None else self.mask[view.images]
-        return mask[:, None, None, :]
+    def of(self, images: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Key, value and mask of each of these images; None: of each image once."""
+        if images is None:
+            return self.key, self.value, self.mask
+        mask = None if self.mask is None else self.mask[images]
+        return self.key[images], self.value[images], mask
 
     def attend_with_probabilities(
         self, query: Tensor, view: View, dropout: float
     ) -> tuple[Tensor, Tensor]:
         """As ``attend_view``, with the probabilities (n, H, T, S) before dropout."""
-        key, value = self.seen_through(view)
+        key, value, mask = self.of(view.images)
         query = query * query.shape[-1] ** -0.5
         scores = query @ key.transpose(-2, -1)
         keep = None if view.keep is None else view.keep[:, None, None, :].to(scores.dtype)
         if keep is not None:
             # lerp(a, b, m) = a + m (b - a)
             scores = torch.lerp((query @ self.key_bias).expand_as(scores), scores, keep)
-        if (visible := self.visible(view)) is not None:
-            scores = scores.masked_fill(~visible, float("-inf"))
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
         probabilities = scores.softmax(dim=-1)
         if torch.is_grad_enabled() and not probabilities.requires_grad:  # all encoders are frozen
             probabilities.requires_grad_()
