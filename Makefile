@@ -61,7 +61,7 @@ lint: .venv/.installed
 	@.venv/bin/mypy
 
 # Each process of the tests takes a core, so torch's threads would only get in their way.
-TESTS = OMP_NUM_THREADS=1 $(1)/bin/pytest -n auto --dist loadfile
+TESTS = OMP_NUM_THREADS=1 $(1)/bin/pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test: lint
 	@$(call TESTS,.venv)
