@@ -15,9 +15,10 @@ LONGEST = [
 
 
 def pytest_configure(config):
-    # xdist's first process runs no tests: it need not import LAVIS, which takes seconds.
+    # xdist's first process runs no tests: it need not import LAVIS, which takes seconds. (pytest has
+    # a plugin called fixtures of its own.)
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
-        config.pluginmanager.import_plugin("fixtures")
+        config.pluginmanager.import_plugin("shared_fixtures")
 
 
 def pytest_collection_modifyitems(items):
