@@ -14,7 +14,7 @@ from typing import Any
 
 from softmask_plugin import launch
 from softmask_plugin.ablate.cost import relative_cost
-from softmask_plugin.ablate.plan import PRETRAIN, PRETRAINED, Plan, Stage
+from softmask_plugin.ablate.plan import PRETRAIN, PRETRAINED, WEIGHTS, Plan, Stage
 from softmask_plugin.config.check import option
 from softmask_plugin.config.values import comparable, differences
 from softmask_plugin.errors import UserError, reason_of, suggest
@@ -68,6 +68,8 @@ class Job:
         if not (place / ASKED).exists() and not (place / RESULT).exists():
             return None
         before, now = map(comparable, (self._load(stage, ASKED), self.asked(stage)))
+        if stage.pretrained:  # earlier versions kept the value of the YAML file
+            before[WEIGHTS] = now[WEIGHTS]
         for key, old, new in differences(before, now, absent="unset"):
             remedy = self._remedy(stage)
             raise UserError(f"{place} had {key} = {old}, but the plan has {new}: {remedy}")
@@ -207,7 +209,7 @@ class Job:
                     file = checkpoint.parent / value.removeprefix(f"{PRETRAINED}/")
                     options[i] = option(key, file)
             if stage.pretrained:
-                options.append(option("model.pretrained", checkpoint))
+                options.append(option(WEIGHTS, checkpoint))
         if stage.train:
             options.append("run.resume_ckpt_path=auto")
         return [*options, f"run.seed={self.seed}", option("run.output_dir", self.place(stage))]

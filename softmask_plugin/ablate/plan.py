@@ -21,6 +21,7 @@ from softmask_plugin.errors import UserError, suggest
 
 PRETRAIN = "pretrain"  # name of the stage that a plan's `base` describes
 PRETRAINED = "PRETRAINED"  # in an option of another stage: the folder of the pretraining run
+WEIGHTS = "model.pretrained"  # the option that starts another stage from pretraining
 
 # Options that change the model's shape: without them no stage could load a variant's checkpoint
 SHAPE = {each.name for each in fields(ModelOptions)} | {"embed_dim"}
@@ -148,7 +149,7 @@ KINDS = {dict: "a section", str: "a text", int: "a whole number", bool: "true or
 
 def _parse(name: str, content: Any) -> Plan:
     plan = _section("", content, PLAN)
-    base = Stage(PRETRAIN, train=True, **_section("base.", plan["base"], BASE))
+    base = Stage(PRETRAIN, train=True, pretrained=False, **_section("base.", plan["base"], BASE))
     stages: dict[str, Stage] = {}
     for place, section in enumerate(plan["evaluate"]):
         where = f"evaluate[{place}]."
@@ -265,8 +266,10 @@ def _check_runs(plan: Plan) -> dict[tuple[str, str], dict[str, Any]]:
 
 def _check_run(plan: Plan, variant: str, stage: Stage) -> dict[str, Any]:
     where = f"variant '{variant}', stage '{stage.name}'"
+    options = plan.options(variant, stage)
+    if stage.pretrained:
+        options.append(f"{WEIGHTS}={PRETRAINED}")
     try:
-        options = plan.options(variant, stage)
         config = launch.load_config(stage.config, options, evaluate=not stage.train)
         schema = getattr(registry.get_model_class(config.model_cfg.arch), "OPTIONS", None)
         if schema is not None:

@@ -86,6 +86,14 @@ def test_the_plans_of_scenes_can_share_a_folder():
             "run.test_splits is ['val', 'test']: name the one to measure",
         ),
         (
+            {
+                "evaluate": [
+                    {"name": "a", "config": EVALUATE, "metrics": ["txt_r1"], "pretrained": False}
+                ]
+            },
+            "stage 'a': there are no weights to evaluate",
+        ),
+        (
             {"evaluate": [{"name": "a", "config": EVALUATE, "metrics": ["txt_r1"], "train": 1}]},
             "it must be true or false",
         ),

@@ -87,6 +87,10 @@ def test_a_result_counts_only_for_the_configuration_it_was_made_with(write_plan,
     assert Job(replace(spelt, seeds=(1,)), "albef", 1, job.folder).is_done
     assert Job(read_plan(write_plan(seeds=[1]), moved), "albef", 1, job.folder).is_done
 
+    earlier = {**job.asked(retrieval), "model.pretrained": "replaced.pth"}
+    (job.place(retrieval) / "asked.json").write_text(json.dumps(earlier))
+    assert job.result(retrieval)
+
     other = {**plan.asked["albef", "retrieval"], "run.k_test": 8}
     other_plan = replace(plan, asked={**plan.asked, ("albef", "retrieval"): other})
     changed = Job(other_plan, "albef", 1, job.folder)
@@ -134,7 +138,7 @@ def test_the_options_of_a_stage(write_plan, tmp_path, monkeypatch):
     vocabulary = ["model.tokenizer=PRETRAINED/vocab.txt"]
     evaluate = [
         {**stage, "name": "a", "options": vocabulary},
-        {**stage, "name": "b", "pretrained": False},
+        {**stage, "name": "b", "pretrained": False, "options": ["model.load_pretrained=false"]},
         {**stage, "name": "c", "metrics": ["img_r1"]},
     ]
     plan = read_plan(write_plan(variants={"albef": []}, seeds=[7], evaluate=evaluate))
