@@ -26,7 +26,7 @@ from lavis.tasks import setup_task
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed.rendezvous import rendezvous
 
-from softmask_plugin.config.check import find_config, read_config
+from softmask_plugin.config.check import find_config, option, read_config
 from softmask_plugin.config.run_options import setting
 from softmask_plugin.config.values import check_weights
 from softmask_plugin.errors import UserError
@@ -96,11 +96,16 @@ def load_config(
 ) -> Config:
     """Parse and check a YAML file with its overrides; add the defaults of model and data sets.
 
+    To evaluate, the folder of a run may stand for its ``config.yaml`` with its best weights.
     Overrides are merged before LAVIS sees the file: its own merge comes too late for
     ``model.model_type`` and ``datasets.*.type`` to choose their defaults.
     """
     if evaluate:
         options = [*options, "run.evaluate=true"]
+    if evaluate and Path(cfg_path).is_dir():
+        weights = ["model.load_pretrained=true", "model.load_finetuned=false"]
+        options = [option("model.pretrained", cfg_path), *weights, *options]
+        cfg_path = Path(cfg_path, "config.yaml")
     path = find_config(cfg_path)
     config = read_config(path, options)
     if evaluate and not config.run.get("test_splits"):

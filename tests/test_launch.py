@@ -5,7 +5,10 @@ from __future__ import annotations
 import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
 
 # isort: split
+import json
+
 import pytest
+import torch
 
 from softmask_plugin import launch
 from softmask_plugin.errors import UserError
@@ -84,3 +87,24 @@ def test_a_file_that_does_not_exist_ends_the_evaluation(tmp_path):
     given = [f"run.output_dir={tmp_path}", f"model.pretrained={tmp_path}/missing.pth"]
     with pytest.raises(UserError, match="no checkpoint at .*missing.pth"):
         launch.run(EVALUATE, given, evaluate=True)
+
+
+def test_a_runs_folder_is_evaluated_with_nothing_else_to_name(tmp_path, options):
+    trained, _ = launch.run(
+        "lavis_configs/projects/scenes/train/retrieval_tiny.yaml",
+        [
+            *[each.replace("scenes_pretrain", "scenes_retrieval") for each in options],
+            "datasets.scenes_retrieval.num.test=8",
+            "run.test_splits=[test]",
+        ],
+    )
+    moved = tmp_path / "moved"
+    trained.output_dir.rename(moved)
+    (moved / "vocab.txt").unlink()
+    (moved / "checkpoint_0.pth").rename(moved / "checkpoint_best.pth")
+    evaluated, results = launch.run(str(moved), [], evaluate=True)
+    line = (moved / "metrics.jsonl").read_text().splitlines()[-1]
+    expected = {k: v for k, v in json.loads(line).items() if k not in ("split", "epoch", "step")}
+    assert results["test"] == pytest.approx(expected)
+    state = evaluated.model.state_dict()
+    assert all(torch.equal(state[name], v) for name, v in trained.model.state_dict().items())

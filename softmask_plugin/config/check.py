@@ -125,7 +125,8 @@ def option(key: str, value: object) -> str:
 
 def _check_sections(config: Any) -> None:
     for section in map(str, config if isinstance(config, DictConfig) else ()):
-        _known(f"section '{section}'", section, SECTIONS)
+        if section != "preprocess":  # LAVIS merges it into the config.yaml of a run
+            _known(f"section '{section}'", section, SECTIONS)
     for section in SECTIONS:
         if not isinstance(config, DictConfig) or not isinstance(config.get(section), DictConfig):
             raise UserError(f"the section '{section}' is missing or empty")

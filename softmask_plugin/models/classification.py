@@ -45,8 +45,8 @@ class SoftMaskClassification(DistilledBase):
 
         Args:
             samples: The images that ``images`` takes, ``text_input`` (list of B sentences),
-                ``label`` (B,) int64, and ``epoch``, ``iters``, ``num_iters_per_epoch`` from
-                LAVIS's tasks.
+                ``label`` (B,) int64 or a list, and ``epoch``, ``iters``, ``num_iters_per_epoch``
+                from LAVIS's tasks.
         """
         images, captions = self.images(samples), self.tokenize(samples["text_input"])
         logits, teacher, alpha = self.logits(images, captions), None, 0.0
@@ -55,7 +55,7 @@ class SoftMaskClassification(DistilledBase):
             self.update_momentum()
             with torch.no_grad():
                 teacher = self.logits(images, captions, "_m")
-        loss = distilled_cross_entropy(logits, samples["label"], teacher, alpha)
+        loss = distilled_cross_entropy(logits, self.labels(samples), teacher, alpha)
         return ClassificationOutput(loss=loss, logits=logits)
 
     @torch.no_grad()
@@ -70,11 +70,15 @@ class SoftMaskClassification(DistilledBase):
         """
         logits = self.logits(self.images(samples), self.tokenize(samples["text_input"]))
         require_finite_scores("a class's score", logits)
-        return {"predictions": logits, "targets": samples["label"]}
+        return {"predictions": logits, "targets": self.labels(samples)}
 
     def images(self, samples: dict[str, Any]) -> Tensor:
         """Take ``image``, (B, 3, H, W), from the samples."""
         return samples["image"]
+
+    def labels(self, samples: dict[str, Any]) -> Tensor:
+        """Class of each pair, (B,); LAVIS after 1.0.2 gives a list."""
+        return torch.as_tensor(samples["label"], device=self.device)
 
     def logits(self, images: Tensor, captions: Captions, suffix: str = "") -> Tensor:
         """Logits (B, classes) of the model or, with suffix "_m", of its momentum copy."""

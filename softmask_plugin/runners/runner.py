@@ -126,6 +126,8 @@ class SoftmaskRunner(PortableRunner):
     def _train(self) -> dict[str, Any]:
         for split in (*self.valid_splits, *self.test_splits):
             self.loader(split)  # find mistakes before training, not after it
+        if "test" in self.datasets and "test" not in self.test_splits:
+            logging.info("the 'test' split is not tested: add run.test_splits=[test] to do so")
         self._resume()
         self._note_setup()
         with self.log.progress(self.step, self.max_epoch * self.steps_per_epoch):
@@ -194,6 +196,8 @@ class SoftmaskRunner(PortableRunner):
                 with self._gradient_exchange(wanted=i == group[-1]):
                     with self.autocast():
                         loss = self.task.train_step(model=self.model, samples=samples)
+                        # LAVIS after 1.0.2 returns the terms as well
+                        loss = loss[0] if isinstance(loss, tuple) else loss
                     self.meter.add("loss", loss)
                     verdict = torch.where(self.meter.finite(), 1.0, math.nan)
                     self.scaler.scale(loss / len(group) * verdict).backward()

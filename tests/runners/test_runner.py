@@ -11,7 +11,7 @@ import torch
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from torch import nn
-from toys import ToyModel, build, read_metrics, weights
+from toys import ToyModel, ToyTask, build, read_metrics, weights
 
 from softmask_plugin.errors import UserError
 from softmask_plugin.runners import CosineLRScheduler
@@ -178,3 +178,17 @@ def test_means_of_the_meter():
     meter.keep()
     assert meter.drain() == {"loss": 5.0}
     assert meter.means() == {"loss": 3.5, "loss_soft": 4.0}
+
+
+def test_a_task_may_return_the_terms_beside_the_loss(tmp_path):
+    """As LAVIS's tasks do after 1.0.2."""
+
+    class Task(ToyTask):
+        def train_step(self, model, samples):
+            output = model(samples)
+            return output["loss"], {"loss_itc": output["loss_itc"]}
+
+    runner, twin = (build(tmp_path / name, task) for name, task in (("a", Task()), ("b", None)))
+    runner.train()
+    twin.train()
+    assert torch.equal(weights(runner.model), weights(twin.model))
