@@ -54,8 +54,10 @@ class Captions:
 class CaptionTokenizer:
     """Tokenizes captions, and tells kinds of tokens apart by table look-up."""
 
-    def __init__(self, tokenizer: BertTokenizerFast, max_length: int) -> None:
-        self.tokenizer, self.max_length = tokenizer, max_length
+    def __init__(
+        self, tokenizer: BertTokenizerFast, max_length: int, sep_token: bool = True
+    ) -> None:
+        self.tokenizer, self.max_length, self.sep_token = tokenizer, max_length, sep_token
         tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
         self.is_special = torch.zeros(len(tokens), dtype=torch.bool)
         self.is_special[torch.tensor(tokenizer.all_special_ids)] = True
@@ -67,6 +69,8 @@ class CaptionTokenizer:
     def tokenize(self, captions: list[str]) -> Captions:
         """Tokenize on the CPU, truncating to ``max_length`` tokens, [CLS] and [SEP] included.
 
+        Without ``sep_token``, a caption is [CLS] and its own tokens.
+
         Raises:
             UserError: A caption is not text.
         """
@@ -74,24 +78,31 @@ class CaptionTokenizer:
             [self._escape(caption) for caption in captions],
             padding="longest",
             truncation=True,
-            max_length=self.max_length,
+            max_length=self._length_with_sep,
             return_token_type_ids=False,
             return_tensors="pt",
         )
-        ids = batch["input_ids"]
-        return Captions(ids, Packing.of(batch["attention_mask"].bool()), self.word_ids(ids))
+        ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+        if not self.sep_token:
+            mask = mask[:, 1:]
+            ids = ids[:, :-1].masked_fill(~mask, self.tokenizer.pad_token_id)
+        return Captions(ids, Packing.of(mask), self.word_ids(ids))
 
     def truncate(self, caption: str) -> str:
         """Cut a caption where ``tokenize`` does; what is left keeps its spelling."""
         batch = self.tokenizer(
             escaped := self._escape(caption),
             truncation=True,
-            max_length=self.max_length,
+            max_length=self._length_with_sep,
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
         )
         first, *more = batch["offset_mapping"]
         return escaped[: first[-2][1]] if more else caption  # the last token is [SEP]
+
+    @property
+    def _length_with_sep(self) -> int:
+        return self.max_length + (not self.sep_token)
 
     def _escape(self, caption: str) -> str:
         """Break up special tokens in a caption's text: "[MASK]" becomes "[ MASK]".

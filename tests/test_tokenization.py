@@ -105,6 +105,21 @@ def test_long_captions_are_cut_and_short_batches_not_padded(reader):
     assert reader.tokenize(["red"]).ids.shape == (1, 3)
 
 
+def test_without_sep_a_caption_is_cls_and_its_own_tokens(reader):
+    texts = ["a purples red", "ring", "", "red ring " * 20]
+    bare = CaptionTokenizer(reader.tokenizer, max_length=8, sep_token=False)
+    captions = bare.tokenize(texts)
+    assert captions.ids[1].tolist() == [2, 10, 0, 0, 0, 0, 0, 0]
+    assert captions.mask.sum(dim=1).tolist() == [6, 2, 1, 8]
+    for text, ids, mask in zip(texts, captions.ids, captions.mask, strict=True):
+        tokens = reader.tokenizer.convert_ids_to_tokens(ids[mask].tolist())
+        assert tokens == ["[CLS]", *reader.tokenizer.tokenize(text)][:8]
+    assert captions.words[0].tolist() == [-1, 0, 1, 1, 1, 2, -1, -1]
+    assert bare.truncate(texts[-1]) == "red ring red ring red ring red"
+    assert bare.truncate(texts[0]) == texts[0]
+    assert bare.tokenize(["", ""]).ids.tolist() == [[2], [2]]
+
+
 def test_pickable_words(reader):
     captions = reader.tokenize(["a purples red"])
     seen = captions.ids.clone()

@@ -111,6 +111,8 @@ class ModelOptions:
     # tokenizer's folder, or a file of captions, questions or statements to build a vocabulary from;
     # a checkpoint that has its vocabulary, as this plugin's have, takes precedence
     max_txt_len: int = 30  # tokens, including [CLS] and [SEP]; 3 to bert.max_positions
+    sep_token: bool | None = None  # end texts with [SEP]; null: as the checkpoint was trained, so
+    # not with ALBEF's own files
 
     def __post_init__(self) -> None:
         vit, bert = self.vit, self.bert

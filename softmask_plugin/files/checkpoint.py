@@ -25,6 +25,7 @@ StateDict = dict[str, Tensor]
 ASSETS = PACKAGE / "assets"
 SHIPPED = "shipped:"  # prefix of the weights that come with the package
 BEST = "checkpoint_best.pth"
+TOKEN_TYPES = "embeddings.token_type_embeddings.weight"  # in the files of ALBEF's own code
 OWN_FIELDS = ("model", "config", "vocabulary")  # entries of a file that are fields of a Checkpoint
 _NAME = re.compile(r"checkpoint_(\d+)(?:_(\d+))?\.pth")
 
@@ -49,6 +50,14 @@ class Checkpoint:
     config: dict[str, Any] | None = None
     vocabulary: list[str] | None = None
     training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sep_token(self) -> bool:
+        """Whether its captions end with [SEP]: as recorded, else not in ALBEF's own files."""
+        recorded = (self.config or {"model": {}})["model"].get("sep_token")
+        if isinstance(recorded, bool):
+            return recorded
+        return not any(key.endswith(TOKEN_TYPES) for key in self.state)
 
 
 def open_checkpoint(

@@ -47,9 +47,11 @@ class SoftMaskBase(BaseModel):
     def __init__(self, options: ModelOptions) -> None:
         super().__init__()
         self.calls = 0  # counts steps in training loops without `iters`
-        self.options: Any = options  # an instance of OPTIONS
+        self.asked_sep_token = options.sep_token  # None: follow the checkpoints that are loaded
+        sep_token = options.sep_token is not False
+        self.options: Any = replace(options, sep_token=sep_token)  # an instance of OPTIONS
         self.tokenizer = build_tokenizer(options.tokenizer, options.bert.vocab_size or 8192)
-        self.caption_tokenizer = CaptionTokenizer(self.tokenizer, options.max_txt_len)
+        self.caption_tokenizer = CaptionTokenizer(self.tokenizer, options.max_txt_len, sep_token)
         self.visual_encoder = VisionTransformer(
             image_size=options.image_size,
             **vars(options.vit),
@@ -113,8 +115,13 @@ class SoftMaskBase(BaseModel):
     load_checkpoint = load_from_pretrained
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
-        """Load an open checkpoint; one line of the log says what did not match."""
+        """Load an open checkpoint; one line of the log says what did not match.
+
+        Captions end with [SEP] if they did when it was trained, unless ``sep_token`` is set.
+        """
         weights.load(self, checkpoint, self.options.bert.fusion_layer)
+        if self.asked_sep_token is None:
+            self.options.sep_token = self.caption_tokenizer.sep_token = checkpoint.sep_token
 
     def step_of(self, samples: dict[str, Any]) -> int:
         """Index of the step in the run."""

@@ -4,6 +4,7 @@
   ``text_encoder.cls.*``; the original retrieval files as well.
 - Fine-tuned by LAVIS or here: ``text_encoder.*``, and for VQA ``text_decoder.bert.*``.
 - Fine-tuned by ALBEF's own code: as the second, where it has no MLM head.
+- ALBEF's own files also have token types, which LAVIS drops and ``fold_token_types`` keeps.
 
 Two models are made of parts of a pre-trained one: VQA's decoder starts as the fusion layers, and
 the doubled fusion layers of NLVR2 as two copies of each.
@@ -14,8 +15,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from softmask_plugin.files.checkpoint import StateDict
+from softmask_plugin.errors import UserError
+from softmask_plugin.files.checkpoint import TOKEN_TYPES, StateDict
 
+POSITIONS = "embeddings.position_embeddings.weight"
 SUFFIXES = ("", "_m")  # online and momentum
 # Of DistributedDataParallel, around the whole, and of torch.compile, around any part
 _WRAPPER = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
@@ -41,6 +44,26 @@ def adapt(state: StateDict, own: Iterable[str], fusion_layer: int) -> StateDict:
         if _any(own, f"{encoder}bert."):
             plain = {_with_bert(key, encoder): tensor for key, tensor in plain.items()}
     return plain
+
+
+def fold_token_types(state: StateDict, source: object) -> StateDict:
+    """Add BERT's token type 0, which it gives to every token, to the position embeddings.
+
+    Raises:
+        UserError: The two have different widths.
+    """
+    folded = dict(state)
+    for key in [key for key in state if key.endswith(TOKEN_TYPES)]:
+        types, positions = folded.pop(key), key.removesuffix(TOKEN_TYPES) + POSITIONS
+        if positions not in state:
+            continue
+        if types.ndim != 2 or len(types) == 0 or types.shape[1:] != state[positions].shape[1:]:
+            raise UserError(
+                f"{source}: '{key}' of shape {tuple(types.shape)} does not fit the position "
+                f"embeddings of shape {tuple(state[positions].shape)}"
+            )
+        folded[positions] = state[positions] + types[0]
+    return folded
 
 
 def _plain(key: str) -> str:

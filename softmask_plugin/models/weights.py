@@ -17,7 +17,7 @@ from softmask_plugin.files.checkpoint import (
     open_checkpoint,
     require_sound,
 )
-from softmask_plugin.models.checkpoint_keys import adapt
+from softmask_plugin.models.checkpoint_keys import adapt, fold_token_types
 
 BERT_FILES = ("pytorch_model.bin", "model.safetensors")
 DEIT_URL = "https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth"
@@ -40,7 +40,7 @@ def load(model: nn.Module, checkpoint: Checkpoint, fusion_layer: int) -> None:
             infinite values.
     """
     own, source = model.state_dict(), checkpoint.path
-    state = adapt(checkpoint.state, own, fusion_layer)
+    state = adapt(fold_token_types(checkpoint.state, source), own, fusion_layer)
     for key in [k for k in state if k.endswith("pos_embed") and k in own]:
         encoder = model.get_submodule(key.rpartition(".")[0])
         state[key] = _resized(state[key], encoder, f"{source}: '{key}'")
@@ -96,7 +96,8 @@ def initialise(model: nn.Module, vit: str | None, bert: str | None) -> None:
 
 
 def open_bert(name: str) -> StateDict:
-    """Open a BERT; its tensors get the keys of the hub's masked language model.
+    """Open a BERT; its tensors get the keys of the hub's masked language model, and the position
+    embeddings include the token type.
 
     transformers does not open the file, since its older versions run code that it may hold.
 
@@ -114,7 +115,8 @@ def open_bert(name: str) -> StateDict:
             f"no BERT '{name}' (model.bert_weights) in a local folder, on the Hugging Face hub "
             "or in its cache: null starts from random weights"
         ) from error
-    return {_modern(key): tensor for key, tensor in open_checkpoint(path).state.items()}
+    state = {_modern(key): tensor for key, tensor in open_checkpoint(path).state.items()}
+    return fold_token_types(state, path)
 
 
 def _first_file(name: str) -> str:

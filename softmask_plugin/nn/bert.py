@@ -165,7 +165,8 @@ class BertModel(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Word plus position embeddings; ALBEF has no token types."""
+    """Word plus position embeddings; BERT's token type is part of the latter, see
+    ``models.checkpoint_keys.fold_token_types``."""
 
     def __init__(self, shape: BertShape) -> None:
         super().__init__()
