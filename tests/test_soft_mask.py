@@ -77,7 +77,7 @@ def test_energy_picks_in_proportion_to_the_map():
     assert (picked == 2).sum() == 0
 
 
-def test_a_caption_without_words_hides_nothing():
+def test_a_caption_without_words_masks_nothing():
     none = torch.full((2, 8), -1)
     none[1] = WORDS[1]
     cam = torch.rand(2, 8, 4)
@@ -108,9 +108,9 @@ maps = st.lists(
     rows=maps, kind=st.sampled_from(["soft", "hard", "random", "uniform"]), strength=st.floats(0, 1)
 )
 def test_masks_lie_in_0_1_and_spare_cls(rows, kind, strength):
-    hidden = normalize(torch.tensor(rows))
-    assert ((hidden >= 0) & (hidden <= 1)).all()
-    keep = keep_factors(hidden, kind, strength, stream())
+    masks = normalize(torch.tensor(rows))
+    assert ((masks >= 0) & (masks <= 1)).all()
+    keep = keep_factors(masks, kind, strength, stream())
     assert keep.shape == (len(rows), 1 + len(rows[0]))
     assert ((keep >= 0) & (keep <= 1)).all() and (keep[:, 0] == 1).all()
 
@@ -118,13 +118,13 @@ def test_masks_lie_in_0_1_and_spare_cls(rows, kind, strength):
 @given(rows=maps, scale=st.sampled_from([1e-30, 1e-10, 1.0, 1e10]))
 def test_normalize_spans_0_1_at_any_scale(rows, scale):
     values = torch.tensor(rows) * scale
-    hidden = normalize(values)
-    assert hidden.isfinite().all()
-    for value, mask in zip(values, hidden, strict=True):
+    masks = normalize(values)
+    assert masks.isfinite().all()
+    for value, mask in zip(values, masks, strict=True):
         if value.max() > value.min():
             assert mask.min() == 0 and mask.max() == pytest.approx(1, abs=1e-5)
         else:
-            assert (mask == 0).all()  # a constant map, 0/0, hides nothing
+            assert (mask == 0).all()  # a constant map, 0/0, masks nothing
 
 
 def test_normalize_ignores_scale_and_offset():
@@ -132,23 +132,23 @@ def test_normalize_ignores_scale_and_offset():
     torch.testing.assert_close(normalize(7 * values + 2), normalize(values))
 
 
-def test_controls_hide_as_much_as_the_soft_mask():
-    hidden = normalize(torch.rand(5, 49))
-    mass = hidden.sum(dim=1)
+def test_controls_mask_as_much_as_the_soft_mask():
+    masks = normalize(torch.rand(5, 49))
+    mass = masks.sum(dim=1)
     for kind in ("random", "uniform"):
-        keep = keep_factors(hidden, kind, 1.0, stream())
+        keep = keep_factors(masks, kind, 1.0, stream())
         torch.testing.assert_close((1 - keep).sum(dim=1), mass)
-    random = 1 - keep_factors(hidden, "random", 1.0, stream())[:, 1:]
-    torch.testing.assert_close(random.sort().values, hidden.sort().values)
-    assert not torch.equal(random, hidden)
-    hard = keep_factors(hidden, "hard")[:, 1:]
-    assert torch.equal(hard == 0, hidden > 0.5) and set(hard.unique().tolist()) == {0.0, 1.0}
-    torch.testing.assert_close(1 - keep_factors(hidden, "soft", 0.3)[:, 1:], 0.3 * hidden)
+    random = 1 - keep_factors(masks, "random", 1.0, stream())[:, 1:]
+    torch.testing.assert_close(random.sort().values, masks.sort().values)
+    assert not torch.equal(random, masks)
+    hard = keep_factors(masks, "hard")[:, 1:]
+    assert torch.equal(hard == 0, masks > 0.5) and set(hard.unique().tolist()) == {0.0, 1.0}
+    torch.testing.assert_close(1 - keep_factors(masks, "soft", 0.3)[:, 1:], 0.3 * masks)
     with pytest.raises(ValueError, match="unknown kind"):
-        keep_factors(hidden, "blurred")
+        keep_factors(masks, "blurred")
 
 
-def test_a_word_parted_by_a_masked_piece_counts_once():
+def test_a_word_split_by_a_masked_piece_counts_once():
     words = torch.tensor([[-1, 0, 1, -1, 1, -1, 1, -1]])
     cam = torch.rand(1, 8, 4)
     cam[0, 1] = cam[0, [2, 4, 6]].sum(dim=0)  # equal energy

@@ -102,9 +102,8 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         image = self.part("visual_encoder", suffix)(images)
         text = bert_of(self.part("text_encoder", suffix)).encode(ids, packing)
         image_feat = self.image_features(image[:, 0], suffix)
-        return Features(
-            image, text, image_feat, self.text_features(text.cls[: len(images)], suffix)
-        )
+        text_feat = self.text_features(text.cls[: len(images)], suffix)
+        return Features(image, text, image_feat, text_feat)
 
     # ---- ITC
 
@@ -119,10 +118,10 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
             ids: Image of each pair, (B,); pairs of the same image match each other, which needs an
                 ``idx_queue``. None: each pair matches only itself.
         """
+        size = len(online.image_feat)
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
-            positives = self.positives(len(online.image_feat), ids)
-        size = len(online.image_feat)
+            positives = self.positives(size, ids)
         with torch.autocast(online.image_feat.device.type, enabled=False):  # logits need the digits
             # Autograd keeps these copies, so the queues may change in place.
             texts = torch.cat([momentum.text_feat.T, self.text_queue], dim=1)

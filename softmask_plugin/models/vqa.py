@@ -139,7 +139,7 @@ class SoftMaskVqa(DistilledBase):
         if inference_method != "rank":
             raise UserError(
                 f"run.inference_method is '{inference_method}': softmask_vqa ranks given answers, "
-                "set it to rank"
+                "so set it to rank"
             )
         if not answer_list:
             raise UserError(
@@ -174,21 +174,18 @@ class SoftMaskVqa(DistilledBase):
         ):
             rows = rows.cpu()
             answers = Answers.of(known.ids[rows], known.mask[rows], self.device)
-            logits, smoothing = (
-                self.decode(memory, answers, View(images=question)),
-                self.options.label_smoothing,
+            logits = self.decode(memory, answers, View(images=question))
+            words = distilled_cross_entropy(
+                logits, answers.targets, None, 0.0, self.options.label_smoothing, "none"
             )
-            words = distilled_cross_entropy(logits, answers.targets, None, 0.0, smoothing, "none")
             losses.append(words.new_zeros(len(rows)).index_add_(0, answers.owner, words))
         return torch.cat(losses).view_as(chosen)
 
     def questions(self, images: Tensor, captions: Captions, suffix: str = "") -> ImageMemory:
         """Keys and values of the questions' multi-modal states, for each layer of the decoder."""
-        fused, decoder = (
-            self.fuse(images, captions, None, suffix),
-            self.part("text_decoder", suffix),
-        )
-        return decoder.bert.remember(fused.packing.pad(fused.states), mask=fused.packing.mask)
+        fused = self.fuse(images, captions, None, suffix)
+        states, mask = fused.packing.pad(fused.states), fused.packing.mask
+        return self.part("text_decoder", suffix).bert.remember(states, mask=mask)
 
     def decode(self, memory: ImageMemory, answers: Answers, view: View, suffix: str = "") -> Tensor:
         """Vocabulary logits (M, vocabulary) of the predicting tokens; ``view`` says which question

@@ -22,7 +22,7 @@ from softmask_plugin.nn.sampling import Draws
 
 
 def sound(model, batch):
-    """Losses and gradients of one training step, all finite; its output."""
+    """Run one training step, check that losses and gradients are finite, and return its output."""
     out = model.train()(batch)
     out["loss"].backward()
     for name, parameter in model.named_parameters():
@@ -69,7 +69,7 @@ def test_retrieval_has_the_papers_innovations_as_options(make_other, make_batch)
 # ---- two images
 
 
-def test_swapping_the_images_matters_and_each_layer_looks_at_its_own(make_other, make_batch):
+def test_swapping_the_images_matters_and_each_layer_attends_to_its_own(make_other, make_batch):
     model = make_other(SoftMaskNlvr).eval()
     first, second = make_batch(3)["image"], make_batch(2)["image"][[0, 1, 0]]
     text = make_batch(3)["text_input"]
@@ -86,7 +86,7 @@ def test_swapping_the_images_matters_and_each_layer_looks_at_its_own(make_other,
     assert first.crossattention.self.key.weight is second.crossattention.self.key.weight
 
 
-def test_text_assignment_shows_each_caption_as_its_label_says(make_other, make_batch):
+def test_text_assignment_places_the_own_image_as_the_label_says(make_other, make_batch):
     seen = []
     for step in range(50):
         first, second, label = assign(6, Draws(0, step))
@@ -104,7 +104,7 @@ def test_text_assignment_shows_each_caption_as_its_label_says(make_other, make_b
 # ---- questions
 
 
-def test_vqa_says_what_it_needs(make_other, make_batch):
+def test_vqa_says_what_is_missing(make_other, make_batch):
     model = make_other(SoftMaskVqa).eval()
     image = make_batch(2)["image"]
     with pytest.raises(UserError, match="gives no list of them"):
@@ -119,7 +119,7 @@ def test_vqa_says_what_it_needs(make_other, make_batch):
 
 
 def test_a_vqa_model_learns_its_batch(make_other, make_batch):
-    """Teaching forcing, decoding and ranking agree: what was trained is answered."""
+    """Teacher forcing, decoding and ranking agree: the model answers what it was trained on."""
     model = make_other(SoftMaskVqa, use_distill=False, bert={"dropout": 0.0})
     questions = ["what is red", "how many stars", "is there a ring", "what is small"]
     answers = ["a circle", "a large star", "a ring", "a circle and a ring"]
@@ -138,7 +138,7 @@ def test_a_vqa_model_learns_its_batch(make_other, make_batch):
     assert model.eval().predict_answers(batch, answers) == answers
 
 
-# ---- what they are called with
+# ---- how they are called
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_a_tiny_type_needs_no_download(name):
     assert {"eval"} <= images.keys() and {"eval"} <= texts.keys()
 
 
-def test_features_say_what_they_need(make_other):
+def test_features_say_what_is_missing(make_other):
     model = make_other(SoftMaskFeatureExtractor)
     with pytest.raises(UserError, match="mode is 'imag': did you mean 'image'"):
         model.extract_features({}, "imag")
@@ -167,7 +167,7 @@ def test_features_say_what_they_need(make_other):
         model.extract_features({}, "image")
 
 
-def test_a_head_that_is_none(make_other, make_batch):
+def test_an_unknown_head_is_refused(make_other, make_batch):
     with pytest.raises(UserError, match="match_head is 'itn': did you mean 'itm'"):
         make_other(SoftMaskImageTextMatching)(make_batch(2), "itn")
 
@@ -182,7 +182,7 @@ def test_a_head_that_is_none(make_other, make_batch):
         SoftMaskVqa,
     ],
 )
-def test_a_step_in_bf16_is_that_in_float32_but_for_rounding(make_other, make_batch, cls):
+def test_a_step_in_bf16_is_near_float32(make_other, make_batch, cls):
     images = make_batch(4)["image"]
     batch = {
         **make_batch(4, epoch=4),

@@ -42,7 +42,7 @@ def images(size, seed=1):
 
 
 def assert_same_step(ours, theirs, batch):
-    """Equal losses, gradients and, after the momentum model has moved, state."""
+    """Equal losses, gradients and, after the momentum model's update, state."""
     expected = theirs.train()(dict(batch))
     got = ours.train()(dict(batch))
     for name in ("loss", "loss_itc", "loss_itm"):
@@ -121,7 +121,7 @@ def nlvr_batch(epoch):
 
 @pytest.mark.parametrize("epoch", [0, 3])
 def test_nlvr(make_other, monkeypatch, epoch):
-    """But for the momentum text encoder, where LAVIS takes the online one by mistake."""
+    """Except for the momentum text encoder: LAVIS uses the online one by mistake."""
     ours = make_other(SoftMaskNlvr, bert=SIX_FUSION_LAYERS)
     theirs = baseline.albef_nlvr(ours)
     online, calls = theirs.text_encoder.forward, []
@@ -141,7 +141,7 @@ def test_nlvr(make_other, monkeypatch, epoch):
 
 
 def test_lavis_nlvr_distils_from_its_online_text_encoder(make_other):
-    """The mistake that the test above works around; when LAVIS mends it, this fails."""
+    """The mistake that the test above works around; this fails once LAVIS fixes it."""
     ours = make_other(SoftMaskNlvr, bert=SIX_FUSION_LAYERS)
     theirs = baseline.albef_nlvr(ours).train()
     for parameter in theirs.text_encoder_m.parameters():
@@ -170,7 +170,7 @@ def test_vqa(make_other, epoch):
 
 
 def test_vqa_without_distillation_is_the_labels_part(make_other):
-    """LAVIS's class fails there (it reads the momentum model's logits), so: with alpha 0."""
+    """LAVIS's class fails here, as it needs the momentum model's logits; compare with alpha 0."""
     ours, twin = make_other(SoftMaskVqa, use_distill=False), make_other(SoftMaskVqa, alpha=0.0)
     assert not any("_m." in name for name in ours.state_dict())
     torch.testing.assert_close(ours(vqa_batch(3)).loss, twin(vqa_batch(3)).loss)
@@ -218,7 +218,7 @@ def test_feature_extractor(make_other, mode):
             assert not got[name][~real].any()
 
 
-def test_matching_is_that_of_the_retrieval_model(make_other):
+def test_matching_equals_the_retrieval_models(make_other):
     ours = make_other(SoftMaskImageTextMatching).eval()
     theirs = baseline.albef_retrieval(ours).eval()
     batch = {"image": images(4), "text_input": CAPTIONS[:4]}
@@ -233,12 +233,12 @@ def test_matching_is_that_of_the_retrieval_model(make_other):
         torch.testing.assert_close(ours(batch, "itc"), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_distilled_cross_entropy_is_its_formula():
+def test_distilled_cross_entropy_equals_its_formula():
     from softmask_plugin.losses import distilled_cross_entropy
 
     torch.manual_seed(0)
-    logits, taught, labels = torch.randn(5, 4), torch.randn(5, 4), torch.tensor([0, 3, 1, 1, 2])
+    logits, teacher, labels = torch.randn(5, 4), torch.randn(5, 4), torch.tensor([0, 3, 1, 1, 2])
     hard = cross_entropy(logits, labels, reduction="none", label_smoothing=0.1)
-    soft = -(taught.softmax(1) * logits.log_softmax(1)).sum(1)
-    got = distilled_cross_entropy(logits, labels, taught, 0.3, 0.1, "none")
+    soft = -(teacher.softmax(1) * logits.log_softmax(1)).sum(1)
+    got = distilled_cross_entropy(logits, labels, teacher, 0.3, 0.1, "none")
     torch.testing.assert_close(got, 0.7 * hard + 0.3 * soft)

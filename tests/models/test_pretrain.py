@@ -16,7 +16,7 @@ from benchmarks.ranks import on_ranks
 
 
 def record(model, monkeypatch):
-    """Keep what the steps of ``model`` draw, by the name of the method that draws it."""
+    """Record what ``model`` draws in a step, by the name of the drawing method."""
     drawn = {}
 
     def spy(name, method):
@@ -36,7 +36,7 @@ def losses(out):
 
 
 def assert_sound(model, out):
-    """Finite losses, and finite gradients from them."""
+    """Check that losses and gradients are finite."""
     assert all(term.isfinite() for term in losses(out).values()), losses(out)
     out.loss.backward()
     for name, parameter in model.named_parameters():
@@ -44,12 +44,12 @@ def assert_sound(model, out):
 
 
 def moved(model, before):
-    """Names of the state that changed."""
+    """Names of the tensors that changed."""
     return {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
 
 
 def lead_away(model):
-    """Move the online encoders, so that a step of the momentum encoders shows."""
+    """Change the online encoders, so that an update of the momentum encoders shows."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
@@ -98,7 +98,7 @@ def test_switching_one_innovation_leaves_the_draws_of_the_others(
         assert torch.equal(drawn[0]["draw_soft_mask"][1].word, drawn[1]["draw_soft_mask"][1].word)
 
 
-def test_terms_are_there_when_their_innovation_is(make_model, make_batch):
+def test_each_innovation_brings_its_terms(make_model, make_batch):
     def terms(**changes):
         return set(losses(make_model(**changes)(make_batch(4))))
 
@@ -135,7 +135,7 @@ def test_every_kind_of_mask_does_what_it_says(make_model, make_batch, kind, word
     assert out.loss_soft.isfinite()
 
 
-def test_kinds_hide_the_same_amount(make_model, make_batch):
+def test_kinds_mask_the_same_amount(make_model, make_batch):
     masks = {
         kind: make_model(soft_mask={"kind": kind})(make_batch(6)).keep
         for kind in ("soft", "random", "uniform")
@@ -156,7 +156,7 @@ def test_strength_zero_is_no_mask(make_model, make_batch, monkeypatch):
     torch.testing.assert_close(out.loss_mlm_soft, out.loss_mlm)
 
 
-def test_weights_scale_their_terms_in_the_sum_alone(make_model, make_batch):
+def test_weights_scale_their_terms_only_in_the_sum(make_model, make_batch):
     weights = {"itm_weight": 3.0, "mlm_weight": 5.0, "itc": {"gamma": 2.0, "weight": 7.0}}
     plain = make_model(soft_mask={"in_mlm": True})(make_batch(6))
     out = make_model(soft_mask={"in_mlm": True, "weight": 0.5}, **weights)(make_batch(6))
@@ -168,7 +168,7 @@ def test_weights_scale_their_terms_in_the_sum_alone(make_model, make_batch):
 
 
 @pytest.mark.parametrize("words", ["uniform", "content"])
-def test_what_is_never_picked(make_model, make_batch, monkeypatch, words):
+def test_special_and_masked_tokens_are_never_picked(make_model, make_batch, monkeypatch, words):
     model = make_model(soft_mask={"words": words}, text={"mask_prob": 0.5})
     drawn, picked = record(model, monkeypatch), set()
     for step in range(20):
@@ -177,7 +177,7 @@ def test_what_is_never_picked(make_model, make_batch, monkeypatch, words):
         tokens = model.tokenizer.convert_ids_to_tokens(
             text.ids[:6][(text.words == out.word[:, None]) & (text.words >= 0)].tolist()
         )
-        assert (out.keep[out.word < 0] == 1).all()  # nothing to pick, nothing hidden
+        assert (out.keep[out.word < 0] == 1).all()  # nothing to pick, nothing masked
         picked.update(tokens)
     assert not picked & {"[MASK]", "[CLS]", "[SEP]", "[PAD]"}
     assert {"circle", "star", "red"} <= picked
@@ -217,7 +217,7 @@ def test_odd_captions_give_finite_losses_and_gradients(
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 4, 10])
-def test_any_queue_length_goes_with_any_batch(make_model, make_batch, size):
+def test_any_queue_size_works_with_any_batch(make_model, make_batch, size):
     model = make_model(queue_size=size)
     pointer = 0
     for step in range(5):
@@ -229,7 +229,7 @@ def test_any_queue_length_goes_with_any_batch(make_model, make_batch, size):
     assert_sound(model, out)
 
 
-def test_spare_rows_of_the_embedding_are_no_words(make_model, make_batch):
+def test_spare_rows_of_the_embedding_are_never_drawn(make_model, make_batch):
     """ALBEF's weights have 30522 rows, whatever the tokenizer has."""
     bert = {**asdict(make_model().options.bert), "vocab_size": 5000}
     model = make_model(bert=bert, text={"mask_prob": 1.0})
@@ -252,7 +252,7 @@ def test_every_trainable_parameter_gets_a_gradient(make_model, make_batch, in_ml
             assert parameter.grad.abs().max() > 0, name
 
 
-def test_losses_fall_on_one_batch_seen_again_and_again(make_model, make_batch):
+def test_losses_fall_on_a_repeated_batch(make_model, make_batch):
     model = make_model(text={"mask_prob": 0.3}, alpha=0.0, learn_temp=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     seen = []
@@ -268,7 +268,7 @@ def test_losses_fall_on_one_batch_seen_again_and_again(make_model, make_batch):
         assert last[name] < term, name
 
 
-def test_seed_and_step_decide_the_loss(make_model, make_batch):
+def test_only_seed_and_step_decide_the_loss(make_model, make_batch):
     def loss(seed=7, used=0, **progress):
         model = make_model(soft_mask={"kind": "random"})
         torch.manual_seed(seed)
@@ -279,25 +279,25 @@ def test_seed_and_step_decide_the_loss(make_model, make_batch):
     assert len({loss(), loss(seed=8), loss(epoch=2)}) == 3
 
 
-def test_training_moves_momentum_encoders_and_queues_once(make_model, make_batch):
+def test_training_updates_momentum_encoders_and_queues_once(make_model, make_batch):
     model = lead_away(make_model(momentum=0.9)).train()
     before = copy.deepcopy(model.state_dict())
     model(make_batch(4))
-    slow = {name for name in before if name.partition(".")[0].endswith("_m")}
-    assert moved(model, before) == slow - {"text_encoder_m.bert.embeddings.position_ids"} | {
+    momentum = {name for name in before if name.partition(".")[0].endswith("_m")}
+    assert moved(model, before) == momentum - {"text_encoder_m.bert.embeddings.position_ids"} | {
         "image_queue",
         "text_queue",
         "queue_ptr",
     }
-    for name in moved(model, before) & slow:
-        fast = before[name.replace("_m.", ".", 1)]
-        expected = 0.9 * before[name] + 0.1 * fast
+    for name in moved(model, before) & momentum:
+        online = before[name.replace("_m.", ".", 1)]
+        expected = 0.9 * before[name] + 0.1 * online
         torch.testing.assert_close(model.state_dict()[name], expected, msg=name)
     assert torch.equal(model.image_queue[:, 4:], before["image_queue"][:, 4:])
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_evaluation_moves_nothing(make_model, make_batch, grad):
+def test_evaluation_changes_no_state(make_model, make_batch, grad):
     model = lead_away(make_model()).eval()
     before = copy.deepcopy(model.state_dict())
     with torch.set_grad_enabled(grad):
@@ -352,7 +352,7 @@ def test_half_precision_is_near_full_precision(make_model, make_batch, dtype, sh
 # ---- two processes
 
 
-def test_two_ranks_agree_though_seeded_differently(make_model):
+def test_two_ranks_agree_despite_different_seeds(make_model):
     ended = on_ranks(2, lambda rank: train_and_retrieve(make_model(rank, momentum=0.9), rank))
     assert [rank.error for rank in ended] == ["", ""]
 

@@ -34,7 +34,7 @@ TEXTS = [
 
 @pytest.fixture
 def gallery():
-    """What LAVIS's retrieval task hands to a model: batches of 2, 2 and 1 images."""
+    """A loader as LAVIS's retrieval task passes it to a model: batches of 2, 2 and 1 images."""
     owners = np.repeat(np.arange(IMAGES), PER_IMAGE)
     images = torch.randn(IMAGES, 3, 32, 32, generator=torch.Generator().manual_seed(5))
     dataset = SimpleNamespace(
@@ -77,7 +77,7 @@ def test_scores_and_candidates_equal_lavis(make_model, gallery, k, tmp_path, mon
     assert metrics == RetrievalTask._report_metrics(*expected, *maps)
 
 
-def test_more_candidates_than_the_gallery_has_means_all(make_model, gallery):
+def test_k_above_the_gallery_size_makes_all_candidates(make_model, gallery):
     model = make_model().eval()
     i2t, t2i = ours(model, gallery, 128)  # LAVIS dies of it
     assert (i2t != NOT_A_CANDIDATE).all()
@@ -109,7 +109,7 @@ def test_without_a_matching_head_the_scores_are_those_of_itc(make_model, gallery
 
 @pytest.mark.parametrize("where", ["itm_head.bias", "vision_proj.weight", "text_proj.bias"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_broken_weights_are_an_error_and_no_score(make_model, gallery, where, value):
+def test_broken_weights_raise_an_error(make_model, gallery, where, value):
     model = make_model().eval()
     with torch.no_grad():
         model.get_parameter(where).fill_(value)
@@ -117,7 +117,7 @@ def test_broken_weights_are_an_error_and_no_score(make_model, gallery, where, va
         ours(model, gallery, 3)
 
 
-def test_by_matching_alone(make_model, gallery):
+def test_scores_by_matching_alone(make_model, gallery):
     model = make_model().eval()
     both = model.compute_sim_matrix(gallery, {"k_test": 3})
     alone = model.compute_sim_matrix(gallery, {"k_test": 3, "rerank_scoring": "itm"})
@@ -146,7 +146,7 @@ def test_less_memory_means_smaller_chunks_and_the_same_scores(make_model, galler
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 
-def test_a_gallery_smaller_than_k_is_said(make_model, gallery, caplog):
+def test_a_gallery_smaller_than_k_is_a_warning(make_model, gallery, caplog):
     ours(make_model().eval(), gallery, 7)
     assert "run.k_test is 7, but there are 5 images: all are candidates" in caplog.text
 
@@ -192,7 +192,7 @@ def test_candidates_are_the_best_of_each_row():
 
 
 def test_a_part_of_the_gallery_in_each_process_is_refused(make_model, gallery):
-    """What run.use_dist_eval_sampler would do in several processes: recalls of a part."""
+    """With run.use_dist_eval_sampler, each of several processes would rank only its part."""
     gallery.sampler = DistributedSampler(gallery.dataset.image, num_replicas=2, rank=0)
     with pytest.raises(UserError, match="set run.use_dist_eval_sampler=false"):
         ours(make_model().eval(), gallery, 3)

@@ -72,7 +72,7 @@ def test_masking_keys_and_values_is_masking_the_features(pair, size):
 
 
 @pytest.mark.parametrize("size", [2, 6])
-def test_groups_of_views_equal_a_pass_each(pair, size):
+def test_a_pass_over_several_views_equals_a_pass_for_each(pair, size):
     ours, twin, image, tokens, captions = pair(size)
     text, mask = tokens.packing.pad(tokens.states), captions.mask
     other, keep = torch.arange(size).roll(1), torch.rand(size, image.shape[1])
@@ -107,7 +107,7 @@ def test_views_must_cover_the_captions(pair):
 
 @pytest.mark.parametrize("size", [1, 2, 6])
 def test_grad_cam_equals_lavis_hooks(pair, size):
-    """LAVIS saves a layer's attention and its gradient by hooks; ours never leaves the function."""
+    """LAVIS keeps a layer's attention and its gradient in hooks; here they stay local."""
     ours, twin, image, tokens, captions = pair(size)
     fused, attention = ours.bert.fuse_with_attention(tokens, ours.bert.remember(image), CAM_LAYER)
     cam = grad_cam(ours.match(fused.cls)[:, 1], attention)
@@ -125,7 +125,7 @@ def test_grad_cam_equals_lavis_hooks(pair, size):
     assert (cam[words].amax(dim=-1) > 0).all(), "a word's map is empty"
 
 
-def test_dropout_leaves_the_map_undropped(make_model, make_batch):
+def test_dropout_spares_the_map(make_model, make_batch):
     """The probabilities are those before dropout: rows sum to one, none is zeroed."""
     bert = {
         "layers": 5,
@@ -156,10 +156,10 @@ def test_layers_without_a_map_are_refused(pair):
 @pytest.mark.parametrize("size", [1, 2, 6])
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("negatives", [True, False])
-def test_a_whole_step_equals_the_slow_way(
+def test_a_whole_step_equals_separate_passes(
     make_model, make_batch, albef_twin, size, shared, negatives
 ):
-    """All innovations on: each loss recomputed with LAVIS's modules, one pass per pair kind.
+    """All innovations on: recompute each loss with LAVIS's modules, one pass per kind of pair.
 
     A batch of one has no negatives.
     """
@@ -171,8 +171,8 @@ def test_a_whole_step_equals_the_slow_way(
     for name in ("tokenize_masked", "negatives", "draw_soft_mask", "contrast", "encode_momentum"):
         spy(ours, name, seen)
     out = ours(batch)
-    nobody = torch.empty(0, dtype=torch.long)
-    text, (image_of, text_of) = seen["tokenize_masked"], seen.get("negatives", (nobody, nobody))
+    none = torch.empty(0, dtype=torch.long)
+    text, (image_of, text_of) = seen["tokenize_masked"], seen.get("negatives", (none, none))
     _, (keep, word) = seen["draw_soft_mask"]
     alpha = ours.progress(batch)[1]
 
@@ -229,10 +229,8 @@ def test_a_whole_step_equals_the_slow_way(
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_padding_that_is_kept_for_a_gpu_changes_nothing(
-    make_model, make_batch, monkeypatch, trained
-):
-    """On CUDA the padding of negatives stays, since their lengths are known there alone."""
+def test_padding_kept_for_a_gpu_changes_nothing(make_model, make_batch, monkeypatch, trained):
+    """On CUDA the padding of negatives stays, since only the device knows their lengths."""
     results = []
     for trim in (None, False):
         model = make_model(soft_mask={"negatives": True}).train(trained)
@@ -263,10 +261,10 @@ def layer_memory():
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("other", [None, [2, 0, 0]])
 @pytest.mark.parametrize("masked", [True, False])
-def test_attention_equals_that_to_masked_keys_and_values(
+def test_attention_equals_attention_to_masked_keys_and_values(
     layer_memory, dropout, other, masked, monkeypatch
 ):
-    """With dropout as well: the same probabilities are dropped from the plain attention."""
+    """With dropout too: the plain attention drops the same probabilities."""
     memory, query = layer_memory
     keep = torch.rand(3, 7, dtype=torch.float64) if masked else None
     images = None if other is None else torch.tensor(other)
@@ -297,8 +295,8 @@ def test_attention_equals_that_to_masked_keys_and_values(
         torch.testing.assert_close(a, b)
 
 
-def test_what_is_recomputed_drops_the_same(layer_memory, monkeypatch):
-    """Others' keys and values are gathered again in the backward pass, with the same dropout."""
+def test_recomputing_repeats_the_dropout(layer_memory, monkeypatch):
+    """The backward pass gathers other images' keys and values again, with the same dropout."""
     memory, query = layer_memory
     view, results = View(images=torch.tensor([1, 2, 0])), []
     for again in (True, False):
@@ -314,7 +312,7 @@ def test_what_is_recomputed_drops_the_same(layer_memory, monkeypatch):
 
 
 def test_recomputing_repeats_no_product():
-    """Of a function that ends with a linear layer only what comes before runs again."""
+    """Only what comes before a final linear layer runs again."""
     linear, x = torch.nn.Linear(64, 64), torch.randn(8, 64, requires_grad=True)
     counts = []
     for call in (recompute, lambda function, x: function(x)):
@@ -325,7 +323,7 @@ def test_recomputing_repeats_no_product():
 
 
 def spy(model, name, seen):
-    """Keep what a method returned during the step."""
+    """Record what a method returns during the step."""
     method = getattr(model, name)
 
     def call(*args, **kwargs):

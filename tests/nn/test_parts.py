@@ -33,11 +33,11 @@ class Tied(torch.nn.Module):
 
 def test_momentum_tensors_are_buffers_under_the_same_names():
     online = Tied()
-    slow = momentum_copy(online)
-    assert not list(slow.parameters())
-    assert slow.state_dict().keys() == online.state_dict().keys()
-    assert slow.head.weight is slow.embedding.weight
-    assert slow.head.weight is not online.head.weight
+    momentum = momentum_copy(online)
+    assert not list(momentum.parameters())
+    assert momentum.state_dict().keys() == online.state_dict().keys()
+    assert momentum.head.weight is momentum.embedding.weight
+    assert momentum.head.weight is not online.head.weight
 
 
 @pytest.mark.parametrize(
@@ -46,22 +46,22 @@ def test_momentum_tensors_are_buffers_under_the_same_names():
     ids=["plain", "deepcopy", "to"],
 )
 def test_momentum_follows_the_formula_and_tied_tensors_stay_equal(move):
-    model = torch.nn.ModuleDict({"fast": Tied(), "slow": momentum_copy(Tied())})
+    model = torch.nn.ModuleDict({"online": Tied(), "momentum": momentum_copy(Tied())})
     model = move(model)
-    pairs = MomentumPairs([(model["fast"], model["slow"])])
+    pairs = MomentumPairs([(model["online"], model["momentum"])])
     expected = {
-        name: 0.9 * tensor + 0.1 * model["fast"].state_dict()[name]
-        for name, tensor in model["slow"].state_dict().items()
+        name: 0.9 * tensor + 0.1 * model["online"].state_dict()[name]
+        for name, tensor in model["momentum"].state_dict().items()
     }
     pairs.update(0.9)
-    torch.testing.assert_close(dict(model["slow"].state_dict()), expected)
-    assert torch.equal(model["slow"].head.weight, model["slow"].embedding.weight)
+    torch.testing.assert_close(dict(model["momentum"].state_dict()), expected)
+    assert torch.equal(model["momentum"].head.weight, model["momentum"].embedding.weight)
     pairs.copy()
-    for name, tensor in model["fast"].state_dict().items():
-        assert torch.equal(model["slow"].state_dict()[name], tensor)
+    for name, tensor in model["online"].state_dict().items():
+        assert torch.equal(model["momentum"].state_dict()[name], tensor)
 
 
-def test_a_copied_model_moves_its_own_momentum_encoders(make_model):
+def test_a_copied_model_updates_its_own_momentum_encoders(make_model):
     model = make_model()
     twin = copy.deepcopy(model)
     before = copy.deepcopy(model.state_dict())
@@ -81,7 +81,7 @@ def test_a_copied_model_moves_its_own_momentum_encoders(make_model):
     size=st.integers(0, 9),
     lengths=st.lists(st.integers(1, 14), max_size=8),
 )
-def test_queue_holds_what_a_plain_list_holds(size, lengths):
+def test_queue_equals_a_plain_list(size, lengths):
     queues = [torch.full((1, size), -1.0), torch.full((2, size), -1.0)]
     plain, pointer, number = [-1.0] * size, 0, 0
     slot = 0
@@ -107,12 +107,14 @@ def test_queues_start_as_unit_vectors():
 # ---- draws
 
 
-def test_streams_depend_on_seed_step_and_purpose_alone():
+def test_streams_depend_only_on_seed_step_and_purpose():
     def numbers(seed, step, purpose):
         return tuple(torch.rand(3, generator=Draws(seed, step).stream(purpose)).tolist())
 
     draws = Draws(1, 2)
-    torch.rand(5, generator=draws.stream("word"))  # what one purpose uses, another doesn't miss
+    torch.rand(
+        5, generator=draws.stream("word")
+    )  # drawing for one purpose leaves the others' streams alone
     assert tuple(torch.rand(3, generator=draws.stream("mlm")).tolist()) == numbers(1, 2, "mlm")
     cases = [(1, 2, "mlm"), (1, 2, "word"), (1, 3, "mlm"), (12, 2, "mlm"), (1, 22, "mlm")]
     assert len({numbers(*case) for case in cases}) == len(cases)
@@ -188,7 +190,7 @@ def test_image_encoder_equals_lavis_forward_and_backward(checkpointing):
         )
 
 
-def test_stochastic_depth_keeps_the_mean_and_rests_in_evaluation():
+def test_stochastic_depth_keeps_the_mean_and_is_off_in_evaluation():
     torch.manual_seed(0)
     block = VisionTransformer(8, 8, width=8, depth=2, heads=2, drop_path=0.5).blocks[1]
     branch = torch.ones(4000, 1, 1)

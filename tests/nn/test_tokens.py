@@ -14,13 +14,13 @@ WIDTH = 3
 
 
 def captions(lengths: list[int], columns: int | None = None) -> Tokens:
-    """Captions of these lengths with random states, in a grid of so many columns."""
+    """Captions of these lengths with random states, in a grid of this many columns."""
     mask = torch.arange(columns or max(lengths)) < torch.tensor(lengths)[:, None]
     return Tokens(torch.randn(int(mask.sum()), WIDTH), Packing.of(mask))
 
 
 def rows(tokens: Tokens) -> list[torch.Tensor]:
-    """The states of each caption, (length, width), padding left out."""
+    """The states of each caption, (length, width), without padding."""
     grid = tokens.packing.pad(tokens.states)
     return [row[kept] for row, kept in zip(grid, tokens.packing.mask, strict=True)]
 
@@ -51,7 +51,7 @@ def test_joined_captions_come_apart_again(first, second):
 
 
 @given(LENGTHS, st.data(), st.booleans())
-def test_captions_are_taken_in_any_order_and_number(lengths, data, trim):
+def test_captions_are_selected_in_any_order_and_number(lengths, data, trim):
     tokens = captions(lengths, columns=7)
     chosen = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=6))
     taken = tokens.take(torch.tensor(chosen), trim=trim)
@@ -63,7 +63,7 @@ def test_captions_are_taken_in_any_order_and_number(lengths, data, trim):
 
 
 @given(LENGTHS, st.integers(0, 99))
-def test_some_tokens_are_found_among_all(lengths, seed):
+def test_some_tokens_are_selected_from_all(lengths, seed):
     tokens = captions(lengths)
     generator = torch.Generator().manual_seed(seed)
     chosen = tokens.packing.mask & (
@@ -75,7 +75,7 @@ def test_some_tokens_are_found_among_all(lengths, seed):
 
 
 @pytest.mark.parametrize("trim", [True, False])
-def test_gradients_reach_the_states_that_were_taken(trim):
+def test_gradients_reach_the_selected_states(trim):
     tokens = captions([2, 4, 1])
     tokens.states.requires_grad_()
     taken = tokens.take(torch.tensor([0, 0, 2]), trim=trim)

@@ -1,4 +1,4 @@
-"""Batches that a model may meet but not expect, and broken weights: no NaN is learnt or counted."""
+"""Unusual batches and broken weights: no NaN is learned or reported."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEXTS = ["a red ring", "", "?!", "a small green square to the right of a yellow 
 
 
 def batch_of(size: int, image_id: int | None = None) -> dict:
-    """What every model reads; of one image where its id is given."""
+    """A batch for any model; all of one image if its id is given."""
     generator = torch.Generator().manual_seed(size)
     image = torch.randn(size, 3, 32, 32, generator=generator)
     return {
@@ -75,7 +75,7 @@ def test_no_text_at_all_stays_finite(make_other, cls):
 
 
 def broken(model, value: float = float("nan")):
-    """One weight of the image encoder, as a run leaves it that diverged."""
+    """Break one weight of the image encoder, as a diverged run does."""
     with torch.no_grad():
         model.visual_encoder.norm.bias[0] = value
     return model.eval()
@@ -109,7 +109,7 @@ PREDICTIONS = {
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("kind", PREDICTIONS)
-def test_a_broken_model_gives_an_error_and_no_result(make_other, kind, value):
+def test_a_broken_model_raises_an_error(make_other, kind, value):
     cls, predict = PREDICTIONS[kind]
     model = make_other(cls).eval()
     predict(model, batch_of(2))
@@ -118,14 +118,14 @@ def test_a_broken_model_gives_an_error_and_no_result(make_other, kind, value):
     assert "\n" not in str(caught.value)
 
 
-def test_a_broken_image_gives_an_error_and_no_result(make_other):
+def test_a_broken_image_raises_an_error(make_other):
     batch = batch_of(2)
     batch["image"][1, 0, 0, 0] = float("nan")
     with pytest.raises(UserError, match="a class's score is NaN or infinite"):
         make_other(SoftMaskClassification).eval().predict(batch)
 
 
-def test_scores_of_any_shape_are_looked_at():
+def test_scores_of_any_shape_are_checked():
     good, bad = torch.zeros(3, 2), torch.tensor(float("-inf"))
     require_finite_scores("a score", good, torch.zeros(0), torch.tensor(1))
     with pytest.raises(UserError, match="^a score is NaN or infinite"):
