@@ -20,6 +20,7 @@ from softmask_plugin.config.options import read_options
 from softmask_plugin.config.values import differences, flat
 from softmask_plugin.errors import UserError
 from softmask_plugin.files.checkpoint import Checkpoint, furthest_first, open_checkpoint
+from softmask_plugin.models.base import SoftMaskBase
 from softmask_plugin.runners.checkpoint_files import load_trained_state
 from softmask_plugin.vocabulary import vocabulary_of
 
@@ -78,6 +79,7 @@ def load_run(path: str | Path, model: nn.Module, device: torch.device) -> Checkp
             "weights alone, set model.pretrained instead"
         )
     _require_vocabulary(checkpoint, model)
+    _require_sep_token(checkpoint, model)
     load_trained_state(model, checkpoint.state, path)
     return checkpoint
 
@@ -148,6 +150,7 @@ def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
     schema = getattr(registry.get_model_class(model.get("arch")), "OPTIONS", None)
     if schema is not None:
         model = asdict(read_options(schema, model))
+        model.pop("sep_token", None)  # older versions did not record it; load_run compares it
     datasets = config.get("datasets", {})
     return flat({"model": model, "datasets": datasets, "run": {"seed": run.get("seed")}})
 
@@ -163,3 +166,12 @@ def _require_vocabulary(checkpoint: Checkpoint, model: nn.Module) -> None:
                 f"{checkpoint.path} has another vocabulary than model.tokenizer: token {i} is "
                 f"{was!r}, not {now_is!r}; name the run's vocab.txt"
             )
+
+
+def _require_sep_token(checkpoint: Checkpoint, model: nn.Module) -> None:
+    was = checkpoint.sep_token
+    if isinstance(model, SoftMaskBase) and model.options.sep_token != was:
+        raise UserError(
+            f"{checkpoint.path} was trained on texts {'with' if was else 'without'} [SEP] at their "
+            f"end: set model.sep_token={str(was).lower()}"
+        )

@@ -24,6 +24,7 @@ from softmask_plugin.errors import UserError
 from softmask_plugin.files.checkpoint import BEST, Checkpoint
 from softmask_plugin.fixed_draws import seed_draws
 from softmask_plugin.host.environment import note_environment
+from softmask_plugin.models.base import SoftMaskBase
 from softmask_plugin.models.distillation import MomentumDistillation
 from softmask_plugin.registry import register
 from softmask_plugin.runners.bad_steps import BadSteps, gradient_norm
@@ -74,6 +75,8 @@ class SoftmaskRunner(PortableRunner):
         run = self.config.run_cfg
         resolved: Any = OmegaConf.to_container(cfg.get_config(), resolve=True)
         self.resolved_config: dict[str, Any] = resolved
+        if isinstance(model, SoftMaskBase):  # a checkpoint may have decided it
+            resolved.setdefault("model", {})["sep_token"] = model.options.sep_token
         self.step = 0
         self.progress = Progress()
         self.meter = LossMeter()

@@ -11,10 +11,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from toy_models import CAPTIONS, EVERY_MODEL, plain_bert
+from toys import build
 
 from softmask_plugin.errors import UserError
 from softmask_plugin.files.checkpoint import open_checkpoint
 from softmask_plugin.models import SoftMaskPretrain, SoftMaskVqa, weights
+from softmask_plugin.runners.resume import load_run
 
 # VQA's decoder takes over layers that attend to images: both encoders must be as wide
 SHAPE = {"vit": {"patch_size": 8, "width": 32, "depth": 2, "heads": 2}}
@@ -141,6 +143,40 @@ def test_by_hand_comes_before_the_record_which_comes_before_the_layout(
         model = from_file(make_other, SoftMaskPretrain, path, sep_token=by_hand)
         assert model.options.sep_token is expected, (path, by_hand)
         assert ends(model) == (["[SEP]", "[SEP]"] if expected else ["star", "red"])
+
+
+def save(runner):
+    """Save a checkpoint of a run's start."""
+    with runner.log.progress(0, 1):
+        runner._save_checkpoint(0)
+
+
+def test_a_run_records_it_and_resumes_with_it_only(make_other, make_model, original, tmp_path):
+    model = from_file(make_other, SoftMaskPretrain, original)
+    runner = build(tmp_path / "run", model=model)
+    save(runner)
+    saved = runner.output_dir / "checkpoint_0.pth"
+    again = from_file(make_other, SoftMaskPretrain, str(saved))
+    assert again.options.sep_token is False and ends(again) == ["star", "red"]
+    load_run(saved, again, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"without \[SEP\].* set model.sep_token=false"):
+        load_run(saved, make_model(**SHAPE), torch.device("cpu"))
+
+
+def test_a_run_of_before_goes_on_with_sep(make_model, tmp_path):
+    """It recorded nothing, and always had [SEP]."""
+    runner = build(tmp_path, model=make_model(), resume_ckpt_path="auto")
+    runner.resolved_config["model"] = {"arch": "softmask_pretrain"}
+    save(runner)
+    again = build(tmp_path, model=make_model(seed=1), resume_ckpt_path="auto")
+    again.resolved_config["model"]["arch"] = "softmask_pretrain"
+    again._resume()
+    assert torch.equal(
+        again.model.bert.embeddings.LayerNorm.weight, runner.model.bert.embeddings.LayerNorm.weight
+    )
+    without = build(tmp_path, model=make_model(sep_token=False), resume_ckpt_path="auto")
+    with pytest.raises(UserError, match="set model.sep_token=true"):
+        without._resume()
 
 
 def test_answers_end_with_sep_as_in_albef(make_other, original):
