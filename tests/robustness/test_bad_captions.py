@@ -51,7 +51,7 @@ CAPTIONS = {
 
 
 @pytest.fixture(scope="module")
-def reader():
+def tokenizer():
     return CaptionTokenizer(build_tokenizer("scenes"), max_length=30)
 
 
@@ -88,16 +88,16 @@ def test_100_000_characters_fit_into_a_table(tmp_path, suffix):
     assert parse_captions(tmp_path / f"a.{suffix}")[0].captions == [LONG.strip()]
 
 
-def test_a_long_caption_is_cut_to_the_allowed_tokens(reader):
-    captions = reader.tokenize([LONG, "x" * 100_000, "a ring"])
+def test_a_long_caption_is_cut_to_the_allowed_tokens(tokenizer):
+    captions = tokenizer.tokenize([LONG, "x" * 100_000, "a ring"])
     assert captions.ids.shape == (3, 30)
     assert captions.mask.sum(dim=1).tolist() == [30, 3, 4]
 
 
 @pytest.mark.parametrize("caption", [None, 5, 1.5, ["a"], b"a"], ids=str)
-def test_other_types_are_refused_in_one_line(reader, caption):
+def test_other_types_are_refused_in_one_line(tokenizer, caption):
     with pytest.raises(UserError, match="a caption must be text, not "):
-        reader.tokenize(["a ring", caption])
+        tokenizer.tokenize(["a ring", caption])
 
 
 # ---- "[MASK]" in a caption's text
@@ -105,7 +105,7 @@ def test_other_types_are_refused_in_one_line(reader, caption):
 
 @pytest.fixture
 def spelling(tmp_path):
-    """A reader that knows the words and brackets of special tokens as ordinary tokens."""
+    """A tokenizer that knows the words and brackets of special tokens as ordinary tokens."""
     words = "[PAD] [UNK] [CLS] [SEP] [MASK] [ ] mask cls sep pad unk a ring".split()
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     return CaptionTokenizer(build_tokenizer(str(tmp_path / "vocab.txt")), max_length=40)
@@ -125,19 +125,19 @@ def test_a_special_tokens_text_is_its_characters(spelling, token):
 
 def test_mlm_predicts_a_special_tokens_text_as_words_and_the_mask_may_pick_it(make_model):
     model = make_model(text={"mask_prob": 1.0})
-    reader = model.caption_tokenizer
+    tokenizer = model.caption_tokenizer
     text = model.tokenize_masked([SPECIAL, "a ring"], Draws(0, 0))
-    clean = reader.tokenize([SPECIAL, "a ring"])
-    special = {reader.tokenizer.convert_tokens_to_ids(t) for t in ("[MASK]", "[CLS]", "[PAD]")}
+    clean = tokenizer.tokenize([SPECIAL, "a ring"])
+    special = {tokenizer.tokenizer.convert_tokens_to_ids(t) for t in ("[MASK]", "[CLS]", "[PAD]")}
     assert not special & set(text.targets.tolist())
     # all but [CLS] and padding
     assert len(text.targets) == int(clean.mask.sum()) - 2
-    pickable = reader.pickable(clean, clean.ids, content_only=False)
+    pickable = tokenizer.pickable(clean, clean.ids, content_only=False)
     assert torch.equal(pickable >= 0, clean.words >= 0)
     assert int(pickable.max()) == len(SPECIAL.replace("[", " [ ").replace("]", " ] ").split()) - 1
 
 
-def test_ordinary_captions_are_tokenized_as_before(reader):
+def test_ordinary_captions_are_tokenized_as_before(tokenizer):
     plain = [
         "a red ring",
         "A (red) ring, [left] of it!",
@@ -145,7 +145,7 @@ def test_ordinary_captions_are_tokenized_as_before(reader):
         "it's [ MASK ]",
     ]
     for text in plain:
-        assert reader.tokenize([text]).ids.tolist() == [reader.tokenizer(text)["input_ids"]]
+        assert tokenizer.tokenize([text]).ids.tolist() == [tokenizer.tokenizer(text)["input_ids"]]
 
 
 # ---- vocabularies

@@ -131,18 +131,18 @@ def test_a_damaged_image_is_rgb_or_refused(tmp_path_factory, kind, data):
 
 
 @pytest.fixture(scope="module")
-def reader():
+def tokenizer():
     return CaptionTokenizer(build_tokenizer("scenes"), max_length=12)
 
 
 @given(st.lists(st.text(max_size=60), min_size=1, max_size=4))
 @settings(max_examples=150, deadline=None)
-def test_any_text_is_tokenized_without_special_tokens(reader, texts):
+def test_any_text_is_tokenized_without_special_tokens(tokenizer, texts):
     try:
-        captions = reader.tokenize(texts)
+        captions = tokenizer.tokenize(texts)
     except UserError:
         return
-    special = reader.is_special[captions.ids]
+    special = tokenizer.is_special[captions.ids]
     assert (special.sum(dim=1) == 2 + (~captions.mask).sum(dim=1)).all()  # [CLS] and [SEP]
     assert ((captions.words >= 0) == ~special).all()
 
