@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,11 @@ class Captions:
         return Captions(self.ids.to(device), self.packing.to(device), self.words.to(device))
 
 
+def as_list(captions: Sequence[str]) -> Sequence[str]:
+    """A plain string is one caption, as in LAVIS's examples."""
+    return [captions] if isinstance(captions, str) else captions
+
+
 class CaptionTokenizer:
     """Tokenizes captions, and tells kinds of tokens apart by table look-up."""
 
@@ -66,7 +72,7 @@ class CaptionTokenizer:
         self.is_function_word = torch.tensor([token in FUNCTION_WORDS for token in tokens])
         self.special_text = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
 
-    def tokenize(self, captions: list[str]) -> Captions:
+    def tokenize(self, captions: Sequence[str]) -> Captions:
         """Tokenize on the CPU, truncating to ``max_length`` tokens, [CLS] and [SEP] included.
 
         Without ``sep_token``, a caption is [CLS] and its own tokens.
@@ -75,7 +81,7 @@ class CaptionTokenizer:
             UserError: A caption is not text.
         """
         batch = self.tokenizer(
-            [self._escape(caption) for caption in captions],
+            [self._escape(caption) for caption in as_list(captions)],
             padding="longest",
             truncation=True,
             max_length=self._length_with_sep,

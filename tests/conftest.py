@@ -15,8 +15,7 @@ LONGEST = [
 
 
 def pytest_configure(config):
-    # xdist's first process runs no tests: it need not import LAVIS, which takes seconds. (pytest has
-    # a plugin called fixtures of its own.)
+    # xdist's first process runs no tests: it need not import LAVIS, which takes seconds
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         config.pluginmanager.import_plugin("shared_fixtures")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from softmask_plugin.explain import explain, word_maps
 from softmask_plugin.tokenization import FUNCTION_WORDS, Captions, CaptionTokenizer
 from softmask_plugin.vocabulary import build_tokenizer
 
@@ -70,3 +71,14 @@ def test_words_that_name_nothing():
     assert [text.split()[i] for i in left] == "large blue star left ring cross".split()
     assert {"a", "the", "with", "below"} <= FUNCTION_WORDS
     assert isinstance(captions, Captions)
+
+
+def test_a_plain_string_is_one_caption(make_model, make_batch):
+    """As in LAVIS's examples."""
+    model, image = make_model().eval(), make_batch(1)["image"]
+    text = "a small red circle"
+    assert torch.equal(model.tokenize(text).ids, model.tokenize([text]).ids)
+    one, same = word_maps(model, image, text), word_maps(model, image, [text])
+    assert torch.equal(one.maps, same.maps)
+    (found,) = explain(model, image, text)
+    assert found.words == text.split()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from softmask_plugin.nn.image_memory import ImageMemory
 from softmask_plugin.nn.tokens import Tokens
 from softmask_plugin.soft_mask import grad_cam, word_map
+from softmask_plugin.tokenization import as_list
 
 if TYPE_CHECKING:
     from softmask_plugin.models.aligned import AlignedBase
@@ -36,7 +38,7 @@ class WordMaps:
     memory: ImageMemory
 
 
-def word_maps(model: AlignedBase, images: Tensor, captions: list[str]) -> WordMaps:
+def word_maps(model: AlignedBase, images: Tensor, captions: Sequence[str]) -> WordMaps:
     """Map every word of every caption: one forward pass, and a backward pass to the attention.
 
     Args:
@@ -50,6 +52,7 @@ def word_maps(model: AlignedBase, images: Tensor, captions: list[str]) -> WordMa
     Raises:
         ValueError: There are more images than captions, or fewer.
     """
+    captions = as_list(captions)
     if len(images) != len(captions):
         raise ValueError(f"{len(images)} images do not pair with {len(captions)} captions")
     with torch.no_grad():  # no map needs the graph of the encoders

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from softmask_plugin.errors import require_finite_scores
 from softmask_plugin.explain.maps import WordMaps, word_maps
 from softmask_plugin.nn.image_memory import View
 from softmask_plugin.soft_mask import Kind, keep_factors, normalize
-from softmask_plugin.tokenization import FUNCTION_WORDS
+from softmask_plugin.tokenization import FUNCTION_WORDS, as_list
 
 if TYPE_CHECKING:
     from softmask_plugin.models.aligned import AlignedBase
@@ -61,7 +62,7 @@ class Explanation:
         return [i for i, word in enumerate(self.words) if word not in FUNCTION_WORDS]
 
 
-def explain(model: AlignedBase, images: Tensor, captions: list[str]) -> list[Explanation]:
+def explain(model: AlignedBase, images: Tensor, captions: Sequence[str]) -> list[Explanation]:
     """Explain pairs with the maps and the masks of training.
 
     Masks have the kind and strength of the model's ``soft_mask`` options, or those of the paper
@@ -84,7 +85,7 @@ def explain(model: AlignedBase, images: Tensor, captions: list[str]) -> list[Exp
     try:
         return [
             _explain_one(model, image[None], caption)
-            for image, caption in zip(images, captions, strict=True)
+            for image, caption in zip(images, as_list(captions), strict=True)
         ]
     finally:
         model.train(was_training)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -130,7 +131,7 @@ class SoftMaskBase(BaseModel):
         self.calls += 1
         return self.calls - 1
 
-    def tokenize(self, captions: list[str]) -> Captions:
+    def tokenize(self, captions: Sequence[str]) -> Captions:
         """Tokenize captions, onto the model's device."""
         return self.caption_tokenizer.tokenize(captions).to(self.device)
 

@@ -18,7 +18,7 @@ from softmask_plugin.nn.bert import BertForMaskedLM
 from softmask_plugin.nn.image_memory import ImageMemory, View
 from softmask_plugin.nn.tokens import Packing
 from softmask_plugin.registry import register
-from softmask_plugin.tokenization import Captions, CaptionTokenizer
+from softmask_plugin.tokenization import Captions, CaptionTokenizer, as_list
 
 ANSWERS_AT_ONCE = 512  # answers whose distributions over the vocabulary are in memory together
 
@@ -134,8 +134,7 @@ class SoftMaskVqa(DistilledBase):
             UserError: No list of answers, not one question for each image, a method other than
                 ranking, or a NaN or infinite score.
         """
-        questions = samples["text_input"]
-        questions = [questions] if isinstance(questions, str) else questions
+        questions = as_list(samples["text_input"])
         if inference_method != "rank":
             raise UserError(
                 f"run.inference_method is '{inference_method}': softmask_vqa ranks given answers, "
