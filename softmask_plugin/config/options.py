@@ -84,7 +84,7 @@ class TextOptions:
 
 @dataclass
 class ModelOptions:
-    """Options of every model, and all options of ``softmask_nlvr_pretrain``."""
+    """Options of every model."""
 
     arch: str = ""  # the model, such as softmask_pretrain
     model_type: str = "base"  # which of its files in lavis_configs/models gives the defaults
@@ -148,7 +148,7 @@ class ModelOptions:
 
 @dataclass
 class AlignedOptions(ModelOptions):
-    """Models that compare images and texts."""
+    """Models that compare images and texts, and all options of ``softmask_nlvr_pretrain``."""
 
     embed_dim: int = ranged(256, 1)  # size of the features that ITC compares
     temp: float = ranged(0.07, 0.001, 0.5)  # temperature of their similarities; initial value if

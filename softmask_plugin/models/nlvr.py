@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softmask_plugin.config.options import ModelOptions, NlvrOptions
+from softmask_plugin.config.options import AlignedOptions, NlvrOptions
 from softmask_plugin.models.base import LossOutput, SoftMaskBase, shipped_types
 from softmask_plugin.models.classification import SoftMaskClassification
 from softmask_plugin.nn.bert import BertModel, BertShape
+from softmask_plugin.nn.momentum import momentum_copy
 from softmask_plugin.nn.sampling import Draws
 from softmask_plugin.registry import register
 
@@ -52,13 +53,16 @@ class SoftMaskNlvrPretrain(TwoImageBase):
     images, to the second, or to neither?
 
     Trains on image-text pairs. It starts from a checkpoint of ``softmask_pretrain``, and
-    ``softmask_nlvr`` starts from its checkpoints. It has no momentum model.
+    ``softmask_nlvr`` starts from its checkpoints. It has no momentum model. As in the original
+    ALBEF, other images are drawn by their similarity to the caption's own, which is that of ITC.
     """
 
+    OPTIONS = AlignedOptions
     PRETRAINED_MODEL_CONFIG_DICT = shipped_types("softmask_nlvr_pretrain", "base", "tiny")
 
-    def __init__(self, options: ModelOptions) -> None:
+    def __init__(self, options: AlignedOptions) -> None:
         super().__init__(options)
+        self.vision_proj = momentum_copy(nn.Linear(options.vit.width, options.embed_dim))
         self.ta_head = nn.Linear(options.bert.width, 3)
 
     def forward(self, samples: dict[str, Any]) -> LossOutput:
@@ -68,26 +72,38 @@ class SoftMaskNlvrPretrain(TwoImageBase):
             samples: ``image`` (B, 3, H, W) and ``text_input`` (list of B captions); the wrong
                 images of a caption come from the batch.
         """
-        captions, size = self.tokenize(samples["text_input"]), len(samples["image"])
-        draws = Draws(torch.initial_seed(), self.step_of(samples))
-        first, second, label = assign(size, draws)
+        captions = self.tokenize(samples["text_input"])
         states = self.visual_encoder(samples["image"])
-        memory = self.bert.remember(states[first.to(self.device)], states[second.to(self.device)])
+        features = nn.functional.normalize(self.vision_proj(states[:, 0].detach()).float(), dim=-1)
+        draws = Draws(torch.initial_seed(), self.step_of(samples))
+        first, second, label = assign(features @ features.T / self.options.temp, draws)
+        memory = self.bert.remember(states[first], states[second])
         text, cls_only = self.bert.encode(captions.ids, captions.packing), captions.packing.cls_only
         logits = self.ta_head(self.bert.fuse(text, memory, wanted=cls_only).cls).float()
-        return LossOutput(loss=nn.functional.cross_entropy(logits, label.to(self.device)))
+        return LossOutput(loss=nn.functional.cross_entropy(logits, label))
 
 
-def assign(size: int, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+def assign(similarity: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
     """Draw two images of the batch for each of B captions.
+
+    Args:
+        similarity: Logits of the similarity of images, (B, B). Other images are drawn in proportion
+            to the softmax of the row of the caption's own.
+        draws: Random streams of the step.
 
     Returns:
         Index of the first and of the second image, (B,) each, and the label, (B,): 0 if the first
         image is the caption's own, 1 if the second is, 2 if neither is. The other images are not
-        the caption's own, except in a batch of one.
+        the caption's own, except in a batch of one, and two different ones from a batch of three.
     """
-    own, stream = torch.arange(size), draws.stream("assignment")
-    label = torch.randint(3, (size,), generator=stream)
-    steps = torch.randint(1, max(size, 2), (2, size), generator=stream)
-    first, second = (own + steps) % size
-    return torch.where(label == 0, own, first), torch.where(label == 1, own, second), label
+    size, device = len(similarity), similarity.device
+    own, stream = torch.arange(size, device=device), draws.stream("assignment", device)
+    label = torch.randint(3, (size,), generator=stream, device=device)
+    # The largest of logits plus Gumbel noise are draws without replacement
+    noise = -torch.empty(size, size, device=device).exponential_(generator=stream).log()
+    scores = (similarity + noise).fill_diagonal_(-torch.inf)
+    others = scores.topk(min(2, max(size - 1, 1)), dim=1).indices
+    one, another = others[:, 0], others[:, -1]
+    first = torch.where(label == 0, own, one)
+    second = torch.where(label == 1, own, torch.where(label == 0, one, another))
+    return first, second, label

@@ -135,11 +135,11 @@ def test_text_assignment_hands_over_to_two_images(make_other, tmp_path, caplog):
     donor = make_other(SoftMaskNlvrPretrain, seed=1, **SHAPE)
     model = make_other(SoftMaskNlvr, **SHAPE)
     line = load(model, donor.state_dict(), tmp_path, caplog)
-    assert counted(line, "not used") == {"ta_head": 2}
+    assert counted(line, "not used") == {"ta_head": 2, "vision_proj": 2}
     assert counted(line, "left as they were") == {"cls_head": 4, "cls_head_m": 4}
     state = model.state_dict()
     for name, tensor in donor.state_dict().items():
-        if not name.startswith("ta_head"):
+        if not name.startswith(("ta_head", "vision_proj")):
             assert torch.equal(state[name], tensor), name
             assert torch.equal(state[name.replace("encoder.", "encoder_m.", 1)], tensor)
 

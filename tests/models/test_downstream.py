@@ -89,8 +89,9 @@ def test_swapping_the_images_matters_and_each_layer_attends_to_its_own(make_othe
 def test_text_assignment_places_the_own_image_as_the_label_says(make_other, make_batch):
     seen = []
     for step in range(50):
-        first, second, label = assign(6, Draws(0, step))
+        first, second, label = assign(torch.zeros(6, 6), Draws(0, step))
         own = torch.arange(6)
+        assert (first != second).all()
         assert torch.equal(first == own, label == 0)
         assert torch.equal(second == own, label == 1)
         seen += label.tolist()
@@ -99,6 +100,21 @@ def test_text_assignment_places_the_own_image_as_the_label_says(make_other, make
     batch.pop("image_id", None)
     assert sound(make_other(SoftMaskNlvrPretrain), batch)["loss"] > 0
     assert make_other(SoftMaskNlvrPretrain)(make_batch(1))["loss"].isfinite()
+
+
+def test_text_assignment_draws_similar_images_most_often():
+    """In proportion to the softmax of similarities, the own image left out, as in ALBEF."""
+    similarity = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    counts, own = torch.zeros(2, 4, 4), torch.arange(4)
+    for step in range(3000):
+        first, second, label = assign(similarity, Draws(0, step))
+        for position, other in enumerate((second, first)):
+            rows = own[label == position]
+            counts[position, rows, other[rows]] += 1
+    expected = similarity.softmax(dim=1).fill_diagonal_(0)
+    expected /= expected.sum(dim=1, keepdim=True)
+    for found in counts / counts.sum(dim=2, keepdim=True):
+        torch.testing.assert_close(found, expected, atol=0.05, rtol=0)
 
 
 # ---- questions
