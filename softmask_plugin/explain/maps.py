@@ -80,8 +80,8 @@ def word_maps(model: AlignedBase, images: Tensor, captions: Sequence[str]) -> Wo
 def phrase_maps(words: WordMaps) -> Tensor:
     """Mean map of each caption's words: (B, h, w), float32; zeros for a caption without words.
 
-    ALBEF's evaluation on RefCOCO+ averages over tokens instead, so [CLS] and [SEP] count too, and a
-    word counts once for each of its pieces.
+    ALBEF's evaluation on RefCOCO+ averages over tokens instead, so [CLS] counts too, and a word
+    counts once for each of its pieces.
     """
     count = words.real.sum(dim=1).clamp_min(1)
     return words.maps.sum(dim=1) / count[:, None, None]

@@ -121,8 +121,8 @@ class SoftMaskVqa(DistilledBase):
     ) -> list[str]:
         """Choose answers from a list, for LAVIS's task ``vqa``.
 
-        As in ALBEF, the answers with the likeliest first tokens are candidates; the candidate whose
-        tokens are the likeliest together is the answer.
+        The answers with the likeliest first tokens are candidates, and the likeliest candidate is
+        the answer, as in LAVIS. The original ALBEF counts a candidate's first token twice.
 
         Args:
             samples: ``image`` (B, 3, H, W) and ``text_input``, a question or a list of B.

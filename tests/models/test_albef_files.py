@@ -13,9 +13,16 @@ from omegaconf import OmegaConf
 from toy_models import CAPTIONS, EVERY_MODEL, plain_bert
 from toys import build
 
+from softmask_plugin.config.options import read_options
 from softmask_plugin.errors import UserError
 from softmask_plugin.files.checkpoint import open_checkpoint
-from softmask_plugin.models import SoftMaskPretrain, SoftMaskVqa, weights
+from softmask_plugin.models import (
+    SoftMaskClassification,
+    SoftMaskNlvr,
+    SoftMaskPretrain,
+    SoftMaskVqa,
+    weights,
+)
 from softmask_plugin.runners.resume import load_run
 
 # VQA's decoder takes over layers that attend to images: both encoders must be as wide
@@ -104,6 +111,13 @@ def test_token_types_of_another_shape_get_one_line(make_model, original, tmp_pat
     torch.save(state, tmp_path / "a.pth")
     with pytest.raises(UserError, match="a.pth: 'text_encoder.bert.*token_type.* does not fit"):
         make_model(**SHAPE).load_checkpoint(str(tmp_path / "a.pth"))
+
+
+@pytest.mark.parametrize(("cls", "kind"), [(SoftMaskClassification, "ve"), (SoftMaskNlvr, "nlvr")])
+def test_statements_of_entailment_and_nlvr2_are_not_cut(cls, kind):
+    section = OmegaConf.load(cls.default_config_path(kind)).model
+    options = read_options(cls.OPTIONS, section)
+    assert options.max_txt_len == options.bert.max_positions == 512
 
 
 def ends(model):
