@@ -74,7 +74,7 @@ def test_a_score_that_is_no_number_is_an_error(tmp_path, score):
     assert not list(runner.output_dir.glob("*.pth"))
 
 
-def test_resume_goes_on_where_the_checkpoint_ends(tmp_path):
+def test_resume_continues_where_the_checkpoint_ends(tmp_path):
     whole = build(tmp_path, job_id="whole", max_epoch=4, keep_checkpoints=None)
     whole.train()
     saved = torch.load(whole.output_dir / "checkpoint_1.pth", weights_only=True)
@@ -221,7 +221,7 @@ def test_no_usable_checkpoint_is_an_error(tmp_path):
         build(tmp_path, **OPTIONS).train()
 
 
-def test_going_on_by_itself_needs_the_same_model(tmp_path):
+def test_resuming_by_itself_needs_the_same_model(tmp_path):
     interrupted(tmp_path, 32)
     again = build(tmp_path, **OPTIONS)
     again.resolved_config["model"] = {"itc": {"gamma": 1.0}}
@@ -280,7 +280,7 @@ def test_another_vocabulary_of_the_same_size_is_refused(tmp_path):
     assert (first.output_dir / "vocab.txt").read_text().split() == ["[PAD]", "red", "blue"]
 
 
-def test_the_best_checkpoint_comes_along_into_a_new_folder(tmp_path, caplog):
+def test_a_new_folder_gets_the_best_checkpoint(tmp_path, caplog):
     scores = [-1.0, -5.0, -4.0]
     options = {"max_epoch": 3, "valid_splits": ["val"], "test_splits": ["test"]}
     first = build(tmp_path, ScriptedTask(scores), keep_checkpoints=None, **options)
