@@ -20,6 +20,9 @@ from softmask_plugin.files.checkpoint import (
 from softmask_plugin.models.checkpoint_keys import adapt, fold_token_types
 
 BERT_FILES = ("pytorch_model.bin", "model.safetensors")
+# Tensors of the encoders, without the MLM head and the position ids, which are no weights
+_ENCODER = re.compile(r"(visual_encoder|text_(en|de)coder)(_m)?\.(?!cls\.)(?!.*position_ids$)")
+_LAYER = ".layer."
 DEIT_URL = "https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth"
 
 
@@ -27,8 +30,8 @@ def load(model: nn.Module, checkpoint: Checkpoint, fusion_layer: int) -> None:
     """Load a checkpoint of this plugin, of LAVIS's ALBEF or of the original ALBEF.
 
     Position embeddings are interpolated to the model's image size. Momentum encoders that the
-    checkpoint lacks start from its online encoders. One line of the log says what did not match; it
-    is a warning if shapes differ.
+    checkpoint lacks start from its online encoders. The encoders must fit; heads and queues may
+    differ, which one line of the log says, a warning if shapes differ.
 
     Args:
         model: The model.
@@ -36,8 +39,8 @@ def load(model: nn.Module, checkpoint: Checkpoint, fusion_layer: int) -> None:
         fusion_layer: First text layer of the model with cross-attention.
 
     Raises:
-        UserError: Nothing in the checkpoint fits the model, or a tensor that fits holds NaN or
-            infinite values.
+        UserError: Nothing in the checkpoint fits the model, its encoders have another shape, or a
+            tensor that fits holds NaN or infinite values.
     """
     own, source = model.state_dict(), checkpoint.path
     state = adapt(fold_token_types(checkpoint.state, source), own, fusion_layer)
@@ -53,6 +56,7 @@ def load(model: nn.Module, checkpoint: Checkpoint, fusion_layer: int) -> None:
         fitting.pop("queue_ptr", None)
     if not fitting:
         raise UserError(f"{source} has no tensor that fits this model: is it a checkpoint?")
+    _require_encoders(state, own, source)
     require_sound(fitting, source)
     if "queue_ptr" in fitting:
         _require_position(int(fitting["queue_ptr"]), own["image_queue"], source)
@@ -68,6 +72,20 @@ def load(model: nn.Module, checkpoint: Checkpoint, fusion_layer: int) -> None:
         _listed("; other shape: ", other),
         _listed("; not used: ", state.keys() - own.keys()),
     )
+
+
+def _require_encoders(state: StateDict, own: StateDict, source: object) -> None:
+    """Raise UserError where an encoder would keep random weights or lose trained ones."""
+    ours, theirs = ({k for k in keys if _ENCODER.match(k)} for keys in (own, state))
+    mine = {key.partition(".")[0] for key in ours}
+    for key in sorted(ours | {k for k in theirs if k.partition(".")[0] in mine and _LAYER in k}):
+        given, wanted = (str(tuple(d[key].shape)) if key in d else "none" for d in (state, own))
+        if given != wanted:
+            raise UserError(
+                f"{source} does not fit the model's encoders: '{key}' is {given} in the file, "
+                f"{wanted} in the model: set model.vit, model.bert and model.tokenizer as they "
+                "were when it was trained"
+            )
 
 
 def initialise(model: nn.Module, vit: str | None, bert: str | None) -> None:
