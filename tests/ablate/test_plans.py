@@ -9,8 +9,6 @@ from softmask_plugin import cli
 from softmask_plugin.ablate.plan import read_plan
 from softmask_plugin.errors import UserError
 
-SCENES = ("scenes", "scenes_tasks")
-
 
 def test_a_plan_gives_the_options_of_each_run(write_plan):
     variants = {"albef": [], "deep": ["model.bert.layers=6", "model.itc.gamma=1"]}
@@ -24,14 +22,6 @@ def test_a_plan_gives_the_options_of_each_run(write_plan):
     assert pretrain.options[-1] == given[0] and retrieval.options[-2:] == (*given,)
     # Other stages must have the model's shape, and nothing else of a variant's
     assert plan.options("deep", retrieval) == [*retrieval.options, "model.bert.layers=6"]
-
-
-def test_the_plans_of_scenes_can_share_a_folder():
-    evaluation, tasks = (read_plan(f"lavis_configs/ablation/{name}.yaml") for name in SCENES)
-    assert tasks.base == evaluation.base and tasks.baseline == evaluation.baseline
-    assert tasks.variants.items() <= evaluation.variants.items()
-    names = [stage.name for plan in (evaluation, tasks) for stage in plan.evaluate]
-    assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize(

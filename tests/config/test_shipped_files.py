@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from softmask_plugin.vocabulary import build_tokenizer
 PROJECTS = config_check.shipped_configs()
 PLAN = OmegaConf.load(CONFIGS / "ablation" / "pretrain_4m.yaml")
 # Every project, and every variant of the plan of the same size: a file's name and overrides
-RUNS = {name.removeprefix("lavis_configs/projects/"): (name, ()) for name in PROJECTS}
+RUNS = {name: (name, ()) for name in PROJECTS}
 RUNS |= {f"ablation/{name}": (PLAN.base.config, own) for name, own in PLAN.variants.items()}
 EVERY_FILE = sorted(CONFIGS.rglob("*.yaml"))
 # Makes any model small, and downloads nothing
@@ -44,7 +45,7 @@ def loaded(name, *options):
     return launch.load_config(name, [*for_trial(name), *options], evaluate="/eval/" in name)
 
 
-@pytest.fixture(params=RUNS)
+@pytest.fixture(params=RUNS, scope="module")
 def project(request):
     name, options = RUNS[request.param]
     return loaded(name, *options)
@@ -142,9 +143,15 @@ def test_every_registered_type_has_a_project_or_an_example():
     assert ours - trained == {"softmask_feature_extractor"}
 
 
+@cache
+def plan_of(name):
+    """A shipped plan; reading it checks the configuration of every run, which takes seconds."""
+    return read_plan(name, ["run.device=cpu"])
+
+
 @pytest.mark.parametrize("name", shipped_plans())
 def test_every_option_of_a_plan_is_accepted(name):
-    plan = read_plan(name, ["run.device=cpu"])  # checks the configuration of every run
+    plan = plan_of(name)
     for variant in plan.variants:
         config = launch.load_config(plan.base.config, plan.options(variant, plan.base))
         for data, section in config.datasets_cfg.items():
@@ -156,8 +163,16 @@ def test_a_plan_says_what_each_variant_tests(name):
     lines = shipped_plans()[name].read_text("utf-8").splitlines()
     lines = lines[lines.index("variants:") :]
     named = [i for i, line in enumerate(lines) if re.match(r"  \w+:", line)]
-    assert len(named) == len(read_plan(name, ["run.device=cpu"]).variants)
+    assert len(named) == len(plan_of(name).variants)
     assert all(lines[i - 1].startswith("  # ") for i in named)
+
+
+def test_the_plans_of_scenes_can_share_a_folder():
+    evaluation, tasks = map(plan_of, ("ablation/scenes", "ablation/scenes_tasks"))
+    assert tasks.base == evaluation.base and tasks.baseline == evaluation.baseline
+    assert tasks.variants.items() <= evaluation.variants.items()
+    names = [stage.name for plan in (evaluation, tasks) for stage in plan.evaluate]
+    assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize("file", EVERY_FILE, ids=lambda file: str(file.relative_to(CONFIGS)))
