@@ -55,7 +55,7 @@ def test_the_model_is_built(project):
     section = OmegaConf.to_container(project.model_cfg, resolve=True)
     cls = registry.get_model_class(section["arch"])
     read_options(cls.OPTIONS, section)  # every key is the schema's, with a value that it allows
-    queue = {"queue_size": 8} if "queue_size" in section else {}
+    queue = {"queue_size": 8} if hasattr(cls.OPTIONS, "queue_size") else {}
     model = cls.from_config(OmegaConf.merge(section, SMALL, queue))
     assert type(model) is cls
     assert registry.get_task_class(project.run_cfg.task)
