@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ PROJECT = "softmask"  # on Weights & Biases, unless run.wandb names one
 class Boards:
     """Writes to TensorBoard if it is installed, and to Weights & Biases if ``run.wandb`` asks.
 
-    A board opens with the first write. Use it on the main process only.
+    They open with the first write. Use this on the main process only.
 
     Args:
         folder: The run's folder; TensorBoard's files go into ``tensorboard``.
@@ -39,97 +39,71 @@ class Boards:
         self._folder, self._config = folder, config
         run = config.get("run", {})
         self.began = 0
+        self._tensorboard = setting(run, "tensorboard") and find_spec("tensorboard") is not None
         self._wandb = setting(run, "wandb")
         if self._wandb and find_spec("wandb") is None:
             raise UserError("run.wandb is set, but wandb is not installed: pip install wandb")
-        self._makers: list[Callable[[], Any]] = []
-        if setting(run, "tensorboard") and find_spec("tensorboard") is not None:
-            self._makers.append(self._tensorboard)
-        if self._wandb:
-            self._makers.append(self._weights_and_biases)
-        self._boards: list[Any] | None = None
+        self._writer: Any = None  # TensorBoard's, while it is open
+        self._run: Any = None  # that of Weights & Biases, while it is open
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Show the numbers of a line of metrics.jsonl under the name of its split."""
+        self._open()
+        step = record.get("step") or 0
         numbers = {
             f"{record['split']}/{name}": float(value)
             for name, value in record.items()
             if name not in NO_NUMBERS and isinstance(value, (int, float, np.number))
         }
-        for board in self._opened():
-            board.numbers(numbers, record.get("step") or 0)
+        if self._writer is not None:
+            for name, value in numbers.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()  # a killed run should not lose what it showed
+        if self._run is not None:
+            self._run.log({**numbers, "step": step})
 
     def picture(self, name: str, path: Path, step: int) -> None:
         """Show a PNG file."""
-        for board in self._opened():
-            board.picture(name, path, step)
+        self._open()
+        if self._writer is not None:
+            pixels = np.asarray(Image.open(path).convert("RGB"))
+            self._writer.add_image(name, pixels, step, dataformats="HWC")
+        if self._run is not None:
+            import wandb
+
+            self._run.log({name: wandb.Image(str(path)), "step": step})
 
     def close(self) -> None:
         """Flush and close; the next write opens the boards again."""
-        for board in self._boards or ():
-            board.close()
-        self._boards = None
+        if self._writer is not None:
+            self._writer.close()
+        if self._run is not None:
+            self._run.finish()
+        self._writer = self._run = None
 
-    def _opened(self) -> list[Any]:
-        if self._boards is None:
-            boards = [make() for make in self._makers]
-            self._boards = [board for board in boards if board is not None]
-        return self._boards
+    def _open(self) -> None:
+        if self._tensorboard and self._writer is None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except Exception as error:  # it is optional: a broken one must not stop a run
+                logging.warning("no TensorBoard: it cannot be imported (%s)", error)
+                self._tensorboard = False
+            else:
+                later = self.began + 1 if self.began else None
+                self.began = 0  # if it opens again, keep what this process wrote
+                folder = str(self._folder / "tensorboard")
+                self._writer = SummaryWriter(folder, purge_step=later)
+        if self._wandb and self._run is None:
+            import wandb
 
-    def _tensorboard(self) -> _TensorBoard | None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except Exception as error:  # it is optional: a broken installation must not stop a run
-            logging.warning("no TensorBoard: it cannot be imported (%s)", error)
-            self._makers.remove(self._tensorboard)
-            return None
-        later = self.began + 1 if self.began else None
-        self.began = 0  # if the board opens again, keep what this process wrote
-        return _TensorBoard(SummaryWriter(str(self._folder / "tensorboard"), purge_step=later))
-
-    def _weights_and_biases(self) -> _WeightsAndBiases:
-        import wandb
-
-        name = self._folder.name
-        run = wandb.init(
-            project=self._wandb if isinstance(self._wandb, str) else PROJECT,
-            id=name,
-            name=name,
-            dir=str(self._folder),
-            resume="allow",
-            config=dict(self._config),
-        )
-        # A split's numbers may belong to an earlier step, which wandb's own step count forbids
-        run.define_metric("*", step_metric="step")
-        return _WeightsAndBiases(run, wandb.Image)
-
-
-class _TensorBoard:
-    def __init__(self, writer: Any) -> None:
-        self._writer = writer
-
-    def numbers(self, numbers: Mapping[str, float], step: int) -> None:
-        for name, value in numbers.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()  # a killed run should not lose what it showed
-
-    def picture(self, name: str, path: Path, step: int) -> None:
-        pixels = np.asarray(Image.open(path).convert("RGB"))
-        self._writer.add_image(name, pixels, step, dataformats="HWC")
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _WeightsAndBiases:
-    def __init__(self, run: Any, image: Any) -> None:
-        self._run, self._image = run, image
-
-    def numbers(self, numbers: Mapping[str, float], step: int) -> None:
-        self._run.log({**numbers, "step": step})
-
-    def picture(self, name: str, path: Path, step: int) -> None:
-        self._run.log({name: self._image(str(path)), "step": step})
-
-    def close(self) -> None:
-        self._run.finish()
+            name = self._folder.name
+            self._run = wandb.init(
+                project=self._wandb if isinstance(self._wandb, str) else PROJECT,
+                id=name,
+                name=name,
+                dir=str(self._folder),
+                resume="allow",
+                config=dict(self._config),
+            )
+            # A split's numbers may belong to an earlier step, which wandb's own count forbids
+            self._run.define_metric("*", step_metric="step")

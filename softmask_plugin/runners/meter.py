@@ -30,7 +30,7 @@ class LossMeter:
         self._drained: Totals = {}  # over all processes, before
 
     def add(self, name: str, value: Tensor) -> None:
-        """Add ``value``, a 0-dim tensor, to the mean called ``name``."""
+        """Add a 0-dim tensor to the mean called ``name``."""
         self._step.append((name, value.detach().float()))
 
     @contextmanager
@@ -43,11 +43,8 @@ class LossMeter:
                     for name, value in terms(output).items():
                         self.add(name, value)
 
-        handle = model.register_forward_hook(hook)
-        try:
+        with model.register_forward_hook(hook):
             yield
-        finally:
-            handle.remove()
 
     def finite(self) -> Tensor:
         """Whether all values of the step are finite, 0-dim bool, on the device."""
@@ -67,11 +64,7 @@ class LossMeter:
         return values
 
     def fold(self) -> dict[str, Any]:
-        """Add up over all processes; all of them must call this.
-
-        Returns:
-            The meter's state as plain values, for :meth:`restore`.
-        """
+        """Add up over all processes, which must all call this; return plain values to restore."""
         sums = torch.stack(list(self._sums.values())).tolist() if self._sums else []
         mine = dict(zip(self._sums, zip(sums, self._counts.values(), strict=True), strict=True))
         self._sums, self._counts = {}, {}

@@ -10,6 +10,7 @@ from typing import Any
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from softmask_plugin.errors import UserError
 from softmask_plugin.files.checkpoint import Checkpoint, open_checkpoint
@@ -43,7 +44,7 @@ def replay(file: str | Path) -> list[str]:
     for i, batch in enumerate(content["batches"]):
         number = batch["iters"] * config.run.get("accum_grad_iters", 1) + i  # within the epoch
         seed_draws(int(config.run.seed), content["rank"], batch["epoch"], number)
-        with _first_bad_module(model) as found:
+        with _bad_modules(model) as found:
             output = model(batch)
         output["loss"].backward()
         terms = {k: v.item() for k, v in output.items() if isinstance(v, Tensor) and v.ndim == 0}
@@ -71,29 +72,21 @@ def _open(file: Path) -> Checkpoint:
 
 
 def _without_weights(model: Any) -> Any:
-    """Return the model's section without weights to start from: the file has them all."""
+    """The model's section without weights to start from: the file has them all."""
     nothing = ("pretrained", "finetuned", "vit_weights", "bert_weights", "load_finetuned")
     return OmegaConf.merge(model, {key: None for key in nothing if key in model})
 
 
 @contextmanager
-def _first_bad_module(model: nn.Module) -> Iterator[list[str]]:
+def _bad_modules(model: nn.Module) -> Iterator[list[str]]:
     """Collect the names of modules whose outputs are not finite, in order."""
+    names = {module: name for name, module in model.named_modules()}
     found: list[str] = []
 
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            tensors = output if isinstance(output, (tuple, list)) else [output]
-            if any(
-                isinstance(t, Tensor) and not bool(t.detach().isfinite().all()) for t in tensors
-            ):
-                found.append(name)
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        tensors = output if isinstance(output, (tuple, list)) else [output]
+        if not all(t.detach().isfinite().all() for t in tensors if isinstance(t, Tensor)):
+            found.append(names[module])
 
-        return hook
-
-    handles = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if name]
-    try:
+    with register_module_forward_hook(hook):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()

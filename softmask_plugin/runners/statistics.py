@@ -10,35 +10,31 @@ import torch
 from torch import Tensor, nn
 
 
-def mask_terms(output: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Statistics of the masks in a model's output; empty without masks."""
-    if output.get("keep") is None:
-        return {}
-    return mask_statistics(output["keep"], output["word"])
-
-
 @torch.no_grad()
-def mask_statistics(keep: Tensor, word: Tensor) -> dict[str, Tensor]:
+def mask_terms(output: Mapping[str, Any]) -> dict[str, Tensor]:
     """Describe the masks of a batch, on its device and without waiting for it.
 
     Args:
-        keep: Factor of each image token, (B, 1 + patches), [CLS] first.
-        word: Picked word of each caption, (B,); -1 if there was none to pick.
+        output: A model's output. If it has masks, ``keep`` is the factor of each image token,
+            (B, 1 + patches), [CLS] first, and ``word`` the picked word of each caption, (B,), -1
+            if there was none to pick.
 
     Returns:
         Scalars: ``mask_hidden``, the mean share of the image that is masked; ``mask_spread``, the
         entropy of the mask over the largest possible, 0 for a single patch and 1 for all patches
         alike, averaged over captions with a mask; ``mask_no_word``, the share of captions without
-        a word to pick.
+        a word to pick. Empty without masks.
     """
-    hidden = 1 - keep[:, 1:].float()
+    if output.get("keep") is None:
+        return {}
+    hidden = 1 - output["keep"][:, 1:].float()
     total = hidden.sum(dim=1, keepdim=True)
     entropy = torch.special.entr(hidden / total.clamp_min(1e-12)).sum(dim=1)
     masked = (total > 0).sum().clamp_min(1)
     return {
         "mask_hidden": hidden.mean(),
         "mask_spread": entropy.sum() / masked / math.log(max(2, hidden.shape[1])),
-        "mask_no_word": (word < 0).float().mean(),
+        "mask_no_word": (output["word"] < 0).float().mean(),
     }
 
 

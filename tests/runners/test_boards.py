@@ -9,6 +9,7 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 from types import ModuleType
 
 import pytest
@@ -24,7 +25,7 @@ from softmask_plugin.host import environment
 from softmask_plugin.models.vqa import SoftMaskVqa
 from softmask_plugin.report import report_run
 from softmask_plugin.runners import boards, panels
-from softmask_plugin.runners.statistics import mask_statistics, queue_statistics
+from softmask_plugin.runners.statistics import mask_terms, queue_statistics
 
 
 def board(folder):
@@ -104,6 +105,7 @@ def test_what_is_trained_again_after_a_kill_is_shown_once(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         runner.train()
     assert len(board(runner.output_dir)[0]["train/loss"]) == 17
+    time.sleep(1)  # TensorBoard orders files by the second in their names
     again = build(tmp_path, **options)
     again.train()
     assert again.output_dir == runner.output_dir
@@ -172,15 +174,15 @@ def test_weights_and_biases_only_where_asked_for(tmp_path, wandb, monkeypatch):
 # ---- statistics
 
 
-def test_mask_statistics():
+def test_mask_terms():
     even, one, none = [0.5] * 4, [1.0, 0, 0, 0], [0.0] * 4
     hidden = torch.tensor([even, one, none])
     keep = torch.nn.functional.pad(1 - hidden, (1, 0), value=1.0)
-    found = mask_statistics(keep, torch.tensor([0, 2, -1]))
+    found = mask_terms({"keep": keep, "word": torch.tensor([0, 2, -1])})
     assert found["mask_hidden"] == pytest.approx((0.5 + 0.25 + 0) / 3)
     assert found["mask_spread"] == pytest.approx((1 + 0) / 2)
     assert found["mask_no_word"] == pytest.approx(1 / 3)
-    empty = mask_statistics(torch.ones(2, 5), torch.tensor([-1, -1]))
+    empty = mask_terms({"keep": torch.ones(2, 5), "word": torch.tensor([-1, -1])})
     assert empty["mask_spread"] == 0 and all(math.isfinite(value) for value in empty.values())
 
 
