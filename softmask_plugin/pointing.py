@@ -5,7 +5,7 @@ After Zhang et al., "Top-down Neural Attention by Excitation Backprop" (ECCV 201
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -55,12 +55,9 @@ def pointing_game(samples: Iterable[tuple[ArrayLike, Box, str]]) -> dict[str, di
         row = _score(np.asarray(heat, dtype=np.float64), box)
         for group in ("all", role):
             rows.setdefault(group, []).append(row)
-    names = ("hit", "chance", "energy_inside", "area")
+    names = ("hit", "chance", "energy_inside", "area", "count")
     return {
-        group: {
-            **dict(zip(names, np.mean(values, axis=0).tolist(), strict=True)),
-            "count": len(values),
-        }
+        group: dict(zip(names, [*np.mean(values, axis=0).tolist(), len(values)], strict=True))
         for group, values in rows.items()
     }
 
@@ -83,7 +80,9 @@ def hits(maps: np.ndarray, boxes: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
         ``hit``, the share of each map's (tied) peaks whose patch has its centre in the box, (N,);
         and ``chance``, the share of all patch centres in the box, (N,).
     """
-    inside = _over_grid(_centres_within, boxes, maps)
+    x0, y0, x1, y1 = _sides(boxes)
+    y, x = ((np.arange(n) + 0.5) / n for n in maps.shape[1:])  # centres of rows and columns
+    inside = ((y0 <= y) & (y <= y1))[:, :, None] & ((x0 <= x) & (x <= x1))[:, None, :]
     peaks = maps == maps.max(axis=(1, 2), keepdims=True)
     hit = (peaks & inside).sum(axis=(1, 2)) / peaks.sum(axis=(1, 2))
     return hit, inside.mean(axis=(1, 2))
@@ -94,28 +93,16 @@ def energy_inside(maps: np.ndarray, boxes: ArrayLike) -> np.ndarray:
 
     A patch on the box's edge counts by its part inside; an all-zero map counts as constant.
     """
+    x0, y0, x1, y1 = _sides(boxes)
+    height, width = maps.shape[1:]
+    rows = np.diff(np.clip(np.arange(height + 1) / height, y0, y1))  # length of each in the box
+    columns = np.diff(np.clip(np.arange(width + 1) / width, x0, x1))
+    overlap = height * width * rows[:, :, None] * columns[:, None, :]
     peak = maps.max(axis=(1, 2), keepdims=True)
     heat = np.where(peak > 0, maps / np.where(peak > 0, peak, 1), 1)
-    overlap = _over_grid(_overlap, boxes, maps)
     return (heat * overlap).sum(axis=(1, 2)) / heat.sum(axis=(1, 2))
 
 
-def _over_grid(
-    along: Callable[[np.ndarray, np.ndarray, int], np.ndarray], boxes: ArrayLike, maps: np.ndarray
-) -> np.ndarray:
-    """Outer product of ``along`` over the rows and the columns of a grid: (N, 4) -> (N, h, w)."""
-    x0, y0, x1, y1 = np.asarray(boxes, dtype=np.float64).reshape(-1, 4).T[..., None]
-    height, width = maps.shape[1:]
-    return along(y0, y1, height)[:, :, None] * along(x0, x1, width)[:, None, :]
-
-
-def _centres_within(low: np.ndarray, high: np.ndarray, n: int) -> np.ndarray:
-    """Which of n equal cells of [0, 1] have their centre in [low, high]: (N, 1) -> (N, n)."""
-    centres = (np.arange(n) + 0.5) / n
-    return (low <= centres) & (centres <= high)
-
-
-def _overlap(low: np.ndarray, high: np.ndarray, n: int) -> np.ndarray:
-    """Share of each of n equal cells of [0, 1] that lies in [low, high]: (N, 1) -> (N, n)."""
-    edges = np.clip(np.arange(n + 1) / n, low, high)
-    return np.diff(edges) * n
+def _sides(boxes: ArrayLike) -> np.ndarray:
+    """Left, upper, right and lower sides of N boxes: (N, 4) -> (4, N, 1)."""
+    return np.asarray(boxes, dtype=np.float64).reshape(-1, 4).T[..., None]

@@ -16,10 +16,9 @@ Describe = Callable[[Mapping[str, Any]], Mapping[str, Tensor]]  # of a model's o
 
 
 class LossMeter:
-    """Means of scalars over the steps that were taken, summed on their device.
+    """Means of scalars, which are summed on their device; only fold, drain and drop wait for it.
 
-    Added values belong to the current step until :meth:`keep` or :meth:`drop` ends it. Only
-    :meth:`fold`, :meth:`drain` and :meth:`drop` wait for the device.
+    Added values belong to the current step until :meth:`keep` or :meth:`drop` ends it.
     """
 
     def __init__(self) -> None:

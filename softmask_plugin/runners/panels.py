@@ -19,7 +19,6 @@ from softmask_plugin.processors.image import CLIP_MEAN, CLIP_STD
 from softmask_plugin.runners.boards import Boards
 
 PAIRS, WORDS = 4, 5  # pairs in a picture, and words of each
-DPI = 140
 
 
 class MaskPanels:
@@ -32,8 +31,8 @@ class MaskPanels:
     Args:
         folder: Folder for the pictures.
         every: Optimizer steps between pictures, besides one at the end of each epoch; None: never.
-        model: The model that is trained.
-        boards: They show the pictures too.
+        model: Which the run trains.
+        boards: To show the pictures too.
 
     Raises:
         UserError: The model has no matching head, so it has no maps to show.
@@ -75,7 +74,8 @@ class MaskPanels:
         self._boards.picture("masks", path, step)
 
     def _draw(self, model: Any, path: Path) -> None:
-        from softmask_plugin.explain.figure import Shown, word_panels  # matplotlib takes a second
+        # matplotlib takes a second to import
+        from softmask_plugin.explain.figure import DPI, Shown, word_panels
 
         images, captions = self._pairs["image"], self._pairs["text_input"]
         shown = [

@@ -22,11 +22,8 @@ class CosineLRScheduler:
 
     Args:
         optimizer: All its parameter groups get the same rate.
-        max_epoch: Epochs of the run.
         iters_per_epoch: Optimizer steps per epoch; only ``softmask_runner`` passes it.
-        min_lr: Rate at the end of the run.
-        init_lr: Rate after the warm-up, the highest.
-        warmup_steps: Steps of the warm-up, which may be longer than an epoch.
+        warmup_steps: Optimizer steps of the warm-up, which may be longer than an epoch.
         warmup_start_lr: Rate of the first step (``run.warmup_lr``); 0 if negative.
         kwargs: Options of LAVIS's other schedules (``decay_rate``), unused here.
 
@@ -60,11 +57,9 @@ class CosineLRScheduler:
         self.warmup_start_lr = max(float(warmup_start_lr), 0.0)  # LAVIS passes -1 for "not given"
         if self.warmup_steps >= self.total_steps:
             logging.warning(
-                "the warm-up (%d steps) is not shorter than the run (%d steps): the learning "
-                "rate never reaches run.init_lr = %g; lower run.warmup_steps",
-                self.warmup_steps,
-                self.total_steps,
-                init_lr,
+                f"the warm-up ({self.warmup_steps} steps) is not shorter than the run "
+                f"({self.total_steps} steps): the learning rate never reaches run.init_lr = "
+                f"{init_lr:g}; lower run.warmup_steps"
             )
 
     def lr_at(self, step: int) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lavis.common.dist_utils import main_process
+from lavis.common.dist_utils import is_main_process
 from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
 from torchvision.ops.boxes import box_iou
@@ -123,10 +123,8 @@ class GroundingTask(BaseTask):
             filename=f"{split_name}_grounding",
             remove_duplicate=self.inst_id_key,
         )
-        return self._report(file)
-
-    @main_process
-    def _report(self, file: str) -> dict[str, float]:
+        if not is_main_process():
+            return None
         results = json.loads(Path(file).read_text(encoding="utf-8"))
         metrics = grounding_metrics(results, self.annotation)
         logging.info("grounding: %s", metrics)
@@ -137,16 +135,14 @@ class GroundingTask(BaseTask):
 
 
 def box_scores(maps: np.ndarray, boxes: Sequence[Sequence[Box]], alpha: float) -> list[np.ndarray]:
-    """Score the candidate boxes of each map: its mass inside a box, over ``area ** alpha``.
+    """Score the candidate boxes of each map: ``energy_inside`` a box, over ``area ** alpha``.
 
-    Maps are scaled to a mass of 1, which changes no ranking within an image. A patch on a box's
-    edge counts by its part inside (ALBEF resizes maps to pixels instead); an all-zero map counts as
-    constant.
+    ALBEF does not scale maps to a mass of 1, which changes no ranking within an image, and resizes
+    them to pixels.
 
     Args:
         maps: (B, h, w), finite, >= 0.
         boxes: (K_i, 4) for each map, ``(x0, y0, x1, y1)`` in [0, 1], none empty.
-        alpha: Power of the area.
 
     Returns:
         (K_i,) for each map.
