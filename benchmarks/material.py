@@ -60,7 +60,7 @@ def texts(
         words: Words of a random caption; None: drawn from WORDS.
     """
     if captions is not None:
-        found = [c for item in parse_captions(captions, "val") for c in item.captions]
+        found = [c for item in parse_captions(captions, "val") for c in item["caption"]]
         return [found[i % len(found)] for i in range(count)]
     generator = torch.Generator().manual_seed(0)
     known = sorted(w for w in model.tokenizer.get_vocab() if w.isalpha())
@@ -76,7 +76,7 @@ def photos(captions: str | None, count: int) -> list[Image.Image]:
     """The first images of a caption file, which lie beside it; without one, random colours."""
     if captions is not None:
         rows = parse_captions(captions, "val")[:count]
-        return [Image.open(Path(captions).parent / row.image).convert("RGB") for row in rows]
+        return [Image.open(Path(captions).parent / row["image"]).convert("RGB") for row in rows]
     generator = np.random.default_rng(0)
     coarse = generator.integers(0, 256, (count, 24, 32, 3), dtype=np.uint8)
     return [Image.fromarray(pixels) for pixels in coarse]

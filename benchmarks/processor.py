@@ -33,8 +33,8 @@ def run(small: bool, captions: str | None, rounds: int) -> list[Row]:
         with TemporaryDirectory() as folder:
             kinds = {"of 640 x 480": write_jpegs(photos(captions, count), Path(folder))}
             if captions is not None:
-                rows_of_file = parse_captions(captions, "val")[:count]
-                kinds["as they are"] = [Path(captions).parent / row.image for row in rows_of_file]
+                parsed = parse_captions(captions, "val")[:count]
+                kinds["as they are"] = [Path(captions).parent / row["image"] for row in parsed]
             for kind, paths in kinds.items():
                 subjects: dict[str, Callable[[], float]] = {
                     "ours": lambda paths=paths: timed(

@@ -85,7 +85,7 @@ def _texts_of(file: Path) -> list[str]:
 
 
 def _captions(file: Path) -> list[str]:
-    return [caption for item in parse_captions(file, "train") for caption in item.captions]
+    return [caption for item in parse_captions(file, "train") for caption in item["caption"]]
 
 
 def _questions_and_answers(file: Path) -> list[str]:

@@ -14,17 +14,13 @@ from softmask_plugin.errors import UserError, suggest
 
 
 class Builder(BaseDatasetBuilder):
-    """Builds the data sets of the section ``datasets.<NAME>``; its default YAML lists the keys.
+    """Builds the data sets of the section ``datasets.<NAME>``; its default YAML lists the keys."""
 
-    Attributes:
-        NAME: The name under which the builder is registered.
-    """
-
-    NAME: str
+    NAME: str  # under which it is registered
 
     @property
     def place(self) -> str:
-        """The section's name, for error messages."""
+        """The section's name."""
         return f"datasets.{self.NAME}"
 
     def _download_data(self) -> None:
@@ -54,15 +50,10 @@ class Builder(BaseDatasetBuilder):
         self, split: str, annotation: Annotation, open_images: OpenImages, **arguments: Any
     ) -> ItemDataset:
         mode = "train" if split == "train" else "eval"
+        processors = self.vis_processors[mode], self.text_processors[mode]
         dataset_class: Any = getattr(self, f"{mode}_dataset_cls")
-        return dataset_class(
-            self.vis_processors[mode],
-            self.text_processors[mode],
-            annotation,
-            open_images,
-            **arguments,
-            **self._arguments(split),
-        )
+        arguments |= self._arguments(split)
+        return dataset_class(*processors, annotation, open_images, **arguments)
 
 
 def require_known(place: str, section: Iterable[Any], known: Iterable[str]) -> None:

@@ -144,7 +144,8 @@ def test_finetune_own_folder_renders_data(tmp_path, monkeypatch):
     for file, count in zip(files, (2000, 200), strict=True):
         items = parse_captions(file)
         assert len(items) == count
-        assert all((images / item.image).is_file() and len(item.captions) == 5 for item in items)
+        assert all((images / item["image"]).is_file() for item in items)
+        assert all(len(item["caption"]) == 5 for item in items)
 
 
 def test_evaluate_tasks(trained, tmp_path):

@@ -64,7 +64,7 @@ def test_a_caption_is_parsed_or_skipped_and_counted(tmp_path, caplog, kind):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"image": "a.jpg", "caption": ["fine", caption]}]))
     (item,) = parse_captions(path)
-    assert item.captions == (["fine"] if expected is None else ["fine", expected])
+    assert item["caption"] == (["fine"] if expected is None else ["fine", expected])
     assert ("1 unusable captions" in caplog.text) == (expected is None)
 
 
@@ -85,7 +85,7 @@ def test_100_000_characters_fit_into_a_table(tmp_path, suffix):
     with (tmp_path / f"a.{suffix}").open("w", newline="") as file:
         rows = csv.writer(file, delimiter="\t" if suffix == "tsv" else ",")
         rows.writerows([["image", "caption"], ["a.jpg", LONG]])
-    assert parse_captions(tmp_path / f"a.{suffix}")[0].captions == [LONG.strip()]
+    assert parse_captions(tmp_path / f"a.{suffix}")[0]["caption"] == [LONG.strip()]
 
 
 def test_a_long_caption_is_cut_to_the_allowed_tokens(tokenizer):

@@ -77,9 +77,9 @@ def test_a_file_gives_usable_items_or_a_user_error(tmp_path_factory, reader, suf
         return
     assert items
     if reader == "captions":
-        assert len({item.image for item in items}) == len(items)
+        assert len({item["image"] for item in items}) == len(items)
     for item in items:
-        usable(item if isinstance(item, (dict, str)) else vars(item))
+        usable(item)
 
 
 def usable(item: dict | str) -> None:
@@ -91,7 +91,7 @@ def usable(item: dict | str) -> None:
     shares = item.get("answer", {})
     assert not shares or sum(shares.values()) == pytest.approx(1)
     said = [item[key] for key in ("question", "sentence") if key in item]
-    for text in (*said, *shares, *item.get("captions", [])):
+    for text in (*said, *shares, *item.get("caption", [])):
         assert any(map(str.isalnum, text)) and text.encode()
 
 

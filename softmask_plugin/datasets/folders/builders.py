@@ -40,10 +40,7 @@ class CaptionsFolderBuilder(FolderBuilder):
     eval_dataset_cls = RetrievalDataset
 
     def _parse(self, file: Path, split: str, skipped: SkipLog) -> Annotation:
-        return [
-            {"image": item.image, "caption": item.captions, "image_id": item.image_id}
-            for item in parse_captions(file, split, skipped)
-        ]
+        return parse_captions(file, split, skipped)
 
 
 @register("builder", "vqa_folder")

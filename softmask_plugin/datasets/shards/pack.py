@@ -16,7 +16,7 @@ from tqdm import tqdm
 from softmask_plugin.datasets.images import UnreadableImageError, open_rgb
 from softmask_plugin.datasets.shards.files import IMAGE_SUFFIXES, INDEX, INDEX_KIND
 from softmask_plugin.datasets.skip_log import SkipLog
-from softmask_plugin.datasets.tables.captions import CaptionedImage, parse_captions
+from softmask_plugin.datasets.tables.captions import parse_captions
 from softmask_plugin.errors import UserError
 
 
@@ -76,19 +76,19 @@ def pack_shards(
 
 
 def _samples(
-    items: list[CaptionedImage], images: Path, defects: list[str]
+    items: list[dict[str, Any]], images: Path, defects: list[str]
 ) -> Iterator[dict[str, Any]]:
     """Yield numbered samples in webdataset's form; ``defects`` gets a line per unreadable image."""
     number = 0
     for item in tqdm(items, "packing", unit=" images"):
-        path = images / item.image
+        path = images / item["image"]
         try:
             data = _checked_bytes(path)
         except UnreadableImageError as error:
             defects.append(str(error))
             continue
         suffix = path.suffix[1:].lower()
-        about = {"caption": item.captions, "image_id": item.image_id, "image": item.image}
+        about = {key: item[key] for key in ("caption", "image_id", "image")}
         yield {
             "__key__": f"{number:08d}",
             suffix if suffix in IMAGE_SUFFIXES else "img": data,

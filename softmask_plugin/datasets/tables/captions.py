@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,24 +15,9 @@ from softmask_plugin.errors import UserError
 _KARPATHY_SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
 
 
-@dataclass
-class CaptionedImage:
-    """An image with its captions.
-
-    Attributes:
-        image: Path below the images folder, with "/" between its parts.
-        captions: One or more; each has a letter or digit.
-        image_id: The file's ``image_id``, or ``image`` if it has none.
-    """
-
-    image: str
-    captions: list[str]
-    image_id: str
-
-
 def parse_captions(
     path: str | Path, split: str | None = None, skipped: SkipLog | None = None
-) -> list[CaptionedImage]:
+) -> list[dict[str, Any]]:
     """Parse a caption file into one entry per image, in the order of the file.
 
     Rows of the same image are merged; the first ``image_id`` counts. A row without a usable image
@@ -49,27 +33,29 @@ def parse_captions(
             files hold one split.
         skipped: Where skipped rows are reported; None: a warning names the first.
 
+    Returns:
+        ``{"image", "caption", "image_id"}`` each, as in LAVIS's annotations: ``image`` is the path
+        below the images folder, with "/" between its parts, ``caption`` a list of one or more, and
+        ``image_id`` the file's, or ``image`` if it has none.
+
     Raises:
         UserError: The file is missing, malformed, or holds no usable row.
     """
     columns, parts = ("image", "caption"), "rows or captions"
     unpack = partial(_karpathy_rows, path, split)
-    images: dict[str, CaptionedImage] = {}
+    images: dict[str, dict[str, Any]] = {}
     for row in parse_table(path, columns, _parse, skipped, "caption", parts, unpack):
-        first = images.setdefault(row.image, row)
+        first = images.setdefault(row["image"], row)
         if first is not row:
-            first.captions += row.captions
+            first["caption"] += row["caption"]
     return list(images.values())
 
 
-def _parse(row: dict[str, Any], complaints: list[str]) -> CaptionedImage:
-    name = image_name(row["image"])
-    image_id = row.get("image_id")
-    return CaptionedImage(
-        name,
-        texts(row["caption"], "caption", complaints),
-        name if image_id in (None, "") else str(image_id),
-    )
+def _parse(row: dict[str, Any], complaints: list[str]) -> dict[str, Any]:
+    name, image_id = image_name(row["image"]), row.get("image_id")
+    captions = texts(row["caption"], "caption", complaints)
+    image_id = name if image_id in (None, "") else str(image_id)
+    return {"image": name, "caption": captions, "image_id": image_id}
 
 
 def _karpathy_rows(

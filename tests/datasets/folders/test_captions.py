@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from softmask_plugin.datasets import skip_log
 from softmask_plugin.datasets.skip_log import SkipLog
-from softmask_plugin.datasets.tables.captions import CaptionedImage, parse_captions
+from softmask_plugin.datasets.tables.captions import parse_captions
 from softmask_plugin.errors import UserError
 
 COLOURS = ["red", "green", "blue", "yellow", "purple", "orange"]
@@ -117,7 +117,7 @@ LAYOUTS = {
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_all_layouts_give_the_same_captions(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("layouts")
-    expected = [CaptionedImage(image, captions, image) for image, captions in rows.items()]
+    expected = [{"image": i, "caption": c, "image_id": i} for i, c in rows.items()]
     for name, layout in LAYOUTS.items():
         (folder / name).write_bytes(layout(rows).encode())
         assert parse_captions(folder / name, "train") == expected, name
@@ -131,8 +131,8 @@ def test_rows_of_one_image_are_merged(tmp_path):
         {"image": "a\\b.jpg", "caption": 5},
     ]
     assert parse_captions(write(tmp_path / "a.json", rows)) == [
-        CaptionedImage("a/b.jpg", ["one", "four", "5"], "coco_7"),
-        CaptionedImage("c.jpg", ["two", "three"], "c.jpg"),
+        {"image": "a/b.jpg", "caption": ["one", "four", "5"], "image_id": "coco_7"},
+        {"image": "c.jpg", "caption": ["two", "three"], "image_id": "c.jpg"},
     ]
 
 
@@ -143,7 +143,7 @@ def test_a_karpathy_file_is_split(tmp_path):
     ]
     path = write(tmp_path / "dataset.json", {"images": images})
     for split, expected in {"train": "01", "val": "2", "test": "34", None: "01234"}.items():
-        assert "".join(item.image[0] for item in parse_captions(path, split)) == expected
+        assert "".join(item["image"][0] for item in parse_captions(path, split)) == expected
     write(path, {"images": images[:2]})
     with pytest.raises(UserError, match="no image of split 'test'; its splits: {'train': 1, 'res"):
         parse_captions(path, "test")
@@ -175,7 +175,7 @@ def test_a_bad_row_is_skipped_and_reported(tmp_path, caplog, row):
     good = {"image": "a.jpg", "caption": "fine"}
     path = write(tmp_path / "a.json", [good, row])
     skipped = SkipLog(tmp_path / "skipped.log")
-    assert [item.image for item in parse_captions(path, skipped=skipped)] == ["a.jpg"]
+    assert [item["image"] for item in parse_captions(path, skipped=skipped)] == ["a.jpg"]
     assert "Skipped 1 rows or captions of a.json" in caplog.text
     assert f"{path}, entry 2: " in skipped.path.read_text()
     write(path, [row])
@@ -185,19 +185,19 @@ def test_a_bad_row_is_skipped_and_reported(tmp_path, caplog, row):
 
 def test_a_single_bad_caption_is_reported(tmp_path, caplog):
     path = write(tmp_path / "a.json", [{"image": "a.jpg", "caption": ["fine", None, "good"]}])
-    assert parse_captions(path)[0].captions == ["fine", "good"]
+    assert parse_captions(path)[0]["caption"] == ["fine", "good"]
     assert "entry 1: 1 unusable captions in ['fine', None, 'good']" in caplog.text
 
 
 def test_an_unquoted_delimiter_does_not_cut_a_caption(tmp_path, caplog):
     path = write(tmp_path / "a.csv", 'image,caption\na.jpg,"a cat, asleep"\nb.jpg,a cat, awake\n')
-    assert [item.captions for item in parse_captions(path)] == [["a cat, asleep"]]
+    assert [item["caption"] for item in parse_captions(path)] == [["a cat, asleep"]]
     assert "line 3: more fields than columns" in caplog.text
 
 
 def test_half_a_surrogate_pair_does_not_reach_the_tokenizer(tmp_path):
     path = write(tmp_path / "a.json", r'[{"image": "a.jpg", "caption": "a \ud83d cat"}]')
-    assert parse_captions(path)[0].captions == ["a ? cat"]
+    assert parse_captions(path)[0]["caption"] == ["a ? cat"]
 
 
 @pytest.mark.parametrize(
