@@ -22,20 +22,16 @@ from softmask_plugin.processors.text import CaptionProcessor
 if TYPE_CHECKING:  # matplotlib takes a second to import, and only figures need it
     from matplotlib.figure import Figure
 
-log = logging.getLogger(__name__)
-
 FORMATS = (".png", ".pdf", ".svg")
-PRINTED: dict[Any, Any] = {"pdf.fonttype": 42}  # text in a PDF can be searched and selected
 DPI = 300
 
 
 @dataclass(frozen=True)
 class ImageExplanation(Explanation):
-    """An explanation and its picture.
+    """An explanation and its picture, (H, W, 3) uint8.
 
-    Attributes:
-        image: The picture, (H, W, 3) uint8. The model saw it squeezed to a square, so the rows and
-            columns of a map divide this picture's height and width evenly.
+    The model saw the picture squeezed to a square: the rows and columns of a map divide its height
+    and width evenly.
     """
 
     image: np.ndarray
@@ -44,16 +40,16 @@ class ImageExplanation(Explanation):
         """Draw for each word the heat map over the picture, the soft mask, and the scores.
 
         Args:
-            width: The figure's width in inches, 2 to 40; 3.3 fits a column of most papers. Letters
-                keep their size, 6.5 to 8 points. None: each picture is 1.4 inches wide.
+            width: Inches, 2 to 40; 3.3 fits a column of most papers. Letters keep their size, 6.5
+                to 8 points. None: each picture is 1.4 inches wide.
 
         Raises:
             UserError: The width is out of range.
         """
         from softmask_plugin.explain.figure import Shown, word_panels
 
-        shown = Shown(self.image, self, range(len(self.words)))
-        return word_panels([shown], DPI, require_width(width))
+        require_width(width)
+        return word_panels([Shown(self.image, self, range(len(self.words)))], DPI, width)
 
     def save(self, path: str | Path, width: float | None = None) -> Path:
         """Write :meth:`figure` as PNG, PDF or SVG, by the path's suffix.
@@ -63,12 +59,12 @@ class ImageExplanation(Explanation):
         """
         import matplotlib as mpl
 
-        path = require_format(path)
-        figure = self.figure(width)
+        require_format(path)
+        path, figure = Path(path), self.figure(width)
         undated = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with mpl.rc_context(PRINTED):
+            with mpl.rc_context({"pdf.fonttype": 42}):  # text can be searched and selected
                 figure.savefig(path, dpi=DPI, metadata=undated.get(path.suffix))
         except OSError as error:
             raise UserError(f"cannot write the figure {path} ({error.strerror})") from error
@@ -161,25 +157,22 @@ def explain_image(
             limit = f"its text processor's max_words is {processor.max_words}"
         found = replace(found, caption=" ".join(processor.words(caption)))
     if found.cut:
-        log.warning("%s (%s)", found.cut, limit)
+        logging.getLogger(__name__).warning("%s (%s)", found.cut, limit)
     if words is not None:
         found = _select(found, model, [words] if isinstance(words, str) else words)
     return ImageExplanation(**vars(found), image=np.asarray(picture))
 
 
-def require_format(path: str | Path) -> Path:
-    """Return a figure's path; UserError unless it ends with one of ``FORMATS``."""
-    path = Path(path)
-    if path.suffix.lower() not in FORMATS:
+def require_format(path: str | Path) -> None:
+    """Raise UserError unless a figure's path ends with one of ``FORMATS``."""
+    if Path(path).suffix.lower() not in FORMATS:
         raise UserError(f"the figure's name '{path}' must end with {', '.join(FORMATS)}")
-    return path
 
 
-def require_width(width: float | None) -> float | None:
-    """Return a figure's width; UserError unless it is None or 2 to 40 inches."""
+def require_width(width: float | None) -> None:
+    """Raise UserError unless a figure's width is None or 2 to 40 inches."""
     if width is not None and not 2 <= width <= 40:
         raise UserError(f"the figure's width is {width:g}: it must be 2 to 40 inches")
-    return width
 
 
 def _open(image: str | Path | Image.Image | np.ndarray) -> Image.Image:

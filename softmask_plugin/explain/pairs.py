@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from softmask_plugin.config.options import SoftMaskOptions
 from softmask_plugin.errors import require_finite_scores
 from softmask_plugin.explain.maps import WordMaps, word_maps
 from softmask_plugin.nn.image_memory import View
@@ -75,7 +76,7 @@ def explain(model: AlignedBase, images: Tensor, captions: Sequence[str]) -> list
         captions: B processed captions.
 
     Returns:
-        One explanation for each pair, on the CPU.
+        B explanations, on the CPU.
 
     Raises:
         UserError: A map or a score is NaN or infinite.
@@ -93,11 +94,10 @@ def explain(model: AlignedBase, images: Tensor, captions: Sequence[str]) -> list
 
 def _explain_one(model: AlignedBase, image: Tensor, caption: str) -> Explanation:
     found = word_maps(model, image, [caption])
-    kind: Kind = "soft"
-    strength, option = 1.0, getattr(model.options, "soft_mask", None)
-    if option and option.enabled:
-        kind, strength = option.kind, option.strength
-    keep, masked_scores = match_masked(model, found, kind, strength)
+    mask = getattr(model.options, "soft_mask", None)
+    if mask is None or not mask.enabled:
+        mask = SoftMaskOptions()
+    keep, masked_scores = match_masked(model, found, mask.kind, mask.strength)
     require_finite_scores("a heat map or its score", found.maps, found.score, masked_scores)
     return Explanation(
         caption=caption,
@@ -106,8 +106,8 @@ def _explain_one(model: AlignedBase, image: Tensor, caption: str) -> Explanation
         masks=(1 - keep[:, 1:]).view_as(found.maps[0]).cpu(),
         score=found.score.item(),
         masked_scores=masked_scores.cpu(),
-        kind=kind,
-        strength=strength,
+        kind=mask.kind,
+        strength=mask.strength,
         kept=model.caption_tokenizer.truncate(caption),
     )
 

@@ -21,8 +21,6 @@ from softmask_plugin.models.aligned import AlignedBase
 # (model.arch, model.model_type) of the bundled model, the default; None asks for a checkpoint
 DEFAULT: tuple[str, str] | None = ("softmask_image_text_matching", "scenes_tiny")
 
-SECTIONS = ("model", "preprocess")  # those that options may change
-
 
 @dataclass(frozen=True)
 class Trained:
@@ -78,30 +76,25 @@ def load_trained(
         if DEFAULT is None:
             raise UserError("there are no weights to use: give --checkpoint FILE")
         arch, model_type = DEFAULT
-    overrides = parse_options(options, SECTIONS)
+    overrides = parse_options(options, sections=("model", "preprocess"))
     if checkpoint is None:
         config: Any = OmegaConf.merge(_config_of_type(arch, model_type), overrides)
         if not (config.model.get("pretrained") or config.model.get("finetuned")):
             raise UserError(
                 f"the type '{model_type}' of {arch} comes without weights: name a checkpoint of it"
             )
-        model = _model_class(config.model).from_config(config.model)
+        model = _model_class(config.model.arch).from_config(config.model)
     else:
         trusted = bool(OmegaConf.select(overrides, "model.trust_checkpoint"))
         opened = open_checkpoint(checkpoint, trusted)
         described = _config_of(opened) if arch is None else _config_of_type(arch, model_type)
         config = OmegaConf.merge(described, overrides)
-        model_class = _model_class(config.model)
-        _require_head(opened)
+        model_class = _model_class(config.model.arch)
+        if not any("itm_head." in key for key in opened.state):  # it would stay random
+            raise UserError(f"{opened.path} has no matching head (itm_head): it scores no pair")
         model = model_class.from_checkpoint(read_options(model_class.OPTIONS, config.model), opened)
     processors = _processors(config.get("preprocess") or {}, model.options.image_size)
     return Trained(model.eval(), *processors)
-
-
-def _require_head(checkpoint: Checkpoint) -> None:
-    """Without it the head would stay random, and so would the scores."""
-    if not any("itm_head." in key for key in checkpoint.state):
-        raise UserError(f"{checkpoint.path} has no matching head (itm_head), so it scores no pair")
 
 
 def _config_of(checkpoint: Checkpoint) -> DictConfig:
@@ -120,7 +113,7 @@ def _config_of(checkpoint: Checkpoint) -> DictConfig:
 
 
 def _config_of_type(arch: Any, model_type: str | None) -> DictConfig:
-    model_class = _model_class(OmegaConf.create({"arch": arch}))
+    model_class = _model_class(arch)
     types = model_class.PRETRAINED_MODEL_CONFIG_DICT
     if model_type not in types:
         raise UserError(f"unknown type '{model_type}' of {arch}: {suggest(str(model_type), types)}")
@@ -128,15 +121,14 @@ def _config_of_type(arch: Any, model_type: str | None) -> DictConfig:
     return config
 
 
-def _model_class(model: DictConfig) -> Any:
-    fitting, arch = _with_head(), str(model.get("arch"))
+def _model_class(arch: Any) -> Any:
+    fitting = _with_head()
     if arch not in fitting:
-        raise UserError(f"no model '{arch}' with a matching head: {suggest(arch, fitting)}")
+        raise UserError(f"no model '{arch}' with a matching head: {suggest(str(arch), fitting)}")
     return fitting[arch]
 
 
 def _with_head() -> dict[str, type[AlignedBase]]:
-    """Models with a matching head by name."""
     classes = {name: registry.get_model_class(name) for name in registry.list_models()}
     return {name: each for name, each in classes.items() if issubclass(each, AlignedBase)}
 
