@@ -19,8 +19,6 @@ MAX_PIXELS = 89_478_485
 # Formats of photographs and graphics. Pillow would pass EPS, which is a program, to Ghostscript.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
-_ALPHA_MODES = ("RGBA", "RGBa", "LA", "PA")
-
 
 class UnreadableImageError(UserError):
     """An image file cannot be decoded; the message is its path and the reason."""
@@ -45,7 +43,9 @@ def open_rgb(
     try:
         source = path if data is None else BytesIO(data)
         with _whole_files_only(), Image.open(source, formats=_known_formats()) as image:
-            _check_size(image)
+            if not 0 < image.width * image.height <= MAX_PIXELS:
+                size = f"{image.width} x {image.height} pixels"
+                raise ValueError(f"{size}: it must have 1 to {MAX_PIXELS:,}")
             if min_side is not None:
                 image.draft(None, (min_side, min_side))
             return to_rgb(ImageOps.exif_transpose(image))
@@ -58,16 +58,9 @@ def open_rgb(
 
 
 @cache
-def _known_formats() -> list[str]:
-    """The formats that this build of Pillow knows."""
+def _known_formats() -> list[str]:  # some are optional in a build of Pillow
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
-
-
-def _check_size(image: Image.Image) -> None:
-    pixels = image.width * image.height
-    if not 0 < pixels <= MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels: it must have 1 to {MAX_PIXELS:,}")
 
 
 @contextmanager
@@ -94,7 +87,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = _eight_bits(np.asarray(image, dtype=np.float64) / 65535)
     elif image.mode in ("I", "F"):
         image = _eight_bits(_unit_range(image))
-    elif image.mode in _ALPHA_MODES or "transparency" in image.info:
+    elif image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")

@@ -75,10 +75,13 @@ class ItemDataset(BaseDataset):
         )
 
     def _sample(self, index: int, key: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return an item, and its image and its text at a key, both processed."""
+        """Return an item, and its image and its text at a key (of several, any), processed."""
         item, (image,) = self.open(index)
-        text = self.text_processor(item[key])
-        return item, {"image": self.vis_processor(image), "text_input": text}
+        text = item[key]
+        if isinstance(text, list):
+            text = text[int(torch.randint(len(text), ()))]
+        pixels = self.vis_processor(image)
+        return item, {"image": pixels, "text_input": self.text_processor(text)}
 
 
 class PretrainDataset(ItemDataset):
@@ -96,15 +99,8 @@ class PretrainDataset(ItemDataset):
             item["image_id"] = numbers.setdefault(item["image_id"], len(numbers))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item, (image,) = self.open(index)
-        captions = item["caption"]
-        caption = captions[int(torch.randint(len(captions), ()))]
-        return {
-            "image": self.vis_processor(image),
-            "text_input": self.text_processor(caption),
-            "image_id": item["image_id"],
-            "instance_id": item["instance_id"],
-        }
+        item, sample = self._sample(index, "caption")
+        return {**sample, "image_id": item["image_id"], "instance_id": item["instance_id"]}
 
 
 class RetrievalDataset(ItemDataset):
@@ -180,13 +176,10 @@ class NLVRDataset(ItemDataset, nlvr_datasets.NLVRDataset):
             # Only at the start of a word: LAVIS would also turn the "right" in "bright".
             sides = {"left": "right", "right": "left"}
             sentence = re.sub(r"\b(left|right)", lambda word: sides[word[0]], sentence)
-        return {
-            "image0": self.vis_processor(images[0]),
-            "image1": self.vis_processor(images[1]),
-            "text_input": sentence,
-            "label": self.class_labels[item["label"]],
-            "instance_id": item["instance_id"],
-        }
+        image0, image1 = map(self.vis_processor, images)
+        label = self.class_labels[item["label"]]
+        sample = {"image0": image0, "image1": image1, "text_input": sentence, "label": label}
+        return {**sample, "instance_id": item["instance_id"]}
 
 
 class VQADataset(ItemDataset, vqa_datasets.VQADataset):
@@ -216,14 +209,13 @@ class VQAEvalDataset(ItemDataset, vqa_datasets.VQAEvalDataset):
     def __init__(self, *arguments: Any, answer_list: list[str] | None, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.answer_list = answer_list
-        self.coco_fmt_qust_file: str | None = None
-        self.coco_fmt_anno_file: str | None = None
+        files: tuple[str | None, str | None] = None, None
         if unanswered := sum(not item["answer"] for item in self.annotation):
             text = "%d of %d test questions have no answer: predictions are saved, but no accuracy"
             logging.warning(text, unanswered, len(self))
         else:
             files = write_coco_vqa(self, self.annotation)
-            self.coco_fmt_qust_file, self.coco_fmt_anno_file = files
+        self.coco_fmt_qust_file, self.coco_fmt_anno_file = files
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item, sample = self._sample(index, "question")

@@ -82,7 +82,7 @@ class Thing:
 
     @property
     def composition(self) -> Composition:
-        """(colour, shape)."""
+        """Colour and shape."""
         return self.colour, self.shape
 
     @property
@@ -108,12 +108,8 @@ class Scene:
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """A sentence with the boxes of its words.
-
-    Attributes:
-        boxes: For each word that names a thing: index in ``text.split()``, box (x0, y0, x1, y1) in
-            [0, 1], and role: ``"size"``, ``"colour"`` or ``"shape"``.
-    """
+    """A sentence and, for each word that names a thing, its index in ``text.split()``, the thing's
+    box (x0, y0, x1, y1) in [0, 1], and the word's role: "size", "colour" or "shape"."""
 
     text: str
     boxes: tuple[tuple[int, Box, str], ...]
@@ -122,11 +118,9 @@ class Caption:
 def heldout_compositions(fraction: float) -> frozenset[Composition]:
     """Return the (colour, shape) pairs that training never shows; they do not depend on the seed.
 
-    They lie along the diagonals of the colour × shape table, so that every colour and every shape
-    loses about the same share of its partners.
-
-    Args:
-        fraction: Share of all pairs, in [0, 0.5].
+    ``fraction``, in [0, 0.5], is their share of all pairs. They lie along the diagonals of the
+    colour × shape table, so that every colour and every shape loses about the same share of its
+    partners.
     """
 
     def diagonal(pair: Composition) -> int:
@@ -220,7 +214,7 @@ def make_scenes(
 
 
 def article(word: str) -> str:
-    """Return the article, ``a`` or ``an``, for a word."""
+    """``a`` or ``an``."""
     return "an" if word[0] in "aeiou" else "a"
 
 
@@ -245,12 +239,8 @@ def _place(
         if clear.any():
             break
     centres = places[clear.argmax()].tolist()
-    return tuple(
-        Thing(colour, shape, size, x, y, d)
-        for (colour, shape), size, (x, y), d in zip(
-            shown, sizes, centres, diameter.tolist(), strict=True
-        )
-    )
+    things = zip(shown, sizes, centres, diameter.tolist(), strict=True)
+    return tuple(Thing(*pair, size, x, y, d) for pair, size, (x, y), d in things)
 
 
 def _write(
@@ -263,10 +253,9 @@ def _write(
             words.append("and")
         if i and related:
             words += relation(things[0], thing).split()
-        named = [("size", thing.size)] if sized else []
-        named += [("colour", thing.colour), ("shape", thing.shape)]
-        words.append(article(named[0][1]))
-        for role, word in named:
+        roles = ("size", "colour", "shape") if sized else ("colour", "shape")
+        words.append(article(getattr(thing, roles[0])))
+        for role in roles:
             boxes.append((len(words), thing.box, role))
-            words.append(word)
+            words.append(getattr(thing, role))
     return Caption(" ".join(words), tuple(boxes))

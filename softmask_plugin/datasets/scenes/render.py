@@ -20,7 +20,7 @@ def _circle(radius: float = 1.0, x: float = 0.0) -> np.ndarray:
 
 def _star() -> np.ndarray:
     angle = np.arange(10) * np.pi / 5
-    radius = np.where(np.arange(10) % 2, 0.42, 1.0)
+    radius = np.tile([1.0, 0.42], 5)
     return np.stack([radius * np.sin(angle), -radius * np.cos(angle)], axis=1)
 
 
@@ -70,14 +70,9 @@ def render_item(size: int, item: dict[str, Any], min_side: int | None) -> list[I
 
 
 def render(scene: Scene, size: int) -> Image.Image:
-    """Draw a scene.
+    """Draw a scene as an RGB image of ``size`` × ``size`` pixels; boxes are exact to half a pixel.
 
-    Args:
-        scene: What to draw; its ``texture`` seeds grain and shades.
-        size: The image's side in pixels.
-
-    Returns:
-        RGB image, ``size`` × ``size``. A thing's box is exact to half a pixel.
+    The scene's ``texture`` seeds grain and shades.
     """
     rng = np.random.default_rng(scene.texture)
     shades = rng.integers(-7, 8, size=(len(scene.things) + 1, 3)).tolist()

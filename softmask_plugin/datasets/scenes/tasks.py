@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -49,8 +49,7 @@ Item = dict[str, Any]
 Option = TypeVar("Option")
 
 
-@dataclass(frozen=True, slots=True)
-class Reference:
+class Reference(NamedTuple):
     """Words that fit only one thing of a scene, perhaps by its relation to an ``anchor``."""
 
     text: str
@@ -82,11 +81,8 @@ def references(things: Sequence[Thing], secret: str | None = None) -> list[Refer
     """List all expressions that fit exactly one of the things.
 
     They are "the small red circle" with one to three of its words ("the red thing" without the
-    shape), and "the thing above the red circle".
-
-    Args:
-        things: The things of a scene.
-        secret: ``"colour"``, ``"shape"`` or ``"size"``, which no expression may tell.
+    shape), and "the thing above the red circle". None tells the ``secret``: ``"colour"``,
+    ``"shape"`` or ``"size"``.
     """
     attributes = [name for name in ("size", "colour", "shape") if name != secret]
     subsets = [told for n in range(len(attributes)) for told in combinations(attributes, n + 1)]
@@ -158,10 +154,9 @@ def entail(scene: Scene, pool: Sequence[Composition]) -> Item:
         NEUTRAL: _pick(rng, values),
         CONTRADICTION: _pick_near(rng, wrong, [value for value in wrong if value in seen]),
     }[label]
-    said = said if secret == "colour" else _a(said)
+    sentence = f"{meant.text} is {said if secret == 'colour' else _a(said)}"
     x0, y0, x1, y1 = hidden.box
     curtain = (x0 - GAP / 2, y0 - GAP / 2, x1 + GAP / 2, y1 + GAP / 2)  # touches no other thing
-    sentence = f"{meant.text} is {said}"
     return {"scenes": (scene,), "curtain": curtain, "sentence": sentence, "label": label}
 
 
@@ -196,11 +191,7 @@ def ask(scene: Scene, pool: Sequence[Composition]) -> Item:
     """Ask for a colour, shape or size, whether something is there, or how many things are.
 
     "Yes" and "no" are equally frequent, and so are "small" and "large", and all counts. If a
-    question of another kind is impossible, the question is whether something is there.
-
-    Args:
-        scene: The scene in question.
-        pool: Compositions that may be asked for.
+    question of another kind is impossible, the question is whether something of ``pool`` is there.
 
     Returns:
         ``question``, ``answer`` ({one of ANSWERS: 1.0}) and ``kind``, one of KINDS.
@@ -253,8 +244,8 @@ def _pick_reference(rng: np.random.Generator, found: Sequence[Reference]) -> Ref
 
 
 def _name(thing: Thing, told: Sequence[str]) -> str:
-    words = [getattr(thing, attribute) for attribute in told]
-    return " ".join(["the", *words, *([] if "shape" in told else ["thing"])])
+    words = " ".join(getattr(thing, attribute) for attribute in told)
+    return f"the {words}" if "shape" in told else f"the {words} thing"
 
 
 def _a(words: str) -> str:

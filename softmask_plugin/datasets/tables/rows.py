@@ -67,10 +67,9 @@ def read_text(path: Path, kind: str) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: save it as UTF-8 ({error.reason})") from error
-    except OSError as error:
-        raise UserError(f"cannot read the {kind} file {path}: {error.strerror}") from error
-    except ValueError as error:  # an impossible path
-        raise UserError(f"cannot read the {kind} file {str(path)!r}: {error}") from error
+    except (OSError, ValueError) as error:  # ValueError: an impossible path
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read the {kind} file {path}: {reason}") from error
 
 
 def parse_json(path: Path, text: str | bytes) -> Any:
@@ -135,7 +134,7 @@ def _text(value: Any) -> str | None:
 
 def _checked(row: Any, columns: Sequence[str]) -> dict[str, Any]:
     if isinstance(row, Exception):
-        raise ValueError(str(row))
+        raise row
     if not isinstance(row, dict):
         expected = " and ".join(f"'{column}'" for column in columns)
         raise ValueError(f"expected {expected}, got {short(row)}")
@@ -157,8 +156,9 @@ def _rows(
     if suffix in (".csv", ".tsv") or (start not in ("[", "{") and suffix not in SUFFIXES):
         return _csv_rows(path, text, columns)
     first_line, _, rest = text.strip().partition("\n")
-    if start == "{" and rest and _is_object(first_line):
-        return _jsonl_rows(text)
+    if start == "{" and rest and isinstance(_json(first_line), dict):
+        lines = enumerate(text.split("\n"), 1)
+        return ((f"line {number}", _json(line)) for number, line in lines if line.strip())
     content = parse_json(path, text)
     if isinstance(content, dict) and (unpacked := unpack(content)) is not None:
         return unpacked
@@ -166,20 +166,11 @@ def _rows(
     return ((f"entry {number}", row) for number, row in enumerate(rows, 1))
 
 
-def _is_object(line: str) -> bool:
+def _json(line: str) -> Any:
     try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _jsonl_rows(text: str) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield f"line {number}", error
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return ValueError(str(error))
 
 
 def _csv_rows(path: Path, text: str, columns: Sequence[str]) -> Iterator[Row]:
