@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from softmask_plugin.explain.gallery import wrong_caption
 from softmask_plugin.explain.pairs import explain
 from softmask_plugin.explain.trained import load_trained
 
+read_once = cache(read_plan)  # it checks every run of the plan, for most of a second
 PLAN = "lavis_configs/ablation/small.yaml"  # variants albef, soft_mask and deeper, seeds 0 and 1
 
 
@@ -29,7 +31,8 @@ def ablation(tmp_path, monkeypatch):
 
     All have the shipped weights, but that soft_mask, seed 1, is sure that nothing matches.
     """
-    folder, plan, model = tmp_path / "ablation", read_plan(PLAN), load_trained().model
+    monkeypatch.setattr(giveaway, "read_plan", read_once)
+    folder, plan, model = tmp_path / "ablation", read_once(PLAN), load_trained().model
     section = {**OmegaConf.to_container(OmegaConf.structured(model.options)), "pretrained": None}
     finished = {("albef", 0): 0.0, ("albef", 1): 0.0, ("soft_mask", 1): 50.0}
     for (variant, seed), against in finished.items():
