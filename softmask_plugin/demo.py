@@ -95,7 +95,6 @@ def _pointing(scenes: SceneRetrievalDataset, explained: dict[int, Explanation]) 
 
 
 def _panel(scenes: SceneRetrievalDataset, text: int, explanation: Explanation) -> Figure:
-    """Picture of a scene: heat map and mask of each word for an object's colour or shape."""
     boxes = scenes.boxes(text)
     (scene,) = scenes.annotation[scenes.txt2img[text]]["scenes"]
     picture = np.asarray(render(scene, 256))

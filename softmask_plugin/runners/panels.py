@@ -29,10 +29,7 @@ class MaskPanels:
     the random state stay as they are.
 
     Args:
-        folder: Folder for the pictures.
         every: Optimizer steps between pictures, besides one at the end of each epoch; None: never.
-        model: Which the run trains.
-        boards: To show the pictures too.
 
     Raises:
         UserError: The model has no matching head, so it has no maps to show.

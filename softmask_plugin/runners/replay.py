@@ -17,8 +17,6 @@ from softmask_plugin.files.checkpoint import Checkpoint, open_checkpoint
 from softmask_plugin.fixed_draws import seed_draws
 from softmask_plugin.models.distillation import MomentumDistillation
 
-KEYS = {"batches", "step", "rank"}
-
 
 def replay(file: str | Path) -> list[str]:
     """Repeat the forward and backward passes of a ``bad_step_*.pth``, on the CPU in float32.
@@ -66,7 +64,7 @@ def _open(file: Path) -> Checkpoint:
         checkpoint = open_checkpoint(file)
     except UserError as error:
         raise UserError(f"{error}; {advice}") from error
-    if checkpoint.config is None or checkpoint.training.keys() != KEYS:
+    if checkpoint.config is None or checkpoint.training.keys() != {"batches", "step", "rank"}:
         raise UserError(f"{file} holds no bad step: {advice}")
     return checkpoint
 

@@ -31,13 +31,12 @@ from softmask_plugin.runners.bad_steps import BadSteps, gradient_norm
 from softmask_plugin.runners.boards import Boards
 from softmask_plugin.runners.checkpoint_files import CheckpointFiles, trained_state
 from softmask_plugin.runners.logs import RunLog, require_finite
-from softmask_plugin.runners.meter import LossMeter, loss_terms
+from softmask_plugin.runners.meter import LossMeter, loss_terms, mask_terms, queue_statistics
 from softmask_plugin.runners.panels import MaskPanels
 from softmask_plugin.runners.peers import any_process, peers_needed
 from softmask_plugin.runners.portable import PortableRunner
 from softmask_plugin.runners.resume import Progress, load_furthest, load_run
 from softmask_plugin.runners.run_folder import AUTO, release
-from softmask_plugin.runners.statistics import mask_terms, queue_statistics
 from softmask_plugin.vocabulary import vocabulary_of
 
 APPLIED = ("weight_decay", "betas")  # optimizer settings that a resumed run takes from its YAML

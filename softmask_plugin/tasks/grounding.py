@@ -26,7 +26,6 @@ from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.pointing import Box, energy_inside, hits
 from softmask_plugin.registry import register
 
-NEEDED = ("box", "boxes", "group")  # keys of each entry of a data set's `annotation`
 TIED = 1 - 1e-9  # scores that differ by rounding alone are equal
 
 
@@ -76,7 +75,7 @@ class GroundingTask(BaseTask):
                 "softmask_image_text_matching"
             )
         annotation = getattr(dataset, "annotation", None)
-        if not annotation or any(key not in annotation[0] for key in NEEDED):
+        if not annotation or not {"box", "boxes", "group"} <= annotation[0].keys():
             raise UserError(
                 f"run.task softmask_grounding cannot evaluate {type(dataset).__name__}, which has "
                 "no boxes: use a data set made for it, such as refcoco_plus_grounding"

@@ -25,7 +25,7 @@ from softmask_plugin.host import environment
 from softmask_plugin.models.vqa import SoftMaskVqa
 from softmask_plugin.report import report_run
 from softmask_plugin.runners import boards, panels
-from softmask_plugin.runners.statistics import mask_terms, queue_statistics
+from softmask_plugin.runners.meter import mask_terms, queue_statistics
 
 
 def board(folder):
