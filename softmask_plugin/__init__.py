@@ -16,8 +16,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 from softmask_plugin.host import stack
 
+# The console script (softmask_command.py) parses its arguments first. To run a command that needs
+# more, softmask_plugin/cli.py reloads this package.
+only_command = os.environ.pop("SOFTMASK_COMMAND", None) is not None
 _problems = stack.problems(stack.installed())
-if not _problems:
+if only_command:
+    pass
+elif not _problems:
     from softmask_plugin.host import compat
 
     compat.patch()

@@ -24,7 +24,11 @@ def main() -> int:
         return 2
     sys.argv = sys.argv[1:]
     sys.path[0] = str(script.resolve().parent)
-    runpy.run_path(str(script), run_name="__main__")
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

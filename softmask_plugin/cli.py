@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import io
+import os
+import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
-import torch.distributed as dist
-
-from softmask_plugin.errors import UserError
+import softmask_plugin
+from softmask_plugin.config.paths import find_file, shipped_configs, shipped_plans, summary
+from softmask_plugin.errors import UserError, advice_on, reason_of
 from softmask_plugin.host import stack
 
 Command = Callable[..., int | None]
@@ -39,23 +44,58 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0; 1 if the doctor finds a problem; 2 for a user error, printed in one line.
+        The exit code: 0; 1 if the doctor finds a problem; 2 for a user error or one of files and
+        networks, 130 for Ctrl-C, each with one line; 141 if nobody reads the output any more.
         Any other exception keeps its traceback.
     """
-    args = vars(PARSER.parse_args(argv))
-    run = args.pop("run")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # another encoding than UTF-8 lacks characters
+            stream.reconfigure(errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt_once)
     try:
-        if run is not _doctor and (problems := stack.problems(stack.installed())):
-            raise UserError(problems[0])
-        return run(**args) or 0
+        try:
+            return _run(**vars(PARSER.parse_args(argv)))
+        finally:
+            sys.stdout.flush()  # fails here, if it must, and not when the interpreter ends
     except UserError as error:
-        sys.stderr.write(f"softmask: error: {error}\n")  # LAVIS mutes print on ranks above 0
-        return 2
+        return _end(2, f"error: {error}")
+    except KeyboardInterrupt as stop:
+        first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, which all get it
+        how = str(stop) or "the same command starts anew"
+        return _end(130, f"interrupted: {how}" if first else "")
+    except UnicodeEncodeError as error:
+        return _end(2, f"error: {reason_of(error)}: choose a UTF-8 locale, as in LC_ALL=C.UTF-8")
+    except BrokenPipeError:  # as after "| head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a shell reports SIGPIPE
+    except OSError as error:
+        return _end(2, f"error: {advice_on(error)}")
     finally:
-        if dist.is_initialized():
-            from softmask_plugin import launch
-
+        if signal.getsignal(signal.SIGINT) is _interrupt_once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if launch := sys.modules.get("softmask_plugin.launch"):
             launch.leave_distributed()
+
+
+def _run(run: Command, **args: Any) -> int:
+    if run is not _doctor and (problems := stack.problems(stack.installed())):
+        raise UserError(problems[0])
+    if softmask_plugin.only_command and run is not _configs:
+        importlib.reload(softmask_plugin)
+    return run(**args) or 0
+
+
+def _interrupt_once(*_: Any) -> None:
+    """Handle Ctrl-C; a second one would only interrupt the end of data loaders and processes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _end(code: int, line: str) -> int:
+    if line:
+        sys.stderr.write(f"softmask: {line}\n")  # LAVIS mutes print on ranks above 0
+    return code
 
 
 def command(name: str, text: str, *args: Argument, **fixed: Any) -> Callable[[Command], Command]:
@@ -76,6 +116,11 @@ def argument(*flags: str, **settings: Any) -> Argument:
     return flags, settings
 
 
+def utf8(given: str) -> str:
+    """An argument of any bytes as text: UTF-8, whatever the locale."""
+    return given.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 FILE = "a YAML file, or one that 'softmask configs' lists"
 OPTIONS = argument(
     "--options",
@@ -92,7 +137,8 @@ WEIGHTS = (
     OPTIONS,
 )
 
-# Commands import what they need when they run: the doctor must work where LAVIS does not.
+# Commands import what they need when they run: the doctor must work where LAVIS does not, and help
+# must not wait for torch.
 
 
 @command("train", "train a model from a YAML file, then test it", *YAML, evaluate=False)
@@ -100,8 +146,22 @@ WEIGHTS = (
 def _launch(**args: Any) -> None:
     from softmask_plugin import launch
 
-    runner, _ = launch.run(**args)
+    try:
+        runner, _ = launch.run(**args)
+    except launch.Interrupted as stop:
+        raise KeyboardInterrupt(_how_to_resume(stop.checkpoint, **args)) from None
     print(f"Everything about this run is in {runner.output_dir}")
+
+
+def _how_to_resume(checkpoint: Any, cfg_path: str, options: list[str], evaluate: bool) -> str:
+    if evaluate:
+        return ""
+    if checkpoint is None:
+        return "nothing is saved yet, so the same command starts anew (see run.save_every_steps)"
+    train = "torchrun ... -m softmask_plugin.train" if "RANK" in os.environ else "softmask train"
+    kept = [each for each in options if not each.startswith("run.resume_ckpt_path=")]
+    given = shlex.join(["--cfg-path", cfg_path, "--options", *kept, "run.resume_ckpt_path=auto"])
+    return f"{train} {given} goes on from {checkpoint}"
 
 
 @command(
@@ -120,9 +180,9 @@ def _demo(**args: Any) -> None:
     "explain",
     "show where in an image each word of a caption looks, and what masking it does",
     argument("--image", required=True, metavar="FILE"),
-    argument("--caption", required=True, metavar="TEXT"),
+    argument("--caption", required=True, metavar="TEXT", type=utf8),
     *WEIGHTS,
-    argument("--word", action="append", help="explain this word only; may be repeated"),
+    argument("--word", action="append", type=utf8, help="explain this word only; may be repeated"),
     argument("-o", "--output", default="explanation.png", help="figure: .png, .pdf or .svg"),
     argument("--width", type=float, help="figure's width in inches; 3.3 fits a paper's column"),
     argument(
@@ -165,6 +225,7 @@ def _explain(
 def _app(images: str | None, port: int, **weights: Any) -> None:
     from softmask_plugin.explain import app
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the server has its own way to stop
     app.serve(app.Weights(**weights), images, port)
 
 
@@ -236,15 +297,19 @@ def _doctor(json: bool) -> int:
     return doctor.main(as_json=json)
 
 
-@command("configs", "list the shipped YAML files")
-def _configs() -> None:
-    from softmask_plugin.ablate.plan import shipped_plans
-    from softmask_plugin.config.check import shipped_configs, summary
-
+@command(
+    "configs",
+    "list the shipped YAML files, or print one",
+    argument("name", nargs="?", metavar="NAME", help="the file to print"),
+)
+def _configs(name: str | None) -> None:
     shipped = {**shipped_configs(), **shipped_plans()}
-    width = max(map(len, shipped), default=0)
-    for name, file in shipped.items():
-        print(f"{name:<{width}}  {summary(file)}".rstrip())
+    if name is not None:
+        print(find_file("softmask configs", name, shipped).read_text(encoding="utf-8"), end="")
+        return
+    width = max(map(len, shipped))
+    for short, file in shipped.items():
+        print(f"{short:<{width}}  {summary(file)}".rstrip())
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class UserError(Exception):
@@ -42,6 +44,15 @@ def reason_of(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def advice_on(error: OSError) -> str:
+    """What failed about a file, a disk or a network, and what to do, in one line."""
+    if error.strerror is None:  # of a library that downloads
+        return f"{reason_of(error)} (offline: HF_HUB_OFFLINE=1 uses what is there)"
+    what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return f"{what}: {'make room' if full else 'check the path, or name another one'}"
+
+
 def suggest(name: str, choices: Iterable[str], limit: int = 3) -> str:
     """The choices nearest to ``name``, worded to end an error message.
 
@@ -53,8 +64,13 @@ def suggest(name: str, choices: Iterable[str], limit: int = 3) -> str:
     names = sorted({str(choice) for choice in choices})
     close = difflib.get_close_matches(str(name), names, n=limit, cutoff=0.5)
     if close:
-        return "did you mean " + " or ".join(f"'{c}'" for c in close) + "?"
+        return did_you_mean(close)
     return "choose from " + ", ".join(f"'{n}'" for n in names) if names else "none is available"
+
+
+def did_you_mean(names: Iterable[str]) -> str:
+    """A question that names the choices, to end an error message."""
+    return "did you mean " + " or ".join(f"'{name}'" for name in names) + "?"
 
 
 def require_finite_scores(what: str, *scores: Tensor) -> None:
@@ -64,6 +80,8 @@ def require_finite_scores(what: str, *scores: Tensor) -> None:
         what: Name of one score in the message, such as "a retrieval score".
         scores: Tensors of any shape.
     """
+    import torch  # not with the command line, whose help needs none
+
     if not all(bool(torch.isfinite(values).all()) for values in scores):
         raise UserError(
             f"{what} is NaN or infinite: the weights or the images are broken; try another "

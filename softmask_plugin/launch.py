@@ -30,9 +30,18 @@ from softmask_plugin.config.check import find_config, option, read_config
 from softmask_plugin.config.run_options import setting
 from softmask_plugin.config.values import check_weights
 from softmask_plugin.errors import UserError
+from softmask_plugin.files.checkpoint import furthest_first
 from softmask_plugin.runners.run_folder import AUTO, claim, release
 
 Results = dict[str, Mapping[str, Any]]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in a run; ``checkpoint`` is the furthest that it has saved, if any."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.checkpoint = next(iter(furthest_first(folder)), None)
 
 
 def run(
@@ -86,6 +95,8 @@ def run(
             cfg=cfg, job_id=folder.name, task=task, model=model, datasets=datasets
         )
         results = runner.evaluate(skip_reload=True) if only_evaluate else runner.train()
+    except KeyboardInterrupt as stop:
+        raise Interrupted(folder) from stop
     finally:
         release(folder)
     return runner, results
@@ -161,13 +172,14 @@ def join_group(backend: str, patience: float) -> None:
 
 
 def leave_distributed() -> None:
-    """Leave the process group; call it after dropping the runner.
+    """Leave the process group, if there is one; call it after dropping the runner.
 
     A runner awaiting garbage collection still holds the group, and gloo's threads, which end with
     the group, abort the process if they free a tensor while the interpreter exits (torch 2.13).
     """
-    gc.collect()
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def make_job_id() -> str:

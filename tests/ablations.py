@@ -6,9 +6,9 @@ import json
 
 import yaml
 
-from softmask_plugin.ablate.plan import shipped_plans
+from softmask_plugin.config.paths import shipped_plans
 
-SMALL = "lavis_configs/ablation/small.yaml"
+SMALL = "ablation/small"
 EVALUATE = "lavis_configs/projects/scenes/eval/retrieval_tiny.yaml"
 
 

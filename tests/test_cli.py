@@ -15,8 +15,8 @@ from PIL import Image
 
 import softmask_plugin.__main__ as script_runner
 from softmask_plugin import cli, launch
-from softmask_plugin.ablate.plan import shipped_plans
 from softmask_plugin.config import check as config_check
+from softmask_plugin.config.paths import CONFIGS, find_file, shipped_configs, shipped_plans, summary
 from softmask_plugin.errors import UserError
 from softmask_plugin.host import doctor, stack
 
@@ -215,28 +215,75 @@ def test_other_exceptions_keep_their_traceback(config, monkeypatch):
 # ---- YAML files
 
 
-def test_a_missing_file_gets_the_nearest_names(config):
-    with pytest.raises(UserError, match=r"did you mean 'my\.yaml'"):
-        config_check.find_config("mine.yaml")
-    name = next(iter(config_check.shipped_configs()))
-    with pytest.raises(UserError, match=f"did you mean '{name}'"):
-        config_check.find_config(name.replace("lavis_configs", "lavis_config"))
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("captions_folder/train/pretrain_tiny", "captions_folder/train/pretrain_tiny"),
+        ("captions_folder/train/pretrain_tiny.yaml", "captions_folder/train/pretrain_tiny"),
+        ("projects/scenes/eval/vqa_tiny.yaml", "scenes/eval/vqa_tiny"),
+        ("lavis_configs/projects/scenes/eval/vqa_tiny.yaml", "scenes/eval/vqa_tiny"),
+        (str(CONFIGS / "projects" / "vqa" / "train" / "vqav2.yaml"), "vqa/train/vqav2"),
+        ("vqav2_test", "vqa/eval/vqav2_test"),
+        ("pretrain/train/pretrain_4m", "pretrain/train/pretrain_4m"),
+    ],
+)
+def test_a_shipped_file_has_a_short_name(name, found, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config_check.find_config(name) == CONFIGS / "projects" / f"{found}.yaml"
+
+
+@pytest.mark.parametrize("name", ["small", "ablation/small", "lavis_configs/ablation/small.yaml"])
+def test_a_shipped_plan_has_a_short_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_file("--plan", name, shipped_plans()) == CONFIGS / "ablation" / "small.yaml"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("mine.yaml", "did you mean 'my.yaml'?"),
+        (
+            "lavis_config/projects/retrieval/eval/coco.yaml",
+            "did you mean 'retrieval/eval/coco' or ",
+        ),
+        (
+            "pretrain_tiny",
+            "did you mean 'caption_shards/train/pretrain_tiny' or "
+            "'captions_folder/train/pretrain_tiny' or 'scenes/train/pretrain_tiny'?",
+        ),
+        (
+            "captions_folder/train/pretrain_tyni",
+            "did you mean 'captions_folder/train/pretrain_tiny' or ",
+        ),
+        (
+            "caption_folder/train/pretrain_base",
+            "did you mean 'captions_folder/train/pretrain_base' or ",
+        ),
+        ("snli_ve", "did you mean 'snli_ve/eval/snli_ve' or 'snli_ve/train/snli_ve'?"),
+        ("grounding", "did you mean 'grounding/eval/refcoco_plus'?"),
+        ("something/else.yaml", "'softmask configs' lists those that are shipped"),
+    ],
+)
+def test_a_missing_file_gets_the_nearest_names(config, name, hint):
+    with pytest.raises(UserError) as caught:
+        config_check.find_config(name)
+    assert str(caught.value).startswith(f"--cfg-path: there is no file '{name}': {hint}")
 
 
 def test_shipped_files_are_found_from_anywhere_but_local_ones_come_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    name, shipped = next(iter(config_check.shipped_configs().items()))
-    assert config_check.find_config(name) == shipped
+    name, shipped = "lavis_configs/projects/vqa/train/vqav2.yaml", shipped_configs()
+    assert config_check.find_config(name) == shipped["vqa/train/vqav2"]
     local = Path(name)
     local.parent.mkdir(parents=True)
     local.touch()
-    assert config_check.find_config(f"./{name}") == local
+    assert config_check.find_config(f"./{name}") == config_check.find_config(name) == local
 
 
-@pytest.mark.parametrize("file", config_check.shipped_configs().values(), ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", shipped_configs().values(), ids=lambda f: f.stem)
 def test_every_shipped_file_passes_the_checks_and_describes_itself(file):
     config_check.read_config(file, ["run.device=cpu"])
-    assert config_check.summary(file)
+    assert summary(file)
 
 
 def test_lavis_own_files_pass_the_checks():
@@ -252,10 +299,16 @@ def test_lavis_own_files_pass_the_checks():
     assert refused == ["coco_cap_ft_iter.yaml", "caption_coco_flant5xl_eval.yaml"]
 
 
-def test_configs_lists_the_shipped_files(capsys):
+def test_configs_lists_the_shipped_files_or_prints_one(capsys):
     assert cli.main(["configs"]) == 0
-    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert names == [*config_check.shipped_configs(), *shipped_plans()]
+    lines = capsys.readouterr().out.splitlines()
+    shipped = {**shipped_configs(), **shipped_plans()}
+    assert [line.split()[0] for line in lines] == [*shipped]
+    for name in ("ablation/small", "vqa/train/vqav2"):
+        assert cli.main(["configs", name]) == 0
+        assert capsys.readouterr().out == shipped[name].read_text()
+    assert cli.main(["configs", "vqa2"]) == 2
+    assert "did you mean 'vqa/train/vqav2'" in capsys.readouterr().err
 
 
 # ---- doctor

@@ -67,7 +67,7 @@ def main(
     try:
         failed = _run([job for job in wanted if not job.is_done], jobs)
     except KeyboardInterrupt:
-        raise UserError("interrupted: the same command resumes it") from None
+        raise KeyboardInterrupt("the same command resumes it") from None
     table = rows(read, folder, baseline)
     measured = any(row.metrics for row in table)
     if measured:

@@ -12,9 +12,9 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
 from softmask_plugin import launch
-from softmask_plugin.config.check import find_config, find_file, read_config, valid_yaml
+from softmask_plugin.config.check import find_config, read_config, valid_yaml
 from softmask_plugin.config.options import ModelOptions, read_options
-from softmask_plugin.config.paths import CONFIGS
+from softmask_plugin.config.paths import find_file, shipped_plans
 from softmask_plugin.config.run_options import RUN
 from softmask_plugin.config.values import comparable, differences, flat
 from softmask_plugin.errors import UserError, suggest
@@ -106,12 +106,6 @@ class Plan:
             if name not in self.variants:
                 hint = suggest(name, self.variants)
                 raise UserError(f"{argument}: the plan has no variant '{name}': {hint}")
-
-
-def shipped_plans() -> dict[str, Path]:
-    """Plans that come with the plugin, by the name that ``--plan`` accepts."""
-    files = sorted((CONFIGS / "ablation").glob("*.yaml"))
-    return {f"lavis_configs/ablation/{file.name}": file for file in files}
 
 
 def read_plan(name: str | Path, options: Sequence[str] = (), seeds: int | None = None) -> Plan:

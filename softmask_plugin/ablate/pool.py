@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any
 from unittest.mock import patch
@@ -17,7 +19,9 @@ from softmask_plugin.ablate.job import Job
 from softmask_plugin.ablate.plan import Stage
 from softmask_plugin.errors import UserError, reason_of
 
-Slot = dict[str, str]  # environment variables that give a process its share of the machine
+Slot = dict[str, str]  # environment variables that give a process its share of the machine;
+# torch reads them when it is imported
+QUIET = {"PYTHONWARNINGS": "ignore:resource_tracker"}  # which warns of what an ended process held
 
 
 def slots(cuda: bool, jobs: int) -> list[Slot]:
@@ -52,7 +56,7 @@ def work(
                 ours, theirs = context.Pipe(duplex=False)
                 # Not a daemon, since data loaders start processes of their own
                 process = context.Process(target=_work, args=(job, theirs))
-                with patch.dict(os.environ, slot):  # torch reads them when it is imported
+                with patch.dict(os.environ, {**slot, **QUIET}), _without_interrupts():
                     process.start()
                 theirs.close()  # the process has the only other end: recv() fails once it is gone
                 running[ours] = job, slot, process
@@ -77,6 +81,16 @@ def work(
         for _, _, process in running.values():
             process.terminate()
             process.join()
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Start processes that leave Ctrl-C to the command, which then ends them."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _work(job: Job, pipe: Connection) -> None:

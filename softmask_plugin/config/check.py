@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from softmask_plugin.config.paths import CONFIGS
+from softmask_plugin.config.paths import find_file, shipped_configs
 from softmask_plugin.config.run_options import (
     NEEDED,
     NEEDED_TO_TRAIN,
@@ -31,33 +31,9 @@ SECTIONS = ("model", "datasets", "run")
 OTHER_KEYS = ("vqa_reading_comprehension", "gqa_reading_comprehension")
 
 
-def shipped_configs() -> dict[str, Path]:
-    """Shipped project YAML files, by the name that ``--cfg-path`` takes."""
-    files = sorted((CONFIGS / "projects").rglob("*.yaml"))
-    return {f"lavis_configs/{file.relative_to(CONFIGS).as_posix()}": file for file in files}
-
-
-def summary(file: Path) -> str:
-    """First line of a YAML file, if it is a comment."""
-    first = file.read_text(encoding="utf-8").partition("\n")[0]
-    return first.lstrip("# ") if first.startswith("#") else ""
-
-
 def find_config(cfg_path: str | Path) -> Path:
     """Find the file that ``--cfg-path`` names: a path, or the name of a shipped file."""
     return find_file("--cfg-path", cfg_path, shipped_configs())
-
-
-def find_file(option: str, name: str | Path, shipped: dict[str, Path]) -> Path:
-    """Find the file that a command-line option names: a path, or the name of a shipped file."""
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    if path.as_posix() in shipped:
-        return shipped[path.as_posix()]
-    siblings = [file.as_posix() for file in path.parent.glob("*.yaml")]
-    hint = suggest(path.as_posix(), [*shipped, *siblings])
-    raise UserError(f"{option}: there is no file '{name}': {hint}")
 
 
 def read_config(path: Path, options: Sequence[str] = ()) -> DictConfig:

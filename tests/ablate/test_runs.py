@@ -201,7 +201,7 @@ def test_ctrl_c_says_how_to_resume(write_plan, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "work", interrupt)
-    with pytest.raises(UserError, match="interrupted: the same command resumes it"):
+    with pytest.raises(KeyboardInterrupt, match="the same command resumes it"):
         command.main(write_plan(variants={"albef": []}), tmp_path / "out")
 
 
