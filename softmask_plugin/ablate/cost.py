@@ -16,10 +16,6 @@ from softmask_plugin import launch
 from softmask_plugin.ablate.plan import Plan
 from softmask_plugin.config.check import option
 
-# Options of a run that sets everything up and ends
-NOTHING = ["run.max_epoch=0", "run.valid_splits=[]", "run.test_splits=[]"]
-LATE = "model.soft_mask.start_iter="  # would switch the mask off in the timed steps
-
 
 def relative_cost(plan: Plan, variant: str, rounds: int = 15) -> list[float] | None:
     """Time a variant's pretraining step, data loading included, over the baseline's.
@@ -43,8 +39,10 @@ def relative_cost(plan: Plan, variant: str, rounds: int = 15) -> list[float] | N
 
 def take_steps(plan: Plan, variant: str, folder: str) -> Iterator[float]:
     """Take a variant's pretraining steps; yield the duration of each, in seconds."""
-    options = [each for each in plan.options(variant, plan.base) if not each.startswith(LATE)]
-    options += [option("run.output_dir", folder), *NOTHING]
+    late = "model.soft_mask.start_iter="  # would switch the mask off in the timed steps
+    options = [each for each in plan.options(variant, plan.base) if not each.startswith(late)]
+    options += ["run.max_epoch=0", "run.valid_splits=[]", "run.test_splits=[]"]  # only set up
+    options += [option("run.output_dir", folder)]
     runner: Any = launch.run(plan.base.config, options)[0]
     runner.model.train()
     loader = runner.train_loader

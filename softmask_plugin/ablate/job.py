@@ -157,10 +157,9 @@ class Job:
                     raise UserError(f"{self.home} cannot be deleted: {reason_of(error)}") from error
 
     def run(self) -> Iterator[tuple[Stage, dict[str, Any]]]:
-        """Run or resume the unfinished stages; measure the cost if it is up to this job.
+        """Run or resume the unfinished stages; yield each and its result, once that is written.
 
-        Yields:
-            Each stage with its result, once that is written.
+        Last, measure the cost if it is up to this job.
 
         Raises:
             UserError: Another process works on the job, or a stage was begun with another
@@ -190,13 +189,12 @@ class Job:
         if stage.train:
             result["checkpoint"] = f"checkpoint_{runner.max_epoch - 1}.pth"
             result["losses"] = last_losses(runner.output_dir)
-        if stage.metrics:
-            measured = next(iter((results or {}).values()), None) or {}  # of the only test split
-            for metric in stage.metrics:
-                if metric not in measured:
-                    hint = suggest(metric, measured)
-                    raise UserError(f"stage '{stage.name}' gave no '{metric}': {hint}")
-            result["metrics"] = {metric: float(measured[metric]) for metric in stage.metrics}
+        measured = next(iter((results or {}).values()), None) or {}  # of the only test split
+        for metric in stage.metrics:
+            if metric not in measured:
+                hint = suggest(metric, measured)
+                raise UserError(f"stage '{stage.name}' gave no '{metric}': {hint}")
+        result["metrics"] = {metric: float(measured[metric]) for metric in stage.metrics}
         return result
 
     def _options(self, stage: Stage) -> list[str]:

@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from softmask_plugin.ablate.table import FEWEST, Row
 from softmask_plugin.report.figures import ACCENT, MUTED, STYLE
 
-HEIGHT, WIDTH = 0.3, 2.6  # inches for a variant and for a metric
 COLUMNS = 3  # most metrics side by side
 
 
@@ -24,7 +23,7 @@ def draw(table: Sequence[Row], metrics: Sequence[str], baseline: str) -> Figure:
     shown = [row for row in table if row.metrics]
     down = -(-len(metrics) // COLUMNS)
     across = -(-len(metrics) // down)
-    size = (1.6 + WIDTH * across, 0.6 + (0.7 + HEIGHT * len(shown)) * down)
+    size = (1.6 + 2.6 * across, 0.6 + (0.7 + 0.3 * len(shown)) * down)  # inches
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplots(down, across, sharey=True, squeeze=False).ravel()

@@ -29,8 +29,7 @@ class Measured:
     deviation: float | None  # standard deviation of the sample; None for a single seed
     differences: BySeed  # to the baseline, for the seeds that both have; empty for the baseline
     difference: float | None  # mean of the differences
-    interval: float | None  # half of that mean's 95% confidence interval, by Student's t; None for
-    # fewer than FEWEST seeds
+    interval: float | None  # half of its 95% confidence interval; None below FEWEST seeds
     wins: int  # seeds in which the variant is above the baseline
 
     @property
@@ -167,13 +166,7 @@ def _legend(found: Sequence[Measured], baseline: str) -> str:
 
 
 def range_table(table: Mapping[str, Mapping[str, BySeed]], digits: int) -> str:
-    """A Markdown table of variants: mean and range over seeds of each of their values.
-
-    >>> print(range_table({"albef": {"itm": {0: 0.1, 1: 0.3}, "mlm": {0: 0.5}}}, digits=2))
-    | variant | itm | mlm | seeds |
-    |---|---|---|---|
-    | albef | 0.20 (0.10 to 0.30) | 0.50 | 2 |
-    """
+    """A Markdown table of variants: mean and range over seeds of each of their values."""
 
     def text(values: Collection[float]) -> str:
         mean, *ends = (f"{x:.{digits}f}" for x in (fmean(values), min(values), max(values)))

@@ -53,13 +53,10 @@ CURVES = {
 
 
 def loss_curves(records: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw losses, gradient norm, temperature, learning rate and speed over the steps.
+    """Draw each quantity that was logged in training over the steps.
 
     Args:
         records: Lines of ``metrics.jsonl``; only those of split ``train`` are drawn.
-
-    Returns:
-        A figure with one small plot for each quantity that was logged.
     """
     train = [record for record in records if record.get("split") == "train"]
     logged = {key for record in train for key, value in record.items() if value is not None}
@@ -73,11 +70,7 @@ def loss_curves(records: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def validation_curves(records: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw each metric of the splits that were evaluated more than once over the steps.
-
-    Args:
-        records: Lines of ``metrics.jsonl``; those of split ``train`` are ignored.
-    """
+    """Draw each metric of the splits but ``train`` that were evaluated more than once."""
     series: dict[str, list[tuple[float, float]]] = {}
     for record in records:
         if record.get("split") != "train" and record.get("step") is not None:

@@ -31,12 +31,8 @@ PICTURES = 8  # most pictures of the masks: the first, the last, and some in bet
 def report_run(run_dir: str | Path, path: str | Path | None = None) -> Path:
     """Write the report of a run, of any task, whether it is running, killed or finished.
 
-    Args:
-        run_dir: The run's folder.
-        path: The HTML file; None: ``report.html`` in the folder.
-
     Returns:
-        The path of the report.
+        The HTML file: ``path``, or ``report.html`` in the folder.
 
     Raises:
         UserError: The folder is not that of a run, a file in it is broken, or the report cannot be
@@ -75,10 +71,10 @@ def write_report(
     config: Mapping[str, Any],
     environment: Mapping[str, object],
 ) -> Path:
-    """Write the report of a run. Missing folders are created; an existing report is replaced.
+    """Write a report as HTML. Missing folders are created; an existing report is replaced.
 
     Args:
-        path: The HTML file.
+        path: The HTML file, which is also returned.
         title: Its heading.
         summary: A paragraph of plain text under the heading.
         metrics: The results, each of them optional.
@@ -94,9 +90,6 @@ def write_report(
         pictures: Pictures of the masks during training, (caption, bytes of a PNG file).
         config: The whole configuration, shown as YAML.
         environment: Versions and devices by name.
-
-    Returns:
-        The path.
 
     Raises:
         UserError: The file cannot be written.
@@ -186,9 +179,5 @@ def _svg(figure: Figure) -> Markup:
 
 
 def _percent(value: float) -> str:
-    """A percentage with one decimal, or with one significant digit below 0.1.
-
-    >>> _percent(81.25), _percent(0.02)
-    ('81.2', '0.02')
-    """
+    """One decimal, or one significant digit below 0.1: 81.2, 0.02."""
     return f"{value:.1f}" if value >= 0.1 or value == 0 else f"{value:.1g}"

@@ -13,9 +13,7 @@ from softmask_plugin.errors import UserError
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """Parse ``metrics.jsonl`` of a run's folder, one dict per line.
-
-    A last line that was only half written, as by a killed run, is left out.
+    """Parse ``metrics.jsonl`` of a run's folder; a last line that is only half written is left out.
 
     Raises:
         UserError: There is no such file, or another line is not a JSON object.
@@ -23,8 +21,7 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     path = Path(run_dir) / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"no {path.name} in '{run_dir}': give the folder of a run")
-    lines = path.read_bytes().splitlines()
-    records = []
+    lines, records = path.read_bytes().splitlines(), []
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
