@@ -29,15 +29,11 @@ class FolderBuilder(Builder):
     Items with an image that is missing or, in ``val`` and ``test``, unreadable are left out and
     reported. Relative paths start from the current folder.
 
-    Attributes:
-        FILES: The key of the section that names one file per split.
-        annotations: The items of the splits built so far.
-
     Raises:
         UserError: A key is missing or unknown, a file is malformed, or no image is left.
     """
 
-    FILES: str
+    FILES: str  # the key of the section that names one file per split
 
     def _parse(self, file: Path, split: str, skipped: SkipLog) -> Annotation:
         """Parse the file of a split: ``image``, or two ``images``, per item, and what is said."""
@@ -49,7 +45,7 @@ class FolderBuilder(Builder):
         self.build_processors()
         skipped = SkipLog.of_run()
         at_build = replace(skipped, muted=not is_main_process())  # every rank builds the same
-        self.annotations: dict[str, Annotation] = {}
+        self.annotations: dict[str, Annotation] = {}  # of the splits built so far
         datasets: dict[str, ItemDataset] = {}
         for split, file in files.items():
             annotation = self._existing(root, self._parse(file, split, at_build), at_build)
@@ -63,7 +59,6 @@ class FolderBuilder(Builder):
         return datasets
 
     def _paths(self) -> tuple[Path, dict[str, Path]]:
-        """Return the images folder and the file of each split."""
         self._check_keys()
         section, place = self.config.get(self.FILES) or {}, f"{self.place}.{self.FILES}"
         require_known(place, section, SPLITS)

@@ -11,11 +11,7 @@ from softmask_plugin.config.paths import shipped
 from softmask_plugin.datasets.folders.base import FolderBuilder
 from softmask_plugin.datasets.skip_log import SkipLog
 from softmask_plugin.datasets.tables.captions import parse_captions
-from softmask_plugin.datasets.tables.questions import (
-    most_frequent,
-    parse_answers,
-    parse_questions,
-)
+from softmask_plugin.datasets.tables.questions import most_frequent, parse_answers, parse_questions
 from softmask_plugin.datasets.tables.statements import parse_statements
 from softmask_plugin.datasets.task_datasets import (
     Annotation,

@@ -71,8 +71,7 @@ class RefCocoPlusGroundingBuilder(FolderBuilder):
 class Table(dict[Any, Any]):
     """Entries of a file by their ids; a missing one is a UserError that names the source.
 
-    Args:
-        content: A mapping, or with ``key`` a list of entries that have their id under this key.
+    ``content`` is a mapping or, with ``key``, a list of entries that have their id under this key.
     """
 
     def __init__(self, file: Path, source: str, content: Any, key: str | None = None) -> None:

@@ -37,14 +37,9 @@ from softmask_plugin.registry import register
 
 
 class ScenesBuilder(Builder):
-    """Makes the scenes of each split in ``num`` from a seed; they are rendered when accessed.
+    """Makes the scenes of each split in ``num`` from a seed; they are rendered when accessed."""
 
-    Attributes:
-        OBJECTS: Least and greatest number of things per scene.
-        SCENES_PER_ITEM: How many consecutive scenes make up an item.
-    """
-
-    OBJECTS = (1, MAX_OBJECTS)
+    OBJECTS = (1, MAX_OBJECTS)  # least and greatest number of things per scene
     SCENES_PER_ITEM = 1
 
     def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> Annotation:
@@ -59,10 +54,8 @@ class ScenesBuilder(Builder):
         """
         splits, num = list(self._check_keys().num), self.config.num
         if not isinstance(num, DictConfig):
-            raise UserError(
-                f"{self.place}.num is {num!r}: it must give a number for each of "
-                f"{', '.join(splits)}"
-            )
+            names = ", ".join(splits)
+            raise UserError(f"{self.place}.num is {num!r}: give a number for each of {names}")
         require_known(f"{self.place}.num", num, splits)
         seed = self._number("seed", 0)
         image_size = self._number("image_size", 16)

@@ -24,12 +24,10 @@ from softmask_plugin.datasets.images import UnreadableImageError, open_rgb
 from softmask_plugin.datasets.tables.rows import parse_json, read_text, short, texts
 from softmask_plugin.errors import UserError
 
-INDEX = "index.json"
-INDEX_KIND = "wids-shard-index-v1"
+INDEX = "index.json"  # webdataset's name
 
-# Suffixes of the members that are read; Pillow finds out the format of an "img".
+# Suffixes of the images that are read; Pillow finds out the format of an "img".
 IMAGE_SUFFIXES = tuple("jpg jpeg png webp avif bmp gif jp2 ppm tif tiff img".split())
-CAPTION_SUFFIXES = ("json", "txt")
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 
@@ -96,12 +94,9 @@ def shards_by_name(shards: Sequence[Path]) -> dict[str, Path]:
 def count_samples(shards: Sequence[Path], where: str) -> int:
     """Sum the samples of shards from the ``index.json`` beside them (webdataset's wids layout).
 
-    Args:
-        shards: Paths of shards, in one or more folders.
-        where: The option that makes counting unnecessary, for errors.
-
     Raises:
-        UserError: There is no such file, it is malformed, or it lacks a shard.
+        UserError: There is no such file, it is malformed, or it lacks a shard; the message advises
+            to set the option ``where`` instead.
     """
     counts: dict[Path, int] = {}
     for folder in dict.fromkeys(shard.parent for shard in shards):
@@ -124,13 +119,10 @@ def count_samples(shards: Sequence[Path], where: str) -> int:
 def read_shard(path: Path, defects: list[str]) -> Iterator[RawSample]:
     """Yield a shard's undecoded samples in its order.
 
-    Members without one of the suffixes above, links and whatever else is no regular file are
-    ignored. The members of a sample must follow each other.
-
-    Args:
-        path: The shard, which may be compressed.
-        defects: Gets a line for a shard that is unreadable from some point on or lacks its end, and
-            for a member that occurs twice in a sample (the first counts).
+    The shard may be compressed. The members of a sample must follow each other. Members that are no
+    image, JSON or text by their suffix, or no regular file, are ignored. ``defects`` gets a line
+    for a shard that is unreadable from some point on or lacks its end, and for a member that occurs
+    twice in a sample (the first counts).
     """
 
     def skip(error: Exception) -> bool:
@@ -167,7 +159,7 @@ def _is_cut(file: BinaryIO) -> bool:
 
 def _wanted(name: str) -> bool:
     _, suffix = base_plus_ext(name)
-    return (suffix or "").lower() in IMAGE_SUFFIXES + CAPTION_SUFFIXES
+    return (suffix or "").lower() in (*IMAGE_SUFFIXES, "json", "txt")
 
 
 def _reason(error: Exception) -> str:
@@ -182,12 +174,7 @@ def read_sample(
     """Decode a sample: its image as 8-bit RGB, its captions (one or more), and its ``image_id``.
 
     The captions are in its ``.json`` (``{"caption": text or [texts], "image_id": optional}``), or
-    else in its ``.txt``.
-
-    Args:
-        sample: A sample of ``read_shard``.
-        label: The sample's name, for messages.
-        min_side: As in ``open_rgb``.
+    else in its ``.txt``. ``label`` names the sample in messages; ``min_side`` is ``open_rgb``'s.
 
     Raises:
         BrokenSampleError: No image, an image that cannot be decoded, or no usable caption.

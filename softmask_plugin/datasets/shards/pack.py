@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +14,7 @@ import webdataset as wds
 from tqdm import tqdm
 
 from softmask_plugin.datasets.images import UnreadableImageError, open_rgb
-from softmask_plugin.datasets.shards.files import IMAGE_SUFFIXES, INDEX, INDEX_KIND
+from softmask_plugin.datasets.shards.files import IMAGE_SUFFIXES, INDEX
 from softmask_plugin.datasets.skip_log import SkipLog
 from softmask_plugin.datasets.tables.captions import parse_captions
 from softmask_plugin.errors import UserError
@@ -79,7 +79,7 @@ def _samples(
     items: list[dict[str, Any]], images: Path, defects: list[str]
 ) -> Iterator[dict[str, Any]]:
     """Yield numbered samples in webdataset's form; ``defects`` gets a line per unreadable image."""
-    number = 0
+    number = count()
     for item in tqdm(items, "packing", unit=" images"):
         path = images / item["image"]
         try:
@@ -90,11 +90,10 @@ def _samples(
         suffix = path.suffix[1:].lower()
         about = {key: item[key] for key in ("caption", "image_id", "image")}
         yield {
-            "__key__": f"{number:08d}",
+            "__key__": f"{next(number):08d}",
             suffix if suffix in IMAGE_SUFFIXES else "img": data,
             "json": json.dumps(about).encode(),
         }
-        number += 1
 
 
 def _checked_bytes(path: Path) -> bytes:
@@ -126,5 +125,6 @@ def _write_index(folder: Path, counts: dict[str, int]) -> None:
         {"url": name, "nsamples": number, "filesize": (folder / name).stat().st_size}
         for name, number in counts.items()
     ]
-    content = {"__kind__": INDEX_KIND, "wids_version": 1, "name": "train", "shardlist": shards}
-    (folder / INDEX).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    about = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": "train"}
+    text = json.dumps({**about, "shardlist": shards}, indent=1)
+    (folder / INDEX).write_text(f"{text}\n", encoding="utf-8")

@@ -30,7 +30,7 @@ END: RawSample = {}  # stands after the last sample of a shard
 
 
 class Place(NamedTuple):
-    """A reader's position: it took ``samples`` of shard ``shard`` in its list for a pass."""
+    """A reader's position: it took ``samples`` of the ``shard``-th shard in its list for a pass."""
 
     pass_: int
     shard: int
@@ -85,11 +85,8 @@ class ShardStream(wds.DataPipeline):
     ) -> None:
         super().__init__(self._samples)
         self.shards = shards_by_name([Path(shard).absolute() for shard in shards])
-        self.items = items
-        self.vis_processor = vis_processor
-        self.text_processor = text_processor
-        self.shuffle = shuffle
-        self.seed = seed
+        self.items, self.shuffle, self.seed = items, shuffle, seed
+        self.vis_processor, self.text_processor = vis_processor, text_processor
         self.skipped = skipped or SkipLog()
         self.start, self.turn = Start(), 0
         self.process: tuple[int, int] | None = None  # rank and number of processes; None: ask torch
