@@ -94,8 +94,8 @@ def flat(section: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def comparable(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration by dotted key, with all defaults of its model and run sections: files of
-    other versions state other ones. Without ``preprocess``, which runs do not use."""
+    """A configuration by dotted key, with all defaults of its model and run sections, since versions
+    differ in those that they write; without ``preprocess``, which runs do not use."""
     filled = {f"run.{key}": known.default for key, known in RUN.items()}
     filled["run.train_splits"] = []  # needed to train, but otherwise LAVIS takes this
     schema = getattr(registry.get_model_class(values.get("model.arch")), "OPTIONS", None)

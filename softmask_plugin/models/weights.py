@@ -30,8 +30,8 @@ def load(model: nn.Module, checkpoint: Checkpoint, fusion_layer: int) -> None:
     """Load a checkpoint of this plugin, of LAVIS's ALBEF or of the original ALBEF.
 
     Position embeddings are interpolated to the model's image size. Momentum encoders that the
-    checkpoint lacks start from its online encoders. The encoders must fit; heads and queues may
-    differ, which one line of the log says, a warning if shapes differ.
+    checkpoint lacks start from its online encoders. The encoders must fit. Heads and queues may
+    differ: one line of the log lists the differences, as a warning if shapes differ.
 
     Args:
         model: The model.

@@ -27,8 +27,8 @@ from softmask_plugin.vocabulary import vocabulary_of
 
 @dataclass
 class Progress:
-    """Where a run is, beyond weights, optimizer and scaler. Random generators need no state: each
-    is seeded by what it is for.
+    """A run's position: what a checkpoint needs besides weights, optimizer and scaler. Random
+    generators need no state, since each is seeded by its purpose and the place in training.
 
     Attributes:
         epoch: The current epoch.
