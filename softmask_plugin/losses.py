@@ -34,16 +34,12 @@ class FocalITCLoss(nn.Module):
     def forward(
         self, sim_i2t: Tensor, sim_t2i: Tensor, targets_i2t: Tensor, targets_t2i: Tensor
     ) -> Tensor:
-        """Compute the loss.
+        """Compute the loss, a float32 scalar (float64 for float64 logits).
 
         Args:
-            sim_i2t: Logits of each image against all texts, over the temperature, (B, B + queue).
-            sim_t2i: Logits of each text against all images, (B, B + queue).
-            targets_i2t: Target distribution for each row of ``sim_i2t``; rows sum to 1.
-            targets_t2i: Target distribution for each row of ``sim_t2i``; rows sum to 1.
-
-        Returns:
-            The loss, a float32 scalar (float64 for float64 logits).
+            sim_i2t, sim_t2i: Logits of each image against all texts, and of each text against all
+                images, over the temperature, (B, B + queue).
+            targets_i2t, targets_t2i: Target distributions of their rows, which sum to 1.
 
         Raises:
             ValueError: Logits and targets differ in shape.

@@ -29,18 +29,11 @@ FUNCTION_WORDS = frozenset(
 
 @dataclass(frozen=True)
 class Captions:
-    """A batch of tokenized captions, padded to the longest.
+    """A batch of tokenized captions, padded to the longest."""
 
-    Attributes:
-        ids: Token ids, (B, T), int64.
-        packing: The cells of (B, T) that are not padding.
-        words: Index, within the caption, of the word that each token belongs to, (B, T); -1 for
-            padding and special tokens.
-    """
-
-    ids: Tensor
-    packing: Packing
-    words: Tensor
+    ids: Tensor  # (B, T), int64
+    packing: Packing  # the cells of (B, T) that are not padding
+    words: Tensor  # index of each token's word in its caption, (B, T); -1 for special tokens
 
     @property
     def mask(self) -> Tensor:
@@ -63,7 +56,8 @@ class CaptionTokenizer:
     def __init__(
         self, tokenizer: BertTokenizerFast, max_length: int, sep_token: bool = True
     ) -> None:
-        self.tokenizer, self.max_length, self.sep_token = tokenizer, max_length, sep_token
+        self.tokenizer, self.sep_token = tokenizer, sep_token
+        self.length_with_sep = max_length if sep_token else max_length + 1
         tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
         self.is_special = torch.zeros(len(tokens), dtype=torch.bool)
         self.is_special[torch.tensor(tokenizer.all_special_ids)] = True
@@ -84,7 +78,7 @@ class CaptionTokenizer:
             [self._escape(caption) for caption in as_list(captions)],
             padding="longest",
             truncation=True,
-            max_length=self._length_with_sep,
+            max_length=self.length_with_sep,
             return_token_type_ids=False,
             return_tensors="pt",
         )
@@ -99,16 +93,12 @@ class CaptionTokenizer:
         batch = self.tokenizer(
             escaped := self._escape(caption),
             truncation=True,
-            max_length=self._length_with_sep,
+            max_length=self.length_with_sep,
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
         )
         first, *more = batch["offset_mapping"]
         return escaped[: first[-2][1]] if more else caption  # the last token is [SEP]
-
-    @property
-    def _length_with_sep(self) -> int:
-        return self.max_length + (not self.sep_token)
 
     def _escape(self, caption: str) -> str:
         """Break up special tokens in a caption's text: "[MASK]" becomes "[ MASK]".
@@ -132,10 +122,8 @@ class CaptionTokenizer:
     def pickable(self, captions: Captions, ids: Tensor, content_only: bool) -> Tensor:
         """Word index of each token, (B, T); -1 where the soft mask may not pick.
 
-        Args:
-            captions: The clean captions.
-            ids: The ids that the model sees. A [MASK] of MLM names nothing, so it is never picked.
-            content_only: Exclude function words.
+        ``ids`` are those that the model sees: a [MASK] of MLM names nothing, so it is never picked.
+        ``content_only`` excludes function words.
         """
         barred = self.is_special[ids]
         if content_only:

@@ -16,13 +16,7 @@ from torchvision.transforms import InterpolationMode, v2
 from softmask_plugin.datasets.images import to_rgb
 from softmask_plugin.errors import suggest
 from softmask_plugin.processors.base import Processor
-from softmask_plugin.processors.distort import (
-    ColorJitter,
-    blur,
-    brightness,
-    greyscale,
-    sharpness,
-)
+from softmask_plugin.processors.distort import ColorJitter, blur, brightness, greyscale, sharpness
 from softmask_plugin.registry import register
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -78,13 +72,9 @@ class RandomCrop(v2.RandomResizedCrop):
 
 
 class ImageProcessor(Processor):
-    """Any PIL image -> FloatTensor (3, image_size, image_size), resized and normalised.
+    """Any PIL image -> FloatTensor (3, image_size, image_size), resized and normalised."""
 
-    Attributes:
-        min_side: Shortest side, in pixels, to which an image file may be reduced while it is
-            decoded; None: full size.
-    """
-
+    # Shortest side, in pixels, to which a file may be reduced while it is decoded; None: full size
     min_side: int | None = None
 
     def __init__(
