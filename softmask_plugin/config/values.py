@@ -94,7 +94,7 @@ def flat(section: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def comparable(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration by dotted key, with all defaults of its model and run sections, since versions
+    """A configuration by dotted key, with all defaults of its model and run sections, as versions
     differ in those that they write; without ``preprocess``, which runs do not use."""
     filled = {f"run.{key}": known.default for key, known in RUN.items()}
     filled["run.train_splits"] = []  # needed to train, but otherwise LAVIS takes this
