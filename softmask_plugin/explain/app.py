@@ -75,7 +75,7 @@ def serve(weights: Weights, images: str | None, port: int) -> None:
     Args:
         weights: The model to look into.
         images: Folder that the second tab searches; None: rendered scenes.
-        port: Port at ``ADDRESS``.
+        port: 1 to 65535.
 
     Raises:
         UserError: The port is out of range or taken, or the model or the folder cannot be used.

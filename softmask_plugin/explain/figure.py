@@ -35,7 +35,7 @@ HIDDEN = np.array([0.13, 0.14, 0.17])  # colour of a wholly masked patch
 
 @dataclass(frozen=True)
 class Shown:
-    """What a panel shows of one pair: the arguments of :func:`word_panel`."""
+    """The arguments of :func:`word_panel`."""
 
     image: np.ndarray
     explanation: Explanation
@@ -53,7 +53,6 @@ def word_panel(
 
     Args:
         image: (H, W, 3) uint8.
-        explanation: The explanation of the image and its caption.
         words: Indices in ``explanation.words``, one column each.
         boxes: Ground truth to outline, ``(word index, (x0, y0, x1, y1) in [0, 1], role)``.
 
@@ -72,13 +71,13 @@ def word_panels(pairs: Sequence[Shown], dpi: int = DPI, width: float | None = No
     Args:
         pairs: At least one.
         dpi: Pixels per inch that pictures are scaled to.
-        width: The figure's width in inches, 2 or more; a row holds as many words as fit. None:
-            pictures are ``CELL`` wide. Letters keep their size in points.
+        width: Inches, 2 or more; a row holds as many words as fit. None: pictures are ``CELL``
+            wide. Letters keep their size in points.
     """
     columns = COLUMNS
     if width is not None:
         columns = min(columns, int((width - 2 * PAD - LABEL + GAP) / (LEAST + GAP)) - 1)
-    rows_of = [_rows(pair.words, columns) for pair in pairs]
+    rows_of = [np.array_split(p.words, max(1, math.ceil(len(p.words) / columns))) for p in pairs]
     longest = max(1, *(len(row) for rows in rows_of for row in rows))
     around = 2 * PAD + LABEL + (longest - 1) * GAP
     cell = CELL if width is None else (width - around) / (longest + 1)
@@ -94,17 +93,11 @@ def word_panels(pairs: Sequence[Shown], dpi: int = DPI, width: float | None = No
     return figure
 
 
-def _rows(words: Sequence[int], columns: int) -> list[list[int]]:
-    """Split words into rows of about the same length; without words one empty row."""
-    count = max(1, math.ceil(len(words) / columns))
-    return [row.tolist() for row in np.array_split(words, count)]
-
-
 class _Panel:
     """One pair in a figure. All measures are in inches, from the figure's top left corner."""
 
     def __init__(
-        self, figure: Figure, pair: Shown, rows: list[list[int]], cell: float, dpi: int
+        self, figure: Figure, pair: Shown, rows: list[np.ndarray], cell: float, dpi: int
     ) -> None:
         self.figure, self.pair, self.rows, self.cell = figure, pair, rows, cell
         caption = pair.explanation.kept + (" […]" if pair.explanation.cut else "")
@@ -129,7 +122,6 @@ class _Panel:
             top += self.strip
 
     def draw_image(self, top: float) -> None:
-        """The image under its match, and the scale of the heat maps below it."""
         score = f"match {self.pair.explanation.score:.2f}"
         self.show(PAD, top, self.picture).set_title(score, loc="center", color=ACCENT, pad=3)
         left, right, low = PAD, PAD + self.cell, top + self.room + GAP
@@ -138,9 +130,9 @@ class _Panel:
         self.write(left, low + 0.09, "0")
         self.write(right, low + 0.09, "own max.", ha="right")
 
-    def draw_words(self, row: Sequence[int], heat: float) -> None:
+    def draw_words(self, row: np.ndarray, heat: float) -> None:
         """A column for each word, with the heat maps' top at ``heat``."""
-        if not row:
+        if not len(row):
             return
         mask = heat + self.room + GAP
         x, gauge = PAD + self.cell + LABEL / 2, mask + self.room
@@ -148,12 +140,11 @@ class _Panel:
         for y, label in ((heat, "heat map"), (mask, mask_name)):
             self.write(x, y + self.room / 2, label, rotation=90, ha="center", va="center")
         self.write(x + LABEL / 3, gauge + 0.03, "match:\nplain → masked", ha="right")
-        for column, word in enumerate(row):
+        for column, word in enumerate(row.tolist()):
             x = PAD + self.cell + LABEL + column * (self.cell + GAP)
             self.draw_word(word, x, heat, mask)
 
     def draw_word(self, word: int, x: float, heat: float, mask: float) -> None:
-        """A word's heat map, masked image and scores."""
         explanation, text = self.pair.explanation, self.pair.explanation.words[word]
         box = next((box for index, box, _ in self.pair.boxes if index == word), None)
         overlay = heat_overlay(self.picture, explanation.cams[word].numpy())
@@ -161,13 +152,18 @@ class _Panel:
         title = self.show(x, heat, overlay, box)
         title.set_title(text, loc="center", pad=3, size=min(FONT, fitting))
         self.show(x, mask, soft_masked(self.picture, explanation.masks[word].numpy()), box)
+        score, masked = explanation.score, float(explanation.masked_scores[word])
         gauge = self.place(x, mask + self.room, self.cell, GAUGE)
-        _draw_gauge(gauge, explanation.score, float(explanation.masked_scores[word]))
+        gauge.set(xlim=(0, 1), ylim=(0, 1))
+        gauge.set_axis_off()
+        gauge.barh(0.75, 1, height=0.1, color=MUTED, alpha=0.3)
+        gauge.barh(0.75, masked, height=0.1, color=ACCENT)
+        gauge.plot([score, score], [0.65, 0.85], color=INK, linewidth=1.2)
+        gauge.text(0.5, 0.55, f"{score:.2f} → {masked:.2f}", ha="center", va="top")
 
     def show(self, x: float, y: float, picture: np.ndarray, box: Box | None = None) -> Axes:
-        """Show a picture in the middle of its cell."""
         width, height = self.size
-        x, y = x + (self.cell - width) / 2, y + (self.room - height) / 2
+        x, y = x + (self.cell - width) / 2, y + (self.room - height) / 2  # in the cell's middle
         axes = self.place(x, y, width, height)
         _imshow(axes, picture)
         if box is not None:
@@ -207,12 +203,3 @@ def soft_masked(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def _imshow(axes: Axes, picture: np.ndarray) -> None:
     axes.imshow(picture, extent=(0, 1, 1, 0), aspect="auto", interpolation="none")
     axes.set_axis_off()
-
-
-def _draw_gauge(axes: Axes, score: float, masked_score: float) -> None:
-    axes.set(xlim=(0, 1), ylim=(0, 1))
-    axes.set_axis_off()
-    axes.barh(0.75, 1, height=0.1, color=MUTED, alpha=0.3)
-    axes.barh(0.75, masked_score, height=0.1, color=ACCENT)
-    axes.plot([score, score], [0.65, 0.85], color=INK, linewidth=1.2)
-    axes.text(0.5, 0.55, f"{score:.2f} → {masked_score:.2f}", ha="center", va="top")

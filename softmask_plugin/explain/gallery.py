@@ -40,13 +40,7 @@ class Hit:
 
 
 class Gallery:
-    """Images that are encoded once and searched by any number of texts.
-
-    Args:
-        trained: The model and its processors.
-        images: The images; an iterator need not hold them all, as they are encoded in batches.
-        batch: Size of a batch.
-    """
+    """Images, encoded once in batches, to be searched by any number of texts."""
 
     def __init__(self, trained: Trained, images: Iterable[Image.Image], batch: int = 64) -> None:
         self.trained, self.reranker = trained, Reranker(trained.model)
@@ -87,10 +81,10 @@ def _batches(images: Iterable[Tensor], size: int) -> Iterable[dict[str, Tensor]]
 
 
 def readable_images(folder: Path, limit: int) -> tuple[list[Path], int]:
-    """Image files in a folder and below, sorted by path.
+    """The first ``limit`` image files in a folder and below, sorted by path.
 
     Returns:
-        At most ``limit`` files that can be decoded, and the number of files left out.
+        Those that can be decoded, and the number of files left out.
 
     Raises:
         UserError: There is no such folder, or none of the first ``limit`` files can be decoded.

@@ -25,8 +25,7 @@ class Explanation:
     """How a caption's words refer to an image.
 
     Attributes:
-        caption: The whole caption.
-        words: Its words, in order.
+        words: The caption's words, in order.
         cams: Heat map of each word over the patch grid, (words, h, w), >= 0.
         masks: How much of each patch the word's mask hides, (words, h, w), in [0, 1].
         score: Probability of a match.
@@ -118,10 +117,7 @@ def match_masked(
 ) -> tuple[Tensor, Tensor]:
     """Match one pair again, with the mask of each word in turn.
 
-    Args:
-        model: The model that made the maps, in the same mode.
-        pair: The word maps of one image and caption.
-        kind, strength: Of the masks; for the kind ``random``, the same draw at every call.
+    Masks of the kind ``random`` are the same draw at every call.
 
     Returns:
         Factor for each image token, (words, 1 + h * w), and the probability of a match, (words,),
