@@ -66,7 +66,7 @@ def shake(model: torch.nn.Module) -> None:
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     if hasattr(model, "momentum"):
-        model.momentum.copy()
+        model.momentum.update(0)
 
 
 @pytest.fixture(scope="session")

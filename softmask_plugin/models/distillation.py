@@ -43,7 +43,7 @@ class MomentumDistillation(SoftMaskBase):
     def load_encoders(self) -> None:
         """As in the base class; the momentum encoders then start as copies."""
         super().load_encoders()
-        self.momentum.copy()
+        self.momentum.update(0)
 
     def progress(self, samples: dict[str, Any]) -> tuple[int, float]:
         """Index of the step in the run, and the weight alpha of the soft targets."""

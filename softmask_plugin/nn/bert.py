@@ -100,16 +100,13 @@ class BertModel(nn.Module):
         views: Sequence[View] = (View(),),
         wanted: Packing | None = None,
     ) -> Tokens:
-        """Fuse captions with images.
+        """Fuse captions with images, and return the multi-modal states of the wanted tokens.
 
         Args:
             tokens: All N captions, those of the first view first.
             memory: Keys and values of the images, from ``remember``.
             views: Which image each caption attends to, and through which mask.
             wanted: The tokens to return; the last layer computes no others. None: all.
-
-        Returns:
-            Multi-modal states of the wanted tokens.
         """
         return self._fuse(tokens, memory, views, wanted)[0]
 
@@ -118,14 +115,8 @@ class BertModel(nn.Module):
     ) -> tuple[Tokens, Tensor]:
         """Fuse caption i with image i, and return one layer's cross-attention probabilities too.
 
-        Args:
-            tokens, memory, wanted: As for ``fuse``.
-            layer_index: BERT layer, in [fusion_layer, layers). In the last layer, only the
-                probabilities of ``wanted`` tokens are meaningful.
-
-        Returns:
-            States of the wanted tokens, and the layer's probabilities before dropout, (N, H, T, S),
-            in the graph; those of padding are meaningless.
+        These are (N, H, T, S), before dropout, and in the graph. Those of padding are meaningless,
+        and in the last layer those of all but the wanted tokens.
 
         Raises:
             ValueError: The layer has no cross-attention.
@@ -221,22 +212,14 @@ class Attention(nn.Module):
         """Let the ``wanted`` tokens attend to all tokens of their caption."""
         queries = tokens.only(wanted)
         key, value = (self.project(tokens, each) for each in (self.self.key, self.self.value))
+        query = self.project(queries, self.self.query)
+        mask = tokens.packing.mask[:, None, None, :]
+        if self.causal:
+            mask = mask & mask.new_ones(query.shape[2], key.shape[2]).tril()
         context = F.scaled_dot_product_attention(
-            self.project(queries, self.self.query),
-            key,
-            value,
-            attn_mask=self.visible(tokens.packing, wanted),
-            dropout_p=self.current_dropout,
+            query, key, value, attn_mask=mask, dropout_p=self.current_dropout
         )
         return self.merge_heads(context, queries)
-
-    def visible(self, tokens: Packing, wanted: Packing) -> Tensor:
-        """Which tokens each wanted token attends to, (N, 1, 1 or T of the wanted, T)."""
-        mask = tokens.mask[:, None, None, :]
-        if not self.causal:
-            return mask
-        earlier = mask.new_ones(wanted.mask.shape[1], tokens.mask.shape[1]).tril()
-        return mask & earlier
 
     def remember(self, image_states: Tensor, mask: Tensor | None = None) -> LayerMemory:
         """Project image states (B, S, image width) to keys and values."""
@@ -258,10 +241,8 @@ class Attention(nn.Module):
         self, tokens: Tokens, memory: LayerMemory
     ) -> tuple[Tokens, Tensor]:
         """Attend to image i in caption i; returns the probabilities (N, H, T, S) too."""
-        queries = self.project(tokens, self.self.query)
-        context, probabilities = memory.attend_with_probabilities(
-            queries, View(), self.current_dropout
-        )
+        queries, dropout = self.project(tokens, self.self.query), self.current_dropout
+        context, probabilities = memory.attend_with_probabilities(queries, View(), dropout)
         return self.merge_heads(context, tokens), probabilities
 
     def project(self, tokens: Tokens, projection: nn.Module) -> Tensor:

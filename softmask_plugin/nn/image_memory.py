@@ -24,17 +24,11 @@ from softmask_plugin.nn.recompute import recompute
 
 @dataclass(frozen=True)
 class View:
-    """Which image each of n captions attends to, and through which mask.
+    """Which image each of n captions attends to, and through which mask."""
 
-    Attributes:
-        images: Row of the image batch for each caption, (n,), int64; None: caption i sees image i.
-        keep: Factor for each image token, (n, S), in [0, 1]; None: all ones.
-        captions_per_image: How many captions in a row share one image.
-    """
-
-    images: Tensor | None = None
-    keep: Tensor | None = None
-    captions_per_image: int = 1
+    images: Tensor | None = None  # index of each caption's image, (n,); None: i sees i
+    keep: Tensor | None = None  # factor for each image token, (n, S), in [0, 1]; None: all ones
+    captions_per_image: int = 1  # how many captions in a row share one image
 
 
 @dataclass(frozen=True)

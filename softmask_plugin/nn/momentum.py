@@ -48,14 +48,7 @@ class MomentumPairs:
 
     @torch.no_grad()
     def update(self, rate: float) -> None:
-        """momentum = rate * momentum + (1 - rate) * online."""
+        """momentum = rate * momentum + (1 - rate) * online; exactly online at a rate of 0."""
         online, momentum = self.tensors()
         if momentum:
             torch._foreach_lerp_(momentum, online, 1 - rate)
-
-    @torch.no_grad()
-    def copy(self) -> None:
-        """momentum = online."""
-        online, momentum = self.tensors()
-        if momentum:
-            torch._foreach_copy_(momentum, online)

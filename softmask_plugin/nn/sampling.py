@@ -36,10 +36,8 @@ def mask_tokens(
     """Mask tokens as BERT does: of the chosen, 80% become [MASK], 10% a random token, 10% stay.
 
     Args:
-        ids: Token ids, (N, T), on the CPU.
-        maskable: True where a token may be chosen, (N, T).
-        mask_id: Id of [MASK].
-        vocab_size: Random tokens are drawn from [0, vocab_size).
+        ids, maskable: Token ids, (N, T), on the CPU, and True where one may be chosen.
+        mask_id, vocab_size: [MASK], and the number of ids that random tokens are drawn from.
         probability: Chance of choosing a maskable token, in [0, 1].
         generator: Random stream.
 
@@ -63,9 +61,8 @@ def sample_negatives(
     """Draw one hard negative per row, in proportion to the softmax of the row's similarities.
 
     Args:
-        similarity: Logits, (B, B).
-        positives: True for matching pairs, (B, B).
-        generator: Random stream on the device of ``similarity``.
+        similarity, positives: Logits, and True for matching pairs, (B, B).
+        generator: Random stream on their device.
 
     Returns:
         Column of each row's negative, (B,); an arbitrary column if the row has none.

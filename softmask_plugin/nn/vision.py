@@ -22,12 +22,10 @@ class VisionTransformer(nn.Module):
     """ViT that returns all tokens, [CLS] first (Dosovitskiy et al., arXiv 2010.11929).
 
     Args:
-        image_size: Side of the square input, in pixels; a multiple of ``patch_size``.
-        patch_size: Side of a patch, in pixels.
-        width: Channels of a token.
-        depth: Number of blocks.
-        heads: Attention heads; must divide ``width``.
-        mlp_ratio: Width of the MLP's hidden layer over ``width``.
+        image_size, patch_size: Sides in pixels; the second divides the first.
+        width, depth, heads: Channels of a token, number of blocks, and their attention heads, which
+            divide ``width``.
+        mlp_ratio: Width of the MLP's inner layer over ``width``.
         drop_path: Stochastic-depth rate of the last block; grows linearly from 0 at the first.
         norm_eps: Epsilon of the layer norms.
         checkpointing: Recompute blocks in the backward pass to save memory.
