@@ -39,14 +39,13 @@ def main(
         output_dir: Folder for all runs and the table; None: outputs/ablation/<plan>.
         only: Variants to run; empty: all. The table shows every variant that is measured.
         seeds: Number of the plan's seeds to use; None: all.
-        jobs: Number of runs at the same time on a CPU; with CUDA it is one for each device.
+        jobs: Number of runs at once on a CPU; with CUDA it is one for each device.
         again: Discard the results of the variants to run first.
         baseline: Variant to compare with in the table; None: the plan's.
-        options: Overrides of every stage's configuration, each "section.key=value"; those of a
-            data set go only to the stages that use it.
+        options: Overrides of every stage; those of a data set go to the stages that use it.
 
     Returns:
-        The table in Markdown.
+        Path of the table in Markdown.
 
     Raises:
         UserError: The plan or an argument has a mistake, or runs failed; the others are finished
@@ -58,7 +57,7 @@ def main(
     baseline = baseline or read.baseline
     read.require_variants("--only", only)
     read.require_variants("--baseline", [baseline])
-    folder = Path(output_dir or Path("outputs/ablation", read.name)).expanduser().absolute()
+    folder = Path(output_dir or f"outputs/ablation/{read.name}").expanduser().absolute()
     chosen = [name for name in read.variants if name in only or not only]
     # Seed by seed, so that an ablation that is stopped early has compared all variants
     wanted = [Job(read, name, seed, folder) for seed in read.seeds for name in chosen]

@@ -17,7 +17,7 @@ from softmask_plugin.ablate.cost import relative_cost
 from softmask_plugin.ablate.plan import PRETRAIN, PRETRAINED, WEIGHTS, Plan, Stage
 from softmask_plugin.config.check import option
 from softmask_plugin.config.values import comparable, differences
-from softmask_plugin.errors import UserError, reason_of, suggest
+from softmask_plugin.errors import UserError, suggest
 from softmask_plugin.files.whole import write_json
 from softmask_plugin.host.environment import environment
 from softmask_plugin.report import read_metrics
@@ -146,15 +146,13 @@ class Job:
         """Delete all results, and the variant's cost.
 
         Raises:
-            UserError: Another process works on the job, or a file cannot be deleted.
+            UserError: Another process works on the job.
+            OSError: A file cannot be deleted.
         """
         if self.home.is_dir():
             with self._locked():
-                try:
-                    shutil.rmtree(self.home)
-                    self._cost_file.unlink(missing_ok=True)
-                except OSError as error:
-                    raise UserError(f"{self.home} cannot be deleted: {reason_of(error)}") from error
+                shutil.rmtree(self.home)
+                self._cost_file.unlink(missing_ok=True)
 
     def run(self) -> Iterator[tuple[Stage, dict[str, Any]]]:
         """Run or resume the unfinished stages; yield each and its result, once that is written.

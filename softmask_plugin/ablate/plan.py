@@ -102,10 +102,9 @@ class Plan:
 
     def require_variants(self, argument: str, names: Sequence[str]) -> None:
         """Raise UserError if an argument of the command names an unknown variant."""
-        for name in names:
-            if name not in self.variants:
-                hint = suggest(name, self.variants)
-                raise UserError(f"{argument}: the plan has no variant '{name}': {hint}")
+        for name in (each for each in names if each not in self.variants):
+            hint = suggest(name, self.variants)
+            raise UserError(f"{argument}: the plan has no variant '{name}': {hint}")
 
 
 def read_plan(name: str | Path, options: Sequence[str] = (), seeds: int | None = None) -> Plan:
@@ -163,10 +162,9 @@ def _parse(name: str, content: Any) -> Plan:
     for each in (*variants, *stages):
         if not re.fullmatch(r"[a-z0-9_]+", each):
             raise UserError(f"'{each}' cannot name a folder: use a-z, 0-9 and _")
-    if plan["baseline"] not in variants:
-        hint = suggest(plan["baseline"], variants)
-        raise UserError(f"baseline '{plan['baseline']}' is not one of the variants: {hint}")
-    return Plan(name, base, plan["seeds"], plan["baseline"], variants, tuple(stages.values()))
+    made = Plan(name, base, plan["seeds"], plan["baseline"], variants, tuple(stages.values()))
+    made.require_variants("baseline", [made.baseline])
+    return made
 
 
 def _section(where: str, content: Any, kinds: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,13 +175,10 @@ def _section(where: str, content: Any, kinds: Mapping[str, Any]) -> dict[str, An
     for key in map(str, content):
         if key not in kinds:
             raise UserError(f"unknown key '{key}' of {place}: {suggest(key, kinds)}")
-    found = {}
-    for key, kind in kinds.items():
-        if key in content:
-            found[key] = _value(f"{where}{key}", content[key], kind)
-        elif key not in OPTIONAL:
+    for key in kinds:
+        if key not in (*content, *OPTIONAL):
             raise UserError(f"{place} has no '{key}'")
-    return found
+    return {key: _value(f"{where}{key}", value, kinds[key]) for key, value in content.items()}
 
 
 def _value(where: str, value: Any, kind: Any) -> Any:

@@ -29,6 +29,7 @@ FONT, SMALL = 8, 6.5  # points, whatever the figure's width
 LETTER = 0.62 / 72  # a letter's width in inches for each point of its size
 COLUMNS = 7  # words in a row: a caption of 30 then has the shape of a page
 DPI = 140  # pictures are scaled to this, so that a 64-pixel scene looks good on a page
+WHOLE: dict[str, Any] = {"extent": (0, 1, 1, 0), "aspect": "auto", "interpolation": "none"}
 COLOUR_MAP = "inferno"
 HIDDEN = np.array([0.13, 0.14, 0.17])  # colour of a wholly masked patch
 
@@ -126,7 +127,7 @@ class _Panel:
         self.show(PAD, top, self.picture).set_title(score, loc="center", color=ACCENT, pad=3)
         left, right, low = PAD, PAD + self.cell, top + self.room + GAP
         scale = heat_overlay(np.full((1, 256, 3), 0.9), np.linspace(0, 1, 256)[None])
-        _imshow(self.place(left, low, self.cell, 0.06), scale)
+        self.place(left, low, self.cell, 0.06).imshow(scale, **WHOLE)
         self.write(left, low + 0.09, "0")
         self.write(right, low + 0.09, "own max.", ha="right")
 
@@ -155,7 +156,6 @@ class _Panel:
         score, masked = explanation.score, float(explanation.masked_scores[word])
         gauge = self.place(x, mask + self.room, self.cell, GAUGE)
         gauge.set(xlim=(0, 1), ylim=(0, 1))
-        gauge.set_axis_off()
         gauge.barh(0.75, 1, height=0.1, color=MUTED, alpha=0.3)
         gauge.barh(0.75, masked, height=0.1, color=ACCENT)
         gauge.plot([score, score], [0.65, 0.85], color=INK, linewidth=1.2)
@@ -165,7 +165,7 @@ class _Panel:
         width, height = self.size
         x, y = x + (self.cell - width) / 2, y + (self.room - height) / 2  # in the cell's middle
         axes = self.place(x, y, width, height)
-        _imshow(axes, picture)
+        axes.imshow(picture, **WHOLE)
         if box is not None:
             x0, y0, x1, y1 = box
             for colour, linewidth in (("black", 2.0), ("white", 1.0)):  # on light and on dark
@@ -176,7 +176,9 @@ class _Panel:
     def place(self, x: float, y: float, width: float, height: float) -> Axes:
         whole_width, whole = self.figure.get_size_inches()
         at = (x / whole_width, 1 - (y + height) / whole, width / whole_width, height / whole)
-        return self.figure.add_axes(at)
+        axes = self.figure.add_axes(at)
+        axes.set_axis_off()
+        return axes
 
     def write(self, x: float, y: float, text: str, **style: Any) -> None:
         width, height = self.figure.get_size_inches()
@@ -198,8 +200,3 @@ def soft_masked(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
     patches = Image.fromarray(mask.astype(np.float32))
     share = np.asarray(patches.resize((width, height), Image.Resampling.NEAREST))[..., None]
     return (1 - share) * picture + share * HIDDEN
-
-
-def _imshow(axes: Axes, picture: np.ndarray) -> None:
-    axes.imshow(picture, extent=(0, 1, 1, 0), aspect="auto", interpolation="none")
-    axes.set_axis_off()
