@@ -202,6 +202,9 @@ def _explain(
     json: str | None,
     **weights: Any,
 ) -> None:
+    from json import dumps
+    from pathlib import Path
+
     from softmask_plugin.explain.image import explain_image, require_format, require_width
     from softmask_plugin.explain.trained import load_trained
 
@@ -209,10 +212,12 @@ def _explain(
     require_width(width)
     found = explain_image(image, caption, load_trained(**weights), word)
     figure = found.save(output, width)
+    if json == "-":
+        print(dumps(found.as_dict()))
+        return
     if json is not None:
-        found.write_json(json)
-    if json != "-":
-        print(f"{found.table()}\n\nFigure: {figure}")
+        Path(json).write_text(dumps(found.as_dict()) + "\n", encoding="utf-8")
+    print(f"{found.table()}\n\nFigure: {figure}")
 
 
 @command(

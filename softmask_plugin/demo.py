@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from lavis.tasks.retrieval import RetrievalTask
 from matplotlib.figure import Figure
 
@@ -49,10 +50,9 @@ def main(output_dir: str | Path = "outputs/demo", options: Sequence[str] = ()) -
     model, loader = evaluated.unwrap_dist_model(evaluated.model), evaluated.dataloaders["test"]
     scenes: SceneRetrievalDataset = loader.dataset
     texts = [scenes.img2txt[image][0] for image in range(min(POINTED, len(scenes)))]
-    explained = {
-        text: explain(model, scenes[image]["image"][None], [scenes.text[text]])[0]
-        for image, text in enumerate(texts)
-    }
+    images = torch.stack([scenes[image]["image"] for image in range(len(texts))])
+    captions = [scenes.text[text] for text in texts]
+    explained = dict(zip(texts, explain(model, images, captions), strict=True))
     cosines = Reranker(model).similarity(loader).cpu().numpy()
     metrics = {
         "retrieval": {

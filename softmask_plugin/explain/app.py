@@ -73,9 +73,7 @@ def serve(weights: Weights, images: str | None, port: int) -> None:
     """Serve the page until the process is interrupted.
 
     Args:
-        weights: The model to look into.
         images: Folder that the second tab searches; None: rendered scenes.
-        port: 1 to 65535.
 
     Raises:
         UserError: The port is out of range or taken, or the model or the folder cannot be used.

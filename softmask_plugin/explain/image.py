@@ -1,8 +1,7 @@
-"""Explain how a picture matches a caption: as a figure, a table and JSON."""
+"""Explain how a picture matches a caption: as a figure, a table and plain values."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -98,21 +97,6 @@ class ImageExplanation(Explanation):
         for word, masked in zip(self.words, self.masked_scores.tolist(), strict=True):
             lines.append(f"  {word:<{width}}  {masked:.3f} when it is masked")
         return "\n".join(lines)
-
-    def write_json(self, path: str | Path) -> None:
-        """Write :meth:`as_dict` as JSON to a file, or for ``-`` to standard output.
-
-        Raises:
-            UserError: The file cannot be written.
-        """
-        text = json.dumps(self.as_dict())
-        if str(path) == "-":
-            print(text)
-            return
-        try:
-            Path(path).write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write {path} ({error.strerror})") from error
 
 
 def explain_image(

@@ -292,7 +292,10 @@ def test_the_same_pair_gives_the_same_file(photo, checkpoint, tmp_path):
         (("--width", "nan"), "the figure's width is nan: it must be 2 to 40 inches"),
         (("--caption", ""), "the caption '' has no word to explain"),
         (("--caption", "!!!"), "the caption '!!!' has no word to explain"),
-        (("--json", "no/such/folder.json"), "cannot write no/such/folder.json"),
+        (
+            ("--json", "no/such/folder.json"),
+            "no/such/folder.json: No such file or directory: check the path",
+        ),
         (("--options", "model.image_sise=32"), "did you mean 'image_size'"),
     ],
 )
