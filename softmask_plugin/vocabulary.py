@@ -13,6 +13,7 @@ from softmask_plugin.datasets.tables.captions import parse_captions
 from softmask_plugin.datasets.tables.questions import parse_questions
 from softmask_plugin.datasets.tables.rows import SUFFIXES, one_text, parse_table
 from softmask_plugin.errors import UserError, reason_of
+from softmask_plugin.files.download import from_hub
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 SCENES_VOCABULARY = PACKAGE / "assets" / "scenes_vocab.txt"
@@ -51,11 +52,14 @@ def build_tokenizer(source: str | list[str] | None, vocab_size: int = 8192) -> B
         if is_list:
             tokenizer = BertTokenizerFast(vocab_file=str(path), do_lower_case=True)
         else:
-            tokenizer = BertTokenizerFast.from_pretrained(source)
+            what = f"no tokenizer '{source}' (model.tokenizer)"
+            tokenizer = from_hub(what, str(source), BertTokenizerFast.from_pretrained)
         tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
         if not all(isinstance(token, str) for token in tokens):
             raise TypeError("a token is listed twice")
         tokenizer("\u2603")  # an unknown word needs [UNK]
+    except UserError:
+        raise
     except Exception as error:  # a damaged file can raise anything
         if not is_list and isinstance(error, (OSError, ValueError)):
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,7 +51,7 @@ def read_config(path: Path, options: Sequence[str] = ()) -> DictConfig:
         loaded = OmegaConf.load(path)
     try:
         _check_sections(loaded)
-        config: Any = OmegaConf.merge(loaded, overrides)
+        config: Any = _merge(loaded, overrides)
         defaults = [_model_defaults(config.model)]
         for name in config.datasets:
             if config.datasets[name] is None:
@@ -66,6 +67,13 @@ def read_config(path: Path, options: Sequence[str] = ()) -> DictConfig:
             f"{reason_of(error)} (in {path}{' or --options' if options else ''})"
         ) from None
     return config
+
+
+def _merge(config: Any, overrides: DictConfig) -> Any:
+    try:
+        return OmegaConf.merge(config, overrides)
+    except TypeError as error:  # a key of a list, such as run.train_splits.0
+        raise UserError(f"--options: {reason_of(error)}: set a list as a whole") from error
 
 
 @contextmanager
@@ -85,9 +93,16 @@ def parse_options(options: Sequence[str], sections: Sequence[str] = SECTIONS) ->
             raise UserError(f"--options: '{option}' is not of the form section.key=value")
         _known(f"--options: section '{key.split('.')[0]}'", key.split(".")[0], sections)
     try:
-        return OmegaConf.from_dotlist(list(options))
+        return OmegaConf.from_dotlist([_without_comments(option) for option in options])
     except (YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"--options: {reason_of(error)}") from error
+
+
+def _without_comments(given: str) -> str:
+    """Quote a value that YAML would cut at a #, which a shell passes on as any other character."""
+    key, _, value = given.partition("=")
+    plain = not value.lstrip().startswith(("'", '"', "[", "{"))
+    return option(key, value) if plain and re.search(r"(^|\s)#", value) else given
 
 
 def option(key: str, value: object) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -93,7 +93,7 @@ def explain(model: AlignedBase, images: Tensor, captions: Sequence[str]) -> list
 
 def _explain_one(model: AlignedBase, image: Tensor, caption: str) -> Explanation:
     found = word_maps(model, image, [caption])
-    mask = getattr(model.options, "soft_mask", None)
+    mask: Any = getattr(model.options, "soft_mask", None)
     if mask is None or not mask.enabled:
         mask = SoftMaskOptions()
     keep, masked_scores = match_masked(model, found, mask.kind, mask.strength)

@@ -1,18 +1,26 @@
-"""Downloads: cached by URL, resumed after a broken connection, checked before use."""
+"""Downloads, resumed and checked, and files of the Hugging Face hub: from the cache if it has them.
+
+Without a network either one says so within seconds.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import requests
 from filelock import FileLock
+from huggingface_hub import constants as hub
 from tqdm import tqdm
 
 from softmask_plugin.errors import UserError, reason_of
 
+PATIENCE = 4  # seconds that a server has for a first answer
 _BLOCK = 2**16  # bytes; a broken connection loses the unfinished block
 KNOWN_SHA256: dict[str, str] = {}  # by URL, for files whose publisher states it
 
@@ -23,6 +31,53 @@ _HASH_IN_NAME = re.compile(r"-(?=\d*[a-f])([0-9a-f]{8})\.pth$")
 def cache_folder() -> Path:
     """``$XDG_CACHE_HOME/softmask_plugin``, by default in ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "softmask_plugin"
+
+
+def from_hub(what: str, name: str, load: Callable[..., Any]) -> Any:
+    """Call ``load(name, local_files_only=True)`` and, if files are missing, ``load(name)``.
+
+    Args:
+        what: How the message begins if they cannot be had, such as "no tokenizer".
+        name: A model on the Hugging Face hub, or a local folder.
+        load: A function of transformers or huggingface_hub.
+
+    Raises:
+        UserError: The cache lacks a file, and the hub does not answer.
+        OSError, ValueError: The hub lacks it too, or it is broken.
+    """
+    try:
+        return load(name, local_files_only=True)
+    except (OSError, ValueError):
+        if Path(name).is_dir():
+            raise
+    silence = "HF_HUB_OFFLINE is set" if hub.HF_HUB_OFFLINE else _silence_of(hub.ENDPOINT)
+    if silence:
+        raise UserError(
+            f"{what}: it is neither a local folder nor in {hub.HF_HUB_CACHE}, and the Hugging Face "
+            f"hub cannot be reached ({silence}): copy that folder from a machine where it can be "
+            "(HF_HOME moves it, HF_HUB_OFFLINE=1 uses it alone)"
+        )
+    return load(name)
+
+
+def _silence_of(url: str) -> str:
+    """Why a server cannot be reached; "" if it answers, whatever it says.
+
+    In a thread, because names and addresses may each take minutes to fail.
+    """
+    found = [f"no answer from {url} within {PATIENCE} s"]
+
+    def ask() -> None:
+        try:
+            requests.head(url, timeout=PATIENCE)
+            found[0] = ""
+        except requests.RequestException as error:
+            found[0] = f"{url}: {type(error).__name__}"
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    return found[0]
 
 
 def fetch(url: str) -> Path:
@@ -64,7 +119,7 @@ def _download(url: str, part: Path) -> Path:
         headers |= {"Range": f"bytes={start}-", "If-Range": begun}
     with requests.Session() as session:
         del session.adapters["http://"]  # a redirect may not leave https
-        with session.get(url, headers=headers, stream=True, timeout=30) as response:
+        with session.get(url, headers=headers, stream=True, timeout=(PATIENCE, 30)) as response:
             if response.status_code == requests.codes.requested_range_not_satisfiable:
                 part.unlink()
                 return _download(url, part)

@@ -5,11 +5,24 @@ Imported before anything else in this package, so that ``import lavis`` works af
 
 from __future__ import annotations
 
+import logging
 import warnings
 from typing import Any
 
 import numpy as np
 import torch
+
+from softmask_plugin.errors import UserError, suggest
+
+# Warnings by category, module and start of the message
+QUIET: tuple[tuple[type[Warning], str, str], ...] = (
+    (FutureWarning, r"(fairscale|lavis)\.", ""),  # torch.cuda.amp (torch >= 2.4)
+    (DeprecationWarning, "", "`torch.jit.script` is deprecated"),  # fairscale (torch >= 2.10)
+    (FutureWarning, "", "Importing from timm"),  # LAVIS (timm >= 0.9)
+    (FutureWarning, "", "`resume_download` is deprecated"),  # transformers < 4.43
+    (UserWarning, "", "'pin_memory' argument is set as true"),  # LAVIS's data loaders on a CPU
+    (UserWarning, "", "Glyph .* missing from"),  # matplotlib, for each character without a font
+)
 
 # torch drops a library's definitions when the library is garbage-collected.
 _LIBRARIES: list[Any] = []
@@ -19,7 +32,8 @@ def patch() -> None:
     """Apply every patch that is needed. Repeating this is harmless."""
     _define_torchvision_schemas()
     _restore_numpy_inf()
-    _quiet_fairscale()
+    _quiet_dependencies()
+    _name_unknown_models()
 
 
 def _define_torchvision_schemas() -> None:
@@ -47,6 +61,27 @@ def _restore_numpy_inf() -> None:
         vars(np)["Inf"] = np.inf
 
 
-def _quiet_fairscale() -> None:
-    """fairscale 0.4.4, which LAVIS pins, triggers torch.cuda.amp warnings (torch >= 2.4)."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"fairscale\.")
+def _quiet_dependencies() -> None:
+    """Mute what dependencies say about themselves, which no user can do anything about."""
+    for category, module, message in QUIET:
+        warnings.filterwarnings("ignore", message, category, module)
+    # Streamlit, when the app's module is imported before its server runs
+    streamlit = logging.getLogger("streamlit.runtime.caching.cache_data_api")
+    streamlit.addFilter(lambda record: "No runtime found" not in record.getMessage())
+
+
+def _name_unknown_models() -> None:
+    """Let ``load_model`` say that it does not know a model: LAVIS (all releases) fails at None."""
+    from lavis import models
+
+    class NamingRegistry(type(models.registry)):  # type: ignore[misc]
+        """LAVIS's registry, with an error in place of None."""
+
+        @classmethod
+        def get_model_class(cls, name: str) -> Any:
+            found = super().get_model_class(name)
+            if found is None:
+                raise UserError(f"unknown model '{name}': {suggest(name, cls.list_models())}")
+            return found
+
+    models.registry = NamingRegistry()

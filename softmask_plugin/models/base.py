@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 
 from softmask_plugin.config.options import ModelOptions, read_options
 from softmask_plugin.config.paths import load_inherited, shipped
+from softmask_plugin.errors import UserError, suggest
 from softmask_plugin.files.checkpoint import Checkpoint, open_checkpoint
 from softmask_plugin.models import weights
 from softmask_plugin.nn.bert import BertForMaskedLM, BertModel, BertShape
@@ -76,7 +77,15 @@ class SoftMaskBase(BaseModel):
     @classmethod
     def default_config_path(cls, model_type: str) -> Any:
         """The YAML file of a type, which LAVIS hands to ``OmegaConf.load``: a stream of it, whole,
-        with the keys that it inherits."""
+        with the keys that it inherits.
+
+        Raises:
+            UserError: There is no such type.
+        """
+        types = cls.PRETRAINED_MODEL_CONFIG_DICT
+        if model_type not in types:
+            hint = suggest(model_type, types)
+            raise UserError(f"unknown type '{model_type}' of {cls.__name__}: {hint}")
         path = super().default_config_path(model_type)
         return io.StringIO(OmegaConf.to_yaml(load_inherited(path)))
 

@@ -17,6 +17,7 @@ from softmask_plugin.files.checkpoint import (
     open_checkpoint,
     require_sound,
 )
+from softmask_plugin.files.download import from_hub
 from softmask_plugin.models.checkpoint_keys import adapt, fold_token_types
 
 BERT_FILES = ("pytorch_model.bin", "model.safetensors")
@@ -125,24 +126,24 @@ def open_bert(name: str) -> StateDict:
     Raises:
         UserError: There is no such model, or its file holds objects other than tensors.
     """
+    what = f"no BERT '{name}' (model.bert_weights)"
     try:
-        cached_file(name, "config.json")  # if even this is missing, one time-out is enough
-        path = _first_file(name)
+        path = from_hub(what, name, _first_file)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"no BERT '{name}' (model.bert_weights) in a local folder, on the Hugging Face hub "
-            "or in its cache: null starts from random weights"
+            f"{what} in a local folder, on the Hugging Face hub or in its cache: null starts from "
+            "random weights"
         ) from error
     state = {_modern(key): tensor for key, tensor in open_checkpoint(path).state.items()}
     return fold_token_types(state, path)
 
 
-def _first_file(name: str) -> str:
+def _first_file(name: str, **options: bool) -> str:
     first, second = BERT_FILES
     try:
-        return str(cached_file(name, first))
+        return str(cached_file(name, first, **options))
     except (OSError, ValueError):
-        return str(cached_file(name, second))
+        return str(cached_file(name, second, **options))
 
 
 def _modern(key: str) -> str:

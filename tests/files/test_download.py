@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import shutil
+import socket
 import ssl
 import subprocess
 import threading
@@ -13,9 +14,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from softmask_plugin.errors import UserError
-from softmask_plugin.files.download import KNOWN_SHA256, cache_folder, fetch
+from softmask_plugin.files import download
+from softmask_plugin.files.download import KNOWN_SHA256, cache_folder, fetch, from_hub
+from softmask_plugin.models import weights
+from softmask_plugin.vocabulary import build_tokenizer
 
 CONTENT = bytes(range(256)) * 4000  # about a megabyte
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -263,3 +268,76 @@ def test_only_one_of_two_processes_downloads(server, monkeypatch):
         process.join(30)
     assert [process.exitcode for process in processes] == [0, 0]
     assert len(server.requests) == 1
+
+
+# ---- the Hugging Face hub
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """An empty cache, and a hub that takes connections but never answers."""
+    with socket.create_server(("localhost", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://localhost:{silent.getsockname()[1]}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setenv("NO_PROXY", "localhost")
+        yield constants
+
+
+def uncached(name, local_files_only=False):
+    assert local_files_only, "the hub was asked"
+    raise OSError("not there")
+
+
+@pytest.mark.parametrize("how", ["silent", "refusing", "unknown", "set to offline"])
+def test_a_hub_that_cannot_be_reached_gets_one_line_within_seconds(hub, monkeypatch, how):
+    if how == "refusing":
+        monkeypatch.setattr(hub, "ENDPOINT", "http://localhost:1")
+    elif how == "unknown":
+        monkeypatch.setattr(hub, "ENDPOINT", "https://no-such-host.invalid")
+    elif how == "set to offline":
+        monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    start = time.monotonic()
+    with pytest.raises(UserError, match="^no BERT 'a/b': .*hub cannot be reached") as caught:
+        from_hub("no BERT 'a/b'", "a/b", uncached)
+    assert time.monotonic() - start < (1 if how == "set to offline" else 5)
+    assert hub.HF_HUB_CACHE in str(caught.value) and "HF_HUB_OFFLINE=1" in str(caught.value)
+
+
+def test_a_name_server_that_never_answers_is_not_waited_for(hub, monkeypatch):
+    monkeypatch.setattr(download.requests, "head", lambda *_, **__: time.sleep(20))
+    start = time.monotonic()
+    with pytest.raises(UserError, match="no answer from http://localhost:.* within 4 s"):
+        from_hub("no BERT 'a/b'", "a/b", uncached)
+    assert time.monotonic() - start < 5
+
+
+def test_what_the_cache_has_is_used_without_asking_the_hub(hub, monkeypatch):
+    monkeypatch.setattr(download.requests, "head", None)
+    assert from_hub("", "a/b", lambda name, local_files_only: (name, local_files_only)) == (
+        "a/b",
+        True,
+    )
+
+
+def test_what_the_cache_lacks_comes_from_a_hub_that_answers(server, hub, monkeypatch):
+    """Whatever it answers: this one knows no HEAD."""
+    monkeypatch.setattr(hub, "ENDPOINT", server.url)
+
+    def load(name, local_files_only=False):
+        return uncached(name, True) if local_files_only else f"downloaded {name}"
+
+    assert from_hub("", "a/b", load) == "downloaded a/b"
+
+
+def test_a_local_folder_is_all_there_is(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(download.requests, "head", None)
+    with pytest.raises(OSError, match="not there"):
+        from_hub("", str(tmp_path), uncached)
+
+
+@pytest.mark.parametrize("load", [build_tokenizer, weights.open_bert])
+def test_models_say_that_the_hub_cannot_be_reached(hub, load, monkeypatch):
+    monkeypatch.setattr(hub, "ENDPOINT", "http://localhost:1")
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", hub.HF_HUB_CACHE)
+    with pytest.raises(UserError, match="^no .* 'a/bert' .*the Hugging Face hub cannot be reached"):
+        load("a/bert")

@@ -77,6 +77,7 @@ VALUES = {
     "run.valid_splits=5": "run.valid_splits is 5: it must be a list of names",
     "run.test_splits=null": "run.test_splits is None: it must be a list of names",
     "run.test_splits=[1]": "run.test_splits is [1]: it must be a list of names",
+    "run.train_splits.0=val": "--options: Cannot merge incompatible container types: set a list as",
     "run.output_dir=[a]": "run.output_dir is ['a']: it must be the path of a folder",
     "run.task=3": "unknown run.task '3'",
     # numbers out of their range
@@ -123,6 +124,19 @@ def test_a_bad_value_ends_in_one_line(config, capsys, option):
 )
 def test_good_values_however_spelt(config, option):
     config_check.read_config(Path("my.yaml"), [option])
+
+
+@pytest.mark.parametrize("folder", ["runs/try #2", "#2", "a\t#b", 'say "a" #2', "a #\\", "it's #1"])
+def test_a_value_with_a_hash_is_taken_whole(config, folder):
+    """YAML would start a comment there: another folder, file or word than the one named."""
+    found = config_check.read_config(Path("my.yaml"), [f"run.output_dir={folder}"])
+    assert found.run.output_dir == folder
+
+
+@pytest.mark.parametrize("value", ["['a #1', b]", '["a #1", b]'])
+def test_a_quoted_hash_stays_as_yaml_has_it(config, value):
+    found = config_check.read_config(Path("my.yaml"), [f"run.train_splits={value}"])
+    assert found.run.train_splits == ["a #1", "b"]
 
 
 def test_unknown_keys_of_a_run_are_errors_unless_its_task_may_read_them(config):
