@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +24,6 @@ from softmask_plugin.errors import UserError, require_finite_scores
 from softmask_plugin.nn.image_memory import ImageMemory, View
 from softmask_plugin.nn.tokens import Tokens
 
-if TYPE_CHECKING:
-    from softmask_plugin.models.aligned import AlignedBase
-
 NOT_A_CANDIDATE = -100.0  # LAVIS's score of a pair that ITC did not propose
 
 
@@ -37,13 +34,13 @@ class Reranker:
     all images, and spends nothing on padding.
 
     Args:
-        model: A model with a matching head.
+        model: A model with a matching head, an ``AlignedBase``.
         run: A ``run:`` section, for ``k_test``, ``rerank_scoring`` and ``rerank_memory``.
         text_batch: How many captions to encode at once.
     """
 
     def __init__(
-        self, model: AlignedBase, run: Mapping[str, Any] | None = None, text_batch: int = 256
+        self, model: Any, run: Mapping[str, Any] | None = None, text_batch: int = 256
     ) -> None:
         run = run or {}
         self.model, self.text_batch = model, text_batch

@@ -57,7 +57,10 @@ def load(model: nn.Module, checkpoint: Checkpoint, fusion_layer: int) -> None:
         fitting.pop("queue_ptr", None)
     if not fitting:
         raise UserError(f"{source} has no tensor that fits this model: is it a checkpoint?")
-    _require_encoders(state, own, source)
+    # A decoder that is made of a pretrained encoder may look at states of another width
+    has_decoder = any("text_decoder" in key for key in checkpoint.state)
+    fixed = {k: v for k, v in own.items() if has_decoder or not k.startswith("text_decoder")}
+    _require_encoders(state, fixed, source)
     require_sound(fitting, source)
     if "queue_ptr" in fitting:
         _require_position(int(fitting["queue_ptr"]), own["image_queue"], source)
