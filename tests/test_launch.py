@@ -45,10 +45,12 @@ def test_evaluation_leaves_the_training_run_alone(tmp_path, options):
 
 def test_a_run_leaves_nothing_open(options):
     evaluated, _ = launch.run(TRAIN, [*options, "run.evaluate=true"])
-    evaluated.log._boards.write({"split": "test", "loss": 1.0})  # opens TensorBoard
+    boards = evaluated.log._boards
+    boards.write({"split": "test", "loss": 1.0})  # opens TensorBoard
+    assert boards._writer is not None
     evaluated.evaluate(skip_reload=True)
     assert evaluated.output_dir not in run_folder._held
-    assert evaluated.log._boards._boards is None
+    assert boards._writer is None
 
 
 def test_a_run_that_cannot_start_lets_its_folder_go(tmp_path, options):
