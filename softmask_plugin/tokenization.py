@@ -56,8 +56,7 @@ class CaptionTokenizer:
     def __init__(
         self, tokenizer: BertTokenizerFast, max_length: int, sep_token: bool = True
     ) -> None:
-        self.tokenizer, self.sep_token = tokenizer, sep_token
-        self.length_with_sep = max_length if sep_token else max_length + 1
+        self.tokenizer, self.max_length, self.sep_token = tokenizer, max_length, sep_token
         tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
         self.is_special = torch.zeros(len(tokens), dtype=torch.bool)
         self.is_special[torch.tensor(tokenizer.all_special_ids)] = True
@@ -78,7 +77,7 @@ class CaptionTokenizer:
             [self._escape(caption) for caption in as_list(captions)],
             padding="longest",
             truncation=True,
-            max_length=self.length_with_sep,
+            max_length=self._length_with_sep,
             return_token_type_ids=False,
             return_tensors="pt",
         )
@@ -93,12 +92,16 @@ class CaptionTokenizer:
         batch = self.tokenizer(
             escaped := self._escape(caption),
             truncation=True,
-            max_length=self.length_with_sep,
+            max_length=self._length_with_sep,
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
         )
         first, *more = batch["offset_mapping"]
         return escaped[: first[-2][1]] if more else caption  # the last token is [SEP]
+
+    @property
+    def _length_with_sep(self) -> int:  # a checkpoint may switch sep_token
+        return self.max_length + (not self.sep_token)
 
     def _escape(self, caption: str) -> str:
         """Break up special tokens in a caption's text: "[MASK]" becomes "[ MASK]".

@@ -28,8 +28,7 @@ def write_coco_vqa(owner: object, items: Iterable[Mapping[str, Any]]) -> tuple[s
         items: ``{"image", "question", "question_id", "answer": {text: weight}}`` each.
 
     Returns:
-        Paths of the question file and the annotation file, LAVIS's ``coco_fmt_qust_file`` and
-        ``coco_fmt_anno_file``.
+        The paths: LAVIS's ``coco_fmt_qust_file`` and ``coco_fmt_anno_file``.
     """
     folder = mkdtemp(prefix="coco_vqa_")
     weakref.finalize(owner, _remove, folder, os.getpid())

@@ -18,15 +18,10 @@ PATIENCE = 10  # seconds to wait for another process that holds the file
 
 @dataclass(frozen=True)
 class SkipLog:
-    """Reports what is skipped: one warning with the first names, all names in a file.
+    """Reports what is skipped: one warning with the first names, all names in a file."""
 
-    Attributes:
-        path: The file; None (outside a run): only the warning.
-        muted: Report nothing.
-    """
-
-    path: Path | None = None
-    muted: bool = False
+    path: Path | None = None  # the file; None (outside a run): only the warning
+    muted: bool = False  # report nothing
 
     @classmethod
     def of_run(cls) -> SkipLog:

@@ -18,7 +18,7 @@ from softmask_plugin.datasets.images import UnreadableImageError
 from softmask_plugin.datasets.skip_log import SkipLog
 from softmask_plugin.errors import UserError
 
-# After this many unreadable images in a row, the disk must be at fault.
+# If this many images in a row are unreadable, the disk must be at fault.
 MAX_UNREADABLE_IN_A_ROW = 100
 
 Annotation = list[dict[str, Any]]  # one dict per item, with the keys of LAVIS's annotation files
@@ -52,11 +52,7 @@ class ItemDataset(BaseDataset):
         self._add_instance_ids()
 
     def open(self, index: int) -> tuple[dict[str, Any], list[Image.Image]]:
-        """Return an item and its images.
-
-        Raises:
-            UserError: An image cannot be read, or ``MAX_UNREADABLE_IN_A_ROW`` cannot.
-        """
+        """Return an item and its images; UserError if one, or too many in a row, cannot be read."""
         if index >= len(self):  # ends a loop over the data set
             raise IndexError(index)
         min_side = getattr(self.vis_processor, "min_side", None)
@@ -136,10 +132,8 @@ class EntailmentDataset(ItemDataset, SNLIVisualEntialmentDataset):
     """Images with a ``sentence`` and its ``label``, laid out as LAVIS's SNLI-VE.
 
     A sample has ``image``, ``text_input``, ``label`` (the class's number), ``image_id`` (the
-    image's name) and ``instance_id``.
-
-    Args:
-        labels: Names of the classes in the order of their numbers; None: LAVIS's three.
+    image's name) and ``instance_id``. ``labels`` names the classes in the order of their numbers;
+    None: LAVIS's three.
     """
 
     def __init__(
@@ -159,9 +153,7 @@ class NLVRDataset(ItemDataset, nlvr_datasets.NLVRDataset):
     """Pairs of images with a ``sentence`` that is true or false, laid out as LAVIS's NLVR2.
 
     A sample has ``image0``, ``image1``, ``text_input``, ``label`` (0 or 1) and ``instance_id``.
-
-    Args:
-        swap: Half of the time, swap the images and the words "left" and "right".
+    ``swap``: half of the time, the images and the words "left" and "right" are swapped.
     """
 
     def __init__(self, *arguments: Any, swap: bool = False, **options: Any) -> None:
@@ -196,14 +188,10 @@ class VQADataset(ItemDataset, vqa_datasets.VQADataset):
 class VQAEvalDataset(ItemDataset, vqa_datasets.VQAEvalDataset):
     """Images with a ``question``, as LAVIS's ``vqa`` task evaluates them.
 
-    A sample has ``image``, ``text_input``, ``question_id`` (int) and ``instance_id``.
-
-    Args:
-        answer_list: Candidate answers; None: none are known, so a model must generate answers.
-
-    Attributes:
-        coco_fmt_qust_file, coco_fmt_anno_file: For VQA's official metric; None if a question has
-            no answer.
+    A sample has ``image``, ``text_input``, ``question_id`` (int) and ``instance_id``. The data set
+    has the candidates as ``answer_list`` (None: a model must generate answers), and files for VQA's
+    official metric as ``coco_fmt_qust_file`` and ``coco_fmt_anno_file`` (None if a question has no
+    answer).
     """
 
     def __init__(self, *arguments: Any, answer_list: list[str] | None, **options: Any) -> None:

@@ -88,17 +88,14 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         """BERT layer whose cross-attention gives the maps of words."""
         return self.options.soft_mask.layer
 
-    def encode(self, images: Tensor, ids: Tensor, packing: Packing) -> Features:
-        """Encode images (B, 3, H, W) and captions (N, T), the first B of them for ITC."""
-        return self._encode(images, ids, packing, "")
-
     @torch.no_grad()
     def encode_momentum(self, images: Tensor, ids: Tensor, packing: Packing) -> Features:
         """Encode with the momentum encoders, once they are updated (see ``paced``)."""
         self.update_momentum()
-        return self._encode(images, ids, packing, "_m")
+        return self.encode(images, ids, packing, "_m")
 
-    def _encode(self, images: Tensor, ids: Tensor, packing: Packing, suffix: str) -> Features:
+    def encode(self, images: Tensor, ids: Tensor, packing: Packing, suffix: str = "") -> Features:
+        """Encode images (B, 3, H, W) and captions (N, T), the first B of them for ITC."""
         image = self.part("visual_encoder", suffix)(images)
         text = bert_of(self.part("text_encoder", suffix)).encode(ids, packing)
         image_feat = self.image_features(image[:, 0], suffix)
@@ -128,10 +125,8 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
             images = torch.cat([momentum.image_feat.T, self.image_queue], dim=1)
             sim_i2t = online.image_feat @ texts / self.temp
             sim_t2i = online.text_feat @ images / self.temp
-            with torch.no_grad():
-                image_feat, text_feat = momentum.image_feat, momentum.text_feat
-                targets_i2t = _mixed_targets(positives, image_feat, texts, self.temp, alpha)
-                targets_t2i = _mixed_targets(positives, text_feat, images, self.temp, alpha)
+            targets_i2t = _mixed_targets(positives, momentum.image_feat, texts, self.temp, alpha)
+            targets_t2i = _mixed_targets(positives, momentum.text_feat, images, self.temp, alpha)
             loss = self.itc_loss(sim_i2t, sim_t2i, targets_i2t, targets_t2i)
         if self.training:
             fresh = {"image_queue": momentum.image_feat, "text_queue": momentum.text_feat}
@@ -145,9 +140,8 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         """Which entries of batch and queue each pair matches, bool (B, B + queue)."""
         if ids is not None:
             return ids[:, None] == torch.cat([ids, self.idx_queue[0]])
-        return torch.eye(
-            size, size + self.image_queue.shape[1], dtype=torch.bool, device=self.device
-        )
+        columns = size + self.image_queue.shape[1]
+        return torch.eye(size, columns, dtype=torch.bool, device=self.device)
 
     def advance(self) -> None:
         """After an optimizer step: also put the step's features into the queues."""
@@ -183,8 +177,7 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         """Collect the pairs to fuse: positives, negatives and, if the mask is on, masked ones.
 
         Args:
-            caption: Text states of B captions.
-            memory: Keys and values of their images.
+            caption, memory: Text states of B captions, and keys and values of their images.
             words: Word index per token, (B, T); -1 where the soft mask may not pick.
             scored: The tokens of a positive pair that the losses need.
             similarity: Decides how hard negatives are drawn.
@@ -214,16 +207,11 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
     def draw_soft_mask(
         self, caption: Tokens, words: Tensor, scored: Packing, memory: ImageMemory, draws: Draws
     ) -> tuple[Tokens, SoftMask]:
-        """Fuse the positive pairs, pick a word of each caption, and mask what it refers to.
-
-        Returns:
-            Multi-modal states of the positive pairs' scored tokens, and the soft mask.
-        """
+        """Fuse the positive pairs, pick a word of each caption, and mask what it refers to; returns
+        the states of the positive pairs' scored tokens, and the soft mask."""
         option, device = self.options.soft_mask, words.device
         with torch.enable_grad():  # the map is a gradient, under no_grad as well
-            fused, attention = self.bert.fuse_with_attention(
-                caption, memory, self.map_layer, scored
-            )
+            fused, attention = self.bert.fuse_with_attention(caption, memory, option.layer, scored)
             cam = grad_cam(self.match(fused.cls)[:, 1], attention)
         word = pick_words(cam, words, option.words, draws.stream("word", device))
         maps = normalize(word_map(cam, words, word))
@@ -286,6 +274,7 @@ def named(prefix: str, groups: dict[str, Tokens]) -> list[Tokens]:
     return [group for name, group in groups.items() if name.startswith(prefix)]
 
 
+@torch.no_grad()
 def _mixed_targets(
     positives: Tensor, feat: Tensor, bank: Tensor, temp: Tensor, alpha: float
 ) -> Tensor:

@@ -25,19 +25,12 @@ ANSWERS_AT_ONCE = 512  # answers whose distributions over the vocabulary are in 
 
 @dataclass(frozen=True)
 class Answers:
-    """N answers as a decoder scores them: each token predicts the next.
+    """N answers as a decoder scores them: each token predicts the next."""
 
-    Attributes:
-        ids: Token ids, (N, T).
-        packing: All their tokens.
-        predicting: All tokens but each answer's last, M in all.
-        targets: The tokens that those predict, (M,).
-    """
-
-    ids: Tensor
+    ids: Tensor  # (N, T)
     packing: Packing
-    predicting: Packing
-    targets: Tensor
+    predicting: Packing  # all tokens but each answer's last, M in all
+    targets: Tensor  # the tokens that those predict, (M,)
 
     @classmethod
     def of(cls, ids: Tensor, mask: Tensor, device: torch.device) -> Answers:
@@ -94,9 +87,8 @@ class SoftMaskVqa(DistilledBase):
         images, captions = samples["image"], self.tokenize(samples["text_input"])
         tokenized, device = self.answer_tokenizer.tokenize(samples["answer"]), self.device
         answers = Answers.of(tokenized.ids, tokenized.mask, device)
-        question = torch.repeat_interleave(
-            torch.as_tensor(samples["n_answers"], device=device), output_size=len(answers.ids)
-        )
+        counts = torch.as_tensor(samples["n_answers"], device=device)
+        question = torch.repeat_interleave(counts, output_size=len(answers.ids))
         view, teacher, alpha = View(images=question), None, 0.0
         logits = self.decode(self.questions(images, captions), answers, view)
         if self.options.use_distill:
@@ -165,14 +157,11 @@ class SoftMaskVqa(DistilledBase):
 
     def answer_losses(self, memory: ImageMemory, known: Captions, chosen: Tensor) -> Tensor:
         """Loss of each question's chosen answers, given by their indices (questions, k)."""
-        questions = torch.arange(len(chosen), device=chosen.device)
-        questions = questions[:, None].expand_as(chosen).flatten()
         losses = []
-        for rows, question in zip(
-            chosen.flatten().split(ANSWERS_AT_ONCE), questions.split(ANSWERS_AT_ONCE), strict=True
-        ):
-            rows = rows.cpu()
+        for places in torch.arange(chosen.numel()).split(ANSWERS_AT_ONCE):
+            rows = chosen.flatten().cpu()[places]
             answers = Answers.of(known.ids[rows], known.mask[rows], self.device)
+            question = places.to(self.device) // chosen.shape[1]
             logits = self.decode(memory, answers, View(images=question))
             words = distilled_cross_entropy(
                 logits, answers.targets, None, 0.0, self.options.label_smoothing, "none"

@@ -38,11 +38,7 @@ REFER = "REFER's refcoco+.zip (https://github.com/lichengunc/refer)"
 
 @register("builder", "refcoco_plus_grounding")
 class RefCocoPlusGroundingBuilder(FolderBuilder):
-    """RefCOCO+ with a detector's boxes as candidates; the groups are val, testA and testB.
-
-    Raises:
-        UserError: As in the base class; or a file is missing, or laid out differently.
-    """
+    """RefCOCO+ with a detector's boxes as candidates; the groups are val, testA and testB."""
 
     FILES = "annotations"
     DATASET_CONFIG_DICT = {"default": shipped("datasets/refcoco/plus_grounding.yaml")}
@@ -131,8 +127,7 @@ def unit_boxes(boxes: Any, width: float, height: float) -> list[list[float]]:
 def load_plain_pickle(file: Path, source: str) -> Any:
     """Load a pickle of lists, dicts, text and numbers, without ever running code that it holds.
 
-    Raises:
-        UserError: It is missing, no pickle, or holds other objects, which could run code.
+    UserError if it is missing, no pickle, or holds other objects.
     """
     content = io.BytesIO(read_bytes(file, source))
     try:  # Python 2 wrote it, whose text may hold any bytes

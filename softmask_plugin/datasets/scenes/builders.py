@@ -47,11 +47,7 @@ class ScenesBuilder(Builder):
         raise NotImplementedError
 
     def build(self) -> dict[str, ItemDataset]:
-        """Build the data sets, by split.
-
-        Raises:
-            UserError: A key or a value that the default YAML does not allow.
-        """
+        """Build the data sets, by split; UserError at a key or a value that is not allowed."""
         splits, num = list(self._check_keys().num), self.config.num
         if not isinstance(num, DictConfig):
             names = ", ".join(splits)

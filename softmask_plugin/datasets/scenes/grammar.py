@@ -148,8 +148,7 @@ def captions(scene: Scene) -> list[Caption]:
     """Write the captions of a scene; each is true and names every thing by colour and shape.
 
     In order: the first thing's relations to the others, with sizes; the same seen from the last
-    thing; the first without sizes; two lists without relations. They are five, or four if the scene
-    has one thing.
+    thing; the first without sizes; two lists without relations. One thing alone has only four.
     """
     there, back = scene.things, scene.things[::-1]
     drafts = [

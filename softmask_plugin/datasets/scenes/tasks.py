@@ -60,11 +60,8 @@ class Reference(NamedTuple):
 def describe(scene: Scene, captions_per_image: int | None = None) -> Item:
     """Describe a scene by its captions, the most detailed first; None: all of them.
 
-    Returns:
-        ``caption``, a list, and ``word_boxes``, the ``boxes`` of each ``Caption``.
-
-    Raises:
-        UserError: The scene has fewer captions.
+    Returns ``caption``, a list, and ``word_boxes``, the ``boxes`` of each ``Caption``. UserError if
+    the scene has fewer captions.
     """
     chosen = captions(scene)
     if captions_per_image is not None and captions_per_image > len(chosen):
@@ -105,8 +102,7 @@ def references(things: Sequence[Thing], secret: str | None = None) -> list[Refer
 def refer(scene: Scene) -> Item:
     """Refer to a thing, half of the time by a relation: "the thing above the red circle".
 
-    Returns:
-        ``text``, ``box`` of the thing meant and ``boxes`` of all, (x0, y0, x1, y1) in [0, 1].
+    Returns ``text``, ``box`` of the thing meant and ``boxes`` of all, (x0, y0, x1, y1) in [0, 1].
     """
     meant = _pick_reference(_rng(scene), references(scene.things))
     boxes = [thing.box for thing in scene.things]
@@ -120,13 +116,9 @@ def entail(scene: Scene, pool: Sequence[Composition]) -> Item:
     behind the curtain. The thing meant and the label are drawn before the curtain, so that the
     picture without the words gives nothing away either.
 
-    Args:
-        scene: Two or more things; if more, some are meant by their relation to another.
-        pool: Compositions that may be stated, rightly or wrongly.
-
-    Returns:
-        ``sentence``, ``label`` (``contradiction``, ``neutral`` or ``entailment``) and ``curtain``,
-        (x0, y0, x1, y1) in [0, 1].
+    The scene has two or more things; if more, some are meant by their relation to another. What is
+    stated, rightly or wrongly, is in ``pool``. Returns ``sentence``, ``label`` (``contradiction``,
+    ``neutral`` or ``entailment``) and ``curtain``, (x0, y0, x1, y1) in [0, 1].
     """
     rng = _rng(scene)
     spare = len(scene.things) > 2  # one can be hidden besides the thing meant and its anchor
@@ -165,15 +157,9 @@ def compare(
 ) -> Item:
     """State what two images show; each kind of statement is true half of the time.
 
-    In each scene, one thing is replaced by one of the two things that the statement is about.
-
-    Args:
-        left, right: Scenes before the replacement.
-        pool: Compositions that the statement may name.
-        heldout: Compositions that make a scene ``novel``.
-
-    Returns:
-        ``sentence`` and ``label``, ``"True"`` or ``"False"``.
+    In each scene, one thing is replaced by one of the two things of ``pool`` that the statement is
+    about; one of ``heldout`` makes the scene ``novel``. Returns ``sentence`` and ``label``,
+    ``"True"`` or ``"False"``.
     """
     rng = _rng(left)
     free = [pair for pair in pool if pair not in left.compositions | right.compositions]
@@ -192,9 +178,7 @@ def ask(scene: Scene, pool: Sequence[Composition]) -> Item:
 
     "Yes" and "no" are equally frequent, and so are "small" and "large", and all counts. If a
     question of another kind is impossible, the question is whether something of ``pool`` is there.
-
-    Returns:
-        ``question``, ``answer`` ({one of ANSWERS: 1.0}) and ``kind``, one of KINDS.
+    Returns ``question``, ``answer`` ({one of ANSWERS: 1.0}) and ``kind``, one of KINDS.
     """
     rng = _rng(scene)
     kind = _pick(rng, KINDS)

@@ -14,18 +14,13 @@ from softmask_plugin.registry import register
 
 @register("builder", "caption_shards")
 class CaptionShardsBuilder(Builder):
-    """Builds ``train``, a stream. Relative paths start from the current folder.
-
-    Raises:
-        UserError: A key is unknown or has a wrong value, shards are missing, or neither the YAML
-            nor an index says how many samples they hold.
-    """
+    """Builds ``train``, a stream. Relative paths start from the current folder."""
 
     DATASET_CONFIG_DICT = {"default": shipped("datasets/caption_shards/default.yaml")}
     train_dataset_cls = ShardStream
 
     def build(self) -> dict[str, ShardStream]:
-        """Build the stream."""
+        """Build the stream; UserError at a wrong key or value, or if nothing counts the samples."""
         self._check_keys()
         shards = find_shards(self.config.get("shards") or [], f"{self.place}.shards")
         if self.config.get("items") is None:

@@ -118,10 +118,9 @@ class ShardStream(wds.DataPipeline):
 
         Args:
             state: What ``state`` returned; None: the very beginning.
-            turn: The worker that gives the next batch. A loader always starts with its first
-                worker, so that one then reads as worker ``turn``. The number of batches that this
-                process took since its workers started, modulo their number, keeps the batches in
-                order.
+            turn: The worker that gives the next batch: the number of batches that this process took
+                since its workers started, modulo their number. A loader always starts with its
+                first worker, so that one then reads as worker ``turn``.
 
         Raises:
             UserError: The state belongs to other shards, another seed or another shuffle buffer.
@@ -222,8 +221,7 @@ class ShardStream(wds.DataPipeline):
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield a shard's usable samples, each with the number taken by then (0 after the last).
 
-        Samples ``taken`` before are passed over without decoding; ``defects`` gets a line for each
-        broken one.
+        Samples ``taken`` before are not decoded; ``defects`` gets a line for each broken one.
         """
         path = self.shards[name]
         raw: Iterator[RawSample] = read_shard(path, defects)

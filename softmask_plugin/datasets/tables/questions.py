@@ -74,8 +74,7 @@ def parse_questions(
 def parse_answers(path: str | Path) -> list[str]:
     """Parse a list of candidate answers, each once: a JSON list of texts, or one text per line.
 
-    Raises:
-        UserError: The file is missing, malformed, or holds no answer.
+    UserError if the file is missing, malformed, or holds no answer.
     """
     path = Path(path)
     text = read_text(path, "answer")

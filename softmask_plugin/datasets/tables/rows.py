@@ -81,11 +81,8 @@ def parse_json(path: Path, text: str | bytes) -> Any:
 
 
 def image_name(value: Any) -> str:
-    """Return a path below the images folder, with "/" between its parts.
-
-    Raises:
-        ValueError: No text, an absolute path, or a path with ``..``.
-    """
+    """Return a path below the images folder, with "/" between its parts; ValueError if it is no
+    text, absolute, or has ``..``."""
     name = PurePosixPath(value.strip().replace("\\", "/") if isinstance(value, str) else "")
     if name.is_absolute() or ".." in name.parts or PureWindowsPath(name).drive:
         raise ValueError(f"image {short(value)} is outside the images folder")
@@ -103,11 +100,8 @@ def one_text(value: Any, what: str) -> str:
 
 
 def texts(value: Any, what: str, complaints: list[str]) -> list[str]:
-    """Return the usable ones of a text or a list of texts; ``complaints`` counts the others.
-
-    Raises:
-        ValueError: None is usable (see ``one_text``).
-    """
+    """Return those of a text or a list of texts that ``one_text`` would; ``complaints`` counts the
+    others. ValueError if none is usable."""
     given = value if isinstance(value, list) else [value]
     usable = [text for text in map(_text, given) if text is not None]
     if not usable:

@@ -20,8 +20,7 @@ def parse_statements(
     """Parse a file of statements into one entry per usable row; other rows are reported.
 
     Args:
-        path: Rows with the image columns, ``sentence`` and ``label``.
-        images: The columns that name an image.
+        path: Rows with the columns ``images``, which name one each, ``sentence`` and ``label``.
         labels: Names of the classes. A row's label is a name, in any case, or a number from 0.
         skipped: Where skipped rows are reported; None: a warning names the first.
 
