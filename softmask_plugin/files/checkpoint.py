@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import load_file
 from torch import Tensor
-from yaml import YAMLError
 
+from softmask_plugin.config.check import valid_yaml
 from softmask_plugin.config.paths import PACKAGE
 from softmask_plugin.errors import UserError, reason_of, suggest
 from softmask_plugin.files.download import fetch
@@ -153,10 +153,9 @@ def _config_beside(path: Path) -> dict[str, Any] | None:
     file = path.parent / "config.yaml"
     if not file.is_file():
         return None
-    try:
-        return _resolve(OmegaConf.to_container(OmegaConf.load(file)), file)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid YAML: {reason_of(error)}") from error
+    with valid_yaml(file):
+        content = OmegaConf.to_container(OmegaConf.load(file))
+    return _resolve(content, file)
 
 
 def _vocabulary_within(content: Mapping[str, Any], path: Path) -> list[str] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from toy_models import SMALL
 
 from softmask_plugin.explain import load_trained
 from softmask_plugin.files.checkpoint import open_checkpoint
@@ -11,23 +12,12 @@ from softmask_plugin.files.checkpoint import open_checkpoint
 def test_references_between_sections_are_resolved(make_model, tmp_path):
     """Earlier versions saved the configuration with its references."""
     model = make_model()
+    reference = "${datasets.scenes_pretrain.vis_processor.eval.image_size}"
     section = {
+        **SMALL,
         "arch": "softmask_pretrain",
         "model_type": "tiny",
-        "tokenizer": "scenes",
-        "image_size": "${datasets.scenes_pretrain.vis_processor.eval.image_size}",
-        "vit": {"patch_size": 8, "width": 48, "depth": 2, "heads": 3},
-        "bert": {
-            "vocab_size": None,
-            "width": 32,
-            "layers": 5,
-            "heads": 4,
-            "intermediate": 64,
-            "fusion_layer": 2,
-            "max_positions": 40,
-        },
-        "embed_dim": 16,
-        "queue_size": 24,
+        "image_size": reference,
     }
     processor = {"eval": {"name": "softmask_image_eval", "image_size": 32}}
     config = {
