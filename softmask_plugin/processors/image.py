@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
 from softmask_plugin.datasets.images import to_rgb
-from softmask_plugin.errors import suggest
+from softmask_plugin.errors import UserError, suggest
 from softmask_plugin.processors.base import Processor
 from softmask_plugin.processors.distort import ColorJitter, blur, brightness, greyscale, sharpness
 from softmask_plugin.registry import register
@@ -72,7 +72,12 @@ class RandomCrop(v2.RandomResizedCrop):
 
 
 class ImageProcessor(Processor):
-    """Any PIL image -> FloatTensor (3, image_size, image_size), resized and normalised."""
+    """Any PIL image, or array (H, W, 3) or (H, W) of uint8 -> FloatTensor (3, image_size,
+    image_size), resized and normalised.
+
+    Raises:
+        UserError: An image is something else.
+    """
 
     # Shortest side, in pixels, to which a file may be reduced while it is decoded; None: full size
     min_side: int | None = None
@@ -101,8 +106,18 @@ class ImageProcessor(Processor):
         centre, spread = (255 * torch.tensor(v)[:, None, None] for v in (self.mean, self.std))
         self.scale, self.offset = 1 / spread, -centre / spread
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
+    def __call__(self, image: Image.Image | np.ndarray) -> torch.Tensor:
         """Process one image."""
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size:
+            if image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3):
+                image = Image.fromarray(image)
+        if not isinstance(image, Image.Image):
+            given = type(image).__name__
+            if hasattr(image, "shape"):
+                given += f" of {image.dtype} {tuple(image.shape)}"
+            raise UserError(
+                f"{self.NAME}: expected a PIL image or an array (H, W, 3) of uint8, got {given}"
+            )
         pixels = torch.from_numpy(np.array(self.transform(to_rgb(image)))).permute(2, 0, 1)
         values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
         return values.mul_(self.scale).add_(self.offset)

@@ -150,6 +150,34 @@ def test_evaluation_equals_that_of_lavis():
     torch.testing.assert_close(ImageEvalProcessor(32)(photo()), reference(photo()))
 
 
+@pytest.mark.parametrize("kind", ["softmask_image_eval", "softmask_image_train"])
+def test_arrays_are_images_too(kind):
+    process = registry.get_processor_class(kind)(image_size=32)
+    for image in (photo(), photo().convert("L")):
+        torch.manual_seed(0)
+        expected = process(image)
+        torch.manual_seed(0)
+        torch.testing.assert_close(process(np.asarray(image)), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("image", "given"),
+    [
+        (np.zeros((3, 8, 8), np.uint8), "ndarray of uint8 (3, 8, 8)"),
+        (np.zeros((8, 8, 3)), "ndarray of float64 (8, 8, 3)"),
+        (np.zeros((0, 8, 3), np.uint8), "ndarray of uint8 (0, 8, 3)"),
+        (torch.zeros(3, 8, 8), "Tensor of torch.float32 (3, 8, 8)"),
+        ("photo.jpg", "str"),
+        (None, "NoneType"),
+    ],
+)
+def test_anything_else_is_named(image, given):
+    expected = "expected a PIL image or an array (H, W, 3) of uint8"
+    with pytest.raises(UserError) as caught:
+        ImageEvalProcessor(32)(image)
+    assert str(caught.value) == f"softmask_image_eval: {expected}, got {given}"
+
+
 def test_training_without_distortions_equals_evaluation():
     plain = ImageTrainProcessor(32, **NONE)
     torch.testing.assert_close(plain(photo()), ImageEvalProcessor(32)(photo()))
