@@ -28,7 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from softmask_plugin.config.check import find_config, option, read_config
 from softmask_plugin.config.run_options import setting
-from softmask_plugin.config.values import check_weights
+from softmask_plugin.config.values import check_classes, check_weights
 from softmask_plugin.errors import UserError
 from softmask_plugin.files.checkpoint import furthest_first
 from softmask_plugin.runners.run_folder import AUTO, claim, release
@@ -85,6 +85,7 @@ def run(
         paths |= {"output_dir": str(folder), "result_dir": str(folder / "result")}
         datasets = task.build_datasets(cfg)
         model = task.build_model(cfg)
+        check_classes(model, datasets)
         # Every rank has built the same model; from here on each draws its own data and dropout
         seed_everything(seed + cfg.run_cfg.get("rank", 0), deterministic)
 

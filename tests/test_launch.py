@@ -9,6 +9,7 @@ import json
 
 import pytest
 import torch
+from toy_folders import write
 
 from softmask_plugin import launch
 from softmask_plugin.errors import UserError
@@ -57,6 +58,27 @@ def test_a_run_that_cannot_start_lets_its_folder_go(tmp_path, options):
     with pytest.raises(UserError, match="no tokenizer"):
         launch.run(TRAIN, [*options, "model.tokenizer=missing.txt"])
     assert not any(folder.parent == tmp_path for folder in run_folder._held)
+
+
+def test_more_labels_than_classes(colour_photos, tmp_path):
+    labels = [{"image": "red.png", "sentence": "It is red", "label": label} for label in "abcde"]
+    data = "datasets.entailment_folder"
+    given = [
+        f"run.output_dir={tmp_path}/runs",
+        "run.batch_size_train=5",
+        "run.max_epoch=1",
+        "run.valid_splits=[]",
+        "run.test_splits=[]",
+        "model.image_size=32",
+        f"{data}.images=photos",
+        f"{data}.sentences.train={write(tmp_path / 'train.json', labels)}",
+        f"{data}.labels=[a,b,c,d,e]",
+    ]
+    name = "entailment_folder/train/entailment_tiny"
+    message = "entailment_folder has the 5 labels a, b, c, d, e, .* set model.num_classes=5"
+    with pytest.raises(UserError, match=message):
+        launch.run(name, given)
+    launch.run(name, [*given, "model.num_classes=5"])
 
 
 # ---- weights

@@ -79,6 +79,19 @@ def check_weights(given: DictConfig, merged: DictConfig, evaluate: bool) -> None
         )
 
 
+def check_classes(model: Any, datasets: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise UserError if data sets, by name and split, have more labels than the model classes."""
+    classes = getattr(getattr(model, "options", None), "num_classes", None)
+    for name, splits in datasets.items():
+        for dataset in splits.values():
+            labels = list(getattr(dataset, "class_labels", ()))
+            if classes is not None and len(labels) > classes:
+                raise UserError(
+                    f"datasets.{name} has the {len(labels)} labels {', '.join(map(str, labels))}, "
+                    f"but model.num_classes is {classes}: set model.num_classes={len(labels)}"
+                )
+
+
 def flat(section: Any, prefix: str = "") -> dict[str, Any]:
     """Values of nested sections by dotted key.
 

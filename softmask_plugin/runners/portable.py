@@ -167,14 +167,23 @@ class PortableRunner(RunnerBase):
             UserError: There is no such split, or it does not fill one batch.
         """
         if split not in self.dataloaders:
-            raise UserError(f"no data set has a '{split}' split: {sorted(self.dataloaders)} exist")
-        loader = self.dataloaders[split]
-        if len(loader) == 0:
-            option = "batch_size_train" if split == "train" else "batch_size_eval"
+            have = self.dataloaders.keys()
+            without = " ".join(
+                f"run.{key}=[{','.join(name for name in names if name in have)}]"
+                for key in ("valid_splits", "test_splits")
+                if not {*(names := getattr(self, key))} <= have
+            )
             raise UserError(
-                f"the '{split}' split has {len(loader.dataset)} items, too few for one batch of "
-                f"{loader.batch_size} in each of {get_world_size()} process(es): lower "
-                f"run.{option} or add data"
+                f"no data set has a '{split}' split, only {sorted(have)}: name its file in "
+                f"datasets{without and f', or set {without}'}"
+            )
+        loader, processes = self.dataloaders[split], get_world_size()
+        if len(loader) == 0:
+            items = len(loader.dataset)
+            most = f"set run.batch_size_train={items // processes}, or " * (items >= processes)
+            raise UserError(
+                f"the '{split}' split has {items} items, too few for one batch of "
+                f"{loader.batch_size} in each of {processes} process(es): {most}add data"
             )
         return loader
 

@@ -13,7 +13,7 @@ from softmask_plugin.runners.loaders import train_loader
 
 def test_too_little_data(tmp_path):
     with pytest.raises(
-        UserError, match="'train' split has 3 items.* batch of 4 .*batch_size_train"
+        UserError, match="'train' split has 3 items.* batch of 4 .*set run.batch_size_train=3, or"
     ):
         build(tmp_path, splits={"train": ToyData(3)}).train()
     with pytest.raises(UserError, match="'test' split has 0 items"):
@@ -28,6 +28,16 @@ def test_a_split_that_is_not_there_is_told_before_training(tmp_path, splits):
     with pytest.raises(UserError, match="no data set has a '(tset|vla)' split"):
         runner.train()
     assert not runner.model.seen
+
+
+def test_data_without_other_splits_names_the_options_that_mend_it(tmp_path):
+    splits = {"train": ToyData(8), "dev": ToyData(8)}
+    runner = build(tmp_path, splits=splits, valid_splits=["val", "dev"], test_splits=["test"])
+    message = r"no data set has a 'val' split, only \['dev', 'train'\]: name its file in datasets"
+    remedy = r", or set run.valid_splits=\[dev\] run.test_splits=\[\]$"
+    with pytest.raises(UserError, match=message + remedy):
+        runner.train()
+    build(tmp_path, splits=splits, valid_splits=["dev"], test_splits=[]).train()
 
 
 def test_data_sets_are_concatenated(tmp_path):
