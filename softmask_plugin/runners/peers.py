@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from lavis.common.dist_utils import get_rank, get_world_size
+from lavis.common.dist_utils import get_rank, get_world_size, is_main_process
 
 from softmask_plugin.errors import UserError, reason_of
+
+T = TypeVar("T")
 
 # Messages of gloo and nccl errors that have no class of their own
 _LOST = re.compile(
@@ -28,6 +31,23 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return bool(found.item())
 
 
+def from_main_process(find: Callable[[], T]) -> T:
+    """Call ``find`` on the main process; every process, which must all call this, gets its result
+    or its UserError."""
+    box: list[T | UserError | None] = [None]
+    if is_main_process():
+        try:
+            box[0] = find()
+        except UserError as error:
+            box[0] = error
+    if get_world_size() > 1:
+        dist.broadcast_object_list(box)
+    (found,) = box
+    if isinstance(found, UserError):
+        raise found
+    return cast(T, found)
+
+
 @contextmanager
 def peers_needed() -> Iterator[None]:
     """Turn a communication error into one line about the other processes.
@@ -40,15 +60,11 @@ def peers_needed() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if get_world_size() == 1 or not _is_of_communication(error):
+        lost = isinstance(error, dist.DistError) or _LOST.search(str(error))
+        if get_world_size() == 1 or not lost:
             raise
-        reason = reason_of(error)[:200]
         raise UserError(
             f"process {get_rank()} of {get_world_size()} lost another one, which ended or hangs "
-            f"(its own message says why; here: {reason}): restart the job with "
+            f"(its own message says why; here: {reason_of(error)[:200]}): restart the job with "
             "run.resume_ckpt_path=auto"
         ) from error
-
-
-def _is_of_communication(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or bool(_LOST.search(str(error)))

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from lavis.common.dist_utils import get_world_size, is_main_process
 from lavis.common.registry import registry
 from torch import nn
 
@@ -22,6 +20,7 @@ from softmask_plugin.errors import UserError
 from softmask_plugin.files.checkpoint import Checkpoint, furthest_first, open_checkpoint
 from softmask_plugin.models.base import SoftMaskBase
 from softmask_plugin.runners.checkpoint_files import load_trained_state
+from softmask_plugin.runners.peers import from_main_process
 from softmask_plugin.vocabulary import vocabulary_of
 
 
@@ -53,10 +52,6 @@ class Progress:
     meter: dict[str, Any] = field(default_factory=lambda: {"folded": {}, "drained": {}})
     stream: dict[str, Any] | None = None
     logs: dict[str, int] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for a checkpoint."""
-        return asdict(self)
 
     @classmethod
     def of(cls, training: Mapping[str, Any]) -> Progress:
@@ -97,39 +92,34 @@ def load_furthest(
     Raises:
         UserError: No checkpoint can be used, or the run had another configuration.
     """
-    box: list[Any] = [None]
-    found: Checkpoint | None = None
-    if is_main_process():
-        try:
-            found = next(_usable(folder, model, device), None)
-            if found is not None:
-                _require_same(found.config or config, config, folder)
-                box[0] = found.path
-        except UserError as error:
-            box[0] = error
-    if get_world_size() > 1:
-        dist.broadcast_object_list(box)
-    (path,) = box
-    if isinstance(path, UserError):
-        raise path
-    return load_run(path, model, device) if path is not None and found is None else found
+    loaded: dict[Path, Checkpoint] = {}  # on the main process
+
+    def find() -> Path | None:
+        found = _furthest_usable(folder, model, device)
+        if found is None:
+            return None
+        _require_same(found.config or config, config, folder)
+        loaded[found.path] = found
+        return found.path
+
+    path = from_main_process(find)
+    return None if path is None else loaded.get(path) or load_run(path, model, device)
 
 
-def _usable(folder: Path, model: nn.Module, device: torch.device) -> Iterator[Checkpoint]:
-    paths, refused = furthest_first(folder), []
-    for path in paths:
+def _furthest_usable(folder: Path, model: nn.Module, device: torch.device) -> Checkpoint | None:
+    refused = []
+    for path in furthest_first(folder):
         try:
-            checkpoint = load_run(path, model, device)
+            return load_run(path, model, device)
         except UserError as error:
             refused.append(error)
             logging.warning("refused a checkpoint: %s", error)
-        else:
-            yield checkpoint
-    if paths and len(refused) == len(paths):
+    if refused:
         raise UserError(
-            f"none of the {len(paths)} checkpoints in {folder} can be used, the furthest: "
+            f"none of the {len(refused)} checkpoints in {folder} can be used, the furthest: "
             f"{refused[0]} (remove that folder, or set run.output_dir, to start anew)"
         )
+    return None
 
 
 def _require_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:

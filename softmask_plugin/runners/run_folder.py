@@ -7,11 +7,9 @@ import logging
 from pathlib import Path
 from typing import IO
 
-import torch.distributed as dist
-from lavis.common.dist_utils import get_world_size, is_main_process
-
 from softmask_plugin.errors import UserError
 from softmask_plugin.files.checkpoint import furthest_first
+from softmask_plugin.runners.peers import from_main_process
 
 AUTO = "auto"  # run.resume_ckpt_path: the newest run below run.output_dir that is not running
 
@@ -31,18 +29,7 @@ def claim(output_dir: Path, job_id: str, resume: bool = False) -> Path:
     Raises:
         UserError: No folder can be made there.
     """
-    box: list[Path | UserError | None] = [None]
-    if is_main_process():
-        try:
-            box[0] = _claim(output_dir, job_id, resume)
-        except UserError as error:
-            box[0] = error
-    if get_world_size() > 1:
-        dist.broadcast_object_list(box)
-    if isinstance(box[0], UserError):
-        raise box[0]
-    assert box[0] is not None
-    return box[0]
+    return from_main_process(lambda: _claim(output_dir, job_id, resume))
 
 
 def release(folder: Path) -> None:

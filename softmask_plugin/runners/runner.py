@@ -8,12 +8,12 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from lavis.common.dist_utils import get_rank, get_world_size, is_main_process
+from lavis.common.dist_utils import get_rank, is_main_process
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -33,7 +33,7 @@ from softmask_plugin.runners.checkpoint_files import CheckpointFiles, trained_st
 from softmask_plugin.runners.logs import RunLog, require_finite
 from softmask_plugin.runners.meter import LossMeter, loss_terms, mask_terms, queue_statistics
 from softmask_plugin.runners.panels import MaskPanels
-from softmask_plugin.runners.peers import any_process, peers_needed
+from softmask_plugin.runners.peers import any_process, from_main_process, peers_needed
 from softmask_plugin.runners.portable import PortableRunner
 from softmask_plugin.runners.resume import Progress, load_furthest, load_run
 from softmask_plugin.runners.run_folder import AUTO, release
@@ -140,7 +140,7 @@ class SoftmaskRunner(PortableRunner):
                 self.meter = LossMeter()
                 self._save_checkpoint(epoch, is_best=improved)
         # The other processes wait here for the main one's last checkpoint
-        best = _from_main_process(self.progress.best_epoch)
+        best = from_main_process(lambda: self.progress.best_epoch)
         return self._test(self.max_epoch - 1 if best is None else "best")
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
@@ -281,7 +281,7 @@ class SoftmaskRunner(PortableRunner):
                 "config": self.resolved_config,
                 "scaler": self.scaler.state_dict() or None,
                 "epoch": progress.epoch - 1,  # the last whole one: LAVIS's runner resumes after it
-                "progress": progress.as_dict(),
+                "progress": asdict(progress),
             }
             if (tokenizer := getattr(self._model, "tokenizer", None)) is not None:
                 content["vocabulary"] = vocabulary_of(tokenizer)
@@ -438,10 +438,3 @@ class SoftmaskRunner(PortableRunner):
                     improved = True
             self.log_stats({**metrics, "best_epoch": progress.best_epoch}, split)
         return improved
-
-
-def _from_main_process(value: Any) -> Any:
-    box = [value]
-    if get_world_size() > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
