@@ -77,9 +77,8 @@ class Job:
 
     def checkpoint(self, stage: Stage) -> Path | None:
         """The last checkpoint of a stage that trains; None if it is not finished."""
-        if (result := self.result(stage)) is None:
-            return None
-        return self.place(stage) / result["run"] / result["checkpoint"]
+        result = self.result(stage)
+        return None if result is None else self.place(stage) / result["run"] / result["checkpoint"]
 
     @property
     def unfinished(self) -> list[Stage]:

@@ -55,8 +55,7 @@ class Stage:
 
     name: str  # of its folder; in the table it comes before the names of its metrics
     config: str  # a YAML file, or the name of a shipped one
-    options: tuple[str, ...] = ()  # overrides; "section.key=PRETRAINED/vocab.txt" names a file in
-    # the folder of the variant's pretraining run
+    options: tuple[str, ...] = ()  # overrides; PRETRAINED/x is x in the pretraining run's folder
     metrics: tuple[str, ...] = ()  # of its task, to keep
     train: bool = False  # whether to fine-tune before testing
     pretrained: bool = True  # whether model.pretrained is the variant's last pretraining checkpoint
@@ -102,9 +101,10 @@ class Plan:
 
     def require_variants(self, argument: str, names: Sequence[str]) -> None:
         """Raise UserError if an argument of the command names an unknown variant."""
-        for name in (each for each in names if each not in self.variants):
-            hint = suggest(name, self.variants)
-            raise UserError(f"{argument}: the plan has no variant '{name}': {hint}")
+        for name in names:
+            if name not in self.variants:
+                hint = suggest(name, self.variants)
+                raise UserError(f"{argument}: the plan has no variant '{name}': {hint}")
 
 
 def read_plan(name: str | Path, options: Sequence[str] = (), seeds: int | None = None) -> Plan:
@@ -143,26 +143,24 @@ KINDS = {dict: "a section", str: "a text", int: "a whole number", bool: "true or
 def _parse(name: str, content: Any) -> Plan:
     plan = _section("", content, PLAN)
     base = Stage(PRETRAIN, train=True, pretrained=False, **_section("base.", plan["base"], BASE))
-    stages: dict[str, Stage] = {}
-    for place, section in enumerate(plan["evaluate"]):
-        where = f"evaluate[{place}]."
-        stage = Stage(**_section(where, section, STAGE))
-        if stage.name in (PRETRAIN, *stages):
+    stages = [base]
+    for i, section in enumerate(plan["evaluate"]):
+        stage = Stage(**_section(f"evaluate[{i}].", section, STAGE))
+        if stage.name in (each.name for each in stages):
             raise UserError(f"evaluate: two stages are called '{stage.name}': rename one")
-        _require_distinct(f"{where}metrics", stage.metrics)
-        stages[stage.name] = stage
-    _require_distinct("evaluate", [*stages])
+        _require_distinct(f"evaluate[{i}].metrics", stage.metrics)
+        stages.append(stage)
+    _require_distinct("evaluate", stages[1:])
     _require_distinct("seeds", plan["seeds"])
     for seed in plan["seeds"]:
         RUN["seed"].check("seeds", seed)
     variants = {
-        str(name): _value(f"variants.{name}", value, [str])
-        for name, value in plan["variants"].items()
+        str(k): _value(f"variants.{k}", each, [str]) for k, each in plan["variants"].items()
     }
-    for each in (*variants, *stages):
+    for each in (*variants, *(stage.name for stage in stages)):
         if not re.fullmatch(r"[a-z0-9_]+", each):
             raise UserError(f"'{each}' cannot name a folder: use a-z, 0-9 and _")
-    made = Plan(name, base, plan["seeds"], plan["baseline"], variants, tuple(stages.values()))
+    made = Plan(name, base, plan["seeds"], plan["baseline"], variants, tuple(stages[1:]))
     made.require_variants("baseline", [made.baseline])
     return made
 
@@ -203,23 +201,18 @@ def _require_distinct(where: str, values: Sequence[Any]) -> None:
 def _with_options(plan: Plan, options: Sequence[str]) -> Plan:
     """Add options to all stages; those of a data set only to the stages that use it."""
     _value("--options", [*options], [str])
-    shared = [option for option in options if _key(option, "datasets") is None]
-    used = {
-        stage.name: {
-            *map(str, read_config(find_config(stage.config), [*stage.options, *shared]).datasets)
-        }
-        for stage in plan.stages
-    }
-    known = set().union(*used.values())
-    for name in (_key(option, "datasets") for option in options):
-        if name is not None and name not in known:
-            raise UserError(f"--options: no stage uses the data set {name}: {suggest(name, known)}")
-
-    def extended(stage: Stage) -> Stage:
-        own = [each for each in options if _key(each, "datasets") in (None, *used[stage.name])]
-        return replace(stage, options=(*stage.options, *own))
-
-    return replace(plan, base=extended(plan.base), evaluate=tuple(map(extended, plan.evaluate)))
+    given = [(option, _key(option, "datasets")) for option in options]
+    shared = [option for option, name in given if name is None]
+    stages, known = [], set[str]()
+    for stage in plan.stages:
+        config = read_config(find_config(stage.config), [*stage.options, *shared])
+        used = {*map(str, config.datasets)}
+        own = [option for option, name in given if name is None or name in used]
+        stages.append(replace(stage, options=(*stage.options, *own)))
+        known |= used
+    for name in (name for _, name in given if name is not None and name not in known):
+        raise UserError(f"--options: no stage uses the data set {name}: {suggest(name, known)}")
+    return replace(plan, base=stages[0], evaluate=tuple(stages[1:]))
 
 
 def _key(option: str, section: str) -> str | None:
@@ -234,7 +227,7 @@ def _key(option: str, section: str) -> str | None:
 def _check_runs(plan: Plan) -> dict[tuple[str, str], dict[str, Any]]:
     """Check the configuration of each run as the run itself does; return ``Plan.asked``."""
     asked: dict[tuple[str, str], dict[str, Any]] = {}
-    checked: dict[tuple[str, ...], dict[str, Any]] = {}
+    checked: dict[tuple[str, ...], dict[str, Any]] = {}  # most variants share other stages
     for name in (plan.baseline, *plan.variants):
         for stage in plan.stages:
             given = (stage.name, *plan.options(name, stage))
