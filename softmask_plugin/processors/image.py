@@ -109,8 +109,8 @@ class ImageProcessor(Processor):
     def __call__(self, image: Image.Image | np.ndarray) -> torch.Tensor:
         """Process one image."""
         if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size:
-            if image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3):
-                image = Image.fromarray(image)
+            grey, colour = image.ndim == 2, image.ndim == 3 and image.shape[2] == 3
+            image = Image.fromarray(image) if grey or colour else image
         if not isinstance(image, Image.Image):
             given = type(image).__name__
             if hasattr(image, "shape"):
