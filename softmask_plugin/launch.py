@@ -30,10 +30,17 @@ from softmask_plugin.config.check import find_config, option, read_config
 from softmask_plugin.config.run_options import setting
 from softmask_plugin.config.values import check_classes, check_weights
 from softmask_plugin.errors import UserError
-from softmask_plugin.files.checkpoint import furthest_first
+from softmask_plugin.files.checkpoint import furthest_first, open_checkpoint
 from softmask_plugin.runners.run_folder import AUTO, claim, release
 
 Results = dict[str, Mapping[str, Any]]
+
+# What evaluating a checkpoint changes in its run's configuration; a file must not trust itself
+TRAINED = [
+    "model.load_pretrained=true",
+    "model.load_finetuned=false",
+    "model.trust_checkpoint=false",
+]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -53,7 +60,8 @@ def run(
     CUDA, gloo on CPU).
 
     Args:
-        cfg_path: A YAML file, or the name of a shipped one ("lavis_configs/projects/...").
+        cfg_path: A YAML file, or the name of a shipped one ("lavis_configs/projects/..."); to
+            evaluate, also a checkpoint or a run's folder.
         options: Overrides, each "section.key=value".
         evaluate: Only test, as with ``run.evaluate=true``, with the weights that the model section
             names.
@@ -108,18 +116,24 @@ def load_config(
 ) -> Config:
     """Parse and check a YAML file with its overrides; add the defaults of model and data sets.
 
-    To evaluate, the folder of a run may stand for its ``config.yaml`` with its best weights.
+    To evaluate, a checkpoint or the folder of a run may stand for its configuration and weights.
     Overrides are merged before LAVIS sees the file: its own merge comes too late for
     ``model.model_type`` and ``datasets.*.type`` to choose their defaults.
     """
     if evaluate:
         options = [*options, "run.evaluate=true"]
-    if evaluate and Path(cfg_path).is_dir():
-        weights = ["model.load_pretrained=true", "model.load_finetuned=false"]
-        options = [option("model.pretrained", cfg_path), *weights, *options]
-        cfg_path = Path(cfg_path, "config.yaml")
-    path = find_config(cfg_path)
-    config = read_config(path, options)
+    path, content = Path(cfg_path), None
+    if evaluate and (path.is_dir() or path.suffix in (".pth", ".pt")):
+        content = open_checkpoint(cfg_path).config
+        if content is None:
+            raise UserError(
+                f"{path} does not say how it was trained: name a YAML file with --cfg-path, and "
+                f"add {option('model.pretrained', cfg_path)} to --options"
+            )
+        options = [option("model.pretrained", cfg_path), *TRAINED, *options]
+    else:
+        path = find_config(cfg_path)
+    config = read_config(path, options, content)
     if evaluate and not config.run.get("test_splits"):
         raise UserError(f"run.test_splits is empty (in {path}): there is nothing to evaluate")
     config.run.setdefault("evaluate", False)

@@ -13,6 +13,7 @@ from toy_folders import write
 
 from softmask_plugin import launch
 from softmask_plugin.errors import UserError
+from softmask_plugin.explain.trained import load_trained
 from softmask_plugin.runners import run_folder
 
 TRAIN = "lavis_configs/projects/scenes/train/pretrain_tiny.yaml"
@@ -113,22 +114,43 @@ def test_a_file_that_does_not_exist_ends_the_evaluation(tmp_path):
         launch.run(EVALUATE, given, evaluate=True)
 
 
-def test_a_runs_folder_is_evaluated_with_nothing_else_to_name(tmp_path, options):
+MEAN = (0.1, 0.2, 0.3)
+
+
+def test_a_runs_folder_or_checkpoint_is_evaluated_with_nothing_else_to_name(tmp_path, options):
+    data = "datasets.scenes_retrieval"
     trained, _ = launch.run(
         "lavis_configs/projects/scenes/train/retrieval_tiny.yaml",
         [
             *[each.replace("scenes_pretrain", "scenes_retrieval") for each in options],
-            "datasets.scenes_retrieval.num.test=8",
+            f"{data}.num.test=8",
+            f"{data}.vis_processor.eval.mean={list(MEAN)}",
+            f"{data}.text_processor.eval.max_words=6",
             "run.test_splits=[test]",
         ],
     )
-    moved = tmp_path / "moved"
+    moved, alone = tmp_path / "moved", tmp_path / "alone" / "mine.pth"
     trained.output_dir.rename(moved)
-    (moved / "vocab.txt").unlink()
+    for name in ("vocab.txt", "config.yaml"):
+        (moved / name).unlink()
+    alone.parent.mkdir()
     (moved / "checkpoint_0.pth").rename(moved / "checkpoint_best.pth")
-    evaluated, results = launch.run(str(moved), [], evaluate=True)
+    alone.write_bytes((moved / "checkpoint_best.pth").read_bytes())
     line = (moved / "metrics.jsonl").read_text().splitlines()[-1]
     expected = {k: v for k, v in json.loads(line).items() if k not in ("split", "epoch", "step")}
-    assert results["test"] == pytest.approx(expected)
-    state = evaluated.model.state_dict()
-    assert all(torch.equal(state[name], v) for name, v in trained.model.state_dict().items())
+    for given in (moved, alone):
+        evaluated, results = launch.run(str(given), [], evaluate=True)
+        assert results["test"] == pytest.approx(expected)
+        state = evaluated.model.state_dict()
+        assert all(torch.equal(state[name], v) for name, v in trained.model.state_dict().items())
+        images = evaluated.datasets["test"].vis_processor
+        explained = load_trained(given)
+        assert (images.mean, explained.image_processor.mean) == (MEAN, MEAN)
+        texts = (evaluated.datasets["test"].text_processor, explained.text_processor)
+        assert [text.max_words for text in texts] == [6, 6]
+
+
+def test_a_checkpoint_that_names_no_configuration_cannot_be_evaluated_alone(tmp_path):
+    torch.save({"temp": torch.ones(())}, tmp_path / "ALBEF.pth")
+    with pytest.raises(UserError, match="ALBEF.pth does not say .*add model.pretrained="):
+        launch.load_config(tmp_path / "ALBEF.pth", evaluate=True)

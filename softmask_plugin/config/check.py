@@ -37,8 +37,12 @@ def find_config(cfg_path: str | Path) -> Path:
     return find_file("--cfg-path", cfg_path, shipped_configs())
 
 
-def read_config(path: Path, options: Sequence[str] = ()) -> DictConfig:
+def read_config(
+    path: Path, options: Sequence[str] = (), content: dict[str, Any] | None = None
+) -> DictConfig:
     """Load a YAML file, merge overrides "section.key=value", and check the result.
+
+    ``content``, if given, is that of the file.
 
     This checks registered names, processors, image sizes and the run section. Models, data sets
     and processors of this plugin check their own keys when they are built.
@@ -48,7 +52,7 @@ def read_config(path: Path, options: Sequence[str] = ()) -> DictConfig:
     """
     overrides = parse_options(options)
     with valid_yaml(path):
-        loaded = OmegaConf.load(path)
+        loaded = OmegaConf.load(path) if content is None else OmegaConf.create(content)
     try:
         _check_sections(loaded)
         config: Any = _merge(loaded, overrides)

@@ -134,11 +134,11 @@ def _with_head() -> dict[str, type[AlignedBase]]:
 
 
 def _processors(preprocess: Any, image_size: int) -> tuple[Any, Any]:
-    """Evaluation's processors; a run without any gets them with its training's mean and std."""
+    """Evaluation's processors; mean and std that they do not name are those of training."""
     image, text = (preprocess.get(slot) or {} for slot in ("vis_processor", "text_processor"))
     train = image.get("train") or {}
     known = {key: train[key] for key in ("mean", "std") if train.get(key) is not None}
-    given = {**(image.get("eval") or {}), **known, "image_size": image_size}
+    given = {**known, **(image.get("eval") or {}), "image_size": image_size}
     return (
         _processor({"name": "softmask_image_eval", **given}),
         _processor({"name": "softmask_caption", **(text.get("eval") or text.get("train") or {})}),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from toy_models import SMALL
 
@@ -19,7 +21,10 @@ def test_references_between_sections_are_resolved(make_model, tmp_path):
         "model_type": "tiny",
         "image_size": reference,
     }
-    processor = {"eval": {"name": "softmask_image_eval", "image_size": 32}}
+    processor = {
+        "eval": {"name": "softmask_image_eval", "image_size": 32, "mean": [0.1, 0.2, 0.3]},
+        "train": {"name": "softmask_image_train", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
+    }
     config = {
         "model": section,
         "datasets": {"scenes_pretrain": {"vis_processor": processor}},
@@ -29,6 +34,9 @@ def test_references_between_sections_are_resolved(make_model, tmp_path):
     torch.save({"model": model.state_dict(), "config": config}, file)
 
     assert open_checkpoint(file).config["model"]["image_size"] == 32
-    loaded = load_trained(file).model
-    assert loaded.options.image_size == 32
-    torch.testing.assert_close(loaded.state_dict(), model.state_dict())
+    loaded = load_trained(file)
+    assert loaded.model.options.image_size == 32
+    torch.testing.assert_close(loaded.model.state_dict(), model.state_dict())
+    images: Any = loaded.image_processor
+    assert images.mean == (0.1, 0.2, 0.3)  # of evaluation
+    assert images.std == (0.5, 0.5, 0.5)  # which evaluation does not name
