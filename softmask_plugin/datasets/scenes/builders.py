@@ -9,29 +9,12 @@ from typing import Any
 from omegaconf import DictConfig
 
 from softmask_plugin.config.paths import shipped
+from softmask_plugin.datasets import task_datasets as data
 from softmask_plugin.datasets.builder import Builder, require_known
-from softmask_plugin.datasets.scenes.grammar import (
-    MAX_OBJECTS,
-    Box,
-    Composition,
-    Scene,
-    allowed_compositions,
-    heldout_compositions,
-    make_scenes,
-)
+from softmask_plugin.datasets.scenes import grammar, tasks
+from softmask_plugin.datasets.scenes.grammar import MAX_OBJECTS, Box, Composition, Scene
 from softmask_plugin.datasets.scenes.render import render_item
-from softmask_plugin.datasets.scenes.tasks import ANSWERS, ask, compare, describe, entail, refer
-from softmask_plugin.datasets.task_datasets import (
-    Annotation,
-    EntailmentDataset,
-    GroundingDataset,
-    ItemDataset,
-    NLVRDataset,
-    PretrainDataset,
-    RetrievalDataset,
-    VQADataset,
-    VQAEvalDataset,
-)
+from softmask_plugin.datasets.scenes.tasks import Item
 from softmask_plugin.errors import UserError
 from softmask_plugin.registry import register
 
@@ -42,11 +25,11 @@ class ScenesBuilder(Builder):
     OBJECTS = (1, MAX_OBJECTS)  # least and greatest number of things per scene
     SCENES_PER_ITEM = 1
 
-    def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> Annotation:
+    def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> list[Item]:
         """Make the items of a split, whose texts may name the compositions of ``pool``."""
         raise NotImplementedError
 
-    def build(self) -> dict[str, ItemDataset]:
+    def build(self) -> dict[str, data.ItemDataset]:
         """Build the data sets, by split; UserError at a key or a value that is not allowed."""
         splits, num = list(self._check_keys().num), self.config.num
         if not isinstance(num, DictConfig):
@@ -58,19 +41,17 @@ class ScenesBuilder(Builder):
         objects = self._number("objects", *self.OBJECTS)
         heldout = self._number("heldout", 0, 0.5, float)
         self.build_processors()
-        datasets: dict[str, ItemDataset] = {}
+        layout, datasets = str(self.config.layout), {}
         for split in map(str, num):
             count = self.SCENES_PER_ITEM * self._number(f"num.{split}", 1)
-            scenes = make_scenes(split, count, seed, objects, heldout, str(self.config.layout))
-            items = self._annotate(split, scenes, allowed_compositions(split, heldout))
-            annotation = [
-                {"image": f"scene {i}", "image_id": i, **item} for i, item in enumerate(items)
-            ]
-            datasets[split] = self._dataset(split, annotation, partial(render_item, image_size))
+            scenes = grammar.make_scenes(split, count, seed, objects, heldout, layout)
+            items = self._annotate(split, scenes, grammar.allowed_compositions(split, heldout))
+            items = [{"image": f"scene {i}", "image_id": i, **each} for i, each in enumerate(items)]
+            datasets[split] = self._dataset(split, items, partial(render_item, image_size))
         return datasets
 
 
-class SceneRetrievalDataset(RetrievalDataset):
+class SceneRetrievalDataset(data.RetrievalDataset):
     """Scenes and captions to match, with the boxes of the things that the captions name."""
 
     def boxes(self, text_index: int) -> list[tuple[int, Box, str]]:
@@ -84,10 +65,10 @@ class ScenesPretrainBuilder(ScenesBuilder):
     """Scenes for pretraining: a train split."""
 
     DATASET_CONFIG_DICT = {"default": shipped("datasets/scenes/pretrain.yaml")}
-    train_dataset_cls = PretrainDataset
+    train_dataset_cls = data.PretrainDataset
 
-    def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> Annotation:
-        return [describe(scene) for scene in scenes]
+    def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> list[Item]:
+        return [tasks.describe(scene) for scene in scenes]
 
 
 @register("builder", "scenes_retrieval")
@@ -95,12 +76,12 @@ class ScenesRetrievalBuilder(ScenesBuilder):
     """Scenes for image-text retrieval: train, val and test."""
 
     DATASET_CONFIG_DICT = {"default": shipped("datasets/scenes/retrieval.yaml")}
-    train_dataset_cls = PretrainDataset
+    train_dataset_cls = data.PretrainDataset
     eval_dataset_cls = SceneRetrievalDataset
 
-    def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> Annotation:
+    def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> list[Item]:
         limit = None if split == "train" else self._number("captions_per_image", 1)
-        return [describe(scene, limit) for scene in scenes]
+        return [tasks.describe(scene, limit) for scene in scenes]
 
 
 @register("builder", "scenes_entailment")
@@ -109,10 +90,10 @@ class ScenesEntailmentBuilder(ScenesBuilder):
 
     OBJECTS = (2, MAX_OBJECTS)
     DATASET_CONFIG_DICT = {"default": shipped("datasets/scenes/entailment.yaml")}
-    train_dataset_cls = eval_dataset_cls = EntailmentDataset
+    train_dataset_cls = eval_dataset_cls = data.EntailmentDataset
 
-    def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> Annotation:
-        return [entail(scene, pool) for scene in scenes]
+    def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> list[Item]:
+        return [tasks.entail(scene, pool) for scene in scenes]
 
 
 @register("builder", "scenes_nlvr")
@@ -121,12 +102,12 @@ class ScenesNLVRBuilder(ScenesBuilder):
 
     SCENES_PER_ITEM = 2
     DATASET_CONFIG_DICT = {"default": shipped("datasets/scenes/nlvr.yaml")}
-    train_dataset_cls = eval_dataset_cls = NLVRDataset
+    train_dataset_cls = eval_dataset_cls = data.NLVRDataset
 
-    def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> Annotation:
-        heldout = heldout_compositions(self.config.heldout)
+    def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> list[Item]:
+        heldout = grammar.heldout_compositions(self.config.heldout)
         pairs = zip(scenes[::2], scenes[1::2], strict=True)
-        return [compare(left, right, pool, heldout) for left, right in pairs]
+        return [tasks.compare(left, right, pool, heldout) for left, right in pairs]
 
 
 @register("builder", "scenes_vqa")
@@ -134,14 +115,14 @@ class ScenesVQABuilder(ScenesBuilder):
     """Scenes with a question each, for ``vqa``."""
 
     DATASET_CONFIG_DICT = {"default": shipped("datasets/scenes/vqa.yaml")}
-    train_dataset_cls = VQADataset
-    eval_dataset_cls = VQAEvalDataset
+    train_dataset_cls = data.VQADataset
+    eval_dataset_cls = data.VQAEvalDataset
 
-    def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> Annotation:
-        return [{"question_id": index, **ask(scene, pool)} for index, scene in enumerate(scenes)]
+    def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> list[Item]:
+        return [{"question_id": i, **tasks.ask(scene, pool)} for i, scene in enumerate(scenes)]
 
     def _arguments(self, split: str) -> dict[str, Any]:
-        return {} if split == "train" else {"answer_list": list(ANSWERS)}
+        return {} if split == "train" else {"answer_list": list(tasks.ANSWERS)}
 
 
 @register("builder", "scenes_grounding")
@@ -150,7 +131,7 @@ class ScenesGroundingBuilder(ScenesBuilder):
 
     OBJECTS = (2, MAX_OBJECTS)
     DATASET_CONFIG_DICT = {"default": shipped("datasets/scenes/grounding.yaml")}
-    eval_dataset_cls = GroundingDataset
+    eval_dataset_cls = data.GroundingDataset
 
-    def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> Annotation:
-        return [{"group": split, **refer(scene)} for scene in scenes]
+    def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> list[Item]:
+        return [{"group": split, **tasks.refer(scene)} for scene in scenes]

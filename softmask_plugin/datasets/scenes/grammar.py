@@ -116,11 +116,10 @@ class Caption:
 
 
 def heldout_compositions(fraction: float) -> frozenset[Composition]:
-    """Return the (colour, shape) pairs that training never shows; they do not depend on the seed.
+    """Return the (colour, shape) pairs that training never shows, whatever the seed.
 
     ``fraction``, in [0, 0.5], is their share of all pairs. They lie along the diagonals of the
-    colour × shape table, so that every colour and every shape loses about the same share of its
-    partners.
+    colour × shape table, so every colour and shape loses about the same share of its partners.
     """
 
     def diagonal(pair: Composition) -> int:
@@ -151,13 +150,13 @@ def captions(scene: Scene) -> list[Caption]:
     thing; the first without sizes; two lists without relations. One thing alone has only four.
     """
     there, back = scene.things, scene.things[::-1]
-    drafts = [
+    drafts = (
         _write("", there),
         _write("", back),
         _write("a picture of", there, sized=False),
         _write("there is", there, related=False),
         _write("", back, sized=False, related=False),
-    ]
+    )
     return list({draft.text: draft for draft in drafts}.values())
 
 
@@ -196,8 +195,7 @@ def make_scenes(
             f"{num} {split} scenes of {objects} object(s) cannot all differ, only {most} do: "
             "ask for fewer"
         )
-    kept_back = heldout_compositions(heldout)
-    allowed = allowed_compositions(split, heldout)
+    kept_back, allowed = heldout_compositions(heldout), allowed_compositions(split, heldout)
     scenes: list[Scene] = []
     seen: set[frozenset[Composition]] = set()
     for index in range(num):

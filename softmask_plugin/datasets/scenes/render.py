@@ -19,8 +19,7 @@ def _circle(radius: float = 1.0, x: float = 0.0) -> np.ndarray:
 
 
 def _star() -> np.ndarray:
-    angle = np.arange(10) * np.pi / 5
-    radius = np.tile([1.0, 0.42], 5)
+    angle, radius = np.arange(10) * np.pi / 5, np.tile([1.0, 0.42], 5)
     return np.stack([radius * np.sin(angle), -radius * np.cos(angle)], axis=1)
 
 

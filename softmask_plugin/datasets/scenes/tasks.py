@@ -16,22 +16,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from softmask_plugin.datasets.scenes.grammar import (
-    COLOURS,
-    GAP,
-    MAX_OBJECTS,
-    SHAPES,
-    SIZES,
-    Composition,
-    Scene,
-    Thing,
-    article,
-    captions,
-    relation,
-)
+from softmask_plugin.datasets.scenes import grammar
+from softmask_plugin.datasets.scenes.grammar import SHAPES, SIZES, Composition, Scene, Thing
 from softmask_plugin.errors import UserError
 
-ANSWERS = (*COLOURS, *SHAPES, *SIZES, "yes", "no", *map(str, range(MAX_OBJECTS + 1)))
+COUNTS = tuple(map(str, range(grammar.MAX_OBJECTS + 1)))
+ANSWERS = (*grammar.COLOURS, *SHAPES, *SIZES, "yes", "no", *COUNTS)
 KINDS = ("colour", "shape", "size", "exists", "count")  # of questions
 CONTRADICTION, NEUTRAL, ENTAILMENT = "contradiction", "neutral", "entailment"
 
@@ -63,7 +53,7 @@ def describe(scene: Scene, captions_per_image: int | None = None) -> Item:
     Returns ``caption``, a list, and ``word_boxes``, the ``boxes`` of each ``Caption``. UserError if
     the scene has fewer captions.
     """
-    chosen = captions(scene)
+    chosen = grammar.captions(scene)
     if captions_per_image is not None and captions_per_image > len(chosen):
         raise UserError(
             f"captions_per_image is {captions_per_image}, but a scene of {len(scene.things)} "
@@ -82,15 +72,14 @@ def references(things: Sequence[Thing], secret: str | None = None) -> list[Refer
     ``"shape"`` or ``"size"``.
     """
     attributes = [name for name in ("size", "colour", "shape") if name != secret]
-    subsets = [told for n in range(len(attributes)) for told in combinations(attributes, n + 1)]
     found = []
-    for told in subsets:
+    for told in (told for n in (1, 2, 3) for told in combinations(attributes, n)):
         texts = [_name(thing, told) for thing in things]
         pairs = zip(texts, things, strict=True)
         found += [Reference(text, thing) for text, thing in pairs if texts.count(text) == 1]
     for anchor in things:
         others = [thing for thing in things if thing is not anchor]
-        where = [relation(thing, anchor) for thing in others]
+        where = [grammar.relation(thing, anchor) for thing in others]
         found += [
             Reference(f"the thing {how} {_name(anchor, ('colour', 'shape'))}", thing, anchor)
             for how, thing in zip(where, others, strict=True)
@@ -126,14 +115,13 @@ def entail(scene: Scene, pool: Sequence[Composition]) -> Item:
         secret: [r for r in references(scene.things, secret) if spare or r.anchor is None]
         for secret in ("colour", "shape")
     }
-    secret = _pick(rng, [secret for secret, found in described.items() if found])
+    secret = _pick(rng, [each for each, found in described.items() if found])
     meant = _pick_reference(rng, described[secret])
     label = _pick(rng, (CONTRADICTION, NEUTRAL, ENTAILMENT))
-    spoken_of = (meant.thing, meant.anchor)
     hidden = meant.thing
     if label != NEUTRAL:
+        spoken_of = (meant.thing, meant.anchor)
         hidden = _pick(rng, [thing for thing in scene.things if thing not in spoken_of])
-
     right = getattr(meant.thing, secret)
     if secret == "colour":
         values = [colour for colour, shape in pool if shape == meant.thing.shape]
@@ -147,8 +135,8 @@ def entail(scene: Scene, pool: Sequence[Composition]) -> Item:
         CONTRADICTION: _pick_near(rng, wrong, [value for value in wrong if value in seen]),
     }[label]
     sentence = f"{meant.text} is {said if secret == 'colour' else _a(said)}"
-    x0, y0, x1, y1 = hidden.box
-    curtain = (x0 - GAP / 2, y0 - GAP / 2, x1 + GAP / 2, y1 + GAP / 2)  # touches no other thing
+    (x0, y0, x1, y1), pad = hidden.box, grammar.GAP / 2  # touches no other thing
+    curtain = (x0 - pad, y0 - pad, x1 + pad, y1 + pad)
     return {"scenes": (scene,), "curtain": curtain, "sentence": sentence, "label": label}
 
 
@@ -222,8 +210,8 @@ def _pick_near(
 
 def _pick_reference(rng: np.random.Generator, found: Sequence[Reference]) -> Reference:
     """Pick by name or by relation with equal chances, if there are both."""
-    named = [reference for reference in found if reference.anchor is None]
-    related = [reference for reference in found if reference.anchor is not None]
+    named = [each for each in found if each.anchor is None]
+    related = [each for each in found if each.anchor is not None]
     return _pick(rng, _pick(rng, [family for family in (named, related) if family]))
 
 
@@ -233,7 +221,7 @@ def _name(thing: Thing, told: Sequence[str]) -> str:
 
 
 def _a(words: str) -> str:
-    return f"{article(words)} {words}"
+    return f"{grammar.article(words)} {words}"
 
 
 def _replace_first(
