@@ -6,7 +6,8 @@ import json
 import re
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,11 +64,6 @@ class Weights(NamedTuple):
     model_type: str | None = None
     options: Sequence[str] = ()
 
-    @property
-    def bundled(self) -> bool:
-        """Whether this is the bundled model."""
-        return self == Weights(options=self.options)
-
 
 def serve(weights: Weights, images: str | None, port: int) -> None:
     """Serve the page until the process is interrupted.
@@ -104,11 +100,17 @@ def page(weights: Weights, images: str | None = None) -> None:
     st.set_page_config("softmask: what the mask hides", "🔍", layout="wide")
     st.header("See what the mask hides", anchor=False)
     look, search = st.tabs(["Look at words", "Search by text"])
+    with look, _one_line():
+        _look(weights)
+    with search, _one_line():
+        _search(weights, images)
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Show a mistake as one line, and go on with the rest of the page."""
     try:
-        with look:
-            _look(weights)
-        with search:
-            _search(weights, images)
+        yield
     except UserError as error:
         st.error(plain(str(error)))
 
@@ -152,13 +154,15 @@ def _look(weights: Weights) -> None:
         source = st.radio(
             "Image", (SCENE, UPLOAD), key="source", horizontal=True, on_change=_set_caption
         )
-        image, picture = _scene(weights) if source == SCENE else _uploaded(weights)
+        image = picture = None
+        with _one_line():
+            image, picture = _scene(weights) if source == SCENE else _uploaded(weights)
         if picture is not None:
             st.image(picture, width="stretch")
-        st.markdown(HELP + (BUNDLED if weights.bundled else ""))
+        st.markdown(HELP + (BUNDLED if _trained(weights).bundled else ""))
     with right:
         caption = _caption(source == SCENE)
-        if weights.bundled:
+        if _trained(weights).bundled:
             st.caption(BUNDLED_CAPTIONS)
         if image is None:
             st.info("Choose an image on the left. It stays on this computer.")
@@ -180,7 +184,7 @@ def _scene(weights: Weights) -> tuple[Image.Image, Image.Image]:
 def _uploaded(weights: Weights) -> tuple[Image.Image | None, Image.Image | None]:
     """Let the user upload an image; returns it at full size, and smaller to be shown."""
     file = st.file_uploader(f"An image, up to {UPLOAD_MB} MB", key="upload")
-    if weights.bundled:
+    if _trained(weights).bundled:
         st.caption(BUNDLED_IMAGES)
     if file is None:
         return None, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,13 @@ if TYPE_CHECKING:  # matplotlib takes a second to import, and only figures need 
 
 FORMATS = (".png", ".pdf", ".svg")
 DPI = 300
+FOREIGN = (
+    "the bundled model knows only rendered scenes and their captions: for other images or words "
+    "its match means nothing; load the checkpoint of a model of yours"
+)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ImageExplanation(Explanation):
     """An explanation and its picture, (H, W, 3) uint8.
 
@@ -49,6 +54,12 @@ class ImageExplanation(Explanation):
 
         require_width(width)
         return word_panels([Shown(self.image, self, range(len(self.words)))], DPI, width)
+
+    def _repr_png_(self) -> bytes:
+        """Notebooks show the figure."""
+        content = BytesIO()
+        self.figure().savefig(content, format="png")
+        return content.getvalue()
 
     def save(self, path: str | Path, width: float | None = None) -> Path:
         """Write :meth:`figure` as PNG, PDF or SVG, by the path's suffix.
@@ -110,7 +121,8 @@ def explain_image(
     """Explain how a picture matches a caption: where each word looks, and what masking it does.
 
     A caption that is too long for the model or its text processor is cut, with a warning in the
-    log; the result's ``kept`` is what remains.
+    log; the result's ``kept`` is what remains. Another warning says if the bundled model is shown
+    anything but a rendered scene.
 
     Args:
         image: A file, a PIL image, or a uint8 array (H, W, 3) or (H, W).
@@ -142,6 +154,9 @@ def explain_image(
         found = replace(found, caption=" ".join(processor.words(caption)))
     if found.cut:
         logging.getLogger(__name__).warning("%s (%s)", found.cut, limit)
+    known = model.model.tokenizer.get_vocab()
+    if model.bundled and not (_is_scene(picture) and known.keys() >= set(found.words)):
+        logging.getLogger(__name__).warning(FOREIGN)
     if words is not None:
         found = _select(found, model, [words] if isinstance(words, str) else words)
     return ImageExplanation(**vars(found), image=np.asarray(picture))
@@ -173,6 +188,13 @@ def _open(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
     if not isinstance(image, Image.Image):
         raise UserError(f"an image must be a file, a PIL image or an array, not {image!r:.80}")
     return to_rgb(image)
+
+
+def _is_scene(picture: Image.Image) -> bool:
+    """Whether most of the picture is the light grey ground of rendered scenes."""
+    pixels = np.asarray(picture.resize((64, 64))).astype(int)
+    low, high = pixels.min(axis=2), pixels.max(axis=2)
+    return bool(((low > 200) & (high < 250) & (high - low < 20)).mean() > 0.5)
 
 
 def _select(found: Explanation, model: Trained, words: Sequence[str]) -> Explanation:

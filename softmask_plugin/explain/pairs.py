@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from softmask_plugin.models.aligned import AlignedBase
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation:
     """How a caption's words refer to an image.
 
@@ -43,6 +43,9 @@ class Explanation:
     kind: Kind
     strength: float
     kept: str
+
+    def __repr__(self) -> str:
+        return f"<match {self.score:.3f}: {self.kept!r}, {len(self.words)} words explained>"
 
     @property
     def cut(self) -> str:

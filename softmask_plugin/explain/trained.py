@@ -15,7 +15,7 @@ from torch import Tensor
 from softmask_plugin.config.check import parse_options
 from softmask_plugin.config.options import read_options
 from softmask_plugin.errors import UserError, suggest
-from softmask_plugin.files.checkpoint import Checkpoint, open_checkpoint
+from softmask_plugin.files.checkpoint import SHIPPED, Checkpoint, open_checkpoint
 from softmask_plugin.models.aligned import AlignedBase
 
 # (model.arch, model.model_type) of the bundled model, the default; None asks for a checkpoint
@@ -30,11 +30,13 @@ class Trained:
         model: In evaluation mode, on the CPU.
         image_processor: Turns a PIL image into a tensor (3, H, W).
         text_processor: Cleans a caption.
+        bundled: Whether the weights are those that come with the package.
     """
 
     model: AlignedBase
     image_processor: Callable[[Image.Image], Tensor]
     text_processor: Callable[[str], str]
+    bundled: bool = False
 
     @classmethod
     def of(cls, model: AlignedBase) -> Trained:
@@ -94,7 +96,8 @@ def load_trained(
             raise UserError(f"{opened.path} has no matching head (itm_head): it scores no pair")
         model = model_class.from_checkpoint(read_options(model_class.OPTIONS, config.model), opened)
     processors = _processors(config.get("preprocess") or {}, model.options.image_size)
-    return Trained(model.eval(), *processors)
+    weights = config.model.get("pretrained") if checkpoint is None else checkpoint
+    return Trained(model.eval(), *processors, bundled=str(weights).startswith(SHIPPED))
 
 
 def _config_of(checkpoint: Checkpoint) -> DictConfig:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from io import BytesIO
 from urllib.request import urlopen
 
 import numpy as np
@@ -37,6 +38,13 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 def own_main_module(monkeypatch):
     """AppTest replaces ``__main__`` with its script, which processes of later tests would run."""
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+
+
+@pytest.fixture
+def photo_bytes():
+    content = BytesIO()
+    Image.new("RGB", (30, 20), "navy").save(content, "PNG")
+    return content.getvalue()
 
 
 def shown(images=None, checkpoint=None):
@@ -158,6 +166,18 @@ def test_an_upload_waits_for_its_file():
     drawn.radio("source").set_value(app.UPLOAD).run()
     assert not drawn.exception and not drawn.metric
     assert drawn.text_input("caption").value == ""
+
+
+def test_an_unreadable_upload_is_one_line_and_the_next_one_works(photo_bytes):
+    drawn = shown()
+    drawn.radio("source").set_value(app.UPLOAD).run()
+    drawn.file_uploader("upload").set_value(("<b>.png", b"no image", "image/png")).run()
+    (error,) = drawn.error
+    assert error.value == r"\<b\>\.png\: no image of a known format" and not drawn.exception
+    assert drawn.text_input("caption").label and drawn.text_input("query").label  # both tabs
+    drawn.file_uploader("upload").set_value(("good.png", photo_bytes, "image/png")).run()
+    drawn.text_input("caption").set_value("a red ring").run()
+    assert not drawn.error and not drawn.exception and drawn.metric
 
 
 def test_a_folder_is_searched(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from softmask_plugin.datasets.scenes.grammar import captions, make_scenes
 from softmask_plugin.datasets.scenes.render import render
 from softmask_plugin.errors import UserError
 from softmask_plugin.explain import trained
+from softmask_plugin.explain.image import FOREIGN
 from softmask_plugin.explain.pairs import explain
 from softmask_plugin.explain.trained import Trained, load_trained
 from softmask_plugin.models.matching import SoftMaskImageTextMatching
@@ -27,6 +29,7 @@ from softmask_plugin.models.pretrain import SoftMaskPretrain
 from softmask_plugin.models.vqa import SoftMaskVqa
 from softmask_plugin.registry import LOSSES
 
+ARCH = "softmask_image_text_matching"
 CAPTION = "A small red circle, above a large blue star!"
 WORDS = "a small red circle above a large blue star".split()
 ROOT = Path(__file__).parents[2]
@@ -116,6 +119,26 @@ def test_cutting_a_caption_is_logged_once(make_model, photo, caplog, tokens, lim
 def test_a_caption_that_fits_is_kept_whole(make_model, photo, caplog):
     found = softmask_plugin.explain_image(photo, CAPTION, make_model())
     assert found.kept == found.caption and not found.cut and not caplog.messages
+
+
+def test_a_result_is_one_line_and_in_a_notebook_a_picture(make_model, photo):
+    found = softmask_plugin.explain_image(photo, "a star", make_model())
+    assert re.fullmatch(r"<match [01]\.\d{3}: 'a star', 2 words explained>", repr(found))
+    assert Image.open(BytesIO(found._repr_png_())).format == "PNG"
+
+
+def test_the_bundled_model_says_that_a_photo_is_foreign_to_it(make_model, photo, caplog):
+    bundled = load_trained()
+    for scene in make_scenes("test", 8):
+        softmask_plugin.explain_image(render(scene, 60), captions(scene)[0].text, bundled)
+    softmask_plugin.explain_image(photo, CAPTION, make_model())
+    assert not caplog.messages
+    scene = render(make_scenes("test", 1)[0], 224)
+    for image, caption in ((photo, CAPTION), (scene, "a dog on a sofa")):
+        softmask_plugin.explain_image(image, caption, bundled)
+        assert caplog.messages == [FOREIGN]
+        caplog.clear()
+    assert load_trained("shipped:scenes_tiny", ARCH, "scenes_tiny").bundled
 
 
 def test_a_checkpoint_cannot_make_itself_trusted(make_model, tmp_path):
