@@ -20,6 +20,7 @@ from softmask_plugin.datasets.scenes.builders import SceneRetrievalDataset
 from softmask_plugin.datasets.scenes.render import render
 from softmask_plugin.explain.figure import word_panel
 from softmask_plugin.explain.pairs import Explanation, explain
+from softmask_plugin.files.checkpoint import furthest_first
 from softmask_plugin.host.environment import environment
 from softmask_plugin.models.rerank import Reranker
 from softmask_plugin.pointing import pointing_game, swapped
@@ -42,7 +43,7 @@ def main(output_dir: str | Path = "outputs/demo", options: Sequence[str] = ()) -
     """
     start, output = time.perf_counter(), Path(output_dir)
     trained, _ = launch.run(TRAIN, [option("run.output_dir", output / "pretrain"), *options])
-    weights = trained.output_dir / f"checkpoint_{trained.max_epoch - 1}.pth"
+    (weights, *_) = furthest_first(trained.output_dir)
     shared = [each for each in options if each.startswith(("model.", "run.device"))]
     given = [option("run.output_dir", output / "retrieval"), option("model.pretrained", weights)]
     evaluated, results = launch.run(EVALUATE, [*given, *shared], evaluate=True)

@@ -18,6 +18,7 @@ from softmask_plugin.ablate.plan import PRETRAIN, PRETRAINED, WEIGHTS, Plan, Sta
 from softmask_plugin.config.check import option
 from softmask_plugin.config.values import comparable, differences
 from softmask_plugin.errors import UserError, suggest
+from softmask_plugin.files.checkpoint import furthest_first
 from softmask_plugin.files.whole import write_json
 from softmask_plugin.host.environment import environment
 from softmask_plugin.report import read_metrics
@@ -184,7 +185,7 @@ class Job:
             "environment": environment(runner.device),
         }
         if stage.train:
-            result["checkpoint"] = f"checkpoint_{runner.max_epoch - 1}.pth"
+            result["checkpoint"] = furthest_first(runner.output_dir)[0].name
             result["losses"] = last_losses(runner.output_dir)
         measured = next(iter((results or {}).values()), None) or {}  # of the only test split
         for metric in stage.metrics:

@@ -31,7 +31,7 @@ RESERVED = re.compile(r"run\.(seed|output_dir|evaluate|resume_ckpt_path)\b.*")
 
 # Options that decide how much a run learns from: the same for all variants
 BUDGET = re.compile(
-    r"run\.(max_epoch|max_iters|batch_size_train|accum_grad_iters|train_splits)\b.*"
+    r"run\.(max_epoch|max_steps|max_iters|batch_size_train|accum_grad_iters|train_splits)\b.*"
     r"|datasets\.\w+\.(num|captions|images|shards|items)\b.*"
 )
 

@@ -169,7 +169,7 @@ def _check_run(run: DictConfig) -> None:
     check_values(run)
     if not setting(run, "evaluate"):
         _needed(run, [key for key, known in RUN.items() if known.default == NEEDED_TO_TRAIN], "run")
-        if "max_iters" not in run:  # which runner_iter counts instead of epochs
+        if ("max_steps" if runner == "softmask_runner" else "max_iters") not in run:
             _needed(run, ["max_epoch"], "run")
         _known(f"run.lr_sched '{run.lr_sched}'", run.lr_sched, registry.list_lr_schedulers())
     _check_device(run.device)

@@ -118,7 +118,13 @@ RUN: dict[str, Key] = {
     "num_workers": Key(NEEDED, "data-loading processes for each training process", whole(0)),
     "train_dataset_ratios": Key(None, "sampling weight of each data set; `runner_iter` only"),
     # Training
-    "max_epoch": Key(None, "passes over the training data; needed unless `max_iters` is", whole(0)),
+    "max_epoch": Key(None, "passes over the training data; needed unless `max_steps` is", whole(0)),
+    "max_steps": Key(
+        None,
+        "optimizer steps after which training ends, if `max_epoch` does not end it before; "
+        "`softmask_cosine_lr` spans them",
+        whole(1),
+    ),
     "max_iters": Key(None, "training steps; `runner_iter` only, in place of `max_epoch`", whole(1)),
     "iters_per_inner_epoch": Key(None, "steps that `runner_iter` counts as an epoch", whole(1)),
     "lr_sched": Key(

@@ -118,6 +118,7 @@ class PortableRunner(RunnerBase):
                 optimizer=self.optimizer,
                 max_epoch=self.max_epoch,
                 iters_per_epoch=self.steps_per_epoch,
+                total_steps=self.total_steps,
                 min_lr=self.min_lr,
                 init_lr=self.init_lr,
                 decay_rate=setting(run, "lr_decay_rate"),
@@ -198,6 +199,19 @@ class PortableRunner(RunnerBase):
     def steps_per_epoch(self) -> int:
         """Optimizer steps per epoch, including the last one with fewer batches."""
         return math.ceil(len(self.train_loader) / self.accum_grad_iters)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run: ``run.max_epoch`` or ``run.max_steps``, if less."""
+        epochs, steps = (setting(self.config.run_cfg, key) for key in ("max_epoch", "max_steps"))
+        if steps is None:
+            return int(epochs) * self.steps_per_epoch
+        return int(steps) if epochs is None else min(int(steps), int(epochs) * self.steps_per_epoch)
+
+    @property
+    def max_epoch(self) -> int:
+        """Epochs of the whole run; ``run.max_steps`` may end within the last one."""
+        return math.ceil(self.total_steps / self.steps_per_epoch)
 
     def to_device(self, samples: Any) -> Any:
         """Copy a batch's tensors to the device without waiting for them."""

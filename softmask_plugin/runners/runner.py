@@ -132,19 +132,26 @@ class SoftmaskRunner(PortableRunner):
             logging.info("the 'test' split is not tested: add run.test_splits=[test] to do so")
         self._resume()
         self._note_setup()
-        with self.log.progress(self.step, self.max_epoch * self.steps_per_epoch):
-            for epoch in range(self.progress.epoch, self.max_epoch):
+        with self.log.progress(self.step, self.total_steps):
+            while not self._finished:
+                epoch = self.progress.epoch
                 self.log_stats(self.train_epoch(epoch), "train")
                 improved = self._validate(epoch)
-                self.progress.epoch, self.progress.taken = epoch + 1, 0
-                self.meter = LossMeter()
-                self._save_checkpoint(epoch, is_best=improved)
+                cut = self.train_loader.left(self.progress.taken) > 0  # by run.max_steps
+                if not cut:
+                    self.progress.epoch, self.progress.taken = epoch + 1, 0
+                    self.meter = LossMeter()
+                self._save_checkpoint(epoch, improved, self.step if cut else None)
         # The other processes wait here for the main one's last checkpoint
         best = from_main_process(lambda: self.progress.best_epoch)
         return self._test(self.max_epoch - 1 if best is None else "best")
 
+    @property
+    def _finished(self) -> bool:
+        return self.progress.epoch >= self.max_epoch or self.step >= self.total_steps
+
     def train_epoch(self, epoch: int) -> dict[str, float]:
-        """Train for the rest of an epoch.
+        """Train for the rest of an epoch, or of the run.
 
         Returns:
             The learning rate and the means of all loss terms over the whole epoch.
@@ -152,7 +159,9 @@ class SoftmaskRunner(PortableRunner):
         loader, progress = self.train_loader, self.progress
         self.model.train()
         done = progress.taken // loader.step_items
-        end = done + loader.left(progress.taken)
+        end = done + min(
+            loader.left(progress.taken), (self.total_steps - self.step) * self.accum_grad_iters
+        )
         batches = loader.batches(epoch, progress.taken)
         pairs, clock = 0, time.perf_counter()
         for first in range(done, end, self.accum_grad_iters):
@@ -265,7 +274,7 @@ class SoftmaskRunner(PortableRunner):
     def _save_checkpoint(
         self, cur_epoch: int, is_best: bool = False, step: int | None = None
     ) -> None:
-        """Save a checkpoint of a whole epoch or, given ``step``, of the current one."""
+        """Save a checkpoint of a whole epoch or, given ``step``, of a part of one."""
         progress = self.progress
         progress.step_items = self.train_loader.step_items
         progress.seconds = self.log.clock
@@ -299,8 +308,12 @@ class SoftmaskRunner(PortableRunner):
             return
         path, training = found.path, found.training
         self.progress = progress = Progress.of(training)
-        if wanted != AUTO and progress.epoch >= self.max_epoch:
-            raise UserError(f"{path} has all {self.max_epoch} epochs done: raise run.max_epoch")
+        self._find_step()
+        if wanted != AUTO and self._finished:
+            raise UserError(
+                f"{path} has all {self.total_steps} steps done: raise run.max_epoch or, if it is "
+                "set, run.max_steps"
+            )
         given = [{key: group[key] for key in APPLIED} for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(training["optimizer"])
@@ -320,7 +333,6 @@ class SoftmaskRunner(PortableRunner):
         else:
             self.log_config()
             self._take_best_from(path.parent)
-        self._find_step()
         logging.info("resumed from %s: epoch %d, step %d", path, progress.epoch, self.step)
 
     def _log_changes(self, checkpoint: Checkpoint) -> None:
@@ -392,7 +404,7 @@ class SoftmaskRunner(PortableRunner):
         epoch = cur_epoch if isinstance(cur_epoch, int) else None
         if cur_epoch == "best" and not skip_reload:
             best = load_run(self.output_dir / BEST, self._model, self.device)
-            epoch = best.training["epoch"]
+            epoch = Progress.of(best.training).best_epoch
         self.task.before_evaluation(model=self._model, dataset=self.datasets[split_name])
         with self.autocast():
             results = self.task.evaluation(self._model, loader, **self._evaluation_options())
@@ -408,7 +420,9 @@ class SoftmaskRunner(PortableRunner):
             f"'{split_name}' split, epoch {cur_epoch}",
             "the model's scores are not finite, train it anew with a lower run.init_lr",
         )
-        step = None if epoch is None else (epoch + 1) * self.steps_per_epoch
+        step = None
+        if epoch is not None:
+            step = min((epoch + 1) * self.steps_per_epoch, self.total_steps)
         self.log.write({"split": split_name, "epoch": epoch, "step": step, **metrics})
         return metrics
 

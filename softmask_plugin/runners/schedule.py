@@ -23,6 +23,7 @@ class CosineLRScheduler:
     Args:
         optimizer: All its parameter groups get the same rate.
         iters_per_epoch: Optimizer steps per epoch; only ``softmask_runner`` passes it.
+        total_steps: Optimizer steps of the run; None: those of ``max_epoch`` epochs.
         warmup_steps: Optimizer steps of the warm-up, which may be longer than an epoch.
         warmup_start_lr: Rate of the first step (``run.warmup_lr``); 0 if negative.
         kwargs: Options of LAVIS's other schedules (``decay_rate``), unused here.
@@ -38,6 +39,7 @@ class CosineLRScheduler:
         min_lr: float,
         init_lr: float,
         iters_per_epoch: int | None = None,
+        total_steps: int | None = None,
         warmup_steps: int = 0,
         warmup_start_lr: float = -1,
         **kwargs: Any,
@@ -50,7 +52,7 @@ class CosineLRScheduler:
             )
         self.optimizer = optimizer
         self.iters_per_epoch = iters_per_epoch
-        self.total_steps = max_epoch * iters_per_epoch
+        self.total_steps = total_steps or max_epoch * iters_per_epoch
         self.warmup_steps = int(warmup_steps)
         self.min_lr = min_lr
         self.init_lr = init_lr

@@ -180,6 +180,64 @@ def test_means_of_the_meter():
     assert meter.means() == {"loss": 3.5, "loss_soft": 4.0}
 
 
+# ---- run.max_steps
+
+
+def test_max_steps_ends_the_run_and_its_schedule(tmp_path):
+    given = {"valid_splits": ["val"], "test_splits": ["test"]}
+    runner = build(tmp_path, **given, max_steps=13, max_epoch=2)
+    runner.train()
+    trained = [step for step in runner.model.seen if step["training"]]
+    assert [(step["epoch"], step["iters"]) for step in trained] == [
+        *((0, i) for i in range(10)),
+        *((1, i) for i in range(3)),
+    ]
+    assert [line["step"] for line in read_metrics(runner.output_dir)] == [4, 8, 10, 12, 13]
+    assert [line["step"] for line in read_metrics(runner.output_dir, "val")] == [10, 13]
+    (line,) = read_metrics(runner.output_dir, "test")
+    assert (line["epoch"], line["step"]) == (1, 13)
+    schedule = runner.lr_scheduler
+    assert schedule.total_steps == 13 and schedule.lr_at(13) == pytest.approx(0.01)
+
+    without = build(tmp_path / "without", **given, max_steps=13, max_epoch=None)
+    without.train()
+    assert torch.equal(weights(without.model), weights(runner.model))
+    longer = build(tmp_path / "longer", max_steps=21, max_epoch=2)
+    assert longer.total_steps == 20
+
+
+def test_max_steps_and_resume(tmp_path):
+    """It resumes exactly; done, it is only tested again; raised, the cut epoch goes on."""
+    given = {"max_epoch": None, "valid_splits": ["val"], "test_splits": ["test"]}
+    given |= {"accum_grad_iters": 2, "lr_sched": "linear_warmup_cosine_lr", "lr_decay_rate": None}
+
+    def train(name, **options):
+        runner = build(tmp_path / name, **{**given, **options})
+        runner.train()
+        steps = [step["loss"] for step in runner.model.seen if step["training"]]
+        return weights(runner.model), (runner.output_dir / "log.txt").read_text(), steps
+
+    whole, text, steps = train("whole", max_steps=8)
+    stopped = build(tmp_path / "killed", **given, max_steps=8, save_every_steps=3)
+    stopped._validate = lambda epoch: 1 / (1 - epoch)  # fails after step 8, before its checkpoint
+    with pytest.raises(ZeroDivisionError):
+        stopped.train()
+    resumed, _, taken = train("killed", max_steps=8, resume_ckpt_path="auto")
+    assert taken == steps[12:]  # two batches a step
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+
+    again, after, taken = train("whole", max_steps=8, resume_ckpt_path="auto")
+    assert (torch.equal(again, whole), after, taken) == (True, text, [])
+
+    longer, _, steps = train("longer", max_steps=10)
+    raised, _, taken = train("whole", max_steps=10, resume_ckpt_path="auto")
+    assert len(taken) == 4 and torch.equal(raised, longer)
+
+    checkpoint = str(tmp_path / "longer" / "job" / "checkpoint_1.pth")
+    with pytest.raises(UserError, match="all 10 steps done: raise .*run.max_steps"):
+        train("file", max_steps=10, resume_ckpt_path=checkpoint)
+
+
 def test_a_task_may_return_the_terms_beside_the_loss(tmp_path):
     """As LAVIS's tasks do after 1.0.2."""
 
