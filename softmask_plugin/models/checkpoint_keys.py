@@ -42,7 +42,8 @@ def adapt(state: StateDict, own: Iterable[str], fusion_layer: int) -> StateDict:
         if _any(own, decoder) and not _any(plain, decoder):
             plain |= _decoder_of(plain, encoder, decoder, fusion_layer)
         if _any(own, f"{encoder}bert."):
-            plain = {_with_bert(key, encoder): tensor for key, tensor in plain.items()}
+            inner = re.compile(rf"^{re.escape(encoder)}(?!cls\.)")
+            plain = {inner.sub(f"{encoder}bert.", key): each for key, each in plain.items()}
     return plain
 
 
@@ -68,14 +69,7 @@ def fold_token_types(state: StateDict, source: object) -> StateDict:
 
 def _plain(key: str) -> str:
     """Without what wrappers add and without the ``bert.`` of an encoder with an MLM head."""
-    key = _WRAPPER.sub("", key)
-    return re.sub(r"^(text_encoder(?:_m)?)\.bert\.", r"\1.", key)
-
-
-def _with_bert(key: str, encoder: str) -> str:
-    if key.startswith(encoder) and not key.startswith(f"{encoder}cls."):
-        return f"{encoder}bert.{key.removeprefix(encoder)}"
-    return key
+    return re.sub(r"^(text_encoder(?:_m)?)\.bert\.", r"\1.", _WRAPPER.sub("", key))
 
 
 def _any(keys: Iterable[str], prefix: str) -> bool:
@@ -89,14 +83,11 @@ def _depth(keys: Iterable[str]) -> int:
 
 
 def _double_fusion(state: StateDict, fusion_layer: int) -> StateDict:
-    doubled = {}
+    doubled = dict(state)
     for key, tensor in state.items():
-        match = _LAYER.match(key)
-        if match is None or (layer := int(match[2])) < fusion_layer:
-            doubled[key] = tensor
-            continue
-        for copy in (2 * layer - fusion_layer, 2 * layer - fusion_layer + 1):
-            doubled[f"{match[1]}{copy}.{match[3]}"] = tensor
+        if (match := _LAYER.match(key)) and (layer := int(match[2])) >= fusion_layer:
+            for copy in (2 * layer - fusion_layer, 2 * layer - fusion_layer + 1):
+                doubled[f"{match[1]}{copy}.{match[3]}"] = tensor
     return doubled
 
 

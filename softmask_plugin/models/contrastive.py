@@ -23,7 +23,7 @@ from softmask_plugin.nn.tokens import Packing, Tokens
 from softmask_plugin.registry import get_loss_class
 from softmask_plugin.soft_mask import grad_cam, keep_factors, normalize, pick_words, word_map
 
-IGNORED = -100  # the label that cross_entropy leaves out
+IGNORED = -100  # the label that cross_entropy leaves out by default
 
 
 @dataclass
@@ -231,17 +231,21 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         """ITM of the unmasked pairs, and of the masked ones; None while the mask is off."""
         # If all pairs of a batch share an image, there are no negatives: what was drawn is ignored
         exists = ~similarity.same.all(dim=1)
-        itm = self.matching_loss(fused["positive"], named("negative", fused), exists)
+        itm = self.matching_loss(fused, "positive", "negative", exists)
         if "soft" not in fused:
             return itm, None
-        return itm, self.matching_loss(fused["soft"], named("soft negative", fused), exists)
+        return itm, self.matching_loss(fused, "soft", "soft negative", exists)
 
-    def matching_loss(self, positives: Tokens, negatives: list[Tokens], exists: Tensor) -> Tensor:
-        """Cross-entropy of the multi-modal [CLS] of positives, and of the negatives that exist."""
-        logits = self.match(torch.cat([group.cls for group in (positives, *negatives)]))
+    def matching_loss(
+        self, fused: dict[str, Tokens], positive: str, negative: str, exists: Tensor
+    ) -> Tensor:
+        """Cross-entropy of the multi-modal [CLS] of a group of positives, and of the negatives that
+        exist in groups whose name starts with ``negative``."""
+        negatives = [group for name, group in fused.items() if name.startswith(negative)]
+        logits = self.match(torch.cat([group.cls for group in (fused[positive], *negatives)]))
         label = torch.where(exists, 0, IGNORED)
-        labels = torch.cat([torch.ones_like(label), *(label for _ in negatives)])
-        return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED)
+        labels = torch.cat([torch.ones_like(label), *[label] * len(negatives)])
+        return F.cross_entropy(logits.float(), labels)
 
     def output(
         self,
@@ -267,11 +271,6 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
 def forget_pointer(model: nn.Module, _: Any) -> None:
     """After loading weights, the host's copy of queue_ptr is out of date."""
     model.pointer = None  # type: ignore[assignment]
-
-
-def named(prefix: str, groups: dict[str, Tokens]) -> list[Tokens]:
-    """Groups whose name starts with ``prefix``."""
-    return [group for name, group in groups.items() if name.startswith(prefix)]
 
 
 @torch.no_grad()

@@ -9,12 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from lavis.common.dist_utils import (
-    get_rank,
-    get_world_size,
-    is_dist_avail_and_initialized,
-    is_main_process,
-)
+from lavis.common import dist_utils
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 from tqdm import tqdm
@@ -58,7 +53,10 @@ class Reranker:
         texts, text_feats = self.encode_texts(data_loader.dataset.text)
         images, image_feats = self.encode_images(data_loader)
         similarity = (image_feats @ text_feats.T).cpu()
-        warn_if_fewer(self.k_test, similarity)
+        for gallery, count in zip(("images", "texts"), similarity.shape, strict=True):
+            if self.k_test > count:
+                what = "run.k_test is %d, but there are %d %s: all are candidates"
+                logging.warning(what, self.k_test, count, gallery)
         for_image = candidates(similarity, self.k_test)
         for_text = candidates(similarity.T, self.k_test).T
         score = self.match(images, texts, for_image | for_text)
@@ -73,10 +71,8 @@ class Reranker:
     def similarity(self, data_loader: Any) -> Tensor:
         """Cosine of every image with every text, (images, texts): the ranking by ITC alone.
 
-        Raises:
-            UserError: As ``scores``.
-        """
-        texts = self.encode_texts(data_loader.dataset.text)[1]
+        UserError as for ``scores``."""
+        _, texts = self.encode_texts(data_loader.dataset.text)
         cosines = self.encode_images(data_loader)[1] @ texts.T
         require_finite_scores("a retrieval score", cosines)
         return cosines
@@ -106,9 +102,9 @@ class Reranker:
         for samples in progress_bar(data_loader, desc="images", unit="batch"):
             image = self.model.visual_encoder(samples["image"].to(self.model.device))
             feats.append(self.model.image_features(image[:, 0]))
-            for i in range(count, count + len(image)):
-                if i % get_world_size() == get_rank():
-                    states[i] = image[i - count].cpu()
+            for i, state in enumerate(image, start=count):
+                if i % dist_utils.get_world_size() == dist_utils.get_rank():
+                    states[i] = state.cpu()
             count += len(image)
         return states, torch.cat(feats)
 
@@ -125,7 +121,7 @@ class Reranker:
                 for captions in wanted[i].nonzero().squeeze(1).split(self.pairs_at_once(texts)):
                     scores[i, captions] = self.match_image(memory, texts, captions.to(device)).cpu()
                     bar.update(len(captions))
-        if is_dist_avail_and_initialized():
+        if dist_utils.is_dist_avail_and_initialized():
             total = scores.to(device)
             dist.all_reduce(total)
             scores = total.cpu()
@@ -148,15 +144,6 @@ class Reranker:
         return max(1, int(self.memory * 2**30 / caption_bytes))
 
 
-def warn_if_fewer(k: int, similarity: Tensor) -> None:
-    """Warn if a gallery has fewer than ``k`` entries."""
-    for gallery, count in zip(("images", "texts"), similarity.shape, strict=True):
-        if k > count:
-            logging.warning(
-                "run.k_test is %d, but there are %d %s: all are candidates", k, count, gallery
-            )
-
-
 def candidates(similarity: Tensor, k: int) -> Tensor:
     """True for the k most similar entries of each row, (rows, columns)."""
     best = similarity.topk(min(int(k), similarity.shape[1]), dim=1).indices
@@ -165,5 +152,5 @@ def candidates(similarity: Tensor, k: int) -> Tensor:
 
 def progress_bar(items: Any = None, **options: Any) -> Any:
     """Show progress on the first rank if standard error is a terminal; gone when done."""
-    disable = None if is_main_process() else True
+    disable = None if dist_utils.is_main_process() else True
     return tqdm(items, leave=False, disable=disable, **options)

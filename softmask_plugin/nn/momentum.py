@@ -21,12 +21,10 @@ def momentum_copy(online: Module) -> Module:
     momentum = copy.deepcopy(online)
     buffers: dict[int, Tensor] = {}  # tied parameters stay tied
     for module in momentum.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                del module._parameters[name]
-                module.register_buffer(
-                    name, buffers.setdefault(id(parameter), parameter.detach().clone())
-                )
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            delattr(module, name)
+            buffer = buffers.setdefault(id(parameter), parameter.detach().clone())
+            module.register_buffer(name, buffer)
     return momentum
 
 
@@ -36,19 +34,14 @@ class MomentumPairs:
     def __init__(self, pairs: Sequence[tuple[nn.Module, nn.Module]]) -> None:
         self.pairs = list(pairs)
 
-    def tensors(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Online parameters and momentum buffers in the same order, each buffer once."""
-        tensors: dict[int, tuple[Tensor, Tensor]] = {}
-        for online, momentum in self.pairs:
-            buffers = dict(momentum.named_buffers(remove_duplicate=False))
-            # By buffer, not by parameter: moving to another device unties tied buffers.
-            for name, parameter in online.named_parameters(remove_duplicate=False):
-                tensors[id(buffers[name])] = (parameter.detach(), buffers[name])
-        return [each for each, _ in tensors.values()], [each for _, each in tensors.values()]
-
     @torch.no_grad()
     def update(self, rate: float) -> None:
         """momentum = rate * momentum + (1 - rate) * online; exactly online at a rate of 0."""
-        online, momentum = self.tensors()
-        if momentum:
-            torch._foreach_lerp_(momentum, online, 1 - rate)
+        # By buffer, not by parameter: moving to another device unties tied buffers.
+        online_of: dict[Tensor, Tensor] = {}
+        for online, momentum in self.pairs:
+            buffers = dict(momentum.named_buffers(remove_duplicate=False))
+            for name, parameter in online.named_parameters(remove_duplicate=False):
+                online_of[buffers[name]] = parameter
+        if online_of:
+            torch._foreach_lerp_([*online_of], [*online_of.values()], 1 - rate)
