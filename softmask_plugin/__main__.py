@@ -6,6 +6,8 @@ import runpy
 import sys
 from pathlib import Path
 
+from softmask_plugin.errors import UserError
+
 USAGE = """\
 usage: python -m softmask_plugin SCRIPT [ARGUMENT ...]
 
@@ -26,6 +28,9 @@ def main() -> int:
     sys.path[0] = str(script.resolve().parent)
     try:
         runpy.run_path(str(script), run_name="__main__")
+    except UserError as error:
+        print(f"{script}: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)
         return 130

@@ -28,7 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from softmask_plugin.config.check import find_config, option, read_config
 from softmask_plugin.config.run_options import setting
-from softmask_plugin.config.values import check_classes, check_weights
+from softmask_plugin.config.values import check_classes
 from softmask_plugin.errors import UserError
 from softmask_plugin.files.checkpoint import furthest_first, open_checkpoint
 from softmask_plugin.runners.run_folder import AUTO, claim, release
@@ -118,7 +118,7 @@ def load_config(
 
     To evaluate, a checkpoint or the folder of a run may stand for its configuration and weights.
     Overrides are merged before LAVIS sees the file: its own merge comes too late for
-    ``model.model_type`` and ``datasets.*.type`` to choose their defaults.
+    ``datasets.*.type`` to choose its defaults.
     """
     if evaluate:
         options = [*options, "run.evaluate=true"]
@@ -139,9 +139,7 @@ def load_config(
     config.run.setdefault("evaluate", False)
     # LAVIS would put a relative folder inside its own installation
     config.run.output_dir = str(Path(config.run.output_dir).expanduser().absolute())
-    merged = Config(Namespace(cfg_path=io.StringIO(OmegaConf.to_yaml(config)), options=None))
-    check_weights(config.model, merged.model_cfg, bool(setting(config.run, "evaluate")))
-    return merged
+    return Config(Namespace(cfg_path=io.StringIO(OmegaConf.to_yaml(config)), options=None))
 
 
 def init_distributed(run_cfg: DictConfig) -> None:

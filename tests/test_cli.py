@@ -105,8 +105,10 @@ def test_data_sets_log_to_the_folder_of_their_own_run(config, tmp_path, monkeypa
         '[{"image": "a.png", "caption": "a"}, {"image": "b.png", "caption": "b"}]'
     )
     monkeypatch.setattr(RunnerBase, "train", lambda self: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     data = "datasets.captions_folder"
     options = [f"{data}.images=.", f"{data}.captions.train=captions.json", "run.runner=runner_base"]
+    options += ["run.device=cuda"]  # that runner takes no other
     options += [f"{data}.vis_processor.{mode}.image_size=60" for mode in ("train", "eval")]
     runners = [launch.run(config, options)[0] for _ in range(2)]
     logs = [runner.output_dir / "skipped_images.log" for runner in runners]

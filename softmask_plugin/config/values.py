@@ -49,15 +49,14 @@ def require_section(where: str, section: Any) -> None:
         raise UserError(f"{where} is {section!r}: it must be a section of keys")
 
 
-def check_weights(given: DictConfig, merged: DictConfig, evaluate: bool) -> None:
-    """Raise UserError if named weights would not be loaded, or if evaluation has no weights.
+def check_weights(given: DictConfig, merged: DictConfig) -> None:
+    """Raise UserError if named weights would not be loaded.
 
     Args:
         given: The model section of the user's YAML and options.
         merged: The same with the defaults of its type. Only models of this plugin are checked.
-        evaluate: Whether the run only evaluates.
     """
-    if getattr(registry.get_model_class(merged.arch), "OPTIONS", None) is None:
+    if not _is_ours(merged):
         return
     load_finetuned = merged.get("load_finetuned", False)
     load_pretrained = merged.get("load_pretrained", True)
@@ -72,11 +71,23 @@ def check_weights(given: DictConfig, merged: DictConfig, evaluate: bool) -> None
             f"model.pretrained would not be loaded, since model.{why} is {merged[why]}: add "
             f"model.{why}={str(not merged[why]).lower()}"
         )
-    if evaluate and load_pretrained and not load_finetuned and not merged.get("pretrained"):
+
+
+def require_weights(model: DictConfig) -> None:
+    """Raise UserError if the model section of an evaluation, with all defaults, names no weights.
+
+    Only models of this plugin are checked.
+    """
+    wanted = model.get("load_pretrained", True) and not model.get("load_finetuned", False)
+    if _is_ours(model) and wanted and not model.get("pretrained"):
         raise UserError(
             "there are no weights to evaluate: set model.pretrained to a checkpoint or a run's "
             "folder (for random weights on purpose: model.load_pretrained=false)"
         )
+
+
+def _is_ours(model: DictConfig) -> bool:
+    return hasattr(registry.get_model_class(model.get("arch")), "OPTIONS")
 
 
 def check_classes(model: Any, datasets: Mapping[str, Mapping[str, Any]]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 
 from softmask_plugin.errors import UserError, suggest
 
@@ -34,6 +35,8 @@ def patch() -> None:
     _restore_numpy_inf()
     _quiet_dependencies()
     _name_unknown_models()
+    _check_lavis_own_configs()
+    _run_the_named_runner()
 
 
 def _define_torchvision_schemas() -> None:
@@ -85,3 +88,52 @@ def _name_unknown_models() -> None:
             return found
 
     models.registry = NamingRegistry()
+
+
+def _check_lavis_own_configs() -> None:
+    """Let LAVIS's own scripts (all releases) read overrides and check a file as our commands do.
+
+    LAVIS merges ``--options`` too late for ``model.arch`` and ``model.model_type`` to choose the
+    defaults, and so the weights, and it evaluates random ones without a word. Its runners never
+    work on a CPU: a model that is there already they lose, and their loaders use CUDA.
+    """
+    from lavis.common.config import Config
+    from lavis.common.registry import registry
+
+    from softmask_plugin.config.values import check_weights, require_weights
+
+    build = Config.build_model_config
+
+    def build_model_config(config: Any, **options: Any) -> Any:
+        config = OmegaConf.merge(config, options)
+        merged, run = build(config), config.run
+        name = run.get("runner", "runner_base")
+        runner = registry.get_runner_class(name)
+        if run.get("device") == "cpu" and runner and runner.__module__.startswith("lavis."):
+            raise UserError(
+                f"run.runner is '{name}', which works with CUDA only: set "
+                "run.runner=softmask_runner"
+            )
+        check_weights(config.model, merged.model)
+        if run.get("evaluate"):
+            require_weights(merged.model)
+        return merged
+
+    Config.build_model_config = staticmethod(build_model_config)
+
+
+def _run_the_named_runner() -> None:
+    """Let LAVIS's evaluate.py (all releases) use ``run.runner``: it always takes RunnerBase."""
+    from lavis.common.registry import registry
+    from lavis.runners.runner_base import RunnerBase
+
+    from softmask_plugin.config.values import require_weights
+
+    def new(cls: type, cfg: Any, *_: Any, **__: Any) -> Any:
+        named = registry.get_runner_class(cfg.run_cfg.get("runner", "runner_base"))
+        if cls is not RunnerBase or named in (None, cls):
+            return object.__new__(cls)
+        require_weights(cfg.model_cfg)  # the file may be one for training
+        return object.__new__(named)
+
+    RunnerBase.__new__ = new
