@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from softmask_plugin.errors import UserError
 from softmask_plugin.nn.image_memory import ImageMemory, LayerMemory, View
 from softmask_plugin.nn.tokens import Packing, Tokens
 from softmask_plugin.nn.vision import initial_std
@@ -39,7 +40,19 @@ class BertShape:
     causal: bool = False  # a decoder: tokens attend only to themselves and those before
 
 
-class BertForMaskedLM(nn.Module):
+class Bert(nn.Module):
+    """What transformers' BERT has and this one does not."""
+
+    @property
+    def base_model(self) -> Any:
+        """Only an error: LAVIS's ``compute_gradcam`` looks here for its own cross-attention."""
+        raise UserError(
+            "LAVIS's compute_gradcam does not know this BERT: use softmask_plugin.explain "
+            "(explain_image for one pair, word_maps for a batch)"
+        )
+
+
+class BertForMaskedLM(Bert):
     """The encoder ``bert`` and the MLM head ``cls``, whose output matrix is the word embedding."""
 
     def __init__(self, shape: BertShape) -> None:
@@ -55,7 +68,7 @@ class BertForMaskedLM(nn.Module):
         return self.cls.predictions(states)
 
 
-class BertModel(nn.Module):
+class BertModel(Bert):
     """Text encoder (``encode``), image projection (``remember``) and fusion (``fuse``)."""
 
     def __init__(self, shape: BertShape) -> None:

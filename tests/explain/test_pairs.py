@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lavis.models.blip_models.blip_image_text_matching import compute_gradcam
 from toy_models import matching_logits
 
+from softmask_plugin.errors import UserError
 from softmask_plugin.explain.pairs import explain
 from softmask_plugin.models.matching import SoftMaskImageTextMatching
 from softmask_plugin.models.pretrain import SoftMaskPretrain
@@ -47,6 +49,13 @@ def test_scores_equal_plain_forward_passes(model, images, albef_twin):
                 expected = fuse_plainly(twin, model, states, caption, keep)
                 assert masked.item() == pytest.approx(expected.item(), abs=1e-5)
         assert (got.masked_scores != got.score).any()
+
+
+def test_lavis_own_gradcam_names_ours(model, make_other, images):
+    for each in (model, make_other(SoftMaskImageTextMatching)):
+        tokens = each.tokenizer([CAPTION, CAPTION], return_tensors="pt")
+        with pytest.raises(UserError, match=r"use softmask_plugin.explain \(explain_image"):
+            compute_gradcam(each, images, [CAPTION, CAPTION], tokens, block_num=1)
 
 
 def test_words_maps_and_masks_go_together(model, images):
