@@ -164,6 +164,15 @@ def _how_to_resume(checkpoint: Any, cfg_path: str, options: list[str], evaluate:
     return f"{train} {given} goes on from {checkpoint}"
 
 
+@command("check", "try a YAML file before a long run: data, a batch, steps, then its time", *YAML)
+def _check(**args: Any) -> None:
+    from softmask_plugin.check import check
+
+    for line in check(**args):
+        print(line, flush=True)
+    print("All is well; nothing was written into run.output_dir")
+
+
 @command(
     "demo",
     "train a tiny model on rendered scenes and write a report (under 5 minutes on two cores)",
@@ -179,11 +188,13 @@ def _demo(**args: Any) -> None:
 @command(
     "explain",
     "show where in an image each word of a caption looks, and what masking it does",
-    argument("--image", required=True, metavar="FILE"),
-    argument("--caption", required=True, metavar="TEXT", type=utf8),
+    argument("--image", metavar="FILE"),
+    argument("--caption", metavar="TEXT", type=utf8),
+    argument("--captions", metavar="FILE", help="instead of these two: a file of captions"),
+    argument("--images", metavar="FOLDER", help="the images of that file"),
     *WEIGHTS,
     argument("--word", action="append", type=utf8, help="explain this word only; may be repeated"),
-    argument("-o", "--output", default="explanation.png", help="figure: .png, .pdf or .svg"),
+    argument("-o", "--output", help="figure (.png, .pdf, .svg); for a file of captions, a folder"),
     argument("--width", type=float, help="figure's width in inches; 3.3 fits a paper's column"),
     argument(
         "--json",
@@ -194,10 +205,12 @@ def _demo(**args: Any) -> None:
     ),
 )
 def _explain(
-    image: str,
-    caption: str,
+    image: str | None,
+    caption: str | None,
+    captions: str | None,
+    images: str | None,
     word: list[str] | None,
-    output: str,
+    output: str | None,
     width: float | None,
     json: str | None,
     **weights: Any,
@@ -205,9 +218,24 @@ def _explain(
     from json import dumps
     from pathlib import Path
 
-    from softmask_plugin.explain.image import explain_image, require_format, require_width
+    from softmask_plugin.explain.image import (
+        explain_file,
+        explain_image,
+        require_format,
+        require_width,
+    )
     from softmask_plugin.explain.trained import load_trained
 
+    if captions and images and not any((image, caption, word, width, json)):
+        output = output or "explanations"
+        done, left_out = explain_file(captions, images, output, load_trained(**weights))
+        print(f"{done} pairs explained, {left_out} left out: {output}")
+        return
+    if not image or caption is None or captions or images:
+        raise UserError(
+            "give --image and --caption; or only --captions, --images, -o and the model's options"
+        )
+    output = output or "explanation.png"
     require_format(output)
     require_width(width)
     found = explain_image(image, caption, load_trained(**weights), word)
@@ -218,6 +246,42 @@ def _explain(
     if json is not None:
         Path(json).write_text(dumps(found.as_dict()) + "\n", encoding="utf-8")
     print(f"{found.table()}\n\nFigure: {figure}")
+
+
+@command(
+    "features",
+    "encode a folder of images once, to search it by text",
+    argument("--images", required=True, metavar="FOLDER"),
+    *WEIGHTS,
+    argument("-o", "--output", default="features.npz", help="default: %(default)s"),
+)
+def _features(images: str, output: str, **weights: Any) -> None:
+    from pathlib import Path
+
+    from softmask_plugin.explain.gallery import save_features
+    from softmask_plugin.explain.trained import load_trained
+
+    done, left_out = save_features(load_trained(**weights), Path(images), Path(output))
+    print(f"{done} images encoded, {left_out} unreadable: {output}")
+
+
+@command(
+    "search",
+    "find the images that a text describes best, among those of softmask features",
+    argument("text", metavar="TEXT", type=utf8),
+    argument("--features", default="features.npz", metavar="FILE", help="default: %(default)s"),
+    argument("--count", type=int, default=8, help="images to list; default: %(default)s"),
+    *WEIGHTS,
+)
+def _search(text: str, features: str, count: int, **weights: Any) -> None:
+    from pathlib import Path
+
+    from softmask_plugin.explain.gallery import search_features
+    from softmask_plugin.explain.trained import load_trained
+
+    print("match  similarity")
+    for file, hit in search_features(load_trained(**weights), Path(features), text, count):
+        print(f" {hit.match:.2f}       {hit.cosine:+.2f}  {file}")
 
 
 @command(

@@ -1,7 +1,7 @@
 """What the words of a caption refer to in an image, and what masking them does to the match."""
 
 from softmask_plugin.explain.figure import Shown, word_panel, word_panels
-from softmask_plugin.explain.image import ImageExplanation, explain_image
+from softmask_plugin.explain.image import ImageExplanation, explain_file, explain_image
 from softmask_plugin.explain.maps import WordMaps, phrase_maps, word_maps
 from softmask_plugin.explain.pairs import Explanation, explain
 from softmask_plugin.explain.trained import Trained, load_trained
@@ -13,6 +13,7 @@ __all__ = [
     "Trained",
     "WordMaps",
     "explain",
+    "explain_file",
     "explain_image",
     "load_trained",
     "phrase_maps",

@@ -1,13 +1,14 @@
-"""What the app shows, apart from its page: wrong captions, and search by text."""
+"""Search images by text, in memory or by features in a file; wrong captions for the app."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -16,8 +17,9 @@ from softmask_plugin.datasets.images import UnreadableImageError, open_rgb
 from softmask_plugin.datasets.scenes.grammar import COLOURS, Scene, captions
 from softmask_plugin.errors import UserError, require_finite_scores
 from softmask_plugin.explain.trained import Trained
-from softmask_plugin.models.rerank import Reranker
+from softmask_plugin.models.rerank import Reranker, progress_bar
 
+CANDIDATES = 32  # most similar images (ITC) that the matching head (ITM) scores for a text
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -45,25 +47,20 @@ class Gallery:
     def __init__(self, trained: Trained, images: Iterable[Image.Image], batch: int = 64) -> None:
         self.trained, self.reranker = trained, Reranker(trained.model)
         with torch.no_grad():
-            batches = _batches(map(trained.image_processor, images), batch)
+            batches = ({"image": each} for each in _batches(trained, images, batch))
             states, self.features = self.reranker.encode_images(batches)
         self.states = torch.stack([*states.values()])
 
     @torch.no_grad()
-    def search(self, text: str, count: int = 8, candidates: int = 32) -> list[Hit]:
-        """Find the images that a text describes best.
-
-        Args:
-            text: Any text; the text processor cleans it.
-            count: Number of images to return, best first.
-            candidates: Number of the most similar images (ITC) that the matching head (ITM) scores.
+    def search(self, text: str, count: int = 8) -> list[Hit]:
+        """Find the ``count`` images that a text describes best, best first.
 
         Raises:
             UserError: A score is NaN or infinite.
         """
         model = self.trained.model
         texts, feature = self.reranker.encode_texts([self.trained.text_processor(text)])
-        similar = (self.features @ feature[0]).topk(min(candidates, len(self.features)))
+        similar = (self.features @ feature[0]).topk(min(CANDIDATES, len(self.features)))
         copies = texts.take(torch.zeros_like(similar.indices))
         memory = model.bert.remember(self.states[similar.indices.cpu()].to(model.device))
         logits = model.match(model.bert.fuse(copies, memory, wanted=copies.packing.cls_only).cls)
@@ -74,14 +71,65 @@ class Gallery:
         return [Hit(found[i], matches[i], cosines[i], rank=i + 1) for i in best]
 
 
-def _batches(images: Iterable[Tensor], size: int) -> Iterable[dict[str, Tensor]]:
-    remaining = iter(images)
-    while batch := list(islice(remaining, size)):
-        yield {"image": torch.stack(batch)}
+def save_features(trained: Trained, images: Path, output: Path) -> tuple[int, int]:
+    """Encode the images in a folder and below for :func:`search_features`.
+
+    Args:
+        output: An NPZ file to write: ``features``, unit vectors (N, embed_dim), float32; ``names``,
+            N paths below the folder; ``folder``, its own path.
+
+    Returns:
+        The number of images, and that of unreadable ones, which are left out.
+
+    Raises:
+        UserError: There is no such folder, no image in it can be read, or a feature is NaN or
+            infinite.
+    """
+    files, left_out = readable_images(images)
+    opened = map(open_rgb, progress_bar(files, desc="images", unit="image"))
+    with torch.no_grad():
+        states = map(trained.model.visual_encoder, _batches(trained, opened))
+        features = torch.cat([trained.model.image_features(each[:, 0]) for each in states])
+    require_finite_scores("a feature", features)
+    names = [file.relative_to(images).as_posix() for file in files]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("wb") as file:  # to a name, numpy would append .npz
+        np.savez(file, features=features, names=names, folder=str(images.absolute()))
+    return len(files), left_out
 
 
-def readable_images(folder: Path, limit: int) -> tuple[list[Path], int]:
-    """The first ``limit`` image files in a folder and below, sorted by path.
+def search_features(
+    trained: Trained, file: Path, text: str, count: int = 8
+) -> list[tuple[Path, Hit]]:
+    """Find the ``count`` images that a text describes best, among those of :func:`save_features`.
+
+    The most similar ones are opened again for the matching head.
+
+    Raises:
+        UserError: The text has no word, the file is another kind or of another model, or an image
+            has changed.
+    """
+    cleaned = trained.text_processor(text)
+    if not cleaned or count < 1:
+        raise UserError("give a text with a word, and --count 1 or more")
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            features = torch.from_numpy(stored["features"])
+            paths = [Path(str(stored["folder"]), name) for name in stored["names"].tolist()]
+        _, wanted = Reranker(trained.model).encode_texts([cleaned])
+        nearest = (features @ wanted[0]).topk(min(CANDIDATES, len(paths))).indices.tolist()
+    except FileNotFoundError as error:
+        raise UserError(f"no file {file}: make it with softmask features") from error
+    except Exception as error:  # a damaged file can fail in any way
+        raise UserError(f"{file} is of another model, or not made by softmask features") from error
+    gallery = Gallery(trained, (open_rgb(paths[i]) for i in nearest))
+    if not torch.allclose(gallery.features, features[nearest], atol=1e-3):
+        raise UserError(f"{file} is of another model or of other images: make it again")
+    return [(paths[nearest[hit.index]], hit) for hit in gallery.search(text, count)]
+
+
+def readable_images(folder: Path, limit: int | None = None) -> tuple[list[Path], int]:
+    """The first ``limit`` image files in a folder and below, sorted by path; None: all.
 
     Returns:
         Those that can be decoded, and the number of files left out.
@@ -91,7 +139,8 @@ def readable_images(folder: Path, limit: int) -> tuple[list[Path], int]:
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: give a folder of images")
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    found = (file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    files = sorted(file for file in found if file.is_file())  # opening a pipe may hang
     good = []
     for file in files[:limit]:
         with suppress(UnreadableImageError):
@@ -100,3 +149,9 @@ def readable_images(folder: Path, limit: int) -> tuple[list[Path], int]:
     if not good:
         raise UserError(f"no readable image in {folder} ({', '.join(SUFFIXES)})")
     return good, len(files) - len(good)
+
+
+def _batches(trained: Trained, images: Iterable[Image.Image], size: int = 64) -> Iterator[Tensor]:
+    processed = map(trained.image_processor, images)
+    while batch := list(islice(processed, size)):
+        yield torch.stack(batch)

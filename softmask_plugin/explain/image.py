@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from softmask_plugin.datasets.images import open_rgb, to_rgb
+from softmask_plugin.datasets.images import UnreadableImageError, open_rgb, to_rgb
+from softmask_plugin.datasets.tables.captions import parse_captions
 from softmask_plugin.errors import UserError, suggest
 from softmask_plugin.explain.pairs import Explanation, explain, words_of
 from softmask_plugin.explain.trained import Trained, load_trained
 from softmask_plugin.models.aligned import AlignedBase
+from softmask_plugin.models.rerank import progress_bar
 from softmask_plugin.processors.text import CaptionProcessor
 
 if TYPE_CHECKING:  # matplotlib takes a second to import, and only figures need it
@@ -160,6 +163,46 @@ def explain_image(
     if words is not None:
         found = _select(found, model, [words] if isinstance(words, str) else words)
     return ImageExplanation(**vars(found), image=np.asarray(picture))
+
+
+def explain_file(
+    captions: str | Path, images: str | Path, output: str | Path, model: Trained
+) -> tuple[int, int]:
+    """Explain the pairs of a caption file: a figure each, all values in ``explanations.jsonl``.
+
+    Args:
+        captions: A file that ``parse_captions`` takes.
+        images: Folder of the images.
+        output: Folder for the figures, numbered in the file's order, and the values.
+
+    Returns:
+        The number of pairs explained, and that of pairs left out, with a warning, because their
+        image cannot be read.
+
+    Raises:
+        UserError: The caption file is malformed, or no image can be read.
+    """
+    output, explained, left_out = Path(output), 0, 0
+    rows = parse_captions(captions)
+    pairs = [(row["image"], caption) for row in rows for caption in row["caption"]]
+    output.mkdir(parents=True, exist_ok=True)
+    if model.bundled:  # say so once
+        logging.getLogger(__name__).warning(FOREIGN)
+        model = replace(model, bundled=False)
+    with (output / "explanations.jsonl").open("w", encoding="utf-8") as file:
+        for name, caption in progress_bar(pairs, desc="pairs", unit="pair"):
+            try:
+                found = explain_image(Path(images, name), caption, model)
+            except UnreadableImageError as error:
+                logging.getLogger(__name__).warning("left out: %s", error)
+                left_out += 1
+                continue
+            explained += 1
+            figure = found.save(output / f"{explained:06d}.png").name
+            file.write(json.dumps({"image": name, "figure": figure, **found.as_dict()}) + "\n")
+    if not explained:
+        raise UserError(f"no image of {captions} can be read in {images}: give their folder")
+    return explained, left_out
 
 
 def require_format(path: str | Path) -> None:

@@ -330,6 +330,32 @@ def test_a_mistake_gets_one_line(photo, checkpoint, tmp_path, monkeypatch, capsy
     assert not (tmp_path / "explanation.png").exists() or "--json" in more
 
 
+def test_a_file_of_captions_is_explained_pair_by_pair(photo, checkpoint, tmp_path, capsys, caplog):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    table = [{"image": "photo.png", "caption": ["a star", "a red circle"]}]
+    table += [{"image": name, "caption": "a ring"} for name in ("broken.png", "none.png")]
+    (tmp_path / "captions.json").write_text(json.dumps(table))
+    given = ["--captions", str(tmp_path / "captions.json"), "--images", str(tmp_path)]
+    given += ["--checkpoint", str(checkpoint), "-o", str(tmp_path / "out")]
+    assert cli.main(["explain", *given]) == 0
+    assert f"2 pairs explained, 2 left out: {tmp_path / 'out'}" in capsys.readouterr().out
+    assert [m.split(":")[0] for m in caplog.messages] == ["left out"] * 2
+    lines = (tmp_path / "out" / "explanations.jsonl").read_text().splitlines()
+    for line, caption in zip(map(json.loads, lines), ("a star", "a red circle"), strict=True):
+        found = softmask_plugin.explain_image(photo, caption, checkpoint)
+        assert line["image"] == "photo.png" and line["caption"] == caption
+        assert line["score"] == pytest.approx(found.score)
+        assert Image.open(tmp_path / "out" / line["figure"]).format == "PNG"
+
+    (tmp_path / "captions.json").write_text(json.dumps(table[1:]))
+    for more, message in (
+        ([], "no image of .*captions.json can be read in .*: give their folder"),
+        (["--word", "ring"], "give --image and --caption; or only --captions, --images"),
+    ):
+        assert cli.main(["explain", *given, *more]) == 2
+        assert re.search(message, capsys.readouterr().err)
+
+
 # ---- what README shows
 
 
