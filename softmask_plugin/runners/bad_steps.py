@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from softmask_plugin.errors import UserError
 
 Batches = Sequence[dict[str, Any]]
-ADVICE = "lower run.init_lr, lengthen run.warmup_steps or set run.clip_grad_norm=1"
 SHOWN = 8  # samples named in a message
 IDS = ("instance_id", "image_id")  # a sample's keys, the most telling first
 
@@ -34,7 +33,7 @@ class BadSteps:
 
     Attributes:
         limit: Number of skipped steps in a row that ends the run.
-        total, in_a_row: Skipped steps so far.
+        total, in_a_row: Skipped steps so far; the runner resets the second after a good step.
     """
 
     limit: int
@@ -50,21 +49,19 @@ class BadSteps:
         folder: Path,
         config: dict[str, Any],
     ) -> None:
-        """Report a skipped step, which left no trace in ``model``.
+        """Count and report a skipped step, which left no trace in ``model`` but its gradients.
 
         Args:
             step: Its number in the run.
-            terms: This process's losses.
-            batches: This process's accumulated batches.
-            model: The model with the step's gradients.
+            terms, batches: This process's losses and accumulated batches.
+            model: The model without wrappers.
             folder: Gets a file that reproduces the step, if this one ends the run.
             config: The run's configuration.
 
         Raises:
             UserError: It is one too many in a row.
         """
-        self.total += 1
-        self.in_a_row += 1
+        self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
         what, who = _blame(terms, model), _samples(batches)
         # The process whose losses are bad has the samples; a bad gradient may be anyone's.
         mine = is_main_process() or not all(map(math.isfinite, terms.values()))
@@ -79,13 +76,10 @@ class BadSteps:
             torch.save({**content, "rank": get_rank()}, file)
         raise UserError(
             f"stopped: {self.in_a_row} steps in a row had numbers that are not finite, last step "
-            f"{step}: {what}; samples {who}; {ADVICE}"
+            f"{step}: {what}; samples {who}; lower run.init_lr, lengthen run.warmup_steps or set "
+            "run.clip_grad_norm=1"
             + (f"; 'softmask replay {file}' repeats the step" if mine else "")
         )
-
-    def kept(self) -> None:
-        """Record a step that was not skipped."""
-        self.in_a_row = 0
 
 
 def _blame(terms: Mapping[str, float], model: nn.Module) -> str:

@@ -14,8 +14,8 @@ from PIL import Image
 from softmask_plugin.config.run_options import setting
 from softmask_plugin.errors import UserError
 
-NO_NUMBERS = ("split", "epoch", "step", "time")  # keys of a record that are no measurements
 PROJECT = "softmask"  # on Weights & Biases, unless run.wandb names one
+NO_NUMBERS = ("split", "epoch", "step", "time")  # keys of a record that are no measurements
 
 
 class Boards:
@@ -36,9 +36,8 @@ class Boards:
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        self._folder, self._config = folder, config
+        self._folder, self._config, self.began = folder, config, 0
         run = config.get("run", {})
-        self.began = 0
         self._tensorboard = setting(run, "tensorboard") and find_spec("tensorboard") is not None
         self._wandb = setting(run, "wandb")
         if self._wandb and find_spec("wandb") is None:
@@ -91,16 +90,14 @@ class Boards:
             else:
                 later = self.began + 1 if self.began else None
                 self.began = 0  # if it opens again, keep what this process wrote
-                folder = str(self._folder / "tensorboard")
-                self._writer = SummaryWriter(folder, purge_step=later)
+                self._writer = SummaryWriter(self._folder / "tensorboard", purge_step=later)
         if self._wandb and self._run is None:
             import wandb
 
-            name = self._folder.name
             self._run = wandb.init(
                 project=self._wandb if isinstance(self._wandb, str) else PROJECT,
-                id=name,
-                name=name,
+                id=self._folder.name,
+                name=self._folder.name,
                 dir=str(self._folder),
                 resume="allow",
                 config=dict(self._config),

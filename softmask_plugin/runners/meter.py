@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +14,6 @@ from lavis.common.dist_utils import get_world_size
 from torch import Tensor, nn
 
 Totals = dict[str, tuple[float, int]]  # by name: sum and count
-Describe = Callable[[Mapping[str, Any]], Mapping[str, Tensor]]  # of a model's output: scalars
 
 
 class LossMeter:
@@ -25,7 +25,7 @@ class LossMeter:
     def __init__(self) -> None:
         self._step: list[tuple[str, Tensor]] = []
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._counts = Counter[str]()
         self._folded: Totals = {}  # over all processes, since the last drain
         self._drained: Totals = {}  # over all processes, before
 
@@ -34,14 +34,13 @@ class LossMeter:
         self._step.append((name, value.detach().float()))
 
     @contextmanager
-    def watch(self, model: nn.Module, *describe: Describe) -> Iterator[None]:
-        """Add the scalars that ``describe`` makes of each forward pass of ``model``."""
+    def watch(self, model: nn.Module) -> Iterator[None]:
+        """Add the losses and the statistics of the mask of each forward pass of ``model``."""
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Mapping):
-                for terms in describe:
-                    for name, value in terms(output).items():
-                        self.add(name, value)
+                for name, value in (loss_terms(output) | mask_terms(output)).items():
+                    self.add(name, value)
 
         with model.register_forward_hook(hook):
             yield
@@ -53,8 +52,8 @@ class LossMeter:
     def keep(self) -> None:
         """End the step; its values count."""
         for name, value in self._step:
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] = self._counts.get(name, 0) + 1
+            self._sums[name] = self._sums.get(name, 0) + value
+            self._counts[name] += 1
         self._step = []
 
     def drop(self) -> dict[str, float]:
@@ -67,10 +66,9 @@ class LossMeter:
         """Add up over all processes, which must all call this; return plain values to restore."""
         sums = torch.stack(list(self._sums.values())).tolist() if self._sums else []
         mine = dict(zip(self._sums, zip(sums, self._counts.values(), strict=True), strict=True))
-        self._sums, self._counts = {}, {}
-        parts = [mine]
-        if get_world_size() > 1:  # by name: a process may lack a term that another has
-            parts = [{}] * get_world_size()
+        self._sums, self._counts = {}, Counter()
+        parts = [mine] * get_world_size()
+        if len(parts) > 1:  # by name: a process may lack a term that another has
             dist.all_gather_object(parts, mine)
         for part in parts:
             _add_up(self._folded, part)

@@ -31,7 +31,7 @@ from softmask_plugin.runners.bad_steps import BadSteps, gradient_norm
 from softmask_plugin.runners.boards import Boards
 from softmask_plugin.runners.checkpoint_files import CheckpointFiles, trained_state
 from softmask_plugin.runners.logs import RunLog, require_finite
-from softmask_plugin.runners.meter import LossMeter, loss_terms, mask_terms, queue_statistics
+from softmask_plugin.runners.meter import LossMeter, queue_statistics
 from softmask_plugin.runners.panels import MaskPanels
 from softmask_plugin.runners.peers import any_process, from_main_process, peers_needed
 from softmask_plugin.runners.portable import PortableRunner
@@ -199,7 +199,7 @@ class SoftmaskRunner(PortableRunner):
         place = {"epoch": epoch, "iters": iters, "num_iters_per_epoch": self.steps_per_epoch}
         self.lr_scheduler.step(cur_epoch=epoch, cur_step=iters)
         taken = []
-        with self.meter.watch(self._model, loss_terms, mask_terms):
+        with self.meter.watch(self._model):
             for i in group:
                 seed_draws(int(self.config.run_cfg.seed), get_rank(), epoch, i)  # e.g. of dropout
                 samples = {**self.to_device(next(batches)), **place}
@@ -221,7 +221,7 @@ class SoftmaskRunner(PortableRunner):
                 self._model.advance()
             self.meter.add("grad_norm", norm)
             self.meter.keep()
-            self.bad_steps.kept()
+            self.bad_steps.in_a_row = 0
         else:
             self._skip(taken)
         self.scaler.update()
