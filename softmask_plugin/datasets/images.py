@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -37,11 +39,11 @@ def open_rgb(
             names it in messages.
 
     Raises:
-        UnreadableImageError: The file is missing or truncated, has more than ``MAX_PIXELS``, or is
-            no image of one of the ``FORMATS``.
+        UnreadableImageError: The file is missing or truncated, has more than ``MAX_PIXELS``, is no
+            image of one of the ``FORMATS``, or is a folder, pipe, socket or device.
     """
     try:
-        source = path if data is None else BytesIO(data)
+        source = _regular_file(path) if data is None else BytesIO(data)
         with _whole_files_only(), Image.open(source, formats=_known_formats()) as image:
             if not 0 < image.width * image.height <= MAX_PIXELS:
                 size = f"{image.width} x {image.height} pixels"
@@ -55,6 +57,13 @@ def open_rgb(
         # The full text of a system error repeats the path
         reason = getattr(error, "strerror", None) or reason_of(error)
         raise UnreadableImageError(f"{path}: {reason}") from error
+
+
+def _regular_file(path: str | Path) -> str | Path:
+    """The path, unless opening it could hang."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("not a regular file, but a folder, pipe, socket or device")
+    return path
 
 
 @cache

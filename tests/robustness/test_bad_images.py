@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import struct
 import time
 import zlib
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader
 from softmask_plugin.datasets import images
 from softmask_plugin.datasets.images import MAX_PIXELS, UnreadableImageError, open_rgb, to_rgb
 from softmask_plugin.errors import UserError
+from softmask_plugin.explain.gallery import readable_images
 from softmask_plugin.processors import ImageEvalProcessor, ImageTrainProcessor
 
 MODES = (
@@ -171,6 +173,22 @@ def test_a_pipe_or_a_folder_of_an_images_name_does_not_hang(here, caplog):
     assert [train[i]["image_id"] for i in range(2)] == [0, 1] and len(train) == 2
     assert time.monotonic() - start < 5
     assert "Skipped 3 missing images" in caplog.text
+
+
+def test_what_is_no_regular_file_is_refused_by_name(here):
+    """Opening a pipe waits for a writer; here there is none."""
+    os.mkfifo("photos/pipe.jpg")
+    os.symlink("pipe.jpg", "photos/link.jpg")
+    Path("photos/folder.jpg").mkdir()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("photos/socket.jpg")
+    for name in ("photos/pipe.jpg", "photos/link.jpg", "photos/folder.jpg", "photos/socket.jpg"):
+        with pytest.raises(UnreadableImageError, match=f"{name}: not a regular file"):
+            open_rgb(name)
+    with pytest.raises(UnreadableImageError, match="/dev/zero: not a regular file"):
+        open_rgb("/dev/zero")
+    good, left_out = readable_images(Path("photos"), 100)
+    assert {file.name for file in good} == {"a.jpg", "b.jpg", "c.jpg"} and left_out == 4
 
 
 def test_a_workers_error_is_one_line(here):
