@@ -21,8 +21,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from softmask_plugin.ablate.cost import now
 from softmask_plugin.ablate.table import markdown_table
+from softmask_plugin.check import now
 from softmask_plugin.files.whole import write_json
 from softmask_plugin.host.environment import environment
 

@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(run: Command, **args: Any) -> int:
     if run is not _doctor and (problems := stack.problems(stack.installed())):
         raise UserError(problems[0])
-    if softmask_plugin.only_command and run is not _configs:
+    if softmask_plugin.only_command and run not in (_configs, _doctor):  # it does so itself
         importlib.reload(softmask_plugin)
     return run(**args) or 0
 

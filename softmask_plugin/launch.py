@@ -8,7 +8,8 @@ import os
 import random
 import secrets
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -73,21 +74,34 @@ def run(
     Raises:
         UserError: Something in the YAML file or the options is wrong.
     """
+    cfg = load_config(cfg_path, options, evaluate)
+    with prepared(cfg) as runner:
+        cfg.pretty_print()
+        if setting(cfg.run_cfg, "evaluate"):
+            return runner, runner.evaluate(skip_reload=True)
+        return runner, runner.train()
+
+
+@contextmanager
+def prepared(cfg: Config) -> Iterator[Any]:
+    """Build a run's data sets, model and runner, in a folder that is its own until the block ends.
+
+    Raises:
+        UserError: Something in the configuration is wrong.
+        Interrupted: Ctrl-C, also within the block.
+    """
     # Data-loader workers are forked after tokenizers has run threads, which it would warn about
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    cfg = load_config(cfg_path, options, evaluate)
     init_distributed(cfg.run_cfg)
     seed = int(cfg.run_cfg.seed)
     deterministic = bool(setting(cfg.run_cfg, "deterministic"))
     seed_everything(seed, deterministic)
     setup_logger()
-    cfg.pretty_print()
 
     task = setup_task(cfg)
     paths = registry.mapping["paths"]
-    only_evaluate = bool(setting(cfg.run_cfg, "evaluate"))
-    resume = not only_evaluate and setting(cfg.run_cfg, "resume_ckpt_path") == AUTO
-    folder = claim(Path(cfg.run_cfg.output_dir), make_job_id(), resume)
+    resume, evaluate = (setting(cfg.run_cfg, key) for key in ("resume_ckpt_path", "evaluate"))
+    folder = claim(Path(cfg.run_cfg.output_dir), make_job_id(), resume == AUTO and not evaluate)
     try:
         # LAVIS registers the run's folder only after building the data sets, which log to it
         paths |= {"output_dir": str(folder), "result_dir": str(folder / "result")}
@@ -100,15 +114,11 @@ def run(
         # LAVIS's runner registers both paths itself, and fails if they are registered already
         del paths["output_dir"], paths["result_dir"]
         runner_class = registry.get_runner_class(setting(cfg.run_cfg, "runner"))
-        runner = runner_class(
-            cfg=cfg, job_id=folder.name, task=task, model=model, datasets=datasets
-        )
-        results = runner.evaluate(skip_reload=True) if only_evaluate else runner.train()
+        yield runner_class(cfg=cfg, job_id=folder.name, task=task, model=model, datasets=datasets)
     except KeyboardInterrupt as stop:
         raise Interrupted(folder) from stop
     finally:
         release(folder)
-    return runner, results
 
 
 def load_config(

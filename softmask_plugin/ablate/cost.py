@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 
 from softmask_plugin import launch
 from softmask_plugin.ablate.plan import Plan
+from softmask_plugin.check import timed_steps
 from softmask_plugin.config.check import option
 
 
@@ -44,17 +43,4 @@ def take_steps(plan: Plan, variant: str, folder: str) -> Iterator[float]:
     options += ["run.max_epoch=0", "run.valid_splits=[]", "run.test_splits=[]"]  # only set up
     options += [option("run.output_dir", folder)]
     runner: Any = launch.run(plan.base.config, options)[0]
-    runner.model.train()
-    loader = runner.train_loader
-    batches = itertools.chain.from_iterable(loader.batches(i, 0) for i in itertools.count())
-    while True:
-        began = now()
-        runner.train_step(batches)
-        yield now() - began
-
-
-def now() -> float:
-    """The clock in seconds, after all pending GPU work."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    yield from timed_steps(runner)
