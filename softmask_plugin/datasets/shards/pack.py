@@ -18,6 +18,7 @@ from softmask_plugin.datasets.shards.files import IMAGE_SUFFIXES, INDEX
 from softmask_plugin.datasets.skip_log import SkipLog
 from softmask_plugin.datasets.tables.captions import parse_captions
 from softmask_plugin.errors import UserError
+from softmask_plugin.files.whole import write_json
 
 
 def pack_shards(
@@ -67,7 +68,12 @@ def pack_shards(
             counts = _write(_samples(items, images, defects), folder, per_shard)
             if not counts:
                 raise UserError(f"none of the {len(items)} images can be read: {defects[0]}")
-            _write_index(folder, counts)
+            shards = [
+                {"url": name, "nsamples": number, "filesize": (folder / name).stat().st_size}
+                for name, number in counts.items()
+            ]
+            about = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": "train"}
+            write_json(folder / INDEX, {**about, "shardlist": shards})
             folder.rename(out)
         SkipLog(log).add("unreadable images", defects)
     except OSError as error:
@@ -83,7 +89,7 @@ def _samples(
     for item in tqdm(items, "packing", unit=" images"):
         path = images / item["image"]
         try:
-            data = _checked_bytes(path)
+            open_rgb(path, 1)
         except UnreadableImageError as error:
             defects.append(str(error))
             continue
@@ -91,20 +97,9 @@ def _samples(
         about = {key: item[key] for key in ("caption", "image_id", "image")}
         yield {
             "__key__": f"{next(number):08d}",
-            suffix if suffix in IMAGE_SUFFIXES else "img": data,
+            suffix if suffix in IMAGE_SUFFIXES else "img": path.read_bytes(),
             "json": json.dumps(about).encode(),
         }
-
-
-def _checked_bytes(path: Path) -> bytes:
-    if not path.is_file():  # reading a pipe may hang
-        raise UnreadableImageError(f"{path}: no such file")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UnreadableImageError(f"{path}: {error.strerror}") from error
-    open_rgb(path, 1, data)
-    return data
 
 
 def _write(samples: Iterator[dict[str, Any]], folder: Path, per_shard: int) -> dict[str, int]:
@@ -118,13 +113,3 @@ def _write(samples: Iterator[dict[str, Any]], folder: Path, per_shard: int) -> d
                 tar.write(sample)
                 counts[name] += 1
     return counts
-
-
-def _write_index(folder: Path, counts: dict[str, int]) -> None:
-    shards = [
-        {"url": name, "nsamples": number, "filesize": (folder / name).stat().st_size}
-        for name, number in counts.items()
-    ]
-    about = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": "train"}
-    text = json.dumps({**about, "shardlist": shards}, indent=1)
-    (folder / INDEX).write_text(f"{text}\n", encoding="utf-8")

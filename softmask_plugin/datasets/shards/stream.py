@@ -15,18 +15,12 @@ from lavis.common.dist_utils import get_rank, get_world_size
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from softmask_plugin.datasets.shards.files import (
-    BrokenSampleError,
-    RawSample,
-    read_sample,
-    read_shard,
-    shards_by_name,
-)
+from softmask_plugin.datasets.shards import files
 from softmask_plugin.datasets.skip_log import SkipLog
 from softmask_plugin.errors import UserError
 from softmask_plugin.fixed_draws import fixed_draws
 
-END: RawSample = {}  # stands after the last sample of a shard
+END: files.RawSample = {}  # stands after the last sample of a shard
 
 
 class Place(NamedTuple):
@@ -84,7 +78,7 @@ class ShardStream(wds.DataPipeline):
         skipped: SkipLog | None = None,
     ) -> None:
         super().__init__(self._samples)
-        self.shards = shards_by_name([Path(shard).absolute() for shard in shards])
+        self.shards = files.shards_by_name([Path(shard).absolute() for shard in shards])
         self.items, self.shuffle, self.seed = items, shuffle, seed
         self.vis_processor, self.text_processor = vis_processor, text_processor
         self.skipped = skipped or SkipLog()
@@ -224,7 +218,7 @@ class ShardStream(wds.DataPipeline):
         Samples ``taken`` before are not decoded; ``defects`` gets a line for each broken one.
         """
         path = self.shards[name]
-        raw: Iterator[RawSample] = read_shard(path, defects)
+        raw: Iterator[files.RawSample] = files.read_shard(path, defects)
         if self.shuffle > 1:
             rng = random.Random(f"{self.seed} {pass_} {name}")
             raw = wds.shuffle(self.shuffle, initial=self.shuffle, rng=rng)(raw)
@@ -233,8 +227,8 @@ class ShardStream(wds.DataPipeline):
         for number, (sample, following) in enumerate(ahead, taken + 1):
             key = sample["__key__"]
             try:
-                image, captions, image_id = read_sample(sample, f"{path}/{key}", min_side)
-            except BrokenSampleError as error:
+                image, captions, image_id = files.read_sample(sample, f"{path}/{key}", min_side)
+            except files.BrokenSampleError as error:
                 defects.append(str(error))
                 continue
             with fixed_draws(self.seed, pass_, _hash(name), _hash(key)):

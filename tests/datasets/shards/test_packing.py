@@ -93,7 +93,7 @@ def test_what_cannot_be_packed_is_counted_and_named(photos, caplog):
     assert "Skipped 4 unreadable images" in caplog.text
     assert "Skipped 1 rows or captions of train.json" in caplog.text
     named = Path("shards.skipped.log").read_text()
-    assert len(named.splitlines()) == 5 and "photos/more/3.webp: no such file" in named
+    assert len(named.splitlines()) == 5 and "photos/more/3.webp: No such file" in named
     assert "photos/0.png: no image of a known format" in named and "entry 13" in named
     stream = build("shards=shards")["train"]
     assert len(stream) == 8 == len(set(ids(one_pass(stream))))
@@ -133,7 +133,7 @@ def test_a_killed_pack_leaves_no_shards(photos, monkeypatch):
         (["--images", "phtos"], "--images: there is no folder phtos"),
         (["--captions", "none.json"], "cannot read the caption file none.json"),
         (["--per-shard", "0"], "--per-shard must be 1 or more, not 0"),
-        (["--images", "empty"], "none of the 12 images can be read: .*no such file"),
+        (["--images", "empty"], "none of the 12 images can be read: .*No such file"),
     ],
     ids=str,
 )

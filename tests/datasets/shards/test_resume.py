@@ -19,7 +19,7 @@ from toy_shards import (
     write_tar,
 )
 
-from softmask_plugin.datasets.shards import stream as shard_stream
+from softmask_plugin.datasets.shards import files
 from softmask_plugin.errors import UserError
 
 
@@ -74,8 +74,8 @@ def test_samples_taken_before_are_not_decoded(shards, monkeypatch):
     stream = make(shards)
     stream.begin(stream.state(samples[-1]["position"][None]))
     decoded = []
-    read = shard_stream.read_sample
-    monkeypatch.setattr(shard_stream, "read_sample", lambda *a: decoded.append(a) or read(*a))
+    read = files.read_sample
+    monkeypatch.setattr(files, "read_sample", lambda *a: decoded.append(a) or read(*a))
     next(iter(stream))
     assert len(decoded) == 1
 
