@@ -357,7 +357,7 @@ def _replay(file: str) -> None:
 
 @command(
     "doctor",
-    "list what is installed, registered and usable here, and what to do about problems",
+    "list what is installed and registered, try a training step, and say what to do about problems",
     argument("--json", action="store_true", help="print JSON"),
 )
 def _doctor(json: bool) -> int:

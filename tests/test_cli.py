@@ -10,6 +10,7 @@ import lavis
 import pytest
 import torch
 from lavis.runners import RunnerBase
+from lavis.tasks.base_task import BaseTask
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -348,6 +349,20 @@ def test_doctor_finds_no_problem_here_and_knows_the_plugin(capsys, tmp_path, mon
     assert "softmask_image_train" in found["processor"]
     assert found["loss"] == "focal_itc"
     assert "blip" not in str(found)
+    assert (
+        found["step"].startswith("scenes/train/pretrain_tiny on ") and "loss_itc" in found["step"]
+    )
+    assert not [*tmp_path.iterdir()]
+
+
+def test_doctor_says_what_keeps_a_step_from_working(capsys, monkeypatch):
+    monkeypatch.setattr(BaseTask, "train_step", lambda self, model, samples: model.no_such_thing)
+    assert cli.main(["doctor"]) == 1
+    printed = capsys.readouterr()
+    line = printed.out.splitlines()[-1]
+    assert "! a training step fails in nn/modules/module.py, line " in line
+    assert "AttributeError: 'SoftMaskPretrain' object has no attribute 'no_such_thing'" in line
+    assert "Traceback" not in printed.out + printed.err
 
 
 def test_doctor_says_what_to_do(capsys, monkeypatch):

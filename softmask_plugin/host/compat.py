@@ -34,6 +34,7 @@ def patch() -> None:
     _define_torchvision_schemas()
     _restore_numpy_inf()
     _quiet_dependencies()
+    _import_lavis()
     _name_unknown_models()
     _check_lavis_own_configs()
     _run_the_named_runner()
@@ -71,6 +72,16 @@ def _quiet_dependencies() -> None:
     # Streamlit, when the app's module is imported before its server runs
     streamlit = logging.getLogger("streamlit.runtime.caching.cache_data_api")
     streamlit.addFilter(lambda record: "No runtime found" not in record.getMessage())
+
+
+def _import_lavis() -> None:
+    try:
+        import lavis.models  # noqa: F401
+    except Exception as error:  # of any of the packages that it imports
+        raise UserError(
+            f"import lavis fails ({type(error).__name__}: {error}): install what it misses "
+            "(requirements/modern.txt lists all that it needs)"
+        ) from error
 
 
 def _name_unknown_models() -> None:

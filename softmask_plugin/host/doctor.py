@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import logging
 import os
 import platform
 import shutil
 import textwrap
+import traceback
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from io import StringIO
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from huggingface_hub import try_to_load_from_cache
 
+import softmask_plugin
 from softmask_plugin.config.paths import CONFIGS
+from softmask_plugin.errors import UserError, one_line
 from softmask_plugin.host import stack
 
 KINDS = ("model", "processor", "builder", "task", "runner", "lr_scheduler")
+
+# A run of which the doctor takes a few steps
+RUN = "scenes/train/pretrain_tiny"
+OPTIONS = (
+    *("run.batch_size_train=4", "datasets.scenes_pretrain.num.train=32", "run.num_workers=0"),
+    *("run.valid_splits=[]", "run.test_splits=[]", "run.tensorboard=false"),
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +64,7 @@ def examine() -> list[Finding]:
     """Check everything, or without a working LAVIS everything that does not need it."""
     sections = {"Installed": _installed(), "Devices": _devices(), "Files": _files()}
     if not stack.problems(stack.installed()):
-        sections["Registered with LAVIS"] = _registered()
+        sections["With LAVIS"] = _with_lavis()
     return [Finding(section, *line) for section, lines in sections.items() for line in lines]
 
 
@@ -110,6 +124,17 @@ def _files() -> Iterator[tuple[str, ...]]:
     yield "bert-base-uncased", f"vocabulary is {where}"
 
 
+def _with_lavis() -> Iterator[tuple[str, ...]]:
+    try:
+        if softmask_plugin.only_command:
+            importlib.reload(softmask_plugin)
+    except UserError as error:
+        yield "lavis", "cannot be imported", str(error)
+        return
+    yield from _registered()
+    yield _step("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _registered() -> Iterator[tuple[str, ...]]:
     from lavis.common.registry import registry
 
@@ -128,6 +153,28 @@ def _registered() -> Iterator[tuple[str, ...]]:
 def _with_types(name: str, cls: type) -> str:
     types = getattr(cls, "PRETRAINED_MODEL_CONFIG_DICT", None)
     return f"{name} ({', '.join(types)})" if types else name
+
+
+def _step(device: str) -> tuple[str, ...]:
+    from softmask_plugin.check import check
+
+    logging.disable()
+    try:
+        with redirect_stdout(StringIO()):
+            lines = check(RUN, [*OPTIONS, f"run.device={device}"])
+            done = dict(line.split(maxsplit=1) for line in lines)
+        return "step", f"{RUN} on {device}: {done['step']}"
+    except Exception as error:  # of any part of the host
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        file = "/".join(Path(place.filename).parts[-3:])
+        return (
+            "step",
+            f"{RUN} on {device} fails",
+            f"a training step fails in {file}, line {place.lineno} ({type(error).__name__}: "
+            f"{one_line(str(error))}): install the tested versions (requirements/), or report this",
+        )
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _text(findings: list[Finding]) -> str:

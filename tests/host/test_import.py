@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+from softmask_plugin.errors import UserError
+from softmask_plugin.host import compat
+
 # Pretends another environment: some packages have another version, or are missing.
 PRETEND = """
 import importlib.metadata as metadata, os, sys
@@ -58,6 +61,23 @@ def test_the_doctor_runs_on_a_broken_stack(versions):
     assert done.returncode == 1, done.stderr
     assert "What to do\n! " in done.stdout
     assert any(line.startswith("! ") and "pip install" in line for line in done.stdout.splitlines())
+
+
+def test_the_doctor_says_why_lavis_cannot_be_imported():
+    """Its version is right, but something that it needs is missing."""
+    doctor = "from softmask_plugin.cli import main; sys.exit(main(['doctor']))"
+    done = python(f"sys.modules['lavis'] = None; {doctor}", SOFTMASK_COMMAND="starts")
+    assert (done.returncode, done.stderr) == (1, "")
+    line = done.stdout.splitlines()[-1]
+    assert line.startswith("! import lavis fails (ModuleNotFoundError: ")
+    assert "install what it misses" in line
+    assert "\n  torch " in done.stdout
+
+
+def test_other_commands_say_it_too(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lavis.models", None)
+    with pytest.raises(UserError, match="^import lavis fails "):  # one line in the command line
+        compat.patch()
 
 
 def test_idle_threads_spin_briefly_unless_the_user_sets_it():
