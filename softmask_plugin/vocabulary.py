@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+from lavis.common.registry import registry
+from omegaconf import DictConfig
 from tokenizers import BertWordPieceTokenizer
 from transformers import BertTokenizerFast
 
 from softmask_plugin.config.paths import PACKAGE
 from softmask_plugin.datasets.tables.captions import parse_captions
+from softmask_plugin.datasets.tables.layouts import PLAIN, TableOptions
 from softmask_plugin.datasets.tables.questions import parse_questions
 from softmask_plugin.datasets.tables.rows import SUFFIXES, one_text, parse_table
 from softmask_plugin.errors import UserError, reason_of
@@ -42,12 +46,14 @@ def build_tokenizer(source: str | list[str] | None, vocab_size: int = 8192) -> B
             file = Path(folder, "vocab.txt")
             file.write_text("\n".join(source) + "\n", encoding="utf-8")
             return build_tokenizer(str(file))
-    path = SCENES_VOCABULARY if source == "scenes" else Path(source)
-    is_list = path.suffix == ".txt"
-    if (is_list or path.suffix in SUFFIXES) and not path.is_file():
+    path = SCENES_VOCABULARY if source == "scenes" else Path(source).expanduser()
+    table = PLAIN if path.suffix in SUFFIXES else None
+    table = _table_options(source) or table
+    is_list = path.suffix == ".txt" and table is None
+    if (is_list or table) and not path.is_file():
         raise UserError(f"no tokenizer '{source}' (model.tokenizer): there is no such file")
-    if path.suffix in SUFFIXES:
-        return _train(_texts_of(path), vocab_size)
+    if table:
+        return _train(_texts_of(path, table), vocab_size)
     try:
         if is_list:
             tokenizer = BertTokenizerFast(vocab_file=str(path), do_lower_case=True)
@@ -78,26 +84,41 @@ def vocabulary_of(tokenizer: BertTokenizerFast) -> list[str]:
     return tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
 
 
-def _texts_of(file: Path) -> list[str]:
+def _table_options(file: str) -> TableOptions | None:
+    """How the data set of this run that trains on the file parses it; None if there is none."""
+    run = registry.get("configuration", no_warning=True)
+    for name, section in (run.datasets_cfg if run else {}).items():
+        for files in section.values():
+            if isinstance(files, DictConfig) and files.get("train") == file:
+                return TableOptions.of(f"datasets.{name}", section, "train")
+    return None
+
+
+def _texts_of(file: Path, options: TableOptions) -> list[str]:
     errors = []
     for texts_of in (_captions, _questions_and_answers, _statements):
         try:
-            return texts_of(file)
+            return texts_of(file, options)
         except UserError as error:
             errors.append(error)
     raise errors[0]
 
 
-def _captions(file: Path) -> list[str]:
-    return [caption for item in parse_captions(file, "train") for caption in item["caption"]]
+def _captions(file: Path, options: TableOptions) -> list[str]:
+    items = parse_captions(file, "train", options=options)
+    return [caption for item in items for caption in item["caption"]]
 
 
-def _questions_and_answers(file: Path) -> list[str]:
-    return [text for item in parse_questions(file) for text in (item["question"], *item["answer"])]
+def _questions_and_answers(file: Path, options: TableOptions) -> list[str]:
+    items = parse_questions(file, options=options)
+    return [text for item in items for text in (item["question"], *item["answer"])]
 
 
-def _statements(file: Path) -> list[str]:
-    return parse_table(file, ["sentence"], lambda row, _: one_text(row["sentence"], "sentence"))
+def _statements(file: Path, options: TableOptions) -> list[str]:
+    def parse(row: dict[str, Any], _: list[str]) -> str:
+        return one_text(row["sentence"], "sentence")
+
+    return parse_table(file, ["sentence"], parse, options=options)
 
 
 def _train(texts: list[str], vocab_size: int) -> BertTokenizerFast:

@@ -139,8 +139,7 @@ def readable_images(folder: Path, limit: int | None = None) -> tuple[list[Path],
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: give a folder of images")
-    found = (file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
-    files = sorted(file for file in found if file.is_file())  # opening a pipe may hang
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
     good = []
     for file in files[:limit]:
         with suppress(UnreadableImageError):

@@ -199,7 +199,7 @@ FILES = {
     "spaces": ("  \n", "train.json is not valid JSON"),
     "malformed": ("[{", "train.json is not valid JSON"),
     "no rows": ("[]", "train.json holds no rows"),
-    "another layout": ('{"annotations": []}', "no 'image' among ['annotations']"),
+    "another layout": ('{"annotations": []}', "no 'image' and no 'caption' among ['annotations']"),
     "absolute paths": ([{"image": "/etc/a.png", "caption": "a"}], "is outside the images"),
     "..": ([{"image": "../photos/a.png", "caption": "a"}], "is outside the images folder"),
     "a drive": ([{"image": "C:/a.png", "caption": "a"}], "is outside the images folder"),

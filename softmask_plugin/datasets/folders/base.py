@@ -17,6 +17,7 @@ from tqdm import tqdm
 from softmask_plugin.datasets.builder import Builder, require_known
 from softmask_plugin.datasets.images import UnreadableImageError, open_rgb
 from softmask_plugin.datasets.skip_log import SkipLog
+from softmask_plugin.datasets.tables.layouts import TableOptions
 from softmask_plugin.datasets.task_datasets import Annotation, ItemDataset
 from softmask_plugin.errors import UserError
 
@@ -35,7 +36,7 @@ class FolderBuilder(Builder):
 
     FILES: str  # the key of the section that names one file per split
 
-    def _parse(self, file: Path, split: str, skipped: SkipLog) -> Annotation:
+    def _parse(self, file: Path, split: str, skipped: SkipLog, options: TableOptions) -> Annotation:
         """Parse the file of a split: ``image``, or two ``images``, per item, and what is said."""
         raise NotImplementedError
 
@@ -48,7 +49,9 @@ class FolderBuilder(Builder):
         self.annotations: dict[str, Annotation] = {}  # of the splits built so far
         datasets: dict[str, ItemDataset] = {}
         for split, file in files.items():
-            annotation = self._existing(root, self._parse(file, split, at_build), at_build)
+            options = TableOptions.of(self.place, self.config, split)
+            parsed = self._parse(file, split, at_build, options)
+            annotation = self._existing(root, parsed, at_build)
             if split != "train":  # evaluation must know its gallery from the start
                 annotation = _readable(root, annotation, at_build, split)
             self.annotations[split] = annotation

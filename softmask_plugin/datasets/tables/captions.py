@@ -1,13 +1,15 @@
-"""Caption files: JSON, JSONL, CSV, TSV and Karpathy's layout, told apart by content."""
+"""Caption files of one's own and as published, told apart by content."""
 
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from softmask_plugin.datasets.skip_log import SkipLog
+from softmask_plugin.datasets.tables.layouts import PLAIN, TableOptions
 from softmask_plugin.datasets.tables.rows import Row, image_name, parse_table, short, texts
 from softmask_plugin.errors import UserError
 
@@ -16,22 +18,27 @@ _KARPATHY_SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("te
 
 
 def parse_captions(
-    path: str | Path, split: str | None = None, skipped: SkipLog | None = None
+    path: str | Path,
+    split: str | None = None,
+    skipped: SkipLog | None = None,
+    options: TableOptions = PLAIN,
 ) -> list[dict[str, Any]]:
     """Parse a caption file into one entry per image, in the order of the file.
 
     Rows of the same image are merged; the first ``image_id`` counts. A row without a usable image
     or caption is skipped and reported, as is any single unusable caption. An image must lie below
-    the images folder: absolute names and ``..`` are refused. A caption needs a letter or digit; a
-    number is taken as text.
+    the images folder: ``..`` and absolute names elsewhere are refused. A caption needs a letter or
+    digit; a number is taken as text.
 
     Args:
         path: A JSON list of ``{"image", "caption": text or [texts], "image_id" (optional)}``; one
-            such object per line (JSONL); a CSV or TSV with columns ``image`` and ``caption``; or
-            Karpathy's ``{"images": [{"filename", "split", "sentences": [{"raw"}]}]}``. UTF-8.
+            such object per line (JSONL); a CSV or TSV with columns ``image`` and ``caption``;
+            ``{image: caption or [captions]}``; or a file as published: Karpathy's, COCO's,
+            Flickr8k's, Flickr30k's, open_clip's (docs/data.md). UTF-8.
         split: ``train``, ``val`` or ``test``: a part of a Karpathy file (None: all of it). Other
             files hold one split.
         skipped: Where skipped rows are reported; None: a warning names the first.
+        options: Names of columns, the separator, the images folder.
 
     Returns:
         ``{"image", "caption", "image_id"}`` each, as in LAVIS's annotations: ``image`` is the path
@@ -42,28 +49,49 @@ def parse_captions(
         UserError: The file is missing, malformed, or holds no usable row.
     """
     columns, parts = ("image", "caption"), "rows or captions"
-    unpack = partial(_karpathy_rows, path, split)
+    parse, unpack = partial(_parse, options), partial(_object_rows, path, split, options)
     images: dict[str, dict[str, Any]] = {}
-    for row in parse_table(path, columns, _parse, skipped, "caption", parts, unpack):
+    for row in parse_table(path, columns, parse, skipped, "caption", parts, unpack, options):
         first = images.setdefault(row["image"], row)
         if first is not row:
             first["caption"] += row["caption"]
     return list(images.values())
 
 
-def _parse(row: dict[str, Any], complaints: list[str]) -> dict[str, Any]:
-    name, image_id = image_name(row["image"]), row.get("image_id")
+def _parse(options: TableOptions, row: dict[str, Any], complaints: list[str]) -> dict[str, Any]:
+    name, image_id = image_name(row["image"], options), row.get("image_id")
     captions = texts(row["caption"], "caption", complaints)
     image_id = name if image_id in (None, "") else str(image_id)
     return {"image": name, "caption": captions, "image_id": image_id}
 
 
-def _karpathy_rows(
-    path: str | Path, split: str | None, content: dict[str, Any]
+def _object_rows(
+    path: str | Path, split: str | None, options: TableOptions, content: dict[str, Any]
 ) -> list[Row] | None:
-    entries = content.get("images")
-    if not isinstance(entries, list):
-        return None
+    entries, annotations = content.get("images"), content.get("annotations")
+    if isinstance(entries, list) and isinstance(annotations, list):
+        return _coco_rows(entries, annotations, options)
+    if isinstance(entries, list):
+        return _karpathy_rows(path, split, entries)
+    if content and all(PurePosixPath(name).suffix for name in content):  # image files
+        return [(name, {"image": name, "caption": said}) for name, said in content.items()]
+    return None
+
+
+def _coco_rows(entries: list[Any], annotations: list[Any], options: TableOptions) -> list[Row]:
+    names = {}
+    for entry in entries:
+        with suppress(AttributeError, KeyError, TypeError):  # what has no name is reported below
+            folder = PurePosixPath(entry.get("coco_url", "")).parent.name  # as in .../val2017/1.jpg
+            names[str(entry["id"])] = options.below(entry["file_name"], folder)
+    return [
+        (f"annotation {number}", {**row, "image": names.get(str(row.get("image_id")))})
+        for number, row in enumerate(annotations, 1)
+        if isinstance(row, dict)
+    ]
+
+
+def _karpathy_rows(path: str | Path, split: str | None, entries: list[Any]) -> list[Row]:
     splits = Counter(str(entry.get("split")) for entry in entries if isinstance(entry, dict))
     wanted = set(splits) if split is None else _KARPATHY_SPLITS[split]
     if not splits.keys() & wanted:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from softmask_plugin.datasets.skip_log import SkipLog
+from softmask_plugin.datasets.tables.layouts import PLAIN, TableOptions
 from softmask_plugin.datasets.tables.rows import (
+    Row,
     image_name,
     one_text,
     parse_json,
@@ -23,7 +26,10 @@ from softmask_plugin.errors import UserError
 
 
 def parse_questions(
-    path: str | Path, answered: bool = True, skipped: SkipLog | None = None
+    path: str | Path,
+    answered: bool = True,
+    skipped: SkipLog | None = None,
+    options: TableOptions = PLAIN,
 ) -> list[dict[str, Any]]:
     """Parse a question file into one entry per question, in the order of the file.
 
@@ -33,9 +39,11 @@ def parse_questions(
 
     Args:
         path: Rows ``{"image", "question", "answer", "question_id" (optional)}``. An answer is a
-            text, a list of texts (of several annotators), or a mapping of texts to weights.
+            text, a list of texts (of several annotators), or a mapping of texts to weights. Also
+            files as published: VQA's (with ``options.annotations``) and DAQUAR's (docs/data.md).
         answered: Whether each row needs an answer.
         skipped: Where skipped rows are reported; None: a warning names the first.
+        options: Names of columns, the separator, the images folder, VQA's annotations.
 
     Returns:
         ``{"image", "question", "answer", "question_id"}`` each, as in LAVIS's annotations:
@@ -45,20 +53,23 @@ def parse_questions(
         UserError: The file is missing, malformed, or holds no usable row.
     """
     asked: dict[int, tuple[str, str]] = {}
+    given = _vqa_answers(options.annotations) if options.annotations else None
 
     def parse(row: dict[str, Any], complaints: list[str]) -> dict[str, Any]:
-        image = image_name(row["image"])
+        image = image_name(row["image"], options)
         question = one_text(row["question"], "question")
-        answers = _answers(row.get("answer"), complaints)
+        number = _question_id(row.get("question_id"))
+        answer = row.get("answer") if given is None else given.get(number)
+        answers = _answers(answer, complaints)
         if answered and not answers:
             raise ValueError(f"no answer to {short(question)}")
-        number = _question_id(row.get("question_id"))
         if number is not None and asked.setdefault(number, (image, question)) != (image, question):
             raise ValueError(f"question_id {number} belongs to another image or question too")
         return {"image": image, "question": question, "answer": answers, "question_id": number}
 
-    columns = ("image", "question", "answer") if answered else ("image", "question")
-    rows = parse_table(path, columns, parse, skipped, "question", "rows or answers")
+    columns = ["image", "question"] + ["answer"] * (answered and given is None)
+    unpack, parts = partial(_vqa_rows, path, "answer" in columns, options), "rows or answers"
+    rows = parse_table(path, columns, parse, skipped, "question", parts, unpack, options)
     free = count(max(asked, default=-1) + 1)
     questions: dict[int, dict[str, Any]] = {}
     for row in rows:
@@ -98,6 +109,37 @@ def most_frequent(questions: Iterable[dict[str, Any]], limit: int | None = None)
     for item in questions:
         counts.update(item["answer"])
     return [answer for answer, _ in counts.most_common(limit)]
+
+
+def _vqa_rows(
+    path: str | Path, need_answers: bool, options: TableOptions, content: dict[str, Any]
+) -> list[Row] | None:
+    entries = content.get("questions")
+    if not isinstance(entries, list):
+        return None
+    if need_answers and not any("answer" in entry for entry in entries if isinstance(entry, dict)):
+        raise UserError(
+            f"{path} holds no answers: name VQA's file of annotations in {options.place}annotations"
+        )
+    images = str(content.get("data_subtype")).replace("test-dev", "test")  # as in train2014
+    rows = []
+    for number, entry in enumerate(entries, 1):
+        if isinstance(entry, dict) and str(entry.get("image_id")).isdecimal():
+            name = f"COCO_{images}_{str(entry['image_id']).zfill(12)}.jpg"
+            entry = {"image": options.below(name, images), **entry}
+        rows.append((f"question {number}", entry))
+    return rows
+
+
+def _vqa_answers(path: Path) -> dict[Any, list[Any]]:
+    """VQA's ten answers to each question, by its id."""
+    try:
+        return {
+            entry["question_id"]: [answer["answer"] for answer in entry["answers"]]
+            for entry in parse_json(path, read_text(path, "annotation"))["annotations"]
+        }
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is no file of VQA's annotations: {error!r}") from error
 
 
 def _answers(value: Any, complaints: list[str]) -> dict[str, float]:

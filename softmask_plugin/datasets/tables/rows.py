@@ -6,14 +6,19 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeVar
 
 from softmask_plugin.datasets.skip_log import SkipLog
+from softmask_plugin.datasets.tables.layouts import LAYOUTS, PLAIN, TableOptions
 from softmask_plugin.errors import UserError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
+
+# In Flickr8k's and Flickr30k's token files: an image, a number and, after a tab, a caption.
+_TOKEN_LINE = re.compile(r"([^\t]+)#\d+\t(.*)")
 
 Item = TypeVar("Item")
 
@@ -29,29 +34,32 @@ def parse_table(
     kind: str = "table",
     parts: str = "rows",
     unpack: Callable[[dict[str, Any]], Iterable[Row] | None] = lambda content: None,
+    options: TableOptions = PLAIN,
 ) -> list[Item]:
     """Parse a file of rows; unusable rows are skipped and reported.
 
     Args:
-        path: A JSON list of objects; one object per line (JSONL); or a CSV or TSV with a line of
-            column names. UTF-8.
-        columns: Keys that each row must have.
+        path: A JSON list of objects; one object per line (JSONL); a CSV or TSV with a line of
+            column names; or a token file of Flickr8k. UTF-8.
+        columns: Columns that each row must have, under these names, those of ``options.keys``, or
+            those of one of the ``LAYOUTS``.
         parse: Turns a row into an item. It raises ValueError if the row is unusable, and appends to
             its second argument a complaint about each unusable part of the row.
         skipped: Where problems are reported; None: a warning names the first.
         kind: What errors call the file, as in "caption file".
         parts: What reports count, a plural noun.
         unpack: Returns the rows of a JSON object that has a layout of its own; None if it has not.
+        options: Names of columns, the separator, the images folder.
 
     Raises:
         UserError: The file is missing, malformed, or holds no usable row.
     """
     path = Path(path)
     items, problems = [], []
-    for where, row in _rows(path, read_text(path, kind), columns, unpack):
+    for where, row in _rows(path, read_text(path, kind), columns, unpack, options):
         complaints: list[str] = []
         try:
-            items.append(parse(_checked(row, columns), complaints))
+            items.append(parse(_checked(row, columns, options), complaints))
         except ValueError as error:
             complaints.append(str(error))
         problems += [f"{path}, {where}: {complaint}" for complaint in complaints]
@@ -80,10 +88,13 @@ def parse_json(path: Path, text: str | bytes) -> Any:
         raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
-def image_name(value: Any) -> str:
+def image_name(value: Any, options: TableOptions = PLAIN) -> str:
     """Return a path below the images folder, with "/" between its parts; ValueError if it is no
-    text, absolute, or has ``..``."""
+    text, has ``..``, or is absolute and not in that folder."""
     name = PurePosixPath(value.strip().replace("\\", "/") if isinstance(value, str) else "")
+    for root in options.roots:
+        if name.is_relative_to(root):
+            name = name.relative_to(root)
     if name.is_absolute() or ".." in name.parts or PureWindowsPath(name).drive:
         raise ValueError(f"image {short(value)} is outside the images folder")
     if not name.name:
@@ -126,18 +137,33 @@ def _text(value: Any) -> str | None:
     return None
 
 
-def _checked(row: Any, columns: Sequence[str]) -> dict[str, Any]:
+def _checked(row: Any, columns: Sequence[str], options: TableOptions) -> dict[str, Any]:
     if isinstance(row, Exception):
         raise row
     if not isinstance(row, dict):
         expected = " and ".join(f"'{column}'" for column in columns)
         raise ValueError(f"expected {expected}, got {short(row)}")
-    for needed in columns:
-        if needed not in row:
-            raise ValueError(f"no '{needed}' among {short(list(row))}")
+    row = _with_our_columns(row, columns, options)
     if None in row:  # the csv module's key for surplus fields
         raise ValueError("more fields than columns: quote texts that contain the delimiter")
     return row
+
+
+def _with_our_columns(
+    row: dict[str, Any], columns: Sequence[str], options: TableOptions, among: str = ""
+) -> dict[str, Any]:
+    """Add ``columns`` to a row that has them under other names; ValueError names all missing."""
+    keys = {column: options.keys.get(column, column) for column in (*columns, *options.keys)}
+    ours = {column: row[key] for column, key in keys.items() if key in row}
+    for marks, make in LAYOUTS.items():
+        if not ours.keys() >= set(columns) and all(mark in row for mark in marks):
+            made = make(options, *(row[mark] for mark in marks))
+            ours = {c: value for c, value in made.items() if c not in options.keys} | ours
+    if missing := [column for column in columns if column not in ours]:
+        names = " and no ".join(f"'{keys[column]}'" for column in missing)
+        remedy = " ".join(f"{options.place}{column}_key=COLUMN" for column in missing)
+        raise ValueError(f"no {names} among {among}{short(list(row))}: set {remedy}")
+    return row | ours
 
 
 def _rows(
@@ -145,10 +171,12 @@ def _rows(
     text: str,
     columns: Sequence[str],
     unpack: Callable[[dict[str, Any]], Iterable[Row] | None],
+    options: TableOptions,
 ) -> Iterable[Row]:
     suffix, start = path.suffix.lower(), text.lstrip()[:1]
-    if suffix in (".csv", ".tsv") or (start not in ("[", "{") and suffix not in SUFFIXES):
-        return _csv_rows(path, text, columns)
+    is_json = start in ("[", "{") or suffix in (".json", ".jsonl")
+    if options.separator or suffix in (".csv", ".tsv") or not is_json:
+        return _csv_rows(path, text, columns, options)
     first_line, _, rest = text.strip().partition("\n")
     if start == "{" and rest and isinstance(_json(first_line), dict):
         lines = enumerate(text.split("\n"), 1)
@@ -167,18 +195,27 @@ def _json(line: str) -> Any:
         return ValueError(str(error))
 
 
-def _csv_rows(path: Path, text: str, columns: Sequence[str]) -> Iterator[Row]:
-    delimiter = max("\t,;", key=text.partition("\n")[0].count)
+def _csv_rows(
+    path: Path, text: str, columns: Sequence[str], options: TableOptions
+) -> Iterator[Row]:
+    first_line = text.partition("\n")[0]
+    if _TOKEN_LINE.fullmatch(first_line.rstrip()):
+        for number, line in enumerate(text.split("\n"), 1):
+            if found := _TOKEN_LINE.fullmatch(line.rstrip()):
+                yield f"line {number}", dict(zip(("image", "caption"), found.groups(), strict=True))
+            elif line.strip():
+                yield f"line {number}", ValueError(f"expected IMAGE#0, a tab, TEXT: {short(line)}")
+        return
+    delimiter = options.separator or max("\t,;|", key=first_line.count)
     reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
     try:
         reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-        for needed in columns:
-            if needed not in reader.fieldnames:
-                raise UserError(
-                    f"{path} has no '{needed}' among its columns {short(reader.fieldnames)}"
-                )
+        header: dict[str, Any] = dict.fromkeys(reader.fieldnames, "")
+        _with_our_columns(header, columns, options, "its columns ")
         for row in reader:
             yield f"line {reader.line_num}", row
+    except ValueError as error:
+        raise UserError(f"{path} has {error}") from error
     except csv.Error as error:
         where = f"{path}, after line {reader.line_num}"
         raise UserError(f"{where}: {error}; look for a stray quotation mark") from error

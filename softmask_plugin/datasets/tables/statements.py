@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from softmask_plugin.datasets.skip_log import SkipLog
+from softmask_plugin.datasets.tables.layouts import PLAIN, TableOptions
 from softmask_plugin.datasets.tables.rows import image_name, one_text, parse_table, short
 from softmask_plugin.errors import suggest
 
@@ -16,13 +17,16 @@ def parse_statements(
     images: Sequence[str],
     labels: Sequence[str],
     skipped: SkipLog | None = None,
+    options: TableOptions = PLAIN,
 ) -> list[dict[str, Any]]:
     """Parse a file of statements into one entry per usable row; other rows are reported.
 
     Args:
-        path: Rows with the columns ``images``, which name one each, ``sentence`` and ``label``.
+        path: Rows with the columns ``images``, which name one each, ``sentence`` and ``label``, or
+            a file as published: SNLI-VE's, e-SNLI-VE's, NLVR2's (docs/data.md).
         labels: Names of the classes. A row's label is a name, in any case, or a number from 0.
         skipped: Where skipped rows are reported; None: a warning names the first.
+        options: Names of columns, the separator, the images folder.
 
     Returns:
         ``{"images", "sentence", "label"}`` each, as in LAVIS's annotations, the label being one of
@@ -33,14 +37,15 @@ def parse_statements(
     """
 
     def parse(row: dict[str, Any], complaints: list[str]) -> dict[str, Any]:
-        names = [image_name(row[column]) for column in images]
+        names = [image_name(row[column], options) for column in images]
         return {
             **({"images": names} if len(names) > 1 else {"image": names[0]}),
             "sentence": one_text(row["sentence"], "sentence"),
             "label": _label(row["label"], labels),
         }
 
-    return parse_table(path, (*images, "sentence", "label"), parse, skipped, "statement")
+    columns = (*images, "sentence", "label")
+    return parse_table(path, columns, parse, skipped, "statement", options=options)
 
 
 def _label(value: Any, labels: Sequence[str]) -> str:
