@@ -32,17 +32,7 @@ def main(
 
     Finished runs are not repeated, and killed ones resume: the same command continues an ablation,
     and once everything is there only writes the table. Plans with the same ``base`` may share a
-    folder, and with it their pretraining.
-
-    Args:
-        plan: A YAML file, or the name of a shipped one.
-        output_dir: Folder for all runs and the table; None: outputs/ablation/<plan>.
-        only: Variants to run; empty: all. The table shows every variant that is measured.
-        seeds: Number of the plan's seeds to use; None: all.
-        jobs: Number of runs at once on a CPU; with CUDA it is one for each device.
-        again: Discard the results of the variants to run first.
-        baseline: Variant to compare with in the table; None: the plan's.
-        options: Overrides of every stage; those of a data set go to the stages that use it.
+    folder, and with it their pretraining. ``softmask ablate --help`` describes the arguments.
 
     Returns:
         Path of the table in Markdown.
@@ -68,14 +58,13 @@ def main(
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command resumes it") from None
     table = rows(read, folder, baseline)
-    measured = any(row.metrics for row in table)
-    if measured:
+    page = None
+    if any(row.metrics for row in table):
         page = _write(table, read, folder, baseline)
         print(f"{page.read_text(encoding='utf-8')}\nWritten: {page}, .json and .png")
-    if failed:
-        job, error = failed[0]
+    for job, error in failed:
         raise UserError(f"{len(failed)} of {len(wanted)} runs failed, first {job}: {error}")
-    if not measured:
+    if page is None:
         refused = [row.refused for row in table if row.refused is not None]
         raise UserError(refused[0] if refused else f"nothing is measured in {folder}")
     return page
@@ -117,8 +106,8 @@ def _run(jobs: Sequence[Job], at_once: int) -> list[tuple[Job, UserError]]:
 
 
 def _write(table: Sequence[Row], plan: Plan, folder: Path, baseline: str) -> Path:
-    page, picture = folder / f"{plan.name}.md", plot.draw(table, plan.metrics, baseline)
-    text = markdown(table, plan.metrics, baseline)
+    page, text = folder / f"{plan.name}.md", markdown(table, plan.metrics, baseline)
+    picture = plot.draw(table, plan.metrics, baseline)
     content = {
         "plan": plan.name,
         "baseline": baseline,

@@ -143,12 +143,7 @@ class Job:
     # ---- Its runs
 
     def discard(self) -> None:
-        """Delete all results, and the variant's cost.
-
-        Raises:
-            UserError: Another process works on the job.
-            OSError: A file cannot be deleted.
-        """
+        """Delete all results, and the variant's cost; UserError if another process works on it."""
         if self.home.is_dir():
             with self._locked():
                 shutil.rmtree(self.home)

@@ -108,15 +108,12 @@ class Plan:
 
 
 def read_plan(name: str | Path, options: Sequence[str] = (), seeds: int | None = None) -> Plan:
-    """Parse a plan, and check it and the configuration of each of its runs.
+    """Parse a plan, and check it and the configuration of each of its runs; UserError at a mistake.
 
     Args:
         name: A YAML file, or the name of a shipped one.
         options: Further overrides of every stage; those of a data set go to the stages that use it.
         seeds: Number of the plan's seeds to use; None: all.
-
-    Raises:
-        UserError: The first mistake found.
     """
     path = find_file("--plan", name, shipped_plans())
     with valid_yaml(path):

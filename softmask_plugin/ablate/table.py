@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -38,7 +38,7 @@ class Measured:
         return self.interval is not None and abs(fmean(self.differences.values())) > self.interval
 
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
     """One variant."""
 
@@ -63,8 +63,9 @@ def rows(plan: Plan, folder: Path, baseline: str) -> list[Row]:
 def _row(plan: Plan, folder: Path, name: str, against: Mapping[str, BySeed]) -> Row:
     row, values = Row(name, plan.variants[name]), dict[str, BySeed]()
     try:
-        for job in (Job(plan, name, seed, folder) for seed in plan.seeds):
-            row = replace(row, cost=job.cost.get("step_time"))
+        for seed in plan.seeds:
+            job = Job(plan, name, seed, folder)
+            row.cost = job.cost.get("step_time")
             for stage in plan.stages:
                 if (result := job.result(stage)) is None:
                     continue
@@ -72,19 +73,18 @@ def _row(plan: Plan, folder: Path, name: str, against: Mapping[str, BySeed]) -> 
                     if metric in result["metrics"]:  # the plan may have it only since
                         by_seed = values.setdefault(f"{stage.name} {metric}", {})
                         scale = 100 if plan.task(stage) in FRACTIONS else 1
-                        by_seed[job.seed] = scale * result["metrics"][metric]
+                        by_seed[seed] = scale * result["metrics"][metric]
                 for term, value in result["losses"].items() if stage is plan.base else ():
-                    row.losses.setdefault(term, {})[job.seed] = value
+                    row.losses.setdefault(term, {})[seed] = value
                 if result["environment"] not in row.ran_on:
                     row.ran_on.append(result["environment"])
     except UserError as error:
         return Row(name, plan.variants[name], refused=str(error))
     known = {stage.name for stage in plan.evaluate if plan.task(stage) in METRICS}
-    metrics = {
-        metric: measure(by_seed, against.get(metric, {}), percent=metric.split()[0] in known)
-        for metric, by_seed in values.items()
-    }
-    return replace(row, metrics=metrics)
+    for metric, by_seed in values.items():
+        percent = metric.split()[0] in known
+        row.metrics[metric] = measure(by_seed, against.get(metric, {}), percent)
+    return row
 
 
 def measure(values: BySeed, baseline: BySeed, percent: bool = True) -> Measured:

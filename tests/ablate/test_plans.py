@@ -54,7 +54,7 @@ def test_a_plan_gives_the_options_of_each_run(write_plan):
         ({"evaluate": [{"name": "a", "config": EVALUATE, "metrics": []}]}, "metrics is empty"),
         ({"variants": {"albef": ["model.itc.gama=1"]}}, "did you mean 'gamma'"),
         ({"variants": {"albef": ["model.soft_mask.layer=3"]}}, "stage 'pretrain'"),
-        ({"variants": {"albef": ["run.runner=runner_base"]}}, "run.runner must be softmask_runner"),
+        ({"variants": {"albef": ["run.runner=runner_base"]}}, "softmask_runner"),
         ({"evaluate": [{"name": "a", "config": EVALUATE}]}, "has no 'metrics'"),
         ({"evaluate": [{"name": "a", "config": EVALUATE, "metrics": ["r1"]}]}, "metric 'r1'"),
         (
