@@ -22,26 +22,22 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor
 
-from softmask_plugin import launch, report
+from softmask_plugin import demo, launch, report
 from softmask_plugin.config.check import option
 from softmask_plugin.config.options import read_options
+from softmask_plugin.demo import EVALUATE, TRAIN
 from softmask_plugin.errors import UserError
-from softmask_plugin.explain.pairs import explain
 from softmask_plugin.files.checkpoint import ASSETS, open_checkpoint
 from softmask_plugin.host.stack import installed
 from softmask_plugin.models.features import SoftMaskFeatureExtractor
-from softmask_plugin.pointing import pointing_game, swapped
 
-TRAIN = "lavis_configs/projects/scenes/train/pretrain_tiny.yaml"
 OPTIONS = [
     "datasets.scenes_pretrain.num.train=20000",
     "run.max_epoch=4",
     "model.soft_mask.negatives=true",  # with true captions only, a mask would imply a match
 ]
-EVALUATE = "lavis_configs/projects/scenes/eval/retrieval_tiny.yaml"
 FILE = ASSETS / "scenes_tiny.safetensors"
 OUTPUT = Path("outputs/scenes_tiny")
-POINTED = 200  # scenes in the pointing game
 
 
 def main() -> None:
@@ -98,20 +94,12 @@ def evaluate(file: Path) -> dict[str, Any]:
     options = [option("model.pretrained", file), option("run.output_dir", OUTPUT / "evaluate")]
     runner, results = launch.run(EVALUATE, options, evaluate=True)
     scenes, model = runner.dataloaders["test"].dataset, runner.unwrap_dist_model(runner.model)
-    own, other = [], []
-    for image in range(POINTED):
-        text = scenes.img2txt[image][0]
-        (found,) = explain(model, scenes[image]["image"][None], [scenes.text[text]])
-        boxes = scenes.boxes(text)
-        own += [(found.cams[word], box, role) for word, box, role in boxes]
-        other += [(found.cams[word], box, role) for word, box, role in swapped(boxes)]
     return {
         "images": len(scenes.image),
         "texts": len(scenes.text),
         "retrieval": results["test"] if results else {},
         "retrieval_chance": report.retrieval_chance(scenes.img2txt),
-        "pointing": pointing_game(own),
-        "pointing_other": pointing_game(other),
+        **demo.pointing(scenes, demo.explain_scenes(model, scenes)),
     }
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertForMaskedLM
 
+from benchmarks.baseline import bert_config
 from softmask_plugin import models
 
 SMALL = {
@@ -46,14 +47,8 @@ EVERY_MODEL = [*TRAINED, models.SoftMaskFeatureExtractor, models.SoftMaskImageTe
 
 def plain_bert(shape) -> BertForMaskedLM:
     """A BERT without cross-attention, of the shape of a model's text encoder."""
-    config = BertConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=shape.intermediate,
-        max_position_embeddings=shape.max_positions,
-    )
+    config = bert_config(shape)
+    config.add_cross_attention = False
     return BertForMaskedLM(config)
 
 
