@@ -15,6 +15,7 @@ from PIL import Image
 
 from softmask_plugin.datasets.images import UnreadableImageError, open_rgb, to_rgb
 from softmask_plugin.datasets.tables.captions import parse_captions
+from softmask_plugin.datasets.tables.layouts import TableOptions
 from softmask_plugin.errors import UserError, suggest
 from softmask_plugin.explain.pairs import Explanation, explain, words_of
 from softmask_plugin.explain.trained import Trained, load_trained
@@ -183,7 +184,7 @@ def explain_file(
         UserError: The caption file is malformed, or no image can be read.
     """
     output, explained, left_out = Path(output), 0, 0
-    rows = parse_captions(captions)
+    rows = parse_captions(captions, options=TableOptions(root=Path(images)))
     pairs = [(row["image"], caption) for row in rows for caption in row["caption"]]
     output.mkdir(parents=True, exist_ok=True)
     if model.bundled:  # say so once

@@ -17,6 +17,7 @@ from softmask_plugin.datasets.images import UnreadableImageError, open_rgb
 from softmask_plugin.datasets.shards.files import IMAGE_SUFFIXES, INDEX
 from softmask_plugin.datasets.skip_log import SkipLog
 from softmask_plugin.datasets.tables.captions import parse_captions
+from softmask_plugin.datasets.tables.layouts import TableOptions
 from softmask_plugin.errors import UserError
 from softmask_plugin.files.whole import write_json
 
@@ -58,7 +59,7 @@ def pack_shards(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         log.unlink(missing_ok=True)  # of an earlier attempt
-        items = parse_captions(captions, "train", SkipLog(log))
+        items = parse_captions(captions, "train", SkipLog(log), TableOptions(root=images))
         random.Random(seed).shuffle(items)
         defects: list[str] = []
         # On the same disk, so that the finished folder can be renamed

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from toy_folders import LABELS, build, write
 
+from softmask_plugin.datasets.shards.pack import pack_shards
 from softmask_plugin.datasets.tables.captions import parse_captions
 from softmask_plugin.datasets.tables.layouts import TableOptions
 from softmask_plugin.errors import UserError
@@ -326,6 +327,7 @@ def test_absolute_names_inside_the_images_folder(images, tmp_path):
     for folder in ("photos", "linked"):
         train = build("captions_folder", "captions.train=a.json", f"images={folder}")["train"]
         assert rows_of(train, "image") == [("a.jpg",), ("sub/b.jpg",)]
+    assert pack_shards("a.json", "photos", "shards") == {"00000.tar": 2}
 
 
 @pytest.mark.parametrize(
