@@ -116,7 +116,11 @@ RUN: dict[str, Key] = {
     "batch_size_train": Key(NEEDED, "items per step in each process, 1 or more", whole(1)),
     "batch_size_eval": Key(NEEDED, "items per evaluation batch in each process", whole(1)),
     "num_workers": Key(NEEDED, "data-loading processes for each training process", whole(0)),
-    "train_dataset_ratios": Key(None, "sampling weight of each data set; `runner_iter` only"),
+    "train_dataset_ratios": Key(
+        None,
+        "sampling weight of each data set, such as `{coco: 2, mine: 1}`: the items of a step all "
+        "come from one of them; null: each item once per epoch",
+    ),
     # Training
     "max_epoch": Key(None, "passes over the training data; needed unless `max_steps` is", whole(0)),
     "max_steps": Key(

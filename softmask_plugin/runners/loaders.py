@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -25,10 +26,10 @@ from softmask_plugin.fixed_draws import fixed_draws
 
 
 class SeededItems(Dataset[Any]):
-    """A map-style data set whose items are requested by (epoch, index).
+    """A map-style data set whose items are requested by (epoch, index), or more numbers.
 
-    An item's draws from torch's, numpy's and Python's generators are a function of ``seed``, epoch
-    and index: the same for any number of workers or processes, and after a restart. The state of
+    An item's draws from torch's, numpy's and Python's generators are a function of ``seed`` and
+    these: the same for any number of workers or processes, and after a restart. The state of
     torch's generator, which the model uses too, is restored.
     """
 
@@ -39,7 +40,7 @@ class SeededItems(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> Any:
+    def __getitem__(self, key: tuple[int, ...]) -> Any:
         with fixed_draws(self.seed, *key):
             return self.dataset[key[1]]
 
@@ -65,21 +66,79 @@ class EpochSampler(Sampler[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        left = torch.randperm(self.size, generator=generator)[self.taken :].tolist()
+        left = self.left(generator).tolist()
         share = left[get_rank() :: get_world_size()][: len(self)]
         return ((self.epoch, index) for index in share)
+
+    def left(self, generator: torch.Generator) -> Tensor:
+        """Indices of the rest of the epoch, in order."""
+        return torch.randperm(self.size, generator=generator)[self.taken :]
+
+
+class RatioSampler(EpochSampler):
+    """Steps of one data set each, drawn by ratio, as with LAVIS's MultiIterLoader.
+
+    An epoch has as many steps as for all data sets together. Each of them is shuffled, and again
+    after its last full step. Keys are (epoch, index, place): an item that comes again gets new
+    random draws.
+    """
+
+    def __init__(self, sizes: list[int], ratios: list[float], seed: int, step_items: int) -> None:
+        super().__init__(sum(sizes), seed)
+        self.sizes, self.ratios, self.step_items = sizes, ratios, step_items
+
+    def __iter__(self) -> Iterator[Any]:
+        first = self.taken // get_world_size()
+        return ((*key, first + place) for place, key in enumerate(super().__iter__()))
+
+    def left(self, generator: torch.Generator) -> Tensor:
+        """Indices of the rest of the epoch, in order."""
+        block, steps = self.step_items, self.size // self.step_items
+        weights = torch.tensor(self.ratios)
+        source = weights.multinomial(steps, replacement=True, generator=generator)
+        order, start = torch.empty(steps, block, dtype=torch.long), 0
+        for number, size in enumerate(self.sizes):
+            wanted, full = int((source == number).sum()), size // block
+            rounds = [
+                torch.randperm(size, generator=generator)[: full * block].view(full, block)
+                for _ in range(math.ceil(wanted / full))
+            ]
+            if rounds:
+                order[source == number] = start + torch.cat(rounds)[:wanted]
+            start += size
+        # Whole steps, also after a run with another number of processes
+        return order[steps - (self.size - self.taken) // block :].flatten()
 
 
 class TrainLoader:
     """Full batches of a data set, epoch by epoch, from any place in an epoch.
 
-    Attributes:
-        batch_size: Items per batch and process; ``options`` go to torch's DataLoader.
+    Args:
+        dataset: A map-style data set; with ratios a concatenation.
+        batch_size: Items per batch and process.
+        ratios: Sampling weight of each concatenated data set; None: each item once per epoch.
+        options: For torch's DataLoader.
     """
 
-    def __init__(self, dataset: Any, seed: int, batch_size: int, **options: Any) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        seed: int,
+        batch_size: int,
+        ratios: list[float] | None = None,
+        **options: Any,
+    ) -> None:
         self.dataset, self.batch_size = dataset, batch_size
         self.sampler = EpochSampler(len(dataset), seed)
+        if ratios is not None:
+            sizes = [len(each) for each in dataset.datasets]
+            if min(sizes) < self.step_items:
+                raise UserError(
+                    f"run.train_dataset_ratios: a data set has {min(sizes)} items, too few for one "
+                    f"batch of {batch_size} in each of {get_world_size()} process(es): lower "
+                    "run.batch_size_train"
+                )
+            self.sampler = RatioSampler(sizes, ratios, seed, self.step_items)
         self.loader: DataLoader[Any] = DataLoader(
             SeededItems(dataset, seed),
             batch_size=batch_size,
@@ -156,11 +215,14 @@ class StreamLoader(TrainLoader):
         self.positions = {}
 
 
-def train_loader(dataset: Any, seed: int, **options: Any) -> TrainLoader:
+def train_loader(
+    dataset: Any, seed: int, ratios: list[float] | None = None, **options: Any
+) -> TrainLoader:
     """Make the loader of a data set or of a stream of shards (which LAVIS chains).
 
     Raises:
-        UserError: Another kind of stream, several streams, or a stream beside data sets.
+        UserError: Another kind of stream, several streams, a stream beside data sets, or a data
+            set without a whole batch to draw.
     """
     if isinstance(dataset, ChainDataset):
         streams = list(dataset.datasets)
@@ -172,7 +234,7 @@ def train_loader(dataset: Any, seed: int, **options: Any) -> TrainLoader:
             "many shards), not on both nor on other streams: set run.runner to 'runner_iter', or "
             "change datasets"
         )
-    return TrainLoader(dataset, seed, **options)
+    return TrainLoader(dataset, seed, ratios=ratios, **options)
 
 
 def eval_loader(dataset: Any, shard: bool, **options: Any) -> DataLoader[Any]:

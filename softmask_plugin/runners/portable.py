@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from softmask_plugin.config.run_options import check_values, setting
+from softmask_plugin.config.run_options import check_values, positive, setting
 from softmask_plugin.errors import UserError
 from softmask_plugin.runners.loaders import TrainLoader, eval_loader, train_loader
 from softmask_plugin.runners.run_folder import AUTO, claim
@@ -36,6 +37,7 @@ class PortableRunner(RunnerBase):
 
     def __init__(self, cfg: Any, task: Any, model: nn.Module, datasets: Any, job_id: str) -> None:
         check_values(cfg.run_cfg)  # LAVIS's own scripts check nothing
+        self._trained = [name for name, splits in datasets.items() if "train" in splits]
         super().__init__(cfg=cfg, task=task, model=model, datasets=datasets, job_id=job_id)
         if self.cuda_enabled and not torch.cuda.is_available():
             raise UserError("run.device is 'cuda' but no CUDA card is usable: set run.device=cpu")
@@ -139,8 +141,7 @@ class PortableRunner(RunnerBase):
         dataset_ratios: Any = None,
     ) -> list[DataLoader[Any] | TrainLoader]:
         """Make plain, seeded torch loaders, one per data set (LAVIS's own need CUDA)."""
-        if dataset_ratios is not None:
-            raise UserError("softmask_runner does not know run.train_dataset_ratios: remove it")
+        ratios = _ratios(dataset_ratios, self._trained)
         # Workers are forked after tokenizers has run threads, which it would warn about
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         run = self.config.run_cfg
@@ -156,7 +157,7 @@ class PortableRunner(RunnerBase):
                 "pin_memory": self.cuda_enabled,
             }
             if is_train:
-                loaders.append(train_loader(dataset, int(run.seed), **options))
+                loaders.append(train_loader(dataset, int(run.seed), ratios, **options))
             else:
                 loaders.append(eval_loader(dataset, shard, **options))
         return loaders
@@ -220,6 +221,20 @@ class PortableRunner(RunnerBase):
             return tensor.to(self.device, non_blocking=True)
 
         return apply_to_sample(copy, samples)
+
+
+def _ratios(given: Any, datasets: list[str]) -> list[float] | None:
+    """Sampling weights of the data sets, in their order, or None."""
+    if given is None:
+        return None
+    if not isinstance(given, Mapping) or {*given} != {*datasets}:
+        raise UserError(
+            f"run.train_dataset_ratios is {given}: it must give a number to each data set that has "
+            f"a 'train' split: {', '.join(datasets)}"
+        )
+    for name in datasets:
+        positive(f"run.train_dataset_ratios.{name}", given[name])
+    return [float(given[name]) for name in datasets]
 
 
 def _compile_backend(compile: bool | str | None) -> str | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils.data import ChainDataset
-from toys import DrawingData, ToyData, build
+from toys import RUN, DrawingData, ToyConfig, ToyData, ToyModel, ToyTask, build
 
 from softmask_plugin.errors import UserError
+from softmask_plugin.runners import SoftmaskRunner, loaders
 from softmask_plugin.runners.loaders import train_loader
 
 
@@ -71,6 +72,93 @@ def test_order_and_draws_depend_on_seed_and_epoch_alone():
     workers = draw(2, [1, 2])
     assert torch.equal(workers[0], second)
     assert torch.equal(workers[1], third)
+
+
+# ---- run.train_dataset_ratios
+
+
+class Numbered(DrawingData):
+    """Items numbered from ``first`` on."""
+
+    def __init__(self, size, first):
+        super().__init__(size)
+        self.first = first
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        item["draws"][0] += self.first
+        return item
+
+
+def mixed(output_dir, ratios, **sizes):
+    """A run on two data sets, whose items are numbered from 0 and from 100 on."""
+    run = {**RUN, "output_dir": str(output_dir), "train_dataset_ratios": ratios}
+    sizes = {"small": 12, "large": 52, **sizes}
+    datasets = {
+        name: {"train": Numbered(size, 100 * place)}
+        for place, (name, size) in enumerate(sizes.items())
+    }
+    return SoftmaskRunner(ToyConfig(**run), ToyTask(), ToyModel(), datasets, "job")
+
+
+def batches(loader, epoch, taken=0):
+    return [batch["draws"] for batch in loader.batches(epoch, taken)]
+
+
+def test_a_step_is_of_one_data_set_drawn_by_its_ratio(tmp_path):
+    loader = mixed(tmp_path, {"large": 1, "small": 3}).train_loader
+    small, draws = [], []
+    for epoch in range(40):
+        found = batches(loader, epoch)
+        assert len(found) == len(loader) == 16
+        for numbers in (batch[:, 0] for batch in found):
+            assert (numbers < 100).all() or (numbers >= 100).all()
+            assert len(numbers.unique()) == 4
+            small.append(numbers[0].item() < 100)
+        draws += torch.cat(found)[:, 1].tolist()
+        of_small = torch.cat([batch[:, 0] for batch in found if batch[0, 0] < 100])
+        for first in range(0, len(of_small) - 11, 12):  # each item once before any comes again
+            assert sorted(of_small[first : first + 12].tolist()) == [*range(12)]
+    assert sum(small) / len(small) == pytest.approx(3 / 4, abs=0.06)
+    assert len({*draws}) == len(draws)  # also for an item that comes again in its epoch
+
+
+def test_a_draw_by_ratios_is_resumed_exactly(tmp_path, monkeypatch):
+    ratios = {"small": 3, "large": 1}
+    whole = batches(mixed(tmp_path, ratios).train_loader, 1)
+    resumed = batches(mixed(tmp_path, ratios).train_loader, 1, taken=20)
+    assert torch.equal(torch.stack(resumed), torch.stack(whole[5:]))
+    # Two processes share each step, also after a run of one
+    monkeypatch.setattr(loaders, "get_world_size", lambda: 2)
+    shares = []
+    for rank in (0, 1):
+        monkeypatch.setattr(loaders, "get_rank", lambda rank=rank: rank)
+        shares.append(batches(mixed(tmp_path, ratios).train_loader, 1, taken=20))
+    assert len(shares[0]) == len(shares[1]) == (64 - 20) // 8
+    for both in zip(*shares, strict=True):
+        numbers = torch.cat(both)[:, 0]
+        assert (numbers < 100).all() or (numbers >= 100).all()
+        assert len(numbers.unique()) == 8
+
+
+@pytest.mark.parametrize(
+    ("ratios", "message"),
+    [
+        ({"small": 1}, "a number to each data set that has a 'train' split: small, large"),
+        ({"small": 1, "large": 1, "other": 1}, "each data set that has a 'train' split"),
+        ([3, 1], "each data set that has a 'train' split"),
+        ({"small": 0, "large": 1}, "run.train_dataset_ratios.small is 0: it must be a number abov"),
+        ({"small": "much", "large": 1}, "run.train_dataset_ratios.small is 'much'"),
+    ],
+)
+def test_ratios_that_do_not_fit_the_data_sets(tmp_path, ratios, message):
+    with pytest.raises(UserError, match=message):
+        mixed(tmp_path, ratios).train()
+
+
+def test_ratios_need_a_whole_batch_of_each_data_set(tmp_path):
+    with pytest.raises(UserError, match="a data set has 3 items, too few .*batch_size_train"):
+        mixed(tmp_path, {"small": 1, "large": 1}, large=3).train()
 
 
 def test_loading_leaves_the_models_random_numbers_alone():
