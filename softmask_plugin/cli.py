@@ -145,12 +145,13 @@ WEIGHTS = (
 @command("evaluate", "test a model from a YAML file", *YAML, evaluate=True)
 def _launch(**args: Any) -> None:
     from softmask_plugin import launch
+    from softmask_plugin.report.summary import run_summary
 
     try:
-        runner, _ = launch.run(**args)
+        runner, results = launch.run(**args)
     except launch.Interrupted as stop:
         raise KeyboardInterrupt(_how_to_resume(stop.checkpoint, **args)) from None
-    print(f"Everything about this run is in {runner.output_dir}")
+    print(run_summary(runner, results))
 
 
 def _how_to_resume(checkpoint: Any, cfg_path: str, options: list[str], evaluate: bool) -> str:

@@ -60,6 +60,21 @@ def retrieval_chance(
     return chance
 
 
+def chance_of(dataset: Any) -> dict[str, float]:
+    """Scores of guessing on an evaluation split, by the names and in the units of LAVIS's metrics:
+    those of a random ranking, or of the most frequent class or answer. Empty if it is of another
+    kind, or if a question has several answers."""
+    if hasattr(dataset, "img2txt"):
+        return retrieval_chance(dataset.img2txt)
+    items = getattr(dataset, "annotation", ())
+    if hasattr(dataset, "class_labels"):
+        return {"acc": constant_guess(str(item["label"]) for item in items) / 100}
+    answers = [item["answer"] if hasattr(dataset, "answer_list") else {} for item in items]
+    if answers and all(len(answer) == 1 for answer in answers):
+        return {"agg_metrics": constant_guess(next(iter(answer)) for answer in answers)}
+    return {}
+
+
 def constant_guess(truths: Iterable[Any]) -> float:
     """Score of always giving the most frequent answer, in percent."""
     counts = Counter(truths)
