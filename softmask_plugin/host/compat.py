@@ -38,6 +38,7 @@ def patch() -> None:
     _name_unknown_models()
     _check_lavis_own_configs()
     _run_the_named_runner()
+    _let_one_process_pass()
 
 
 def _define_torchvision_schemas() -> None:
@@ -148,3 +149,19 @@ def _run_the_named_runner() -> None:
         return object.__new__(named)
 
     RunnerBase.__new__ = new
+
+
+def _let_one_process_pass() -> None:
+    """LAVIS's runners (all releases) wait for others after each epoch, even if there are none."""
+    from lavis.runners import runner_base, runner_iter
+
+    class Barriers:
+        """What these modules use of torch.distributed."""
+
+        @staticmethod
+        def barrier() -> None:
+            if torch.distributed.is_initialized():
+                torch.distributed.barrier()
+
+    for module in (runner_base, runner_iter):
+        vars(module)["dist"] = Barriers

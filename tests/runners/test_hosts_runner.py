@@ -49,12 +49,6 @@ def host(folder, model, data, resume=None):
     return runner
 
 
-@pytest.fixture(autouse=True)
-def no_process_group(monkeypatch):
-    """The host waits for other processes after each epoch, though there are none."""
-    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
-
-
 @pytest.mark.parametrize(
     ("cls", "options"),
     [
