@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.lib.npyio import NpzFile
 from PIL import Image
 from torch import Tensor
 
@@ -113,7 +114,7 @@ def search_features(
     if not cleaned or count < 1:
         raise UserError("give a text with a word, and --count 1 or more")
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        with file.open("rb") as opened, NpzFile(opened, allow_pickle=False) as stored:
             features = torch.from_numpy(stored["features"])
             paths = [Path(str(stored["folder"]), name) for name in stored["names"].tolist()]
         _, wanted = Reranker(trained.model).encode_texts([cleaned])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -67,6 +69,13 @@ def test_a_mistake_gets_one_line(folder, capsys, text, more, message):
     assert search(folder, text, *more) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_a_file_of_features_runs_no_code(tmp_path, capsys):
+    objects = np.array([Path("ran")], dtype=object)
+    np.savez(tmp_path / "features.npz", features=objects, names=objects, folder="x")
+    assert search(tmp_path, "star") == 2
+    assert "not made by softmask features" in capsys.readouterr().err
 
 
 def test_features_of_another_model_are_refused(folder, make_model, monkeypatch, capsys):
