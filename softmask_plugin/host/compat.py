@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -119,13 +120,10 @@ def _check_lavis_own_configs() -> None:
     def build_model_config(config: Any, **options: Any) -> Any:
         config = OmegaConf.merge(config, options)
         merged, run = build(config), config.run
-        name = run.get("runner", "runner_base")
-        runner = registry.get_runner_class(name)
+        runner = registry.get_runner_class(name := run.get("runner", "runner_base"))
         if run.get("device") == "cpu" and runner and runner.__module__.startswith("lavis."):
-            raise UserError(
-                f"run.runner is '{name}', which works with CUDA only: set "
-                "run.runner=softmask_runner"
-            )
+            hint = "set run.runner=softmask_runner"
+            raise UserError(f"run.runner is '{name}', which works with CUDA only: {hint}")
         check_weights(config.model, merged.model)
         if run.get("evaluate"):
             require_weights(merged.model)
@@ -155,13 +153,9 @@ def _let_one_process_pass() -> None:
     """LAVIS's runners (all releases) wait for others after each epoch, even if there are none."""
     from lavis.runners import runner_base, runner_iter
 
-    class Barriers:
-        """What these modules use of torch.distributed."""
-
-        @staticmethod
-        def barrier() -> None:
-            if torch.distributed.is_initialized():
-                torch.distributed.barrier()
+    def barrier() -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
 
     for module in (runner_base, runner_iter):
-        vars(module)["dist"] = Barriers
+        vars(module)["dist"] = SimpleNamespace(barrier=barrier)  # all that they use of it

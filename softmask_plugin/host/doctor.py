@@ -15,6 +15,7 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
+from tempfile import gettempdir
 
 import torch
 import torch.distributed as dist
@@ -90,22 +91,15 @@ def _devices() -> Iterator[tuple[str, ...]]:
         yield f"cuda:{index}", f"{card.name}, {card.total_memory / 2**30:.0f} GiB, {bf16}"
     if not torch.cuda.is_available():
         yield _no_cuda()
-    backends = [
-        name
-        for name in ("gloo", "nccl")
-        if dist.is_available() and getattr(dist, f"is_{name}_available")()
-    ]
+    known = ("gloo", "nccl") if dist.is_available() else ()
+    backends = [name for name in known if getattr(dist, f"is_{name}_available")()]
     yield "torchrun", " and ".join(backends) or "not available"
 
 
 def _no_cuda() -> tuple[str, str, str]:
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only"
-    advice = ""
-    if shutil.which("nvidia-smi"):
-        advice = "PyTorch cannot use the NVIDIA card here: "
-        advice += (
-            "update its driver (see nvidia-smi)" if torch.version.cuda else "install a CUDA build"
-        )
+    remedy = "update its driver (see nvidia-smi)" if torch.version.cuda else "install a CUDA build"
+    advice = f"PyTorch cannot use the NVIDIA card here: {remedy}" * bool(shutil.which("nvidia-smi"))
     return "cuda", f"none (this torch is built for {build})", advice
 
 
@@ -114,11 +108,9 @@ def _files() -> Iterator[tuple[str, ...]]:
     missing = "" if shipped else "the shipped YAML files are missing: reinstall softmask-plugin"
     yield "configs", f"{len(shipped)} in {CONFIGS}", missing
     folder = Path("outputs").absolute()
-    if os.access(folder if folder.exists() else folder.parent, os.W_OK):
-        yield "outputs", f"{folder} is writable"
-    else:
-        value = f"{folder} is not writable"
-        yield "outputs", value, f"{value}: set run.output_dir to another folder"
+    writable = os.access(folder if folder.exists() else folder.parent, os.W_OK)
+    value = f"{folder} is {'' if writable else 'not '}writable"
+    yield "outputs", value, "" if writable else f"{value}: set run.output_dir to another folder"
     cached = isinstance(try_to_load_from_cache("bert-base-uncased", "vocab.txt"), str)
     where = "in the Hugging Face cache" if cached else "downloaded when first used"
     yield "bert-base-uncased", f"vocabulary is {where}"
@@ -161,7 +153,8 @@ def _step(device: str) -> tuple[str, ...]:
     logging.disable()
     try:
         with redirect_stdout(StringIO()):
-            lines = check(RUN, [*OPTIONS, f"run.device={device}"])
+            options = [f"run.device={device}", f"run.output_dir={gettempdir()}"]
+            lines = check(RUN, [*OPTIONS, *options])
             done = dict(line.split(maxsplit=1) for line in lines)
         return "step", f"{RUN} on {device}: {done['step']}"
     except Exception as error:  # of any part of the host
