@@ -27,6 +27,7 @@ SHIPPED = "shipped:"  # prefix of the weights that come with the package
 BEST = "checkpoint_best.pth"
 TOKEN_TYPES = "embeddings.token_type_embeddings.weight"  # in the files of ALBEF's own code
 OWN_FIELDS = ("model", "config", "vocabulary")  # entries of a file that are fields of a Checkpoint
+GROWTH = 4  # times its size that a file's content may unfold to; tied weights count twice
 _NAME = re.compile(r"checkpoint_(\d+)(?:_(\d+))?\.pth")
 
 
@@ -72,12 +73,14 @@ def open_checkpoint(
         device: Where the tensors go.
 
     Raises:
-        UserError: There is no such file, it is damaged, or it holds objects that could run code.
+        UserError: There is no such file, it is damaged, it holds objects that could run code, or
+            it would take far more memory than its size.
     """
     path = _locate(str(source))
     if not path.is_file():
         raise UserError(f"no checkpoint at {source}: give a file or a URL")
     content = _load(path, trusted, device)
+    _require_bounded(content, path)
     if not isinstance(content, dict):
         content = {}
     state, training = content, {}
@@ -138,15 +141,45 @@ def _load(path: Path, trusted: bool, device: torch.device | str) -> Any:
             return load_file(path, device=str(device))
         if zipfile.is_zipfile(path):  # torch does not compare checksums
             with zipfile.ZipFile(path) as archive:
+                if sum(each.file_size for each in archive.infolist()) > path.stat().st_size:
+                    raise _bomb(path)  # torch does not compress
                 if (damaged := archive.testzip()) is not None:
                     raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
         return torch.load(path, map_location=device, weights_only=not trusted)
+    except UserError:
+        raise
     except Exception as error:  # a damaged file can fail in any way
         raise UserError(
             f"{path} is no readable checkpoint ({type(error).__name__}): it is cut short, damaged "
             "or of another kind, or holds objects that could run code (only for a file that you "
             "trust: model.trust_checkpoint=true)"
         ) from error
+
+
+def _require_bounded(content: Any, path: Path) -> None:
+    """Raise UserError if whoever copied the content, with all that it repeats, would need far more
+    memory than the file has bytes."""
+    left, parts = GROWTH * path.stat().st_size, [content]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, Tensor):
+            left -= part.numel() * part.element_size()
+        elif isinstance(part, (str, bytes, bytearray)):
+            left -= len(part)
+        elif isinstance(part, Mapping):
+            parts += [*part.keys(), *part.values()]
+        elif isinstance(part, (list, tuple, set)):
+            parts += part
+        left -= 1
+        if left < 0:
+            raise _bomb(path)
+
+
+def _bomb(path: Path) -> UserError:
+    return UserError(
+        f"{path} was made to fill the memory, or is compressed: its {path.stat().st_size} bytes "
+        "unfold to far more; take it from another source"
+    )
 
 
 def _config_beside(path: Path) -> dict[str, Any] | None:

@@ -110,7 +110,8 @@ class SoftMaskBase(BaseModel):
 
         ``options.tokenizer`` counts only if the checkpoint has no vocabulary.
         """
-        model = cls(replace(options, tokenizer=checkpoint.vocabulary or options.tokenizer))
+        with weights.BoundedBy(checkpoint.path):
+            model = cls(replace(options, tokenizer=checkpoint.vocabulary or options.tokenizer))
         model.load_weights(checkpoint)
         return model
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 from lavis.models.vit import interpolate_pos_embed
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import cached_file
 
 from softmask_plugin.errors import UserError
@@ -24,7 +28,34 @@ BERT_FILES = ("pytorch_model.bin", "model.safetensors")
 # Tensors of the encoders, without the MLM head and the position ids, which are no weights
 _ENCODER = re.compile(r"(visual_encoder|text_(en|de)coder)(_m)?\.(?!cls\.)(?!.*position_ids$)")
 _LAYER = ".layer."
+_SMALL = 10_000  # weights that a tensor counts for beside its own: modules take memory too
 DEIT_URL = "https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth"
+
+
+class BoundedBy(TorchDispatchMode):
+    """Context in which models are built: UserError before one is far larger than its checkpoint.
+
+    Args:
+        path: The checkpoint. It must hold the encoders, so a model has at most as many weights as
+            the file has bytes, twice that with momentum encoders, and 64 million in queues, heads
+            and positions.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path, self._left = path, 2 * path.stat().st_size + 2**26
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        size = args[0] if args else None  # of torch.empty and the like, or torch.arange's end
+        size = size if isinstance(size, (list, tuple)) else [size]
+        if all(isinstance(side, int) for side in size):
+            self._left -= math.prod(size) + _SMALL
+            if self._left < 0:
+                raise UserError(
+                    f"{self._path} does not fit the model, which would be far larger: set "
+                    "model.vit and model.bert as they were when it was trained"
+                )
+        return func(*args, **(kwargs or {}))
 
 
 def load(model: nn.Module, checkpoint: Checkpoint, fusion_layer: int) -> None:

@@ -51,7 +51,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, width, self.grid**2)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, width))
-        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        rates = (drop_path * i / max(depth - 1, 1) for i in range(depth))
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, r, norm_eps) for r in rates)
         self.norm = nn.LayerNorm(width, eps=norm_eps)
         for parameter in (self.cls_token, self.pos_embed):
@@ -63,11 +63,8 @@ class VisionTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Encode images (B, 3, H, W) into tokens (B, 1 + patches, width).
-
-        Raises:
-            ValueError: H or W is not ``image_size``.
-        """
+        """Encode images (B, 3, H, W) into tokens (B, 1 + patches, width); ValueError if H or W is
+        not ``image_size``."""
         if images.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
                 f"images are {images.shape[-2]}x{images.shape[-1]} but the model is for "

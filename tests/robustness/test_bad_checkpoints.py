@@ -5,9 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import resource
+import struct
+import zipfile
 
 import pytest
 import torch
+from forks import forked
 from omegaconf import OmegaConf
 from toy_models import plain_bert
 from transformers import BertConfig, BertForMaskedLM
@@ -174,6 +178,96 @@ def test_names_that_wrappers_changed(make_model, tmp_path, rename):
     model = make_model(seed=1)
     model.load_checkpoint(str(path))
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+# ---- bombs
+
+
+def memory_taken(function, *arguments):
+    """Call a function in a fork; the message it is refused with, and what it took at most, MiB."""
+
+    def measured():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        limit = before * 2**10 + 2**34  # of the address space, to spare the machine if it fails
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        try:
+            function(*arguments)
+        except UserError as error:
+            print(error)
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 2**10)
+
+    done = forked(measured)
+    message, taken = done.stdout.splitlines()
+    return message, int(taken)
+
+
+def laughs(levels=9):
+    """Ten of ten of ten ... of a word, which a pickle refers to and does not repeat."""
+    return [laughs(levels - 1)] * 10 if levels else "ha"
+
+
+def compressed(path):
+    torch.save({"model": {"temp": torch.zeros(2**24)}}, path)
+    with zipfile.ZipFile(path) as archive:
+        members = [(each, archive.read(each)) for each in archive.namelist()]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for member in members:
+            archive.writestr(*member)
+
+
+def safetensors(path):
+    header = b'{"temp": {"dtype": "F32", "shape": [1000000000], "data_offsets": [0, 4000000000]}}'
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+
+
+ONE = torch.zeros(1)
+BOMBS = {
+    "a.safetensors": safetensors,
+    "compressed.pth": compressed,
+    "expanded.pth": lambda path: torch.save({"model": {"temp": ONE.expand(10**9)}}, path),
+    "of old.pth": lambda path: torch.save(
+        {"model": {"temp": ONE.expand(10**9)}}, path, _use_new_zipfile_serialization=False
+    ),
+    "repeated.pth": lambda path: torch.save({"optimizer": [torch.ones(10**5)] * 10**4}, path),
+    "laughing.pth": lambda path: torch.save({"model": {}, "config": {"model": laughs()}}, path),
+    "wordy.pth": lambda path: torch.save({"vocabulary": ["a" * 10**5] * 10**4}, path),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_file_that_unfolds_to_far_more_is_refused_before_it_does(make_model, tmp_path, name):
+    path = tmp_path / name
+    BOMBS[name](path)
+    message, taken = memory_taken(make_model().load_checkpoint, str(path))
+    assert str(path) in message and ("fill the memory" in message or "no readable" in message)
+    assert path.stat().st_size < 2**21 and taken < 50
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vit": {"width": 3 * 10**8}},
+        {"vit": {"depth": 10**9}},
+        {"vit": {"patch_size": 10**6}, "image_size": 10**6},
+        {"bert": {"vocab_size": 10**9}},
+        {"bert": {"layers": 10**9}},
+        {"bert": {"max_positions": 10**9}},
+        {"bert": {"intermediate": 10**9}},
+        {"queue_size": 10**9},
+        {"embed_dim": 10**9},
+    ],
+    ids=str,
+)
+def test_a_model_far_larger_than_its_checkpoint_is_not_built(make_model, tmp_path, change):
+    """As its configuration, which may come with it, would have it."""
+    model = make_model()
+    path = saved(tmp_path / "a.pth", {"model": model.state_dict()})
+    section = OmegaConf.merge(
+        OmegaConf.structured(model.options), change, {"pretrained": str(path)}
+    )
+    message, taken = memory_taken(SoftMaskPretrain.from_config, section)
+    assert f"{path} does not fit the model, which would be far larger: set model.vit" in message
+    assert taken < 400
 
 
 # ---- code
