@@ -384,6 +384,7 @@ def test_doctor_on_cuda_builds_and_drivers(monkeypatch, cuda, driver, action):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: name if driver else None)
+    monkeypatch.setattr(doctor, "_with_lavis", lambda: [])
     (finding,) = (finding for finding in doctor.examine() if finding.name == "cuda")
     assert action in finding.advice
     assert bool(finding.advice) == bool(action)
