@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils.data import ChainDataset
-from toys import RUN, DrawingData, ToyConfig, ToyData, ToyModel, ToyTask, build
+from toys import RUN, DrawingData, ToyConfig, ToyData, ToyModel, ToyTask, build, weights
 
 from softmask_plugin.errors import UserError
 from softmask_plugin.runners import SoftmaskRunner, loaders
@@ -139,6 +139,22 @@ def test_a_draw_by_ratios_is_resumed_exactly(tmp_path, monkeypatch):
         numbers = torch.cat(both)[:, 0]
         assert (numbers < 100).all() or (numbers >= 100).all()
         assert len(numbers.unique()) == 8
+
+
+def test_a_run_by_ratios_goes_on_from_within_an_epoch(tmp_path):
+    def run(folder, **options):
+        options |= {"train_dataset_ratios": {"small": 1, "large": 2}, "save_every_steps": 4}
+        cfg = ToyConfig(**{**RUN, "output_dir": str(folder), "keep_checkpoints": None, **options})
+        datasets = {"small": {"train": ToyData(12)}, "large": {"train": ToyData(52, offset=1.0)}}
+        runner = SoftmaskRunner(cfg, ToyTask(), ToyModel(), datasets, "job")
+        runner.train()
+        return runner
+
+    whole = run(tmp_path / "whole")
+    file = whole.output_dir / "checkpoint_1_20.pth"  # the 4th of 16 steps
+    resumed = run(tmp_path / "resumed", resume_ckpt_path=str(file))
+    assert len(resumed.model.seen) == 12
+    assert torch.equal(weights(resumed.model), weights(whole.model))
 
 
 @pytest.mark.parametrize(
