@@ -25,10 +25,9 @@ def relative_cost(plan: Plan, variant: str, rounds: int = 15) -> list[float] | N
     Returns:
         Quartiles of the ratio over the rounds; None if two models do not fit into memory.
     """
-    names = (variant, plan.baseline)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            own, other = (take_steps(plan, name, folder) for name in names)
+            own, other = (take_steps(plan, name, folder) for name in (variant, plan.baseline))
             ratios = [next(own) / next(other) for _ in range(rounds + 1)]
     except torch.OutOfMemoryError:
         logging.warning("step time not measured: two models do not fit into memory")

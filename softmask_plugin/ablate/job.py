@@ -60,11 +60,8 @@ class Job:
         return self.plan.asked[self.variant, stage.name]
 
     def result(self, stage: Stage) -> dict[str, Any] | None:
-        """Return the result of a stage; None if it is not finished.
-
-        Raises:
-            UserError: The result is broken, or the stage was begun with another configuration.
-        """
+        """The result of a stage; None if it is not finished. UserError if it is broken, or if the
+        stage was begun with another configuration."""
         place = self.place(stage)
         if not (place / ASKED).exists() and not (place / RESULT).exists():
             return None
@@ -152,11 +149,8 @@ class Job:
     def run(self) -> Iterator[tuple[Stage, dict[str, Any]]]:
         """Run or resume the unfinished stages; yield each and its result, once that is written.
 
-        Last, measure the cost if it is up to this job.
-
-        Raises:
-            UserError: Another process works on the job, or a stage was begun with another
-                configuration.
+        Last, measure the cost if it is up to this job. UserError if another process works on the
+        job, or if a stage was begun with another configuration.
         """
         self.home.mkdir(parents=True, exist_ok=True)
         with self._locked():

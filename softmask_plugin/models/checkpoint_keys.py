@@ -48,11 +48,8 @@ def adapt(state: StateDict, own: Iterable[str], fusion_layer: int) -> StateDict:
 
 
 def fold_token_types(state: StateDict, source: object) -> StateDict:
-    """Add BERT's token type 0, which it gives to every token, to the position embeddings.
-
-    Raises:
-        UserError: The two have different widths.
-    """
+    """Add BERT's token type 0, which it gives to every token, to the position embeddings;
+    UserError if the two have different widths."""
     folded = dict(state)
     for key in [key for key in state if key.endswith(TOKEN_TYPES)]:
         types, positions = folded.pop(key), key.removesuffix(TOKEN_TYPES) + POSITIONS

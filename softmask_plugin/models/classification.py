@@ -60,14 +60,8 @@ class SoftMaskClassification(DistilledBase):
 
     @torch.no_grad()
     def predict(self, samples: dict[str, Any]) -> dict[str, Tensor]:
-        """Predict for LAVIS's task ``multimodal_classification``.
-
-        Returns:
-            Logits (B, classes) as ``predictions``, and the labels as ``targets``.
-
-        Raises:
-            UserError: A logit is NaN or infinite.
-        """
+        """Logits (B, classes) as ``predictions``, and the labels as ``targets``, for LAVIS's task
+        ``multimodal_classification``; UserError if a logit is NaN or infinite."""
         logits = self.logits(self.images(samples), self.tokenize(samples["text_input"]))
         require_finite_scores("a class's score", logits)
         return {"predictions": logits, "targets": self.labels(samples)}

@@ -45,11 +45,8 @@ class Reranker:
 
     @torch.no_grad()
     def scores(self, data_loader: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Score (images, texts) and (texts, images).
-
-        Raises:
-            UserError: A score is NaN or infinite, so ranks would mean nothing.
-        """
+        """Score (images, texts) and (texts, images); UserError if a score is NaN or infinite, so
+        that ranks would mean nothing."""
         texts, text_feats = self.encode_texts(data_loader.dataset.text)
         images, image_feats = self.encode_images(data_loader)
         similarity = (image_feats @ text_feats.T).cpu()
@@ -69,8 +66,7 @@ class Reranker:
 
     @torch.no_grad()
     def similarity(self, data_loader: Any) -> Tensor:
-        """Cosine of every image with every text, (images, texts): the ranking by ITC alone.
-
+        """Cosine of every image with every text, (images, texts): the ranking by ITC alone;
         UserError as for ``scores``."""
         _, texts = self.encode_texts(data_loader.dataset.text)
         cosines = self.encode_images(data_loader)[1] @ texts.T
@@ -88,10 +84,7 @@ class Reranker:
 
     def encode_images(self, data_loader: Any) -> tuple[dict[int, Tensor], Tensor]:
         """Encode M images: this rank's share of their states (S, width), by index and on the CPU,
-        and unit features of all, (M, embed_dim).
-
-        Raises:
-            UserError: Each process would see only part of the gallery.
+        and unit features of all, (M, embed_dim). UserError if each process would see only a part.
         """
         if isinstance(getattr(data_loader, "sampler", None), DistributedSampler):
             raise UserError(

@@ -62,16 +62,12 @@ class SoftMaskVqa(DistilledBase):
     def __init__(self, options: VqaOptions) -> None:
         super().__init__(options)
         shape = self.text_encoder.shape
-        self.text_decoder = BertForMaskedLM(
-            replace(
-                shape,
-                layers=shape.layers - shape.fusion_layer,
-                fusion_layer=0,
-                image_width=shape.width,  # it attends to the question's states
-                causal=True,
-            )
-        )
+        depth = shape.layers - shape.fusion_layer
+        width = shape.width  # it attends to the question's states
+        shape = replace(shape, layers=depth, fusion_layer=0, image_width=width, causal=True)
+        self.text_decoder = BertForMaskedLM(shape)
         self.answer_tokenizer = CaptionTokenizer(self.tokenizer, options.bert.max_positions)
+        # A list of answers and its tokens, which later calls with the same list share
         self.known_answers: tuple[Sequence[str], Captions] | None = None
         self.add_momentum("visual_encoder", "text_encoder", "text_decoder")
 
@@ -139,7 +135,9 @@ class SoftMaskVqa(DistilledBase):
             )
         if len(questions) != len(samples["image"]):
             raise UserError(f"{len(questions)} questions for {len(samples['image'])} images")
-        known = self.tokenize_answers(answer_list)
+        if self.known_answers is None or self.known_answers[0] is not answer_list:
+            self.known_answers = answer_list, self.answer_tokenizer.tokenize(list(answer_list))
+        known = self.known_answers[1]
         memory = self.questions(samples["image"], self.tokenize(questions))
         likely = self.likely_starts(memory, known.ids[:, 1].to(self.device), len(questions))
         chosen = likely.topk(min(num_ans_candidates, len(answer_list)), dim=1).indices
@@ -181,9 +179,3 @@ class SoftMaskVqa(DistilledBase):
         decoder = self.part("text_decoder", suffix)
         tokens = decoder.bert.encode(answers.ids, answers.packing)
         return decoder(decoder.bert.fuse(tokens, memory, (view,), answers.predicting).states)
-
-    def tokenize_answers(self, answer_list: Sequence[str]) -> Captions:
-        """Tokenize a list of answers; calls with the same list share the result."""
-        if self.known_answers is None or self.known_answers[0] is not answer_list:
-            self.known_answers = answer_list, self.answer_tokenizer.tokenize(list(answer_list))
-        return self.known_answers[1]

@@ -17,15 +17,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Packing:
-    """Which cells of a grid (N, T) the packed row holds.
+    """Which cells of a grid (N, T) the packed row holds."""
 
-    Attributes:
-        mask: True for cells with a token, (N, T).
-        index: Flat position in the grid of each packed token, (M,), int64. It may include padding,
-            which is never read, if only the device knows the number of tokens.
-    """
-
-    mask: Tensor
+    mask: Tensor  # True for cells with a token, (N, T)
+    # Flat position in the grid of each packed token, (M,), int64. It may include padding, which is
+    # never read, if only the device knows the number of tokens.
     index: Tensor
 
     @classmethod

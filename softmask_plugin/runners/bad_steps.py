@@ -29,16 +29,11 @@ def gradient_norm(model: nn.Module) -> Tensor:
 
 @dataclass
 class BadSteps:
-    """Counts steps that were skipped because a loss or gradient was NaN or infinite.
+    """Counts steps that were skipped because a loss or gradient was NaN or infinite."""
 
-    Attributes:
-        limit: Number of skipped steps in a row that ends the run.
-        total, in_a_row: Skipped steps so far; the runner resets the second after a good step.
-    """
-
-    limit: int
-    total: int = 0
-    in_a_row: int = 0
+    limit: int  # number of skipped steps in a row that ends the run
+    total: int = 0  # skipped steps so far
+    in_a_row: int = 0  # skipped since the last good step; the runner resets it
 
     def skipped(
         self,

@@ -21,7 +21,8 @@ NO_NUMBERS = ("split", "epoch", "step", "time")  # keys of a record that are no 
 class Boards:
     """Writes to TensorBoard if it is installed, and to Weights & Biases if ``run.wandb`` asks.
 
-    They open with the first write. Use this on the main process only.
+    They open with the first write. Use this on the main process only. UserError if ``run.wandb`` is
+    set, but wandb is not installed.
 
     Args:
         folder: The run's folder; TensorBoard's files go into ``tensorboard``.
@@ -30,9 +31,6 @@ class Boards:
     Attributes:
         began: Optimizer steps taken before this process started. A resumed run repeats steps after
             its checkpoint; TensorBoard then drops the earlier process's numbers for them.
-
-    Raises:
-        UserError: ``run.wandb`` is set, but wandb is not installed.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:

@@ -12,12 +12,7 @@ import torch
 from torch import nn
 
 from softmask_plugin.errors import UserError, reason_of
-from softmask_plugin.files.checkpoint import (
-    BEST,
-    StateDict,
-    furthest_first,
-    require_sound,
-)
+from softmask_plugin.files.checkpoint import BEST, StateDict, furthest_first, require_sound
 from softmask_plugin.files.whole import LEFTOVERS, write_whole
 
 
@@ -30,9 +25,8 @@ def trained_state(model: nn.Module) -> StateDict:
 def load_trained_state(model: nn.Module, state: StateDict, source: object) -> None:
     """Load the result of :func:`trained_state`; only frozen parameters may be missing.
 
-    Raises:
-        UserError: Keys are missing or unexpected, shapes differ, or numbers are not finite. The
-            message names ``source``, and the model stays as it was.
+    UserError, with the name of ``source``, if keys are missing or unexpected, shapes differ, or
+    numbers are not finite. The model then stays as it was.
     """
     own, frozen = model.state_dict(), _frozen(model)
     for what, names in (
@@ -76,7 +70,8 @@ class CheckpointFiles:
         """
         path = self.folder / _name(epoch, step)
         try:
-            self._remove_leftovers()
+            for half in self.folder.glob(LEFTOVERS):  # of a process that was killed
+                half.unlink()
             if is_best:
                 best = self.folder / BEST
                 write_whole(best, lambda temporary: _serialize(content, temporary))
@@ -99,10 +94,6 @@ class CheckpointFiles:
             return False
         write_whole(self.folder / BEST, lambda temporary: _link(folder / BEST, temporary))
         return True
-
-    def _remove_leftovers(self) -> None:
-        for half in self.folder.glob(LEFTOVERS):  # of a process that was killed
-            half.unlink()
 
 
 def _name(epoch: int, step: int | None) -> str:

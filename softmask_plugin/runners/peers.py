@@ -50,13 +50,8 @@ def from_main_process(find: Callable[[], T]) -> T:
 
 @contextmanager
 def peers_needed() -> Iterator[None]:
-    """Turn a communication error into one line about the other processes.
-
-    A process that died is noticed at once, one that hangs after ``run.dist_timeout``.
-
-    Raises:
-        UserError: Another process ended or hangs.
-    """
+    """Turn a communication error into a UserError: another process ended or hangs. One that died is
+    noticed at once, one that hangs after ``run.dist_timeout``."""
     try:
         yield
     except RuntimeError as error:

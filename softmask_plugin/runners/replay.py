@@ -23,10 +23,8 @@ def replay(file: str | Path) -> list[str]:
 
     Returns:
         Lines of text: the losses of each batch, the first module whose output is not finite, and
-        the parameters whose gradients are not.
-
-    Raises:
-        UserError: The file holds no bad step, or its model cannot be built here.
+        the parameters whose gradients are not. UserError if the file holds no bad step, or if its
+        model cannot be built here.
     """
     checkpoint = _open(Path(file))
     config: Any = OmegaConf.create(checkpoint.config)
@@ -36,10 +34,9 @@ def replay(file: str | Path) -> list[str]:
     if isinstance(model, MomentumDistillation):
         model.paced = True
     model.train()
-    lines = [
-        f"step {content['step']}, process {content['rank']}, {len(content['batches'])} batches"
-    ]
-    for i, batch in enumerate(content["batches"]):
+    batches = content["batches"]
+    lines = [f"step {content['step']}, process {content['rank']}, {len(batches)} batches"]
+    for i, batch in enumerate(batches):
         number = batch["iters"] * config.run.get("accum_grad_iters", 1) + i  # within the epoch
         seed_draws(int(config.run.seed), content["rank"], batch["epoch"], number)
         with _bad_modules(model) as found:

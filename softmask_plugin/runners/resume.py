@@ -27,31 +27,20 @@ from softmask_plugin.vocabulary import vocabulary_of
 @dataclass
 class Progress:
     """A run's position: what a checkpoint needs besides weights, optimizer and scaler. Random
-    generators need no state, since each is seeded by its purpose and the place in training.
+    generators need no state, since each is seeded by its purpose and the place in training."""
 
-    Attributes:
-        epoch: The current epoch.
-        taken: Items of it that were trained on, over all processes.
-        step_items: Items per batch, over all processes.
-        best_epoch, best_score: The best validation so far.
-        seconds: Training time.
-        skipped, skipped_in_a_row: Steps skipped because of numbers that were not finite.
-        meter: Losses of the epoch so far, see ``LossMeter.fold``.
-        stream: Position in a stream of shards, see ``StreamLoader.state``.
-        logs: Length of each log file, bytes.
-    """
-
-    epoch: int = 0
-    taken: int = 0
-    step_items: int = 0
-    best_epoch: int | None = None
+    epoch: int = 0  # the current one
+    taken: int = 0  # items of it that were trained on, over all processes
+    step_items: int = 0  # items per batch, over all processes
+    best_epoch: int | None = None  # with the best validation so far
     best_score: float = -math.inf
-    seconds: float = 0.0
-    skipped: int = 0
+    seconds: float = 0.0  # training time
+    skipped: int = 0  # steps skipped because of numbers that were not finite
     skipped_in_a_row: int = 0
+    # Losses of the epoch so far, see LossMeter.fold
     meter: dict[str, Any] = field(default_factory=lambda: {"folded": {}, "drained": {}})
-    stream: dict[str, Any] | None = None
-    logs: dict[str, int] = field(default_factory=dict)
+    stream: dict[str, Any] | None = None  # position in shards, see StreamLoader.state
+    logs: dict[str, int] = field(default_factory=dict)  # length of each log file, bytes
 
     @classmethod
     def of(cls, training: Mapping[str, Any]) -> Progress:
@@ -62,11 +51,8 @@ class Progress:
 
 
 def load_run(path: str | Path, model: nn.Module, device: torch.device) -> Checkpoint:
-    """Open a training checkpoint and load its weights into the model.
-
-    Raises:
-        UserError: The file cannot be opened, is no training checkpoint, or fits another model.
-    """
+    """Open a training checkpoint and load its weights into the model; UserError if the file cannot
+    be opened, is no training checkpoint, or fits another model."""
     checkpoint = open_checkpoint(path, device=device)
     if not {"optimizer", "epoch"} <= checkpoint.training.keys():
         raise UserError(
@@ -82,12 +68,8 @@ def load_run(path: str | Path, model: nn.Module, device: torch.device) -> Checkp
 def load_furthest(
     folder: Path, model: nn.Module, device: torch.device, config: Mapping[str, Any]
 ) -> Checkpoint | None:
-    """Load the furthest usable checkpoint of a run's folder, the same one on every rank.
-
-    Unusable checkpoints are named in the log and passed over.
-
-    Returns:
-        The checkpoint; None if the folder has none.
+    """Load the furthest usable checkpoint of a run's folder, the same one on every rank; None if
+    the folder has none. Unusable checkpoints are named in the log and passed over.
 
     Raises:
         UserError: No checkpoint can be used, or the run had another configuration.

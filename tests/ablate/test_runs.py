@@ -130,6 +130,7 @@ def test_the_options_of_a_stage(write_plan, tmp_path, monkeypatch):
         seen.append(launched)
         (folder := launched.run.output_dir / pathlib.Path("mine")).mkdir(parents=True)
         (folder / "metrics.jsonl").write_text("")
+        (folder / "checkpoint_2.pth").touch()
         runner = SimpleNamespace(output_dir=folder, device=torch.device("cpu"), max_epoch=3)
         return runner, {"test": {"txt_r1": 60.0}}
 

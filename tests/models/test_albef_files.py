@@ -196,4 +196,4 @@ def test_a_run_of_before_goes_on_with_sep(make_model, tmp_path):
 def test_answers_end_with_sep_as_in_albef(make_other, original):
     vqa = from_file(make_other, SoftMaskVqa, original)
     assert ends(vqa) == ["star", "red"]
-    assert vqa.tokenize_answers(["star"]).ids[0, -1] == vqa.tokenizer.sep_token_id
+    assert vqa.answer_tokenizer.tokenize(["star"]).ids[0, -1] == vqa.tokenizer.sep_token_id

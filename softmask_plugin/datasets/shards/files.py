@@ -94,9 +94,7 @@ def shards_by_name(shards: Sequence[Path]) -> dict[str, Path]:
 def count_samples(shards: Sequence[Path], where: str) -> int:
     """Sum the samples of shards from the ``index.json`` beside them (webdataset's wids layout).
 
-    Raises:
-        UserError: There is no such file, it is malformed, or it lacks a shard; the message advises
-            to set the option ``where`` instead.
+    UserError if that is missing, malformed or lacks a shard: set the option ``where`` instead.
     """
     counts: dict[Path, int] = {}
     for folder in dict.fromkeys(shard.parent for shard in shards):
