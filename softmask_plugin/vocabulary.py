@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from lavis.common.registry import registry
 from omegaconf import DictConfig
@@ -47,8 +46,7 @@ def build_tokenizer(source: str | list[str] | None, vocab_size: int = 8192) -> B
             file.write_text("\n".join(source) + "\n", encoding="utf-8")
             return build_tokenizer(str(file))
     path = SCENES_VOCABULARY if source == "scenes" else Path(source).expanduser()
-    table = PLAIN if path.suffix in SUFFIXES else None
-    table = _table_options(source) or table
+    table = _table_options(source) or (PLAIN if path.suffix in SUFFIXES else None)
     is_list = path.suffix == ".txt" and table is None
     if (is_list or table) and not path.is_file():
         raise UserError(f"no tokenizer '{source}' (model.tokenizer): there is no such file")
@@ -115,10 +113,9 @@ def _questions_and_answers(file: Path, options: TableOptions) -> list[str]:
 
 
 def _statements(file: Path, options: TableOptions) -> list[str]:
-    def parse(row: dict[str, Any], _: list[str]) -> str:
-        return one_text(row["sentence"], "sentence")
-
-    return parse_table(file, ["sentence"], parse, options=options)
+    return parse_table(
+        file, ["sentence"], lambda row, _: one_text(row["sentence"], "sentence"), options=options
+    )
 
 
 def _train(texts: list[str], vocab_size: int) -> BertTokenizerFast:

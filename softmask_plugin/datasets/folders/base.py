@@ -36,7 +36,7 @@ class FolderBuilder(Builder):
 
     FILES: str  # the key of the section that names one file per split
 
-    def _parse(self, file: Path, split: str, skipped: SkipLog, options: TableOptions) -> Annotation:
+    def _parse(self, file: Path, split: str, skipped: SkipLog) -> Annotation:
         """Parse the file of a split: ``image``, or two ``images``, per item, and what is said."""
         raise NotImplementedError
 
@@ -49,9 +49,7 @@ class FolderBuilder(Builder):
         self.annotations: dict[str, Annotation] = {}  # of the splits built so far
         datasets: dict[str, ItemDataset] = {}
         for split, file in files.items():
-            options = TableOptions.of(self.place, self.config, split)
-            parsed = self._parse(file, split, at_build, options)
-            annotation = self._existing(root, parsed, at_build)
+            annotation = self._existing(root, self._parse(file, split, at_build), at_build)
             if split != "train":  # evaluation must know its gallery from the start
                 annotation = _readable(root, annotation, at_build, split)
             self.annotations[split] = annotation
@@ -60,6 +58,9 @@ class FolderBuilder(Builder):
             counts = len(annotation), len(_names(annotation))
             logging.info("%s %s: %d items, %d images", self.NAME, split, *counts)
         return datasets
+
+    def _table(self, split: str) -> TableOptions:
+        return TableOptions.of(self.place, self.config, split)
 
     def _paths(self) -> tuple[Path, dict[str, Path]]:
         self._check_keys()

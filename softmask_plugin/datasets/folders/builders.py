@@ -11,7 +11,6 @@ from softmask_plugin.config.paths import shipped
 from softmask_plugin.datasets.folders.base import FolderBuilder
 from softmask_plugin.datasets.skip_log import SkipLog
 from softmask_plugin.datasets.tables.captions import parse_captions
-from softmask_plugin.datasets.tables.layouts import TableOptions
 from softmask_plugin.datasets.tables.questions import most_frequent, parse_answers, parse_questions
 from softmask_plugin.datasets.tables.statements import parse_statements
 from softmask_plugin.datasets.task_datasets import (
@@ -36,8 +35,8 @@ class CaptionsFolderBuilder(FolderBuilder):
     train_dataset_cls = PretrainDataset
     eval_dataset_cls = RetrievalDataset
 
-    def _parse(self, file: Path, split: str, skipped: SkipLog, options: TableOptions) -> Annotation:
-        return parse_captions(file, split, skipped, options)
+    def _parse(self, file: Path, split: str, skipped: SkipLog) -> Annotation:
+        return parse_captions(file, split, skipped, self._table(split))
 
 
 @register("builder", "vqa_folder")
@@ -49,8 +48,8 @@ class VQAFolderBuilder(FolderBuilder):
     train_dataset_cls = VQADataset
     eval_dataset_cls = VQAEvalDataset
 
-    def _parse(self, file: Path, split: str, skipped: SkipLog, options: TableOptions) -> Annotation:
-        return parse_questions(file, split != "test", skipped, options)
+    def _parse(self, file: Path, split: str, skipped: SkipLog) -> Annotation:
+        return parse_questions(file, split != "test", skipped, self._table(split))
 
     def _arguments(self, split: str) -> dict[str, Any]:
         return {} if split == "train" else {"answer_list": self._answer_list()}
@@ -76,8 +75,8 @@ class EntailmentFolderBuilder(FolderBuilder):
     DATASET_CONFIG_DICT = {"default": shipped("datasets/entailment_folder/default.yaml")}
     train_dataset_cls = eval_dataset_cls = EntailmentDataset
 
-    def _parse(self, file: Path, split: str, skipped: SkipLog, options: TableOptions) -> Annotation:
-        return parse_statements(file, ("image",), self._labels(), skipped, options)
+    def _parse(self, file: Path, split: str, skipped: SkipLog) -> Annotation:
+        return parse_statements(file, ("image",), self._labels(), skipped, self._table(split))
 
     def _arguments(self, split: str) -> dict[str, Any]:
         return {"labels": self._labels()}
@@ -102,9 +101,11 @@ class NLVRFolderBuilder(FolderBuilder):
     DATASET_CONFIG_DICT = {"default": shipped("datasets/nlvr_folder/default.yaml")}
     train_dataset_cls = eval_dataset_cls = NLVRDataset
 
-    def _parse(self, file: Path, split: str, skipped: SkipLog, options: TableOptions) -> Annotation:
+    def _parse(self, file: Path, split: str, skipped: SkipLog) -> Annotation:
         # The labels are in the order of LAVIS's classes.
-        return parse_statements(file, ("image0", "image1"), ("False", "True"), skipped, options)
+        return parse_statements(
+            file, ("image0", "image1"), ("False", "True"), skipped, self._table(split)
+        )
 
     def _arguments(self, split: str) -> dict[str, Any]:
         swap = self.config.get("swap", True)

@@ -26,7 +26,6 @@ import numpy as np
 from softmask_plugin.config.paths import shipped
 from softmask_plugin.datasets.folders.base import FolderBuilder
 from softmask_plugin.datasets.skip_log import SkipLog
-from softmask_plugin.datasets.tables.layouts import TableOptions
 from softmask_plugin.datasets.tables.rows import image_name, parse_json
 from softmask_plugin.datasets.task_datasets import Annotation, GroundingDataset
 from softmask_plugin.errors import UserError, reason_of
@@ -50,8 +49,9 @@ class RefCocoPlusGroundingBuilder(FolderBuilder):
         files = (self.config[key] for key in ("refs", "instances", "detections"))
         return Boxes.load(*(Path(file).expanduser() for file in files))
 
-    def _parse(self, file: Path, split: str, skipped: SkipLog, options: TableOptions) -> Annotation:
+    def _parse(self, file: Path, split: str, skipped: SkipLog) -> Annotation:
         rows, annotation = parse_json(file, read_bytes(file, ALBEF)), []
+        options = self._table(split)
         for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
             try:
                 image = image_name(row["image"], options)

@@ -48,8 +48,15 @@ def parse_captions(
     Raises:
         UserError: The file is missing, malformed, or holds no usable row.
     """
+
+    def parse(row: dict[str, Any], complaints: list[str]) -> dict[str, Any]:
+        name, image_id = image_name(row["image"], options), row.get("image_id")
+        captions = texts(row["caption"], "caption", complaints)
+        image_id = name if image_id in (None, "") else str(image_id)
+        return {"image": name, "caption": captions, "image_id": image_id}
+
     columns, parts = ("image", "caption"), "rows or captions"
-    parse, unpack = partial(_parse, options), partial(_object_rows, path, split, options)
+    unpack = partial(_unpack, path, split, options)
     images: dict[str, dict[str, Any]] = {}
     for row in parse_table(path, columns, parse, skipped, "caption", parts, unpack, options):
         first = images.setdefault(row["image"], row)
@@ -58,14 +65,7 @@ def parse_captions(
     return list(images.values())
 
 
-def _parse(options: TableOptions, row: dict[str, Any], complaints: list[str]) -> dict[str, Any]:
-    name, image_id = image_name(row["image"], options), row.get("image_id")
-    captions = texts(row["caption"], "caption", complaints)
-    image_id = name if image_id in (None, "") else str(image_id)
-    return {"image": name, "caption": captions, "image_id": image_id}
-
-
-def _object_rows(
+def _unpack(
     path: str | Path, split: str | None, options: TableOptions, content: dict[str, Any]
 ) -> list[Row] | None:
     entries, annotations = content.get("images"), content.get("annotations")
@@ -97,15 +97,13 @@ def _karpathy_rows(path: str | Path, split: str | None, entries: list[Any]) -> l
     if not splits.keys() & wanted:
         raise UserError(f"{path} has no image of split '{split}'; its splits: {dict(splits)}")
     return [
-        (f"image {number}", _plain_row(entry))
+        (f"image {number}", _karpathy_row(entry) if isinstance(entry, dict) else entry)
         for number, entry in enumerate(entries, 1)
         if not isinstance(entry, dict) or str(entry.get("split")) in wanted
     ]
 
 
-def _plain_row(entry: Any) -> Any:
-    if not isinstance(entry, dict):
-        return entry
+def _karpathy_row(entry: dict[str, Any]) -> Any:
     name, folder, sentences = (entry.get(key) for key in ("filename", "filepath", "sentences"))
     if not isinstance(name, str) or not isinstance(sentences, list):
         return ValueError(f"no 'filename' or no list 'sentences' in {short(entry)}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,24 +28,19 @@ class TableOptions:
     @classmethod
     def of(cls, place: str, section: DictConfig, split: str) -> TableOptions:
         """The options of a split of the data set section ``place``; UserError if one is wrong."""
-        given = {str(k): str(v) for k, v in section.items() if isinstance(v, (str, int))}
-        separator = given.get("separator", "").replace("\\t", "\t") or None
+        keys = {str(k)[:-4]: str(v) for k, v in section.items() if v and str(k).endswith("_key")}
+        separator = str(section.get("separator") or "").replace("\\t", "\t") or None
         if separator and (len(separator) > 1 or separator in '"\r\n'):
-            raise UserError(
-                f"{place}.separator is {separator!r}: it must be one character, as in |"
-            )
-        keys = {k.removesuffix("_key"): v for k, v in given.items() if k.endswith("_key")}
-        root = Path(given["images"]).expanduser().absolute() if "images" in given else None
-        answers = OmegaConf.select(section, f"annotations.{split}")
-        annotations = Path(str(answers)).expanduser() if answers else None
+            raise UserError(f"{place}.separator is {separator!r}: it must be one character")
+        files = section.get("images"), OmegaConf.select(section, f"annotations.{split}")
+        root, annotations = (Path(str(file)).expanduser() if file else None for file in files)
         return cls(f"{place}.", keys, separator, root, annotations)
 
     @cached_property
     def roots(self) -> list[str]:
         """Spellings of the images folder in absolute image names."""
-        return (
-            [p.as_posix() for p in (self.root.absolute(), self.root.resolve())] if self.root else []
-        )
+        folders = {self.root.absolute(), self.root.resolve()} if self.root else ()
+        return [folder.as_posix() for folder in folders]
 
     def below(self, name: str, *folders: str) -> str:
         """Prefix an image name with those of the nested folders that the images folder has."""
@@ -58,41 +54,33 @@ class TableOptions:
 PLAIN = TableOptions()
 
 
-def _captions(_: TableOptions, image: Any, caption: Any) -> dict[str, Any]:
-    return {"image": image, "caption": caption}
+# Published layouts of rows: our columns by theirs, or made of theirs.
+LAYOUTS = (
+    {"image": "image_name", "caption": "comment"},  # Flickr30k's results.csv
+    {"image": "filepath", "caption": "title"},  # open_clip
+    {"image": "{Flickr30K_ID}.jpg", "sentence": "sentence2", "label": "gold_label"},  # SNLI-VE
+    {"image": "{Flikr30kID}.jpg", "sentence": "sentence2", "label": "gold_label"},  # the same
+    {"image": "Flickr30kID", "sentence": "hypothesis", "label": "gold_label"},  # e-SNLI-VE
+    {"image": "{image_id}.png", "question": "question"},  # DAQUAR
+    {"image0": "{images[0]}", "image1": "{images[1]}"},  # LAVIS's NLVR2
+    {"image0": "{pair}-img0.png", "image1": "{pair}-img1.png"},  # NLVR2
+)
 
 
-def _statement(_: TableOptions, image: Any, sentence: Any, label: Any) -> dict[str, Any]:
-    name = str(image).removesuffix(".jpg") + ".jpg"
-    return {"image": name, "sentence": sentence, "label": label}
-
-
-def _question(_: TableOptions, image: Any, question: Any) -> dict[str, Any]:
-    if not isinstance(image, str) or image.isdecimal():  # a number names no file
-        return {}
-    return {"image": image.removesuffix(".png") + ".png", "question": question}
-
-
-def _pair(_: TableOptions, images: Any) -> dict[str, Any]:
-    is_pair = isinstance(images, list) and len(images) == 2
-    return {"image0": images[0], "image1": images[1]} if is_pair else {}
-
-
-def _nlvr2(options: TableOptions, identifier: Any, directory: Any = "") -> dict[str, Any]:
-    pair = str(identifier).rpartition("-")[0]  # dev-850-0-1: sentence 1 about the pair dev-850-0
-    folders = pair.partition("-")[0], str(directory)
-    return {f"image{i}": options.below(f"{pair}-img{i}.png", *folders) for i in (0, 1)}
-
-
-# Published layouts of rows: the columns by which they are known, and what makes ours of them.
-LAYOUTS: dict[tuple[str, ...], Callable[..., dict[str, Any]]] = {
-    ("image_name", "comment"): _captions,  # Flickr30k's results.csv
-    ("filepath", "title"): _captions,  # open_clip
-    ("Flickr30K_ID", "sentence2", "gold_label"): _statement,  # SNLI-VE
-    ("Flikr30kID", "sentence2", "gold_label"): _statement,  # SNLI-VE, first release
-    ("Flickr30kID", "hypothesis", "gold_label"): _statement,  # e-SNLI-VE
-    ("image_id", "question"): _question,  # DAQUAR
-    ("images",): _pair,  # LAVIS's NLVR2
-    ("identifier", "directory"): _nlvr2,  # NLVR2, train
-    ("identifier",): _nlvr2,  # NLVR2, dev and test
-}
+def find_columns(
+    row: dict[str, Any], columns: Sequence[str], options: TableOptions
+) -> dict[str, Any]:
+    """Those of ``columns`` and ``options.keys`` that a row has, under whatever names."""
+    keys = {column: options.keys.get(column, column) for column in (*columns, *options.keys)}
+    found = {column: row[key] for column, key in keys.items() if key in row}
+    if found.keys() >= set(columns):
+        return found
+    if "identifier" in row:  # NLVR2's dev-850-0-1: sentence 1 about the pair dev-850-0
+        pair = str(row["identifier"]).rpartition("-")[0]
+        folders = pair.partition("-")[0], str(row.get("directory", ""))
+        row = row | {"pair": options.below(pair, *folders)}
+    for layout in LAYOUTS:
+        with suppress(KeyError, IndexError, TypeError):
+            made = {c: k.format_map(row) if "{" in k else row[k] for c, k in layout.items()}
+            found = {c: value for c, value in made.items() if c not in options.keys} | found
+    return found

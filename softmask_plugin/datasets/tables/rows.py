@@ -12,13 +12,13 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeVar
 
 from softmask_plugin.datasets.skip_log import SkipLog
-from softmask_plugin.datasets.tables.layouts import LAYOUTS, PLAIN, TableOptions
+from softmask_plugin.datasets.tables.layouts import PLAIN, TableOptions, find_columns
 from softmask_plugin.errors import UserError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 
 # In Flickr8k's and Flickr30k's token files: an image, a number and, after a tab, a caption.
-_TOKEN_LINE = re.compile(r"([^\t]+)#\d+\t(.*)")
+_TOKEN = re.compile(r"^([^\t\n]+)#\d+\t", re.M)
 
 Item = TypeVar("Item")
 
@@ -42,7 +42,7 @@ def parse_table(
         path: A JSON list of objects; one object per line (JSONL); a CSV or TSV with a line of
             column names; or a token file of Flickr8k. UTF-8.
         columns: Columns that each row must have, under these names, those of ``options.keys``, or
-            those of one of the ``LAYOUTS``.
+            those of a published layout.
         parse: Turns a row into an item. It raises ValueError if the row is unusable, and appends to
             its second argument a complaint about each unusable part of the row.
         skipped: Where problems are reported; None: a warning names the first.
@@ -152,18 +152,12 @@ def _checked(row: Any, columns: Sequence[str], options: TableOptions) -> dict[st
 def _with_our_columns(
     row: dict[str, Any], columns: Sequence[str], options: TableOptions, among: str = ""
 ) -> dict[str, Any]:
-    """Add ``columns`` to a row that has them under other names; ValueError names all missing."""
-    keys = {column: options.keys.get(column, column) for column in (*columns, *options.keys)}
-    ours = {column: row[key] for column, key in keys.items() if key in row}
-    for marks, make in LAYOUTS.items():
-        if not ours.keys() >= set(columns) and all(mark in row for mark in marks):
-            made = make(options, *(row[mark] for mark in marks))
-            ours = {c: value for c, value in made.items() if c not in options.keys} | ours
-    if missing := [column for column in columns if column not in ours]:
-        names = " and no ".join(f"'{keys[column]}'" for column in missing)
+    found = find_columns(row, columns, options)
+    if missing := [column for column in columns if column not in found]:
+        names = " and no ".join(f"'{options.keys.get(column, column)}'" for column in missing)
         remedy = " ".join(f"{options.place}{column}_key=COLUMN" for column in missing)
         raise ValueError(f"no {names} among {among}{short(list(row))}: set {remedy}")
-    return row | ours
+    return row | found
 
 
 def _rows(
@@ -174,8 +168,7 @@ def _rows(
     options: TableOptions,
 ) -> Iterable[Row]:
     suffix, start = path.suffix.lower(), text.lstrip()[:1]
-    is_json = start in ("[", "{") or suffix in (".json", ".jsonl")
-    if options.separator or suffix in (".csv", ".tsv") or not is_json:
+    if suffix in (".csv", ".tsv") or (start not in ("[", "{") and suffix not in SUFFIXES):
         return _csv_rows(path, text, columns, options)
     first_line, _, rest = text.strip().partition("\n")
     if start == "{" and rest and isinstance(_json(first_line), dict):
@@ -198,16 +191,17 @@ def _json(line: str) -> Any:
 def _csv_rows(
     path: Path, text: str, columns: Sequence[str], options: TableOptions
 ) -> Iterator[Row]:
-    first_line = text.partition("\n")[0]
-    if _TOKEN_LINE.fullmatch(first_line.rstrip()):
-        for number, line in enumerate(text.split("\n"), 1):
-            if found := _TOKEN_LINE.fullmatch(line.rstrip()):
-                yield f"line {number}", dict(zip(("image", "caption"), found.groups(), strict=True))
-            elif line.strip():
-                yield f"line {number}", ValueError(f"expected IMAGE#0, a tab, TEXT: {short(line)}")
-        return
-    delimiter = options.separator or max("\t,;|", key=first_line.count)
-    reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
+    delimiter = options.separator or max("\t,;|", key=text.partition("\n")[0].count)
+    names: list[str] | None = None
+    if _TOKEN.match(text):
+        text, delimiter, names = _TOKEN.sub(r"\1\t", text), "\t", ["image", "caption"]
+    reader = csv.DictReader(
+        io.StringIO(text),
+        names,
+        delimiter=delimiter,
+        quoting=csv.QUOTE_NONE if names else csv.QUOTE_MINIMAL,
+        strict=True,
+    )
     try:
         reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
         header: dict[str, Any] = dict.fromkeys(reader.fieldnames, "")
