@@ -67,10 +67,8 @@ class MomentumDistillation(SoftMaskBase):
 
     @torch.no_grad()
     def agree_across_ranks(self) -> None:
-        """Once, copy rank 0's momentum encoders and queues to all ranks, as DDP copies parameters.
-
-        LAVIS seeds each rank differently, so they start out different.
-        """
+        """Once, copy rank 0's momentum encoders and queues to all ranks, as DDP copies parameters:
+        LAVIS seeds each rank differently."""
         if not self.ranks_agree and is_dist_avail_and_initialized():
             for buffer in self.buffers():
                 torch.distributed.broadcast(buffer, src=0)
@@ -87,13 +85,10 @@ class DistilledBase(MomentumDistillation):
     def fuse(
         self, images: Tensor, captions: Captions, wanted: Packing | None, suffix: str = ""
     ) -> Tokens:
-        """Compute multi-modal states.
+        """Multi-modal states of the ``wanted`` tokens (None: all) of B captions; with suffix "_m",
+        those of the momentum model.
 
-        Args:
-            images: (B, 3, H, W), or (2B, 3, H, W) for two images per caption, all first ones first.
-            captions: B captions.
-            wanted: The tokens to return; None: all.
-            suffix: "_m" for the momentum model.
+        Images are (B, 3, H, W), or (2B, 3, H, W) for two per caption, all first ones first.
         """
         bert = bert_of(self.part("text_encoder", suffix))
         states = self.part("visual_encoder", suffix)(images)

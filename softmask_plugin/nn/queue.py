@@ -16,16 +16,13 @@ def random_queue(width: int, size: int) -> Tensor:
 
 @torch.no_grad()
 def enqueue_(queues: Sequence[Tensor], features: Sequence[Tensor], pointer: int) -> int:
-    """Overwrite the oldest columns with new features, in place.
+    """Overwrite the oldest columns with new features, in place; return the new pointer.
 
     Args:
         queues: Ring buffers, each (width, Q).
         features: New rows for each queue, (n, width). n need not divide Q; if n > Q, only the last
             Q rows are kept.
         pointer: Column of the oldest entry, in [0, Q).
-
-    Returns:
-        The new pointer.
     """
     size = queues[0].shape[1]
     if size == 0:

@@ -39,7 +39,6 @@ def mask_tokens(
         ids, maskable: Token ids, (N, T), on the CPU, and True where one may be chosen.
         mask_id, vocab_size: [MASK], and the number of ids that random tokens are drawn from.
         probability: Chance of choosing a maskable token, in [0, 1].
-        generator: Random stream.
 
     Returns:
         The masked ids, and the chosen tokens, which MLM predicts, as bool (N, T).
@@ -60,12 +59,8 @@ def sample_negatives(
 ) -> Tensor:
     """Draw one hard negative per row, in proportion to the softmax of the row's similarities.
 
-    Args:
-        similarity, positives: Logits, and True for matching pairs, (B, B).
-        generator: Random stream on their device.
-
-    Returns:
-        Column of each row's negative, (B,); an arbitrary column if the row has none.
+    ``similarity`` holds logits, and ``positives`` is True for matching pairs, (B, B). Returns the
+    column of each row's negative, (B,); an arbitrary column if the row has none.
     """
     barred = positives & ~positives.all(dim=1, keepdim=True)
     weights = similarity.float().masked_fill(barred, float("-inf")).softmax(dim=1)

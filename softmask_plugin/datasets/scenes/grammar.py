@@ -175,15 +175,13 @@ def make_scenes(
 
     Args:
         split: ``train`` (never shows a held-out composition), ``val`` or ``test``.
-        num: How many scenes.
-        seed: Random seed, >= 0.
+        num, seed: How many, and the random seed, >= 0.
         objects: Things per scene, 1 to MAX_OBJECTS.
         heldout: Share of the (colour, shape) pairs kept from training, in [0, 0.5].
         layout: Where things may stand: a name in LAYOUTS.
 
     Raises:
-        UserError: The split or the layout is unknown, or there are fewer than ``num`` different
-            scenes.
+        UserError: An unknown split or layout, or fewer than ``num`` different scenes.
     """
     if split not in SPLITS:
         raise UserError(f"scenes have no split '{split}': {suggest(split, SPLITS)}")

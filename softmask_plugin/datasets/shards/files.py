@@ -42,13 +42,9 @@ class BrokenSampleError(Exception):
 def find_shards(given: str | Iterable[str], where: str) -> list[Path]:
     """Return the absolute paths of shards, each once, in the order given.
 
-    Args:
-        given: A path, a brace pattern (``{000..127}.tar``), a glob, a folder (all its ``*.tar``),
-            or several of these.
-        where: The option's name, for errors.
-
-    Raises:
-        UserError: A URL, a malformed pattern, or nothing is found.
+    ``given`` is a path, a brace pattern (``{000..127}.tar``), a glob, a folder (all its ``*.tar``),
+    or several of these. UserError, with the option's name ``where``, at a URL, at a malformed
+    pattern, or if nothing is found.
     """
     names = [given] if isinstance(given, str) else list(given)
     if not names or not all(isinstance(name, str) and name for name in names):

@@ -23,11 +23,7 @@ from softmask_plugin.files.whole import write_json
 
 
 def pack_shards(
-    captions: str | Path,
-    images: str | Path,
-    out: str | Path,
-    per_shard: int = 1000,
-    seed: int = 42,
+    captions: str | Path, images: str | Path, out: str | Path, per_shard: int = 1000, seed: int = 42
 ) -> dict[str, int]:
     """Write ``00000.tar``, ... and ``index.json`` (webdataset's wids layout) into a new folder.
 
@@ -43,10 +39,8 @@ def pack_shards(
         seed: Random seed for the order of the images.
 
     Returns:
-        Number of samples, by name of the shard.
-
-    Raises:
-        UserError: An argument is unusable, no image is readable, or the disk is full.
+        Number of samples, by name of the shard. UserError if an argument is unusable, no image is
+        readable, or the disk is full.
     """
     images, out = Path(images).expanduser(), Path(out).expanduser().absolute()
     if per_shard < 1:
