@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
 from softmask_plugin.datasets.images import to_rgb
-from softmask_plugin.errors import UserError, suggest
+from softmask_plugin.errors import suggest
 from softmask_plugin.processors.base import Processor
 from softmask_plugin.processors.distort import ColorJitter, blur, brightness, greyscale, sharpness
 from softmask_plugin.registry import register
@@ -106,18 +106,17 @@ class ImageProcessor(Processor):
         centre, spread = (255 * torch.tensor(v)[:, None, None] for v in (self.mean, self.std))
         self.scale, self.offset = 1 / spread, -centre / spread
 
-    def __call__(self, image: Image.Image | np.ndarray) -> torch.Tensor:
+    def __call__(self, image: Any) -> torch.Tensor:
         """Process one image."""
         if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size:
-            grey, colour = image.ndim == 2, image.ndim == 3 and image.shape[2] == 3
-            image = Image.fromarray(image) if grey or colour else image
-        if not isinstance(image, Image.Image):
-            given = type(image).__name__
-            if hasattr(image, "shape"):
-                given += f" of {image.dtype} {tuple(image.shape)}"
-            raise UserError(
-                f"{self.NAME}: expected a PIL image or an array (H, W, 3) of uint8, got {given}"
-            )
+            known = image.ndim > 1 and image.shape[2:] in ((), (3,))
+            image = Image.fromarray(image) if known else image
+        shape = f" of {image.dtype} {tuple(image.shape)}" if hasattr(image, "shape") else ""
+        given = f"{type(image).__name__}{shape}"
+        self.require(
+            isinstance(image, Image.Image),
+            f"expected a PIL image or an array (H, W, 3) of uint8, got {given}",
+        )
         pixels = torch.from_numpy(np.array(self.transform(to_rgb(image)))).permute(2, 0, 1)
         values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
         return values.mul_(self.scale).add_(self.offset)

@@ -164,6 +164,7 @@ def test_arrays_are_images_too(kind):
     ("image", "given"),
     [
         (np.zeros((3, 8, 8), np.uint8), "ndarray of uint8 (3, 8, 8)"),
+        (np.zeros(8, np.uint8), "ndarray of uint8 (8,)"),
         (np.zeros((8, 8, 3)), "ndarray of float64 (8, 8, 3)"),
         (np.zeros((0, 8, 3), np.uint8), "ndarray of uint8 (0, 8, 3)"),
         (torch.zeros(3, 8, 8), "Tensor of torch.float32 (3, 8, 8)"),
