@@ -15,7 +15,7 @@ from typing import Any
 
 import softmask_plugin
 from softmask_plugin.config.paths import find_file, shipped_configs, shipped_plans, summary
-from softmask_plugin.errors import UserError, advice_on, reason_of
+from softmask_plugin.errors import UserError, advice_on, reason_of, suggest
 from softmask_plugin.host import stack
 
 Command = Callable[..., int | None]
@@ -38,6 +38,7 @@ examples:
 )
 PARSER.add_argument("--version", action="version", version=version("softmask-plugin"))
 COMMANDS = PARSER.add_subparsers(title="commands", metavar="COMMAND", required=True)
+FLAGS: dict[str, list[str]] = {}  # options of each command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGINT, _interrupt_once)
     try:
         try:
+            _require_known(sys.argv[1:] if argv is None else argv)
             return _run(**vars(PARSER.parse_args(argv)))
         finally:
             sys.stdout.flush()  # fails here, if it must, and not when the interpreter ends
@@ -76,6 +78,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if launch := sys.modules.get("softmask_plugin.launch"):
             launch.leave_distributed()
+
+
+def _require_known(argv: Sequence[str]) -> None:
+    """Name what is nearest to an unknown command or option; argparse lists all, or none."""
+    name = argv[0] if argv else "-"
+    if name.startswith("-"):
+        return
+    if name not in FLAGS:
+        raise UserError(f"unknown command '{name}': {suggest(name, FLAGS)}")
+    for flag in (given.partition("=")[0] for given in argv[1:]):
+        is_name = flag.startswith("--") and " " not in flag  # argparse takes the start of one, too
+        if is_name and not any(known.startswith(flag) for known in FLAGS[name]):
+            raise UserError(f"{name} has no option '{flag}': {suggest(flag, FLAGS[name])}")
 
 
 def _run(run: Command, **args: Any) -> int:
@@ -101,6 +116,7 @@ def _end(code: int, line: str) -> int:
 def command(name: str, text: str, *args: Argument, **fixed: Any) -> Callable[[Command], Command]:
     """Function decorator: make it a command, called with these arguments by name."""
     parser = COMMANDS.add_parser(name, help=text, description=text)
+    FLAGS[name] = ["--help", *(flag for flags, _ in args for flag in flags if flag[:2] == "--")]
     for flags, settings in args:
         parser.add_argument(*flags, **settings)
 

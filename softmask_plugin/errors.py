@@ -53,8 +53,8 @@ def advice_on(error: OSError) -> str:
     return f"{what}: {'make room' if full else 'check the path, or name another one'}"
 
 
-def suggest(name: str, choices: Iterable[str], limit: int = 3) -> str:
-    """The choices nearest to ``name``, worded to end an error message.
+def suggest(name: str, choices: Iterable[str]) -> str:
+    """The choices nearest to ``name``, all about as near, worded to end an error message.
 
     >>> suggest("softmsk_pretrain", ["softmask_pretrain", "albef_vqa"])
     "did you mean 'softmask_pretrain'?"
@@ -62,9 +62,9 @@ def suggest(name: str, choices: Iterable[str], limit: int = 3) -> str:
     "choose from 'base', 'tiny'"
     """
     names = sorted({str(choice) for choice in choices})
-    close = difflib.get_close_matches(str(name), names, n=limit, cutoff=0.5)
-    if close:
-        return did_you_mean(close)
+    for cutoff in (0.9, 0.8, 0.7, 0.6, 0.5):
+        if close := difflib.get_close_matches(str(name), names, cutoff=cutoff):
+            return did_you_mean(close)
     return "choose from " + ", ".join(f"'{n}'" for n in names) if names else "none is available"
 
 

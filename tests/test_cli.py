@@ -177,6 +177,30 @@ def test_a_mistake_gets_one_line(config, capsys, option, message):
     assert message in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "unknown command 'trian': did you mean 'train'?"),
+        (["xyz"], "unknown command 'xyz': choose from 'ablate', 'app', 'check', "),
+        (["train", "--cfg-pth=x"], "train has no option '--cfg-pth': did you mean '--cfg-path'?"),
+        (["explain", "--capton", "a dog"], "no option '--capton': did you mean '--caption'?"),
+        (["train", "--cfg-path", "."], "did you mean 'my.yaml'?"),
+        (["train", "--cfg", "my.yaml", "--options", "run.max_epoc=1"], "did you mean 'max_epoch'?"),
+    ],
+)
+def test_a_misspelt_name_gets_the_nearest(config, capsys, arguments, message):
+    """One that is nearer than all others comes alone."""
+    assert cli.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("softmask: error: ") and message in line
+
+
+def test_a_text_may_begin_like_an_option(capsys):
+    text = ["--image", "a.png", "--caption", "--no option of ours"]
+    assert cli.main(["explain", *text, "--checkpoint", "missing.pth"]) == 2
+    assert "no checkpoint at missing.pth" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_on_a_machine_without_it(config, capsys):
     assert cli.main(["evaluate", "--cfg-path", config, "--options", "run.device=cuda"]) == 2

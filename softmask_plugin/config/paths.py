@@ -79,7 +79,8 @@ def find_file(option: str, name: str | Path, shipped: Mapping[str, Path]) -> Pat
     if short in shipped or len(ending) == 1:
         return shipped[short if short in shipped else ending[0]]
     near = (
-        [key for key in shipped if f"/{short}/" in f"/{key}/"]
+        [file.as_posix() for file in path.glob("*.y*ml")]  # of a folder, such as a run's
+        or [key for key in shipped if f"/{short}/" in f"/{key}/"]
         or _nearest(path.as_posix(), [file.as_posix() for file in path.parent.glob("*.y*ml")])
         or _nearest(short, shipped)
     )
