@@ -33,12 +33,8 @@ def main() -> None:
     parser.add_argument("--captions", help="a caption file of your own, beside its images")
     parser.add_argument("--threads", type=int, help="CPU threads, default: torch's choice")
     parser.add_argument("--rounds", type=int, help="turns of each, instead of the usual number")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("outputs/bench"),
-        help="folder for the results, default: %(default)s",
-    )
+    folder = Path("outputs/bench")
+    parser.add_argument("--output", type=Path, default=folder, help="default: %(default)s")
     given = parser.parse_args()
     wanted = given.names or [*ROWS, SCALING]
     for name in wanted:

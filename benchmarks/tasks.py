@@ -78,12 +78,8 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="tasks, default: all")
     parser.add_argument("--small", action="store_true", help="a few steps, a trial of a minute")
     parser.add_argument("--pretrained", help="use this checkpoint instead of pretraining one")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("outputs/tasks"),
-        help="folder for the results, default: %(default)s",
-    )
+    folder = Path("outputs/tasks")
+    parser.add_argument("--output", type=Path, default=folder, help="default: %(default)s")
     given = parser.parse_args()
     known = [task.name for task in TASKS]
     for name in given.names:

@@ -39,15 +39,9 @@ def draw(table: Sequence[Row], metrics: Sequence[str], baseline: str) -> Figure:
                     continue
                 values = [*measured.differences.values()]
                 axes.plot(values, [place] * len(values), "|", color=MUTED, markersize=7)
-                axes.errorbar(
-                    measured.difference,
-                    place,
-                    xerr=measured.interval or 0.0,
-                    color=ACCENT if measured.excludes_zero else MUTED,
-                    fmt="o",
-                    markersize=5,
-                    linewidth=1.4,
-                )
+                color = ACCENT if measured.excludes_zero else MUTED
+                dot = {"color": color, "fmt": "o", "markersize": 5, "linewidth": 1.4}
+                axes.errorbar(measured.difference, place, xerr=measured.interval or 0.0, **dot)
             axes.grid(axis="y", color=MUTED, alpha=0.2, linewidth=0.6)
             axes.tick_params(length=0)
         panels[0].set_yticks(range(len(shown)), [row.name for row in shown])

@@ -77,11 +77,7 @@ class SoftMaskBase(BaseModel):
     @classmethod
     def default_config_path(cls, model_type: str) -> Any:
         """The YAML file of a type, which LAVIS hands to ``OmegaConf.load``: a stream of it, whole,
-        with the keys that it inherits.
-
-        Raises:
-            UserError: There is no such type.
-        """
+        with the keys that it inherits. UserError if there is no such type."""
         types = cls.PRETRAINED_MODEL_CONFIG_DICT
         if model_type not in types:
             hint = suggest(model_type, types)
@@ -91,11 +87,8 @@ class SoftMaskBase(BaseModel):
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> SoftMaskBase:
-        """Build the model from the ``model:`` section of a YAML, and load the weights it names.
-
-        Raises:
-            UserError: An unknown key, a wrong value, or weights that cannot be loaded.
-        """
+        """Build the model from the ``model:`` section of a YAML, and load the weights it names;
+        UserError at an unknown key, a wrong value, or weights that cannot be loaded."""
         options = read_options(cls.OPTIONS, cfg)
         if options.checkpoint is not None:
             checkpoint = open_checkpoint(options.checkpoint, options.trust_checkpoint)
@@ -106,10 +99,8 @@ class SoftMaskBase(BaseModel):
 
     @classmethod
     def from_checkpoint(cls, options: Any, checkpoint: Checkpoint) -> SoftMaskBase:
-        """Build a model of these options with the weights and the vocabulary of a checkpoint.
-
-        ``options.tokenizer`` counts only if the checkpoint has no vocabulary.
-        """
+        """Build a model of these options with the weights and the vocabulary of a checkpoint;
+        ``options.tokenizer`` counts only if it has none."""
         with weights.BoundedBy(checkpoint.path):
             model = cls(replace(options, tokenizer=checkpoint.vocabulary or options.tokenizer))
         model.load_weights(checkpoint)
@@ -126,10 +117,8 @@ class SoftMaskBase(BaseModel):
     load_checkpoint = load_from_pretrained
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
-        """Load an open checkpoint; one line of the log says what did not match.
-
-        Captions end with [SEP] if they did when it was trained, unless ``sep_token`` is set.
-        """
+        """Load an open checkpoint; one line of the log says what did not match. Captions end with
+        [SEP] if they did when it was trained, unless ``sep_token`` is set."""
         weights.load(self, checkpoint, self.options.bert.fusion_layer)
         if self.asked_sep_token is None:
             self.options.sep_token = self.caption_tokenizer.sep_token = checkpoint.sep_token
