@@ -53,6 +53,8 @@ def work(
         while waiting or running:
             while waiting and free:
                 job, slot = waiting.pop(0), free.pop(0)
+                job.home.mkdir(parents=True, exist_ok=True)
+                job.log.touch()  # fails here, if it must, and not in the process
                 ours, theirs = context.Pipe(duplex=False)
                 # Not a daemon, since data loaders start processes of their own
                 process = context.Process(target=_work, args=(job, theirs))
@@ -97,7 +99,6 @@ def _work(job: Job, pipe: Connection) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
-        job.home.mkdir(parents=True, exist_ok=True)
         with job.log.open("a") as file:  # whatever the process writes, libraries included
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)

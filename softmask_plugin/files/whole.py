@@ -19,7 +19,7 @@ def write_whole(path: Path, make: Callable[[Path], object]) -> None:
         make: Writes the content to a path.
 
     Raises:
-        OSError: The file cannot be written.
+        OSError: The file, which it names, cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -27,6 +27,10 @@ def write_whole(path: Path, make: Callable[[Path], object]) -> None:
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)  # the new name
+    except OSError as error:
+        if error.filename in (None, str(temporary)):  # None: the disk is full
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import time
@@ -19,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from softmask_plugin.config.run_options import setting
-from softmask_plugin.config.values import differences
 from softmask_plugin.errors import UserError
-from softmask_plugin.files.checkpoint import BEST, Checkpoint
+from softmask_plugin.files.checkpoint import BEST
+from softmask_plugin.files.whole import write_whole
 from softmask_plugin.fixed_draws import seed_draws
 from softmask_plugin.host.environment import note_environment
 from softmask_plugin.models.base import SoftMaskBase
@@ -35,13 +34,15 @@ from softmask_plugin.runners.meter import LossMeter, queue_statistics
 from softmask_plugin.runners.panels import MaskPanels
 from softmask_plugin.runners.peers import any_process, from_main_process, peers_needed
 from softmask_plugin.runners.portable import PortableRunner
-from softmask_plugin.runners.resume import Progress, load_furthest, load_run
+from softmask_plugin.runners.resume import (
+    Progress,
+    load_furthest,
+    load_run,
+    log_changes,
+    restore_optimizer,
+)
 from softmask_plugin.runners.run_folder import AUTO, release
 from softmask_plugin.vocabulary import vocabulary_of
-
-APPLIED = ("weight_decay", "betas")  # optimizer settings that a resumed run takes from its YAML
-# Options of a run that say where it runs, not how
-PLACES = "output_dir resume_ckpt_path rank gpu world_size distributed dist_backend dist_url".split()
 
 
 @register("runner", "softmask_runner")
@@ -93,10 +94,12 @@ class SoftmaskRunner(PortableRunner):
         """Write what later commands need: configuration, vocabulary, environment."""
         if is_main_process():
             note_environment(self.output_dir, self.device)
-            OmegaConf.save(self.config.get_config(), self.output_dir / "config.yaml")
-            tokenizer: Any = getattr(self._model, "tokenizer", None)
+            config, tokenizer = self.config.get_config(), getattr(self._model, "tokenizer", None)
+            write_whole(self.output_dir / "config.yaml", lambda path: OmegaConf.save(config, path))
             if tokenizer is not None:
-                tokenizer.save_vocabulary(str(self.output_dir))
+                words = "\n".join([*vocabulary_of(tokenizer), ""])
+                vocabulary = self.output_dir / "vocab.txt"
+                write_whole(vocabulary, lambda path: path.write_text(words, "utf-8"))
 
     def _close(self) -> None:
         """Close the boards and leave the folder to other processes."""
@@ -306,24 +309,16 @@ class SoftmaskRunner(PortableRunner):
         if found is None:
             self.log_config()
             return
-        path, training = found.path, found.training
-        self.progress = progress = Progress.of(training)
+        path = found.path
+        self.progress = progress = Progress.of(found.training)
         self._find_step()
         if wanted != AUTO and self._finished:
             raise UserError(
                 f"{path} has all {self.total_steps} steps done: raise run.max_epoch or, if it is "
                 "set, run.max_steps"
             )
-        given = [{key: group[key] for key in APPLIED} for group in self.optimizer.param_groups]
-        try:
-            self.optimizer.load_state_dict(training["optimizer"])
-            if self.scaler.is_enabled() and training.get("scaler"):
-                self.scaler.load_state_dict(training["scaler"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: its optimizer is of another run ({error})") from error
-        for group, values in zip(self.optimizer.param_groups, given, strict=True):
-            group.update(values)
-        self._log_changes(found)
+        restore_optimizer(found, self.optimizer, self.scaler)
+        log_changes(found, self.resolved_config)
         self.bad_steps.total, self.bad_steps.in_a_row = progress.skipped, progress.skipped_in_a_row
         self.meter.restore(progress.meter)
         self.train_loader.restore(progress.stream)
@@ -334,15 +329,6 @@ class SoftmaskRunner(PortableRunner):
             self.log_config()
             self._take_best_from(path.parent)
         logging.info("resumed from %s: epoch %d, step %d", path, progress.epoch, self.step)
-
-    def _log_changes(self, checkpoint: Checkpoint) -> None:
-        """Name the run options that differ from the checkpoint's; the new ones are used."""
-        before, now = (
-            {key: value for key, value in config["run"].items() if key not in PLACES}
-            for config in (checkpoint.config or self.resolved_config, self.resolved_config)
-        )
-        for key, was, now_is in differences(before, now):
-            logging.warning("run.%s was %s in %s, it is %s now", key, was, checkpoint.path, now_is)
 
     def _take_best_from(self, folder: Path) -> None:
         """In a new folder: copy the best checkpoint so far, or choose anew."""
@@ -407,7 +393,7 @@ class SoftmaskRunner(PortableRunner):
             epoch = Progress.of(best.training).best_epoch
         self.task.before_evaluation(model=self._model, dataset=self.datasets[split_name])
         with self.autocast():
-            results = self.task.evaluation(self._model, loader, **self._evaluation_options())
+            results = self.task.evaluation(self._model, loader, **self.evaluation_options())
         if results is None:
             return None
         metrics = self.task.after_evaluation(
@@ -420,18 +406,10 @@ class SoftmaskRunner(PortableRunner):
             f"'{split_name}' split, epoch {cur_epoch}",
             "the model's scores are not finite, train it anew with a lower run.init_lr",
         )
-        step = None
-        if epoch is not None:
-            step = min((epoch + 1) * self.steps_per_epoch, self.total_steps)
+        whole = None if epoch is None else (epoch + 1) * self.steps_per_epoch
+        step = whole and min(whole, self.total_steps)
         self.log.write({"split": split_name, "epoch": epoch, "step": step, **metrics})
         return metrics
-
-    def _evaluation_options(self) -> dict[str, Any]:
-        """LAVIS's tasks move batches to CUDA by default, and not all of them take an argument."""
-        accepted = inspect.signature(self.task.evaluation).parameters.values()
-        if any(p.name == "cuda_enabled" or p.kind is p.VAR_KEYWORD for p in accepted):
-            return {"cuda_enabled": self.cuda_enabled}
-        return {}
 
     def _validate(self, epoch: int) -> bool:
         """Evaluate the validation splits.

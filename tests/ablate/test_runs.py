@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -73,6 +75,21 @@ def test_an_ablation_survives_a_failing_variant_and_repeats_nothing(
     with pytest.raises(TypeError):  # with --again it would be run
         command.main(plan, folder, only=["gamma"], options=changed, again=True)
     assert not [*(folder / "gamma").iterdir()] and (folder / "albef" / "seed_0").exists()
+
+
+@pytest.mark.parametrize("folder", ["/proc/self/out", "there"])
+def test_a_read_only_folder_is_one_line(write_plan, tmp_path, capfd, monkeypatch, folder):
+    """Before any process is started, each of which would print a traceback."""
+    monkeypatch.chdir(tmp_path)
+    if folder == "there":  # of a file system that was made read-only since
+        read_only = OSError(errno.EROFS, os.strerror(errno.EROFS), "output.log")
+        monkeypatch.setattr(pathlib.Path, "touch", Mock(side_effect=read_only))
+    given = ["--plan", str(write_plan(variants={"albef": []}, seeds=[0])), "--output-dir", folder]
+    assert cli.main(["ablate", *given]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("softmask: error: ") and line.endswith(
+        ": check the path, or name another one"
+    )
 
 
 def test_a_result_counts_only_for_the_configuration_it_was_made_with(write_plan, tmp_path):

@@ -12,9 +12,11 @@ import pytest
 from forks import FORK, be_another_process, forked
 from toys import build
 
+from softmask_plugin import launch
 from softmask_plugin.cli import main
 from softmask_plugin.errors import UserError
 from softmask_plugin.runners import run_folder
+from softmask_plugin.vocabulary import build_tokenizer
 
 
 def hold(pipe, output_dir, how):
@@ -101,6 +103,20 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys, where):
     (line,) = [text for text in error.splitlines() if text.startswith("softmask: error: ")]
     assert f"run.output_dir: {folder} cannot be written" in line
     assert "Traceback" not in error
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("name", ["environment.json", "config.yaml", "vocab.txt"])
+def test_a_disk_full_from_the_start_is_one_line(tmp_path, capsys, monkeypatch, name):
+    runner = build(tmp_path)
+    runner.model.tokenizer = build_tokenizer("scenes")
+    file = runner.output_dir / name
+    file.with_name(f".{name}.{os.getpid()}.tmp").symlink_to("/dev/full")
+    monkeypatch.setattr(launch, "run", lambda **_: runner.train())
+    assert main(["train", "--cfg-path", SCENES]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"softmask: error: {file}: No space left on device: make room"
+    assert not file.exists() and not list(runner.output_dir.glob(".*.tmp"))
 
 
 def fill_the_disk(output_dir):
