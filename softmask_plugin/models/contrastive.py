@@ -191,7 +191,7 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         if option.enabled and draws.step >= option.start_iter:
             # The mask comes from the positive pairs' scores, so they are fused first
             fused, mask = self.draw_soft_mask(caption, words, scored, memory, draws)
-            pairs.add_fused("positive", fused)
+            pairs.fused["positive"] = fused
             wanted = scored if option.in_mlm else None
             pairs.add("soft", caption, View(keep=mask.keep), wanted)
         else:
@@ -216,8 +216,7 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         word = pick_words(cam, words, option.words, draws.stream("word", device))
         maps = normalize(word_map(cam, words, word))
         patches = draws.stream("patches", device)
-        keep = keep_factors(maps, option.kind, option.strength, patches)
-        return fused, SoftMask(keep, word)
+        return fused, SoftMask(keep_factors(maps, option.kind, option.strength, patches), word)
 
     def negatives(self, similarity: Similarity, draws: Draws) -> tuple[Tensor, Tensor]:
         """Draw a hard negative image for each caption, and a hard negative caption per image."""

@@ -66,12 +66,8 @@ class SoftMaskNlvrPretrain(TwoImageBase):
         self.ta_head = nn.Linear(options.bert.width, 3)
 
     def forward(self, samples: dict[str, Any]) -> LossOutput:
-        """Compute the loss of one step.
-
-        Args:
-            samples: ``image`` (B, 3, H, W) and ``text_input`` (list of B captions); the wrong
-                images of a caption come from the batch.
-        """
+        """Compute the loss of one step from ``image`` (B, 3, H, W) and ``text_input`` (list of B
+        captions); the wrong images of a caption come from the batch."""
         captions = self.tokenize(samples["text_input"])
         states = self.visual_encoder(samples["image"])
         features = nn.functional.normalize(self.vision_proj(states[:, 0].detach()).float(), dim=-1)

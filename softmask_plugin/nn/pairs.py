@@ -12,17 +12,13 @@ class Pairs:
 
     def __init__(self) -> None:
         self.groups: dict[str, tuple[Tokens, View, Packing]] = {}
-        self.fused: dict[str, Tokens] = {}
+        self.fused: dict[str, Tokens] = {}  # groups that are fused already: their wanted tokens
 
     def add(
         self, name: str, captions: Tokens, view: View = View(), wanted: Packing | None = None
     ) -> None:
         """Add a group of captions and the tokens whose fused states it needs: by default [CLS]."""
         self.groups[name] = captions, view, wanted or captions.packing.cls_only
-
-    def add_fused(self, name: str, fused: Tokens) -> None:
-        """Add a group that is already fused: the states of its wanted tokens."""
-        self.fused[name] = fused
 
     def fuse(self, bert: BertModel, memory: ImageMemory) -> dict[str, Tokens]:
         """Multi-modal states of each group's wanted tokens, by name."""
