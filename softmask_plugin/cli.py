@@ -317,14 +317,16 @@ def _app(images: str | None, port: int, **weights: Any) -> None:
 
 @command(
     "report",
-    "write a run's folder as one page: curves, metrics, pictures of the masks, configuration",
-    argument("run_dir", metavar="RUN_DIR", help="folder of a running, killed or finished run"),
-    argument("-o", "--output", metavar="FILE", help="default: RUN_DIR/report.html"),
+    "write a run's folder as one page: metrics, curves, pictures; or several runs side by side",
+    argument("runs", metavar="RUN", nargs="+", help="folder of a running, killed or finished run"),
+    argument("-o", "--output", metavar="FILE", help="default: RUN/report.html; of several, here"),
 )
-def _report(run_dir: str, output: str | None) -> None:
+def _report(runs: list[str], output: str | None) -> None:
     from softmask_plugin import report
 
-    print(f"Report: {report.report_run(run_dir, output)}")
+    many = len(runs) > 1
+    page = report.report_runs(runs, output) if many else report.report_run(runs[0], output)
+    print(f"Report: {page}")
 
 
 @command(
