@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 from collections.abc import Mapping
@@ -128,6 +129,13 @@ class PortableRunner(RunnerBase):
                 warmup_steps=setting(run, "warmup_steps"),
             )
         return self._lr_sched
+
+    def evaluation_options(self) -> dict[str, Any]:
+        """LAVIS's tasks move batches to CUDA by default, and not all of them take an argument."""
+        accepted = inspect.signature(self.task.evaluation).parameters.values()
+        if any(p.name == "cuda_enabled" or p.kind is p.VAR_KEYWORD for p in accepted):
+            return {"cuda_enabled": self.cuda_enabled}
+        return {}
 
     # ---- data
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lavis.common.registry import registry
 from torch import nn
+from torch.optim import Optimizer
 
 from softmask_plugin.config.options import read_options
 from softmask_plugin.config.values import differences, flat
@@ -22,6 +23,10 @@ from softmask_plugin.models.base import SoftMaskBase
 from softmask_plugin.runners.checkpoint_files import load_trained_state
 from softmask_plugin.runners.peers import from_main_process
 from softmask_plugin.vocabulary import vocabulary_of
+
+APPLIED = ("weight_decay", "betas")  # optimizer settings that a resumed run takes from its YAML
+# Options of a run that say where it runs, not how
+PLACES = "output_dir resume_ckpt_path rank gpu world_size distributed dist_backend dist_url".split()
 
 
 @dataclass
@@ -102,6 +107,35 @@ def _furthest_usable(folder: Path, model: nn.Module, device: torch.device) -> Ch
             f"{refused[0]} (remove that folder, or set run.output_dir, to start anew)"
         )
     return None
+
+
+def restore_optimizer(
+    checkpoint: Checkpoint, optimizer: Optimizer, scaler: torch.amp.GradScaler
+) -> None:
+    """Load a checkpoint's optimizer and, in fp16, scaler; the settings in ``APPLIED`` stay.
+
+    Raises:
+        UserError: They belong to other parameters.
+    """
+    given = [{key: group[key] for key in APPLIED} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(checkpoint.training["optimizer"])
+        if scaler.is_enabled() and checkpoint.training.get("scaler"):
+            scaler.load_state_dict(checkpoint.training["scaler"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{checkpoint.path}: its optimizer is of another run ({error})") from error
+    for group, values in zip(optimizer.param_groups, given, strict=True):
+        group.update(values)
+
+
+def log_changes(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+    """Name the run options that differ from the checkpoint's; the new ones are used."""
+    before, now = (
+        {key: value for key, value in each["run"].items() if key not in PLACES}
+        for each in (checkpoint.config or config, config)
+    )
+    for key, was, now_is in differences(before, now):
+        logging.warning("run.%s was %s in %s, it is %s now", key, was, checkpoint.path, now_is)
 
 
 def _require_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
