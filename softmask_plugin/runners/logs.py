@@ -32,9 +32,7 @@ class RunLog:
     NAMES = ("metrics.jsonl", "log.txt", "evaluate.txt")  # ours, and LAVIS's
 
     def __init__(self, folder: Path, boards: Boards) -> None:
-        self._folder = folder
-        self._boards = boards
-        self._path = folder / "metrics.jsonl"
+        self._folder, self._boards = folder, boards
         self.seconds = 0.0  # training time before this process
 
     def lengths(self) -> dict[str, int]:
@@ -64,7 +62,7 @@ class RunLog:
     def write(self, record: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl and show it on the boards (on the main process)."""
         if is_main_process():
-            with self._path.open("a") as file:
+            with (self._folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
             self._boards.write(record)
 

@@ -67,11 +67,9 @@ def _claim(output_dir: Path, job_id: str, resume: bool) -> Path:
 
 def _with_checkpoints(output_dir: Path) -> list[Path]:
     """Folders with a checkpoint to resume from, the newest checkpoint first."""
-    found = []
-    for folder in output_dir.glob("*/"):
-        if files := furthest_first(folder):
-            found.append((files[0].stat().st_mtime_ns, folder))
-    return [folder for _, folder in sorted(found, reverse=True)]
+    furthest = [files[0] for each in output_dir.glob("*/") if (files := furthest_first(each))]
+    furthest.sort(key=lambda file: (file.stat().st_mtime_ns, file), reverse=True)
+    return [file.parent for file in furthest]
 
 
 def lock(folder: Path) -> bool:

@@ -22,14 +22,12 @@ class CosineLRScheduler:
 
     Args:
         optimizer: All its parameter groups get the same rate.
-        iters_per_epoch: Optimizer steps per epoch; only ``softmask_runner`` passes it.
+        iters_per_epoch: Optimizer steps per epoch. Only ``softmask_runner`` passes it, LAVIS
+            1.0.2's own runner does not: UserError.
         total_steps: Optimizer steps of the run; None: those of ``max_epoch`` epochs.
         warmup_steps: Optimizer steps of the warm-up, which may be longer than an epoch.
         warmup_start_lr: Rate of the first step (``run.warmup_lr``); 0 if negative.
         kwargs: Options of LAVIS's other schedules (``decay_rate``), unused here.
-
-    Raises:
-        UserError: The runner passes no ``iters_per_epoch``; LAVIS 1.0.2's own does not.
     """
 
     def __init__(
@@ -50,12 +48,10 @@ class CosineLRScheduler:
                 "runner does not give: set run.runner to 'softmask_runner', or run.lr_sched to "
                 "'linear_warmup_cosine_lr'"
             )
-        self.optimizer = optimizer
-        self.iters_per_epoch = iters_per_epoch
+        self.optimizer, self.iters_per_epoch = optimizer, iters_per_epoch
         self.total_steps = total_steps or max_epoch * iters_per_epoch
         self.warmup_steps = int(warmup_steps)
-        self.min_lr = min_lr
-        self.init_lr = init_lr
+        self.min_lr, self.init_lr = min_lr, init_lr
         self.warmup_start_lr = max(float(warmup_start_lr), 0.0)  # LAVIS passes -1 for "not given"
         if self.warmup_steps >= self.total_steps:
             logging.warning(

@@ -26,8 +26,9 @@ class ScenesBuilder(Builder):
     SCENES_PER_ITEM = 1
 
     def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> list[Item]:
-        """Make the items of a split, whose texts may name the compositions of ``pool``."""
-        raise NotImplementedError
+        """Make the items of a split, whose texts may name the compositions of ``pool``: captions,
+        unless a builder makes others."""
+        return [tasks.describe(scene) for scene in scenes]
 
     def build(self) -> dict[str, data.ItemDataset]:
         """Build the data sets, by split; UserError at a key or a value that is not allowed."""
@@ -66,9 +67,6 @@ class ScenesPretrainBuilder(ScenesBuilder):
 
     DATASET_CONFIG_DICT = {"default": shipped("datasets/scenes/pretrain.yaml")}
     train_dataset_cls = data.PretrainDataset
-
-    def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> list[Item]:
-        return [tasks.describe(scene) for scene in scenes]
 
 
 @register("builder", "scenes_retrieval")
