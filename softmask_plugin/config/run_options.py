@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import inf, isfinite
+from math import inf, isfinite, nan
 from typing import Any, NamedTuple
 
-from omegaconf import ListConfig, OmegaConf
+from omegaconf import ListConfig
 
 from softmask_plugin.errors import UserError, suggest
 
@@ -21,62 +21,46 @@ def unchecked(where: str, value: Any) -> None:
     """Accept everything: whatever uses the value checks it."""
 
 
-def whole(least: int, most: float = inf, null: bool = True) -> Check:
-    """Accept whole numbers in a range, and null unless told otherwise."""
-    allowed = f"of at least {least}" if most == inf else f"in [{least}, {most}]"
+def must_be(what: str, accepts: Callable[[Any], bool]) -> Check:
+    """Accept some values only, which ``what`` describes."""
 
     def check(where: str, value: Any) -> None:
-        count = _number(value)
-        if count is not None and count % 1 == 0 and least <= count <= most:
-            return
-        if value is not None or not null:
-            raise UserError(f"{where} is {value!r}: it must be a whole number {allowed}")
+        if not accepts(value):
+            raise UserError(f"{where} is {value!r}: it must be {what}")
 
     return check
 
 
-def number(where: str, value: Any) -> None:
-    """Accept finite numbers, and null."""
-    if value is not None and _number(value) is None:
-        raise UserError(f"{where} is {value!r}: it must be a number")
+def whole(least: int, most: float = inf, null: bool = True) -> Check:
+    """Accept whole numbers in a range, and null unless told otherwise."""
+    allowed = f"of at least {least}" if most == inf else f"in [{least}, {most}]"
+
+    def accepts(value: Any) -> bool:
+        count = _number(value)
+        return (null and value is None) or (count % 1 == 0 and least <= count <= most)
+
+    return must_be(f"a whole number {allowed}", accepts)
 
 
-def amount(where: str, value: Any) -> None:
-    """Accept finite numbers of at least 0, and null."""
-    size = _number(value)
-    if value is not None and (size is None or size < 0):
-        raise UserError(f"{where} is {value!r}: it must be a number >= 0")
+def _number(value: Any) -> float:
+    """A finite number, also as text (YAML's 1e-4); NaN for anything else."""
+    try:
+        found = nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return nan
+    return found if isfinite(found) else nan
 
 
-def positive(where: str, value: Any) -> None:
-    """Accept finite numbers above 0."""
-    size = _number(value)
-    if size is None or size <= 0:
-        raise UserError(f"{where} is {value!r}: it must be a number above 0")
-
-
-def flag(where: str, value: Any) -> None:
-    """Accept true and false."""
-    if not isinstance(value, bool):
-        raise UserError(f"{where} is {value!r}: it must be true or false")
-
-
-def flag_or_project(where: str, value: Any) -> None:
-    """Accept true, false and text."""
-    if not isinstance(value, (bool, str)):
-        raise UserError(f"{where} is {value!r}: it must be true, false or a project's name")
-
-
-def names(where: str, value: Any) -> None:
-    """Accept a list of texts."""
-    if not isinstance(value, ListConfig) or not all(isinstance(name, str) for name in value):
-        raise UserError(f"{where} is {value!r}: it must be a list of names, such as [val]")
-
-
-def folder(where: str, value: Any) -> None:
-    """Accept text."""
-    if not isinstance(value, str):
-        raise UserError(f"{where} is {value!r}: it must be the path of a folder")
+number = must_be("a number", lambda value: value is None or isfinite(_number(value)))
+amount = must_be("a number >= 0", lambda value: value is None or _number(value) >= 0)
+positive = must_be("a number above 0", lambda value: _number(value) > 0)
+flag = must_be("true or false", lambda value: isinstance(value, bool))
+project = must_be("true, false or a project's name", lambda value: isinstance(value, (bool, str)))
+folder = must_be("the path of a folder", lambda value: isinstance(value, str))
+names = must_be(
+    "a list of names, such as [val]",
+    lambda value: isinstance(value, ListConfig) and all(isinstance(name, str) for name in value),
+)
 
 
 def one_of(*words: str) -> Check:
@@ -179,7 +163,7 @@ RUN: dict[str, Key] = {
         whole(1),
     ),
     "tensorboard": Key(True, "also log to TensorBoard, if it is installed", flag),
-    "wandb": Key(False, "`true` or a project's name: log to Weights & Biases", flag_or_project),
+    "wandb": Key(False, "`true` or a project's name: log to Weights & Biases", project),
     # Several processes
     "distributed": Key(False, "whether there are several; set by the command", flag),
     "dist_timeout": Key(1800, "seconds that a process waits for another", amount),
@@ -237,14 +221,3 @@ def check_values(run: Any) -> None:
     for key in run:
         if key in RUN:
             setting(run, key)
-
-
-def _number(value: Any) -> float | None:
-    """A finite number, also as text (YAML's 1e-4); None for anything else."""
-    if isinstance(value, bool) or OmegaConf.is_config(value):
-        return None
-    try:
-        found = float(value)
-    except (TypeError, ValueError):
-        return None
-    return found if isfinite(found) else None
