@@ -73,13 +73,13 @@ def find_columns(
     """Those of ``columns`` and ``options.keys`` that a row has, under whatever names."""
     keys = {column: options.keys.get(column, column) for column in (*columns, *options.keys)}
     found = {column: row[key] for column, key in keys.items() if key in row}
-    if found.keys() >= set(columns):
-        return found
     if "identifier" in row:  # NLVR2's dev-850-0-1: sentence 1 about the pair dev-850-0
         pair = str(row["identifier"]).rpartition("-")[0]
         folders = pair.partition("-")[0], str(row.get("directory", ""))
         row = row | {"pair": options.below(pair, *folders)}
     for layout in LAYOUTS:
+        if found.keys() >= set(columns):
+            break
         with suppress(KeyError, IndexError, TypeError):
             made = {c: k.format_map(row) if "{" in k else row[k] for c, k in layout.items()}
             found = {c: value for c, value in made.items() if c not in options.keys} | found
