@@ -8,12 +8,12 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import is_tensor
 
 from softmask_plugin import launch
 from softmask_plugin.errors import UserError
@@ -40,7 +40,7 @@ def check(cfg_path: str, options: Sequence[str] = ()) -> Iterator[str]:
         cfg.run_cfg.output_dir, cfg.run_cfg.resume_ckpt_path = folder, None
         with launch.prepared(cfg) as runner:
             if not isinstance(runner, SoftmaskRunner):
-                raise UserError("softmask check takes steps of run.runner=softmask_runner only")
+                raise UserError("only runs of run.runner=softmask_runner can be checked")
             yield from _check(runner)
 
 
@@ -72,24 +72,19 @@ def _check(runner: SoftmaskRunner) -> Iterator[str]:
     model = runner.resolved_config["model"]
     weights = sum(each.numel() for each in runner.unwrap_dist_model(runner.model).parameters())
     yield f"model   {model['arch']}, type {model['model_type']}: {weights:,} weights"
-    for split in (*runner.valid_splits, *runner.test_splits):
-        yield _about(split, runner.loader(split), next(iter(runner.loader(split))))
-    if runner.evaluate_only:
-        return
-    loader = runner.train_loader
-    yield _about("train", loader, next(loader.batches(0, 0)))
+    train = [] if runner.evaluate_only else ["train"]
+    for split in (*runner.valid_splits, *runner.test_splits, *train):
+        loader = runner.loader(split)
+        batch = next(loader.batches(0, 0) if split == "train" else iter(loader))
+        shapes = [f"{key} {tuple(value.shape)}" for key, value in batch.items() if is_tensor(value)]
+        yield f"data    {split}: {len(loader.dataset):,} items; a batch: {', '.join(shapes)}"
     try:
-        yield from _steps(runner)
+        yield from _steps(runner) if train else ()
     except torch.OutOfMemoryError as error:
         raise UserError(
             "a training step needs more memory than the GPU has: lower run.batch_size_train and "
             "raise run.accum_grad_iters, or set run.amp=true"
         ) from error
-
-
-def _about(split: str, loader: Any, batch: Mapping[str, Any]) -> str:
-    shapes = (f"{name} {tuple(v.shape)}" for name, v in batch.items() if hasattr(v, "shape"))
-    return f"data    {split}: {len(loader.dataset):,} items; a batch: {', '.join(shapes)}"
 
 
 def _steps(runner: SoftmaskRunner) -> Iterator[str]:
