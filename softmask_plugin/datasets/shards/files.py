@@ -102,11 +102,9 @@ def count_samples(shards: Sequence[Path], where: str) -> int:
         for entry in entries if isinstance(entries, list) else []:
             if isinstance(entry, dict) and type(entry.get("nsamples")) is int:
                 counts[folder / os.path.basename(str(entry.get("url")))] = entry["nsamples"]
-    unknown = [shard for shard in shards if shard not in counts]
-    if unknown:
-        raise UserError(
-            f"{unknown[0].parent / INDEX} does not count {unknown[0].name}: set {where}"
-        )
+    for shard in shards:
+        if shard not in counts:
+            raise UserError(f"{shard.parent / INDEX} does not count {shard.name}: set {where}")
     return sum(counts[shard] for shard in shards)
 
 

@@ -111,13 +111,11 @@ class ShardStream(wds.DataPipeline):
         passes, come again.
 
         Args:
-            state: What ``state`` returned; None: the very beginning.
+            state: What ``state`` returned; None: the very beginning. UserError if it belongs to
+                other shards, another seed or another shuffle buffer.
             turn: The worker that gives the next batch: the number of batches that this process took
                 since its workers started, modulo their number. A loader always starts with its
                 first worker, so that one then reads as worker ``turn``.
-
-        Raises:
-            UserError: The state belongs to other shards, another seed or another shuffle buffer.
         """
         start = Start()
         if state is not None:
