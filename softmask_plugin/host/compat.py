@@ -118,7 +118,7 @@ def _check_lavis_own_configs() -> None:
     build = Config.build_model_config
 
     def build_model_config(config: Any, **options: Any) -> Any:
-        config = OmegaConf.merge(config, options)
+        config = OmegaConf.merge(config, options) if options else config
         merged, run = build(config), config.run
         runner = registry.get_runner_class(name := run.get("runner", "runner_base"))
         if run.get("device") == "cpu" and runner and runner.__module__.startswith("lavis."):
