@@ -303,18 +303,33 @@ def test_a_separator_can_be_named(images, separator, byte):
         build("captions_folder", "captions.val=a.csv", "separator='::'")
 
 
-def test_the_vocabulary_is_made_with_the_same_names(images, monkeypatch):
+@pytest.fixture
+def run_on(monkeypatch):
+    """Makes a data set that of the run."""
+
+    def configure(name: str, **section) -> None:
+        run = SimpleNamespace(datasets_cfg=OmegaConf.create({name: section}))
+        monkeypatch.setitem(registry.mapping["state"], "configuration", run)
+
+    return configure
+
+
+def test_the_vocabulary_is_made_with_the_same_names(images, run_on):
     """A tiny model's tokenizer is made from the file that the data set trains on."""
     images("a.jpg")
     Path("a.txt").write_text("file|text\n" + f"{Path('photos/a.jpg').absolute()}|a quokka\n" * 3)
-    keys = {"images": "photos", "image_key": "file", "caption_key": "text"}
-    data = OmegaConf.create({"captions_folder": {**keys, "captions": {"train": "a.txt"}}})
     with pytest.raises(UserError, match="no usable vocabulary"):
         build_tokenizer("a.txt", 100)
-    monkeypatch.setitem(
-        registry.mapping["state"], "configuration", SimpleNamespace(datasets_cfg=data)
-    )
+    keys = {"images": "photos", "image_key": "file", "caption_key": "text"}
+    run_on("captions_folder", captions={"train": "a.txt"}, **keys)
     assert "quokka" in build_tokenizer("a.txt", 100).get_vocab()
+
+
+def test_the_vocabulary_of_vqa_has_the_answers(images, run_on):
+    vqa(images)
+    files = {"questions": "questions.json", "annotations": "annotations.json"}
+    run_on("vqa_folder", **{key: {"train": file} for key, file in files.items()})
+    assert {"what", "table"} <= build_tokenizer("questions.json", 100).get_vocab().keys()
 
 
 # ---- absolute names
