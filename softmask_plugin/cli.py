@@ -158,7 +158,7 @@ WEIGHTS = (
 
 
 @command("train", "train a model from a YAML file, then test it", *YAML, evaluate=False)
-@command("evaluate", "test a model from a YAML file, a run's folder or a checkpoint", *YAML, evaluate=True)
+@command("evaluate", "test a model from a YAML file, a run or a checkpoint", *YAML, evaluate=True)
 def _launch(**args: Any) -> None:
     from softmask_plugin import launch
     from softmask_plugin.report.summary import run_summary
