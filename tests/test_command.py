@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import io
 import os
 import re
 import resource
@@ -16,6 +18,7 @@ from forks import FORK, be_another_process
 
 import softmask_command
 from softmask_plugin import cli, launch
+from softmask_plugin.config.paths import PACKAGE
 
 SCRIPT = "import sys, softmask_command; sys.exit(softmask_command.main())"
 SCENES = "scenes/train/pretrain_tiny"
@@ -197,3 +200,25 @@ def test_output_to_a_full_disk_is_one_line():
         done = softmask("configs", capture_output=False, stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 2
     assert done.stderr == "softmask: error: No space left on device: make room\n"
+
+
+def test_any_text_is_printed_in_an_ascii_locale(monkeypatch):
+    printed = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", printed)
+    image = str(PACKAGE.parent / "examples" / "scene.png")
+    given = ["--image", image, "--caption", "a red caf\u00e9 \u2603", "-o", "words.png"]
+    assert cli.main(["explain", *given]) == 0
+    text = printed.buffer.getvalue().decode("ascii")
+    assert r"caf\xe9" in text and r"\u2603" in text
+
+
+def test_text_files_have_the_encoding_that_the_code_names():
+    """Not that of the locale."""
+    others = ("os.", "Image.", "self.", "dataset.", "read_text")  # not Python's, or no text
+    for file in PACKAGE.rglob("*.py"):
+        nodes = ast.walk(ast.parse(file.read_text("utf-8")))
+        for node in (node for node in nodes if isinstance(node, ast.Call)):
+            name, call = ast.unparse(node.func), ast.unparse(node)
+            is_file = name.rpartition(".")[2] in ("open", "read_text", "write_text")
+            if is_file and not name.startswith(others):
+                assert re.search("utf-8|encoding|'[rwa]b'", call), f"{file}: {call}"

@@ -99,7 +99,7 @@ def _work(job: Job, pipe: Connection) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
-        with job.log.open("a") as file:  # whatever the process writes, libraries included
+        with job.log.open("ab") as file:  # whatever the process writes, libraries included
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         for finished in job.run():

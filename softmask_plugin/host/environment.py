@@ -78,6 +78,6 @@ def _commit(git: Path) -> str | None:
 def _processor() -> str:
     """The processor's name, which on Linux Python does not know."""
     file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.is_file() else []
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())

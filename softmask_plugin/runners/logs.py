@@ -40,7 +40,7 @@ class RunLog:
         found = {}
         for path in (self._folder / name for name in self.NAMES):
             if path.exists():
-                with path.open("a") as file:
+                with path.open("ab") as file:
                     os.fsync(file.fileno())
                     found[path.name] = file.tell()
         return found
@@ -62,7 +62,7 @@ class RunLog:
     def write(self, record: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl and show it on the boards (on the main process)."""
         if is_main_process():
-            with (self._folder / "metrics.jsonl").open("a") as file:
+            with (self._folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
             self._boards.write(record)
 

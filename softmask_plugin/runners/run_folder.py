@@ -15,7 +15,7 @@ AUTO = "auto"  # run.resume_ckpt_path: the newest run below run.output_dir that 
 
 # POSIX locks: the kernel frees them when a process is killed, and its data loader's workers, which
 # live some seconds longer, do not inherit them (as they would with flock).
-_held: dict[Path, IO[str]] = {}
+_held: dict[Path, IO[bytes]] = {}
 
 
 def claim(output_dir: Path, job_id: str, resume: bool = False) -> Path:
@@ -74,7 +74,7 @@ def _with_checkpoints(output_dir: Path) -> list[Path]:
 
 def lock(folder: Path) -> bool:
     """Lock a folder that this process does not have yet; False if another process has it."""
-    file = (folder / ".lock").open("w")
+    file = (folder / ".lock").open("wb")
     try:
         import fcntl  # which Windows lacks
 

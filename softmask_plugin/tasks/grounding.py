@@ -128,7 +128,8 @@ class GroundingTask(BaseTask):
         metrics = grounding_metrics(results, self.annotation)
         logging.info("grounding: %s", metrics)
         # Where LAVIS's own tasks write theirs
-        with Path(registry.get_path("output_dir"), "evaluate.txt").open("a") as log:
+        file = Path(registry.get_path("output_dir"), "evaluate.txt")
+        with file.open("a", encoding="utf-8") as log:
             log.write(json.dumps(metrics) + "\n")
         return metrics
 
