@@ -4,8 +4,15 @@
     G^     = (G[w] - min) / (max - min)                      normalize     (w: the picked word)
     v'_i   = (1 - G^_i) * v_i                                keep_factors  (1 - G^)
 
-A are the probabilities of one cross-attention layer, and s+ is the positive matching logit. Shapes:
-B pairs, H heads, T tokens, P patches; S = 1 + P image tokens, the first of which is [CLS].
+A are the probabilities of one cross-attention layer, and s+ is the positive matching logit. That is
+the paper's map. The word's own map (``soft_mask.score: word``, ours) asks where the model sees a
+word that the caption hides:
+
+    G[w,i] = relu(d log p(w | caption without w, m * v) / dm_i) at m = 1        mask_effect
+
+so to first order it is what the mask takes from the word's log-probability, in all layers together.
+
+Shapes: B pairs, H heads, T tokens, P patches; S = 1 + P image tokens, the first of which is [CLS].
 """
 
 from __future__ import annotations
@@ -23,7 +30,7 @@ WordChoice = Literal["uniform", "content", "energy"]
 GRADIENT_SCALE = 2.0**10
 
 
-def grad_cam(score: Tensor, attention: Tensor) -> Tensor:
+def grad_cam(score: Tensor, attention: Tensor, first_patch: int = 1) -> Tensor:
     """Word-conditional Grad-CAM of a matching score.
 
     The backward pass runs from the score only to the attention: no parameter gets a gradient, and
@@ -31,29 +38,56 @@ def grad_cam(score: Tensor, attention: Tensor) -> Tensor:
 
     Args:
         score: s+, (B,); each entry depends only on its own row of ``attention``.
-        attention: A, probabilities after softmax and before dropout, (B, H, T, S), in the graph.
+        attention: A, probabilities after softmax and before dropout, (B, H, T, keys), in the graph.
+        first_patch: Key of the first patch: 1 behind [CLS], 0 without it.
 
     Returns:
         G, (B, T, P), >= 0, float32, detached.
     """
     total = score.float().sum() * GRADIENT_SCALE
     (gradient,) = torch.autograd.grad(total, attention, retain_graph=True)
-    return word_cam(attention.detach(), gradient.float() / GRADIENT_SCALE)
+    return word_cam(attention.detach(), gradient.float() / GRADIENT_SCALE, first_patch)
 
 
-def word_cam(attention: Tensor, gradient: Tensor) -> Tensor:
-    """``mean_h relu(gradient) * attention`` over patch keys: (B, H, T, S) twice -> (B, T, P)."""
-    patches = slice(1, None)  # the image's [CLS] is no place
+def word_cam(attention: Tensor, gradient: Tensor, first_patch: int = 1) -> Tensor:
+    """``mean_h relu(gradient) * attention`` over patch keys: (B, H, T, keys) twice -> (B, T, P)."""
+    patches = slice(first_patch, None)  # the image's [CLS] is no place
     return (gradient[..., patches].relu() * attention[..., patches].float()).mean(dim=1)
 
 
+def mask_effect(score: Tensor, keep: Tensor) -> Tensor:
+    """How much each patch's mask would lower a score, to first order.
+
+    The backward pass runs from the score only to the factors: no parameter gets a gradient, and the
+    graph remains for the loss's own backward pass.
+
+    Args:
+        score: Scores of any number; each depends only on its own row of ``keep``.
+        keep: The factors m that the score was computed with, (B, S), in the graph.
+
+    Returns:
+        G, (B, P), >= 0, float32, detached.
+    """
+    total = score.float().sum() * GRADIENT_SCALE
+    (gradient,) = torch.autograd.grad(total, keep, retain_graph=True)
+    return (gradient[:, 1:].float() / GRADIENT_SCALE).relu()
+
+
+def word_score(logits: Tensor, targets: Tensor) -> Tensor:
+    """log p of each masked word: logits (M, vocabulary), ids (M,) -> (M,), float32."""
+    return -torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
 def pick_words(
-    cam: Tensor, word_ids: Tensor, choice: WordChoice, generator: torch.Generator | None = None
+    cam: Tensor | None,
+    word_ids: Tensor,
+    choice: WordChoice,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Pick one word of each caption at random.
 
     Args:
-        cam: G, (B, T, P); only ``energy`` uses it.
+        cam: G, (B, T, P); only ``energy`` needs it.
         word_ids: Word that each token belongs to, (B, T), int64 in [0, T), in order; -1 for tokens
             that may not be picked (padding, special tokens and, with ``content``, function words).
         choice: With ``uniform`` and ``content`` all words are equally likely; with ``energy`` their
@@ -68,7 +102,7 @@ def pick_words(
     seen = word_ids.cummax(dim=1).values  # a masked piece may split a word's tokens
     previous = torch.nn.functional.pad(seen, (1, 0), value=-1)[:, :-1]
     weights = (word_ids > previous).float()
-    if choice == "energy":
+    if choice == "energy" and cam is not None:
         energy = torch.zeros_like(weights)
         energy = energy.scatter_add(1, word_ids.clamp_min(0), cam.sum(-1) * eligible)
         # The floor is far below any real map: it matters only if every map is zero.

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from softmask_plugin.soft_mask import (
     grad_cam,
     keep_factors,
+    mask_effect,
     normalize,
     pick_words,
     word_cam,
     word_map,
+    word_score,
 )
 
 WORDS = torch.tensor([[-1, 0, 1, 1, 2, -1, -1, -1], [-1, 0, 0, 0, 0, 1, 2, -1]])
@@ -47,6 +49,29 @@ def test_grad_cam_leaves_the_graph_and_the_parameters_alone():
     torch.testing.assert_close(cam, expected)
     score.sum().backward()  # the graph is still there
     assert weight.grad is not None
+
+
+def test_the_effect_of_a_mask_is_the_slope_of_the_score():
+    """Against finite differences: patches whose mask would lower the score, and no others."""
+    weight = torch.randn(3, 5, dtype=torch.float64)
+
+    def score(keep):
+        return (keep * weight).sin().sum(dim=1).exp() * keep[:, 0]
+
+    keep = torch.ones(3, 5, dtype=torch.float64, requires_grad=True)
+    effect = mask_effect(score(keep), keep)
+    for patch in range(1, 5):
+        step = torch.zeros(5, dtype=torch.float64)
+        step[patch] = 1e-4
+        slope = (score(torch.ones(3, 5) + step) - score(torch.ones(3, 5) - step)) / 2e-4
+        torch.testing.assert_close(effect[:, patch - 1], slope.clamp_min(0).float())
+    assert (effect > 0).any() and (effect == 0).any()
+
+
+def test_a_words_score_is_its_log_probability():
+    logits, targets = torch.randn(4, 9, dtype=torch.bfloat16), torch.tensor([0, 8, 3, 3])
+    expected = torch.distributions.Categorical(logits=logits.float()).log_prob(targets)
+    torch.testing.assert_close(word_score(logits, targets), expected)
 
 
 @pytest.mark.parametrize("choice", ["uniform", "content", "energy"])

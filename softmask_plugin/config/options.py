@@ -46,6 +46,8 @@ class BertOptions:
     max_positions: int = 512  # position embeddings; max_txt_len may not exceed them
     dropout: float = ranged(0.1, 0, 0.99)  # dropout probability
     attention_dropout: float = ranged(0.1, 0, 0.99)  # dropout probability of attention weights
+    image_cls: bool = True  # cross-attention also sees the image's [CLS], as in ALBEF; false: only
+    # patches, so that words must look at places
 
 
 @dataclass
@@ -53,6 +55,8 @@ class SoftMaskOptions:
     """Innovation 1: the text-driven soft mask for ITM."""
 
     enabled: bool = True  # whether ITM also sees masked images
+    score: str = choice("match", "word")  # what the map explains: the pair's match, as in the
+    # paper, or the picked word's own log-probability where MLM masks it
     layer: int | None = None  # BERT layer whose cross-attention gives the map; null: the third
     # with cross-attention, at most the last but one. Of the last, ITM uses [CLS] alone, so words
     # have no gradient there.
@@ -160,6 +164,7 @@ class MatchingOptions(AlignedOptions):
     """``softmask_image_text_matching`` and ``softmask_feature_extractor``."""
 
     map_layer: int | None = None  # BERT layer that gives the word maps; null: as soft_mask.layer
+    map_score: str = choice("match", "word")  # what they explain, as soft_mask.score
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -222,6 +227,11 @@ class ContrastOptions(AlignedOptions, MomentumOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.soft_mask.layer = self.checked_map_layer("soft_mask.layer", self.soft_mask.layer)
+        if self.soft_mask.score == "word" and self.soft_mask.words == "energy":
+            raise UserError(
+                "model.soft_mask.words is energy, which picks words by the maps of all: with "
+                "soft_mask.score word, each has its own pass, so choose uniform or content"
+            )
 
 
 @dataclass
@@ -246,6 +256,8 @@ class RetrievalOptions(ContrastOptions):
         super().__post_init__()
         if self.soft_mask.in_mlm:
             raise UserError("model.soft_mask.in_mlm is true: softmask_retrieval has no MLM")
+        if self.soft_mask.score == "word":
+            raise UserError("model.soft_mask.score is 'word': softmask_retrieval has no MLM")
 
 
 def read_options(schema: type, section: DictConfig | dict[str, Any]) -> Any:

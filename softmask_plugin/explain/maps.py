@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from softmask_plugin.nn.image_memory import ImageMemory
-from softmask_plugin.nn.tokens import Tokens
-from softmask_plugin.soft_mask import grad_cam, word_map
-from softmask_plugin.tokenization import as_list
+from softmask_plugin.nn.image_memory import ImageMemory, View
+from softmask_plugin.nn.tokens import Packing, Tokens
+from softmask_plugin.soft_mask import grad_cam, mask_effect, word_map, word_score
+from softmask_plugin.tokenization import Captions, as_list
 
 if TYPE_CHECKING:
     from softmask_plugin.models.aligned import AlignedBase
@@ -23,8 +23,8 @@ class WordMaps:
     """Heat maps of the words of B captions, the longest of which has W words.
 
     Attributes:
-        maps: Grad-CAM of the matching score for each word over the patch grid, (B, W, h, w),
-            float32, >= 0; zeros where ``real`` is False.
+        maps: Map of each word over the patch grid, (B, W, h, w), float32, >= 0; zeros where
+            ``real`` is False.
         real: True where a caption has a word, (B, W).
         score: Probability of a match, (B,), float32.
         text, memory: The captions' states, and the images' keys and values, to match the pairs
@@ -39,7 +39,8 @@ class WordMaps:
 
 
 def word_maps(model: AlignedBase, images: Tensor, captions: Sequence[str]) -> WordMaps:
-    """Map every word of every caption: one forward pass, and a backward pass to the attention.
+    """Map every word of every caption, as the model's ``map_score`` says: what it means to the
+    match, or what the image means to its own prediction once it is hidden.
 
     Args:
         model: A model with a matching head. Its mode is kept, and dropout would blur the maps.
@@ -59,22 +60,52 @@ def word_maps(model: AlignedBase, images: Tensor, captions: Sequence[str]) -> Wo
         tokenized = model.tokenize(captions)
         text = model.bert.encode(tokenized.ids, tokenized.packing)
         memory = model.bert.remember(model.visual_encoder(images.to(model.device)))
+    side, count = model.visual_encoder.grid, int(tokenized.words.max()) + 1
+    words = torch.arange(count, device=text.states.device).expand(len(images), count)
+    real = tokenized.words.amax(dim=1, keepdim=True) >= words
     with torch.enable_grad():
         fused, attention = model.bert.fuse_with_attention(
             text, memory, model.map_layer, text.packing.cls_only
         )
         logits = model.match(fused.cls)
-        cam = grad_cam(logits[:, 1], attention)
-    side, count = model.visual_encoder.grid, int(tokenized.words.max()) + 1
-    words = torch.arange(count, device=cam.device).expand(len(cam), count)
-    maps = torch.vmap(word_map, in_dims=(None, None, 1), out_dims=1)(cam, tokenized.words, words)
+        if model.map_score == "word":
+            maps = own_maps(model, memory, tokenized, real)
+        else:
+            cam = grad_cam(logits[:, 1], attention, model.bert.first_patch)
+            each = torch.vmap(word_map, in_dims=(None, None, 1), out_dims=1)
+            maps = each(cam, tokenized.words, words)
     return WordMaps(
-        maps=maps.reshape(len(cam), count, side, side),
-        real=tokenized.words.amax(dim=1, keepdim=True) >= words,
+        maps=maps.reshape(len(images), count, side, side),
+        real=real,
         score=logits.detach().float().softmax(dim=-1)[:, 1],
         text=text,
         memory=memory,
     )
+
+
+def own_maps(model: AlignedBase, memory: ImageMemory, captions: Captions, real: Tensor) -> Tensor:
+    """Hide each word of each caption in turn, and map what its prediction depends on.
+
+    Args:
+        model: A model with an MLM head.
+        memory: Keys and values of B images.
+        captions: B tokenized captions.
+        real: True where a caption has a word, (B, W).
+
+    Returns:
+        ``mask_effect`` of each word's log-probability, (B, W, patches).
+    """
+    rows, words = real.nonzero(as_tuple=True)
+    hidden = captions.words[rows] == words[:, None]
+    ids, mask_id = captions.ids[rows], model.tokenizer.mask_token_id
+    texts = model.bert.encode(ids.masked_fill(hidden, mask_id), Packing.of(captions.mask[rows]))
+    patches = model.visual_encoder.grid**2
+    keep = torch.ones(len(rows), 1 + patches, device=ids.device, requires_grad=True)
+    views = (View(images=rows, keep=keep),)
+    fused = model.bert.fuse(texts, memory, views, wanted=Packing.of(hidden))
+    score = word_score(model.text_encoder(fused.states), ids[hidden])
+    maps = keep.new_zeros(*real.shape, patches)
+    return maps.index_put((rows, words), mask_effect(score, keep)).detach()
 
 
 def phrase_maps(words: WordMaps) -> Tensor:

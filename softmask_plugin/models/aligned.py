@@ -31,6 +31,11 @@ class AlignedBase(SoftMaskBase):
         """BERT layer whose cross-attention gives the maps of words."""
         return self.options.map_layer
 
+    @property
+    def map_score(self) -> str:
+        """What the maps of words explain: "match" or "word", see ``soft_mask.score``."""
+        return self.options.map_score
+
     def image_features(self, states: Tensor, suffix: str = "") -> Tensor:
         """Unit vectors for ITC: image states (..., width) -> (..., embed_dim), float32."""
         return F.normalize(self.part("vision_proj", suffix)(states).float(), dim=-1)

@@ -72,7 +72,8 @@ class SoftMaskBase(BaseModel):
 
     def build_text_encoder(self, shape: BertShape) -> nn.Module:
         """Build the text and multi-modal encoder."""
-        return BertForMaskedLM(shape) if self.PREDICTS_WORDS else BertModel(shape)
+        predicts = self.PREDICTS_WORDS or getattr(self.options, "map_score", "match") == "word"
+        return BertForMaskedLM(shape) if predicts else BertModel(shape)
 
     @classmethod
     def default_config_path(cls, model_type: str) -> Any:

@@ -88,6 +88,11 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         """BERT layer whose cross-attention gives the maps of words."""
         return self.options.soft_mask.layer
 
+    @property
+    def map_score(self) -> str:
+        """What the maps of words explain."""
+        return self.options.soft_mask.score
+
     @torch.no_grad()
     def encode_momentum(self, images: Tensor, ids: Tensor, packing: Packing) -> Features:
         """Encode with the momentum encoders, once they are updated (see ``paced``)."""
@@ -165,58 +170,66 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
 
     # ---- Soft mask and ITM
 
-    def collect_pairs(
-        self,
-        caption: Tokens,
-        memory: ImageMemory,
-        words: Tensor,
-        scored: Packing,
-        similarity: Similarity,
-        draws: Draws,
-    ) -> tuple[Pairs, SoftMask]:
-        """Collect the pairs to fuse: positives, negatives and, if the mask is on, masked ones.
+    def masks_at(self, step: int) -> bool:
+        """Whether the soft mask is on at a step."""
+        return self.options.soft_mask.enabled and step >= self.options.soft_mask.start_iter
+
+    def draw_soft_mask(
+        self, caption: Tokens, words: Tensor, scored: Packing, memory: ImageMemory, draws: Draws
+    ) -> tuple[Tokens, SoftMask]:
+        """Mask what a word of each caption means to the match.
 
         Args:
             caption, memory: Text states of B captions, and keys and values of their images.
             words: Word index per token, (B, T); -1 where the soft mask may not pick.
             scored: The tokens of a positive pair that the losses need.
-            similarity: Decides how hard negatives are drawn.
             draws: Random streams of the step.
 
         Returns:
-            Groups "positive", "negative image", "negative text", "soft" and "soft negative", as far
-            as they exist, and the soft mask.
+            The states of the positive pairs' scored tokens, and the soft mask.
         """
-        option, pairs, mask = self.options.soft_mask, Pairs(), SoftMask()
-        if option.enabled and draws.step >= option.start_iter:
-            # The mask comes from the positive pairs' scores, so they are fused first
-            fused, mask = self.draw_soft_mask(caption, words, scored, memory, draws)
-            pairs.fused["positive"] = fused
-            wanted = scored if option.in_mlm else None
-            pairs.add("soft", caption, View(keep=mask.keep), wanted)
-        else:
-            pairs.add("positive", caption, wanted=scored)
-        if len(words) > 1:  # a batch of one has no negatives
+        option = self.options.soft_mask
+        with torch.enable_grad():  # the map is a gradient, under no_grad as well
+            fused, attention = self.bert.fuse_with_attention(caption, memory, option.layer, scored)
+            cam = grad_cam(self.match(fused.cls)[:, 1], attention, self.bert.first_patch)
+        word = pick_words(cam, words, option.words, draws.stream("word", words.device))
+        return fused, self.mask_of(word_map(cam, words, word), word, draws)
+
+    def mask_of(self, maps: Tensor, word: Tensor, draws: Draws) -> SoftMask:
+        """The soft mask from the map of each picked word, (B, P)."""
+        option, patches = self.options.soft_mask, draws.stream("patches", maps.device)
+        return SoftMask(keep_factors(normalize(maps), option.kind, option.strength, patches), word)
+
+    def add_pairs(
+        self,
+        pairs: Pairs,
+        caption: Tokens,
+        mask: SoftMask,
+        scored: Packing,
+        similarity: Similarity,
+        draws: Draws,
+    ) -> None:
+        """Add the pairs that ITM needs: "positive", "negative image", "negative text", and with a
+        mask "soft" and "soft negative", as far as they exist.
+
+        Args:
+            pairs: Pairs so far.
+            caption: Text states of B captions.
+            mask: The soft mask.
+            scored: The tokens of a positive pair that the losses need.
+            similarity: Decides how hard negatives are drawn.
+            draws: Random streams of the step.
+        """
+        option, masked = self.options.soft_mask, View(keep=mask.keep)
+        pairs.add("positive", caption, wanted=scored)
+        if mask.keep is not None:
+            pairs.add("soft", caption, masked, scored if option.in_mlm else None)
+        if len(similarity.same) > 1:  # a batch of one has no negatives
             image, other = self.negatives(similarity, draws)
             pairs.add("negative image", caption, View(images=image))
             pairs.add("negative text", caption.take(other))
             if mask.keep is not None and option.negatives:
-                pairs.add("soft negative", caption.take(other), View(keep=mask.keep))
-        return pairs, mask
-
-    def draw_soft_mask(
-        self, caption: Tokens, words: Tensor, scored: Packing, memory: ImageMemory, draws: Draws
-    ) -> tuple[Tokens, SoftMask]:
-        """Fuse the positive pairs, pick a word of each caption, and mask what it refers to; returns
-        the states of the positive pairs' scored tokens, and the soft mask."""
-        option, device = self.options.soft_mask, words.device
-        with torch.enable_grad():  # the map is a gradient, under no_grad as well
-            fused, attention = self.bert.fuse_with_attention(caption, memory, option.layer, scored)
-            cam = grad_cam(self.match(fused.cls)[:, 1], attention)
-        word = pick_words(cam, words, option.words, draws.stream("word", device))
-        maps = normalize(word_map(cam, words, word))
-        patches = draws.stream("patches", device)
-        return fused, SoftMask(keep_factors(maps, option.kind, option.strength, patches), word)
+                pairs.add("soft negative", caption.take(other), masked)
 
     def negatives(self, similarity: Similarity, draws: Draws) -> tuple[Tensor, Tensor]:
         """Draw a hard negative image for each caption, and a hard negative caption per image."""

@@ -10,11 +10,18 @@ from torch import Tensor
 from softmask_plugin.config.options import PretrainOptions
 from softmask_plugin.losses import distilled_cross_entropy
 from softmask_plugin.models.base import shipped_types
-from softmask_plugin.models.contrastive import ContrastiveBase, ContrastiveOutput, Features
-from softmask_plugin.nn.image_memory import View
+from softmask_plugin.models.contrastive import (
+    ContrastiveBase,
+    ContrastiveOutput,
+    Features,
+    SoftMask,
+)
+from softmask_plugin.nn.image_memory import ImageMemory, View
+from softmask_plugin.nn.pairs import Pairs
 from softmask_plugin.nn.sampling import Draws, mask_tokens
 from softmask_plugin.nn.tokens import Packing, Tokens
 from softmask_plugin.registry import register
+from softmask_plugin.soft_mask import mask_effect, pick_words, word_score
 
 
 class Text(NamedTuple):
@@ -26,7 +33,8 @@ class Text(NamedTuple):
     tokens: Packing  # of the B captions, clean or masked
     masked: Packing  # the tokens that MLM predicts
     scored: Packing  # the tokens that a positive pair's losses need: [CLS] and, if shared, masked
-    words: Tensor  # word index of each token, (B, T); -1 where the soft mask may not pick
+    words: Tensor  # word index of each token, (B, T); -1 where the soft mask may not pick. For the
+    # word's own map it may only pick what [MASK] hides, for that of the match only the rest.
     targets: Tensor  # ids that MLM predicts, (masked tokens,)
 
     def to(self, device: torch.device) -> Text:
@@ -77,25 +85,34 @@ class SoftMaskPretrain(ContrastiveBase):
         # Contrast
         loss_itc, similarity = self.contrast(online, momentum, alpha)
 
-        # Mask and match
-        pairs, mask = self.collect_pairs(
-            caption, memory, text.words, text.scored, similarity, draws
-        )
+        # Mask: what a word of the caption means to the match or, hidden, to its own prediction
+        pairs, mask, logits = Pairs(), SoftMask(), None
+        if self.masks_at(step) and option.soft_mask.score == "word":
+            fused, logits, mask = self.draw_word_mask(masked_caption, text, memory, draws)
+            pairs.fused["positive" if option.text.shared else "words"] = fused
+        elif self.masks_at(step):
+            fused, mask = self.draw_soft_mask(caption, text.words, text.scored, memory, draws)
+            pairs.fused["positive"] = fused
+
+        # Match
+        self.add_pairs(pairs, caption, mask, text.scored, similarity, draws)
         mlm_with_mask = mask.keep is not None and option.soft_mask.in_mlm
         if not option.text.shared:
             pairs.add("words", masked_caption, wanted=text.masked)
             if mlm_with_mask:
                 pairs.add("soft words", masked_caption, View(keep=mask.keep), text.masked)
-        fused = pairs.fuse(self.bert, memory)
-        loss_itm, loss_soft = self.matching_losses(fused, similarity)
+        groups = pairs.fuse(self.bert, memory)
+        loss_itm, loss_soft = self.matching_losses(groups, similarity)
 
         # Predict words
         teacher = self.momentum_words(momentum, text, alpha)
-        loss_mlm = self.word_loss(fused.get("words", fused["positive"]), text, teacher, alpha)
+        if logits is None:
+            logits = self.word_logits(groups.get("words", groups["positive"]), text)
+        loss_mlm = self.word_loss(logits, text, teacher, alpha)
         loss_mlm_soft = None
         if mlm_with_mask:
-            words = fused.get("soft words", fused["soft"])
-            loss_mlm_soft = self.word_loss(words, text, teacher, alpha)
+            logits = self.word_logits(groups.get("soft words", groups["soft"]), text)
+            loss_mlm_soft = self.word_loss(logits, text, teacher, alpha)
 
         return self.output(mask, loss_itc, loss_itm, loss_soft, loss_mlm, loss_mlm_soft)
 
@@ -113,18 +130,45 @@ class SoftMaskPretrain(ContrastiveBase):
         )
         tokens, masked, scored = clean.packing, Packing.of(chosen), chosen.clone()
         scored[:, 0] = True
-        shared = option.text.shared
+        shared, own = option.text.shared, option.soft_mask.score == "word"
         seen = masked_ids if shared else clean.ids
-        content_only = option.soft_mask.words == "content"
+        words = self.caption_tokenizer.pickable(
+            clean, clean.ids if own else seen, option.soft_mask.words == "content"
+        )
+        if own:
+            words = words.masked_fill(masked_ids != self.tokenizer.mask_token_id, -1)
         return Text(
             ids=seen if shared else torch.cat([seen, masked_ids]),
             packing=tokens if shared else Packing.cat([tokens, tokens]),
             tokens=tokens,
             masked=masked,
             scored=Packing.of(scored) if shared else tokens.cls_only,
-            words=self.caption_tokenizer.pickable(clean, seen, content_only),
+            words=words,
             targets=clean.ids.flatten()[masked.index],
         ).to(self.device)
+
+    def draw_word_mask(
+        self, caption: Tokens, text: Text, memory: ImageMemory, draws: Draws
+    ) -> tuple[Tokens, Tensor, SoftMask]:
+        """Mask what a word of each masked caption, itself hidden, means to its own prediction.
+
+        Returns:
+            The states of the scored tokens, the logits of the masked words, and the soft mask.
+        """
+        device = text.words.device
+        word = pick_words(
+            None, text.words, self.options.soft_mask.words, draws.stream("word", device)
+        )
+        wanted = text.scored if self.options.text.shared else text.masked
+        rows = text.masked.index // text.words.shape[1]
+        picked = text.words.flatten()[text.masked.index] == word[rows].clamp_min(0)
+        with torch.enable_grad():  # the map is a gradient, under no_grad as well
+            keep = torch.ones(len(word), 1 + self.visual_encoder.grid**2, device=device)
+            keep.requires_grad_()
+            fused = self.bert.fuse(caption, memory, (View(keep=keep),), wanted)
+            logits = self.word_logits(fused, text)
+            maps = mask_effect(picked * word_score(logits, text.targets), keep)
+        return fused, logits, self.mask_of(maps, word, draws)
 
     @torch.no_grad()
     def momentum_words(self, momentum: Features, text: Text, alpha: float) -> Tensor | None:
@@ -135,9 +179,12 @@ class SoftMaskPretrain(ContrastiveBase):
         fused = bert.fuse(caption, bert.remember(momentum.image), wanted=text.masked)
         return self.text_encoder_m(fused.states)
 
-    def word_loss(self, fused: Tokens, text: Text, teacher: Tensor | None, alpha: float) -> Tensor:
+    def word_logits(self, fused: Tokens, text: Text) -> Tensor:
+        """Logits of the masked words, (words, vocabulary)."""
+        return self.text_encoder(fused.only(text.masked).states)
+
+    def word_loss(self, logits: Tensor, text: Text, teacher: Tensor | None, alpha: float) -> Tensor:
         """MLM of the masked words, mixed with distillation; 0 if no word is masked."""
-        logits = self.text_encoder(fused.only(text.masked).states)
         if len(logits) == 0:
             return logits.float().sum()
         return distilled_cross_entropy(logits, text.targets, teacher, alpha)

@@ -9,7 +9,8 @@ import torch
 
 from softmask_plugin.config.options import RetrievalOptions
 from softmask_plugin.models.base import shipped_types
-from softmask_plugin.models.contrastive import ContrastiveBase, ContrastiveOutput
+from softmask_plugin.models.contrastive import ContrastiveBase, ContrastiveOutput, SoftMask
+from softmask_plugin.nn.pairs import Pairs
 from softmask_plugin.nn.sampling import Draws
 from softmask_plugin.registry import register
 
@@ -53,7 +54,10 @@ class SoftMaskRetrieval(ContrastiveBase):
         loss_itc, similarity = self.contrast(online, momentum, alpha, ids)
 
         draws, memory = Draws(torch.initial_seed(), step), self.bert.remember(online.image)
-        scored = text.packing.cls_only
-        pairs, mask = self.collect_pairs(online.text, memory, text.words, scored, similarity, draws)
+        caption, scored, pairs, mask = online.text, text.packing.cls_only, Pairs(), SoftMask()
+        if self.masks_at(step):
+            fused, mask = self.draw_soft_mask(caption, text.words, scored, memory, draws)
+            pairs.fused["positive"] = fused
+        self.add_pairs(pairs, caption, mask, scored, similarity, draws)
         loss_itm, loss_soft = self.matching_losses(pairs.fuse(self.bert, memory), similarity)
         return self.output(mask, loss_itc, loss_itm, loss_soft)

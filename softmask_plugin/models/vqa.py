@@ -62,9 +62,14 @@ class SoftMaskVqa(DistilledBase):
     def __init__(self, options: VqaOptions) -> None:
         super().__init__(options)
         shape = self.text_encoder.shape
-        depth = shape.layers - shape.fusion_layer
-        width = shape.width  # it attends to the question's states
-        shape = replace(shape, layers=depth, fusion_layer=0, image_width=width, causal=True)
+        shape = replace(
+            shape,
+            layers=shape.layers - shape.fusion_layer,
+            fusion_layer=0,
+            image_width=shape.width,  # it attends to the question's states, [CLS] included
+            image_cls=True,
+            causal=True,
+        )
         self.text_decoder = BertForMaskedLM(shape)
         self.answer_tokenizer = CaptionTokenizer(self.tokenizer, options.bert.max_positions)
         # A list of answers and its tokens, which later calls with the same list share

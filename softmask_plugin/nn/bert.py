@@ -38,6 +38,7 @@ class BertShape:
     norm_eps: float = 1e-12
     pad_token_id: int = 0
     causal: bool = False  # a decoder: tokens attend only to themselves and those before
+    image_cls: bool = True  # cross-attention's keys include the image's [CLS]
 
 
 class Bert(nn.Module):
@@ -99,8 +100,12 @@ class BertModel(Bert):
             image_states: (B, S, image width). Given several, the fusion layers take turns: with
                 two, every other layer attends to the second.
             mask: True for the states that count, (B, S); None: all.
+
+        Without ``image_cls``, each image's first state gets no key.
         """
-        images = itertools.cycle(image_states)
+        first = 1 - self.first_patch
+        mask = None if mask is None else mask[:, first:]
+        images = itertools.cycle(states[:, first:] for states in image_states)
         return [
             layer.crossattention.remember(states, mask)
             for layer, states in zip(self.fusion_layers, images, strict=False)
@@ -124,12 +129,17 @@ class BertModel(Bert):
         return self._fuse(tokens, memory, views, wanted)[0]
 
     def fuse_with_attention(
-        self, tokens: Tokens, memory: ImageMemory, layer_index: int, wanted: Packing | None = None
+        self,
+        tokens: Tokens,
+        memory: ImageMemory,
+        layer_index: int,
+        wanted: Packing | None = None,
+        view: View = View(),
     ) -> tuple[Tokens, Tensor]:
-        """Fuse caption i with image i, and return one layer's cross-attention probabilities too.
+        """Fuse captions with images, and return one layer's cross-attention probabilities too.
 
-        These are (N, H, T, S), before dropout, and in the graph. Those of padding are meaningless,
-        and in the last layer those of all but the wanted tokens.
+        These are (N, H, T, keys), before dropout, and in the graph. Those of padding are
+        meaningless, and in the last layer those of all but the wanted tokens.
 
         Raises:
             ValueError: The layer has no cross-attention.
@@ -139,7 +149,7 @@ class BertModel(Bert):
             raise ValueError(
                 f"layer {layer_index} has no cross-attention: choose one from {first} to {last}"
             )
-        fused, probabilities = self._fuse(tokens, memory, (View(),), wanted, layer_index)
+        fused, probabilities = self._fuse(tokens, memory, (view,), wanted, layer_index)
         return fused, cast(Tensor, probabilities)
 
     def _fuse(
@@ -156,11 +166,18 @@ class BertModel(Bert):
             packing = wanted if wanted is not None and i == last else tokens.packing
             tokens, cross = layer.attention.attend_self(tokens, packing), layer.crossattention
             if i == layer_index:
-                tokens, probabilities = cross.attend_with_probabilities(tokens, layer_memory)
+                tokens, probabilities = cross.attend_with_probabilities(
+                    tokens, layer_memory, views[0]
+                )
             else:
                 tokens = cross.attend_image(tokens, layer_memory, views)
             tokens = layer.transform(tokens)
         return tokens, probabilities
+
+    @property
+    def first_patch(self) -> int:
+        """Key of an image's first patch: 1 behind [CLS], 0 if that has no key."""
+        return int(self.shape.image_cls)
 
     @property
     def fusion_layers(self) -> Sequence[Layer]:
@@ -251,11 +268,11 @@ class Attention(nn.Module):
         return self.merge_heads(context, tokens)
 
     def attend_with_probabilities(
-        self, tokens: Tokens, memory: LayerMemory
+        self, tokens: Tokens, memory: LayerMemory, view: View
     ) -> tuple[Tokens, Tensor]:
-        """Attend to image i in caption i; returns the probabilities (N, H, T, S) too."""
+        """As ``attend_image`` through one view; returns the probabilities (N, H, T, keys) too."""
         queries, dropout = self.project(tokens, self.self.query), self.current_dropout
-        context, probabilities = memory.attend_with_probabilities(queries, View(), dropout)
+        context, probabilities = memory.attend_with_probabilities(queries, view, dropout)
         return self.merge_heads(context, tokens), probabilities
 
     def project(self, tokens: Tokens, projection: nn.Module) -> Tensor:

@@ -78,12 +78,14 @@ class LayerMemory:
     def attend_with_probabilities(
         self, query: Tensor, view: View, dropout: float
     ) -> tuple[Tensor, Tensor]:
-        """As ``attend_view``, with the probabilities (n, H, T, S) before dropout."""
+        """As ``attend_view``, with the probabilities (n, H, T, keys) before dropout."""
         key, value, mask = self.of(view.images)
         query = query * query.shape[-1] ** -0.5
         scores = query @ key.transpose(-2, -1)
-        keep = None if view.keep is None else view.keep[:, None, None, :].to(scores.dtype)
+        keep = view.keep
         if keep is not None:
+            # [CLS] comes first, and may have no key
+            keep = keep[:, None, None, -key.shape[2] :].to(scores.dtype)
             # lerp(a, b, m) = a + m (b - a)
             scores = torch.lerp((query @ self.key_bias).expand_as(scores), scores, keep)
         if mask is not None:

@@ -17,8 +17,10 @@ class Pairs:
     def add(
         self, name: str, captions: Tokens, view: View = View(), wanted: Packing | None = None
     ) -> None:
-        """Add a group of captions and the tokens whose fused states it needs: by default [CLS]."""
-        self.groups[name] = captions, view, wanted or captions.packing.cls_only
+        """Add a group of captions and the tokens whose fused states it needs: by default [CLS].
+        A group that is already fused stays as it is."""
+        if name not in self.fused:
+            self.groups[name] = captions, view, wanted or captions.packing.cls_only
 
     def fuse(self, bert: BertModel, memory: ImageMemory) -> dict[str, Tokens]:
         """Multi-modal states of each group's wanted tokens, by name."""

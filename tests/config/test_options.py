@@ -31,6 +31,8 @@ from softmask_plugin.models.pretrain import SoftMaskPretrain
         ({"soft_mask": [1]}, "model.soft_mask is .1.: it must be a section"),
         ({"soft_mask": {"words": "contents"}}, "did you mean 'content'"),
         ({"soft_mask": {"kind": "soft-ish"}}, "did you mean 'soft'"),
+        ({"soft_mask": {"score": "words"}}, "did you mean 'word'"),
+        ({"soft_mask": {"score": "word", "words": "energy"}}, "choose uniform or content"),
         ({"soft_mask": {"strength": 1.01}}, r"model.soft_mask.strength is 1.01: .*\[0, 1\]"),
         ({"text": {"mask_prob": -0.1}}, "model.text.mask_prob is -0.1"),
         ({"momentum": 2}, "model.momentum is 2"),

@@ -64,6 +64,8 @@ def test_retrieval_has_the_papers_innovations_as_options(make_other, make_batch)
     assert focal["loss_itc"] < plain["loss_itc"]
     with pytest.raises(UserError, match="model.soft_mask.in_mlm is true: .* has no MLM"):
         make_other(SoftMaskRetrieval, soft_mask={"in_mlm": True})
+    with pytest.raises(UserError, match="model.soft_mask.score is 'word': .* has no MLM"):
+        make_other(SoftMaskRetrieval, soft_mask={"score": "word"})
 
 
 # ---- two images

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from toy_models import CAPTIONS
 
 from benchmarks.ranks import on_ranks
+from softmask_plugin.nn.sampling import Draws
 
 
 def record(model, monkeypatch):
@@ -167,6 +168,31 @@ def test_weights_scale_their_terms_only_in_the_sum(make_model, make_batch):
     torch.testing.assert_close(out.loss, expected)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("words", ["uniform", "content"])
+def test_the_words_own_mask_picks_only_what_mlm_hides(make_model, make_batch, words, shared):
+    options = {"soft_mask": {"score": "word", "words": words}}
+    model = make_model(text={"mask_prob": 0.3, "shared": shared}, **options)
+    seen = set()
+    for step in range(20):
+        batch = make_batch(6, epoch=step)
+        out = model(batch)
+        clean = model.tokenize(batch["text_input"])
+        draws = Draws(torch.initial_seed(), step * 5 + 3)
+        hidden = (
+            model.tokenize_masked(batch["text_input"], draws).ids[-6:]
+            == model.tokenizer.mask_token_id
+        )
+        for row, word in enumerate(out.word.tolist()):
+            own = (clean.words[row] == word) & (clean.words[row] >= 0)
+            tokens = clean.ids[row][own & hidden[row]].tolist()
+            assert bool(tokens) == (word >= 0)
+            seen.update(model.tokenizer.convert_ids_to_tokens(tokens))
+        assert (out.keep[out.word < 0] == 1).all() and (out.keep[out.word >= 0] < 1).any()
+    assert {"circle", "star"} <= seen and "[CLS]" not in seen
+    assert ("a" in seen) == (words == "uniform")
+
+
 @pytest.mark.parametrize("words", ["uniform", "content"])
 def test_special_and_masked_tokens_are_never_picked(make_model, make_batch, monkeypatch, words):
     model = make_model(soft_mask={"words": words}, text={"mask_prob": 0.5})
@@ -187,6 +213,7 @@ def test_special_and_masked_tokens_are_never_picked(make_model, make_batch, monk
 # ---- edges
 
 
+@pytest.mark.parametrize("score", ["match", "word"])
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize(
     ("captions", "mask_prob"),
@@ -202,9 +229,10 @@ def test_special_and_masked_tokens_are_never_picked(make_model, make_batch, monk
     ids=["batch of 1", "empty", "some empty", "all masked", "none masked", "long", "equal"],
 )
 def test_odd_captions_give_finite_losses_and_gradients(
-    make_model, make_batch, captions, mask_prob, shared
+    make_model, make_batch, captions, mask_prob, shared, score
 ):
-    model = make_model(text={"shared": shared, "mask_prob": mask_prob}, soft_mask={"in_mlm": True})
+    mask = {"in_mlm": True, "score": score}
+    model = make_model(text={"shared": shared, "mask_prob": mask_prob}, soft_mask=mask)
     batch = {**make_batch(len(captions)), "text_input": captions}
     out = model(batch)
     assert_sound(model, out)
@@ -328,9 +356,11 @@ def test_nothing_of_a_step_stays_on_the_modules(make_model, make_batch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("score", ["match", "word"])
 @pytest.mark.parametrize("shared", [True, False])
-def test_half_precision_is_near_full_precision(make_model, make_batch, dtype, shared):
-    changes = {"text": {"shared": shared, "mask_prob": 0.3}, "soft_mask": {"in_mlm": True}}
+def test_half_precision_is_near_full_precision(make_model, make_batch, dtype, shared, score):
+    mask = {"in_mlm": True, "score": score}
+    changes = {"text": {"shared": shared, "mask_prob": 0.3}, "soft_mask": mask}
     full, half = make_model(**changes), make_model(**changes)
     expected = full(make_batch(6))
     with torch.autocast("cpu", dtype=dtype):

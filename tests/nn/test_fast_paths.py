@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partialmethod
+from functools import partial, partialmethod
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from toy_models import SMALL
 
 from softmask_plugin.nn import image_memory
 from softmask_plugin.nn.image_memory import LayerMemory, View
@@ -18,15 +19,17 @@ from softmask_plugin.soft_mask import grad_cam
 FIRST_FUSION, CAM_LAYER = 2, 3
 
 
-def masked_albef(twin, text, mask, image_states, keep=None):
+def masked_albef(twin, text, mask, image_states, keep=None, image_cls=True):
     """LAVIS's multi-modal states of pairs, with image features masked before any projection."""
     if keep is not None:
         image_states = image_states * keep[:, :, None]
+    seen = torch.ones(image_states.shape[:2], dtype=torch.long)
+    seen[:, 0] = int(image_cls)
     return twin.text_encoder.bert(
         encoder_embeds=text,
         attention_mask=mask.long(),
         encoder_hidden_states=image_states,
-        encoder_attention_mask=torch.ones(image_states.shape[:2], dtype=torch.long),
+        encoder_attention_mask=seen,
         return_dict=True,
         mode="fusion",
     ).last_hidden_state
@@ -155,25 +158,32 @@ def test_layers_without_a_map_are_refused(pair):
 
 @pytest.mark.parametrize("size", [1, 2, 6])
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("negatives", [True, False])
+@pytest.mark.parametrize(
+    ("negatives", "score", "image_cls"),
+    [(True, "match", True), (False, "match", False), (True, "word", True), (False, "word", False)],
+)
 def test_a_whole_step_equals_separate_passes(
-    make_model, make_batch, albef_twin, size, shared, negatives
+    make_model, make_batch, albef_twin, size, shared, negatives, score, image_cls
 ):
     """All innovations on: recompute each loss with LAVIS's modules, one pass per kind of pair.
 
     A batch of one has no negatives.
     """
-    mask_options = {"in_mlm": True, "negatives": negatives}
-    ours = make_model(text={"shared": shared, "mask_prob": 0.4}, soft_mask=mask_options).train()
+    mask_options = {"in_mlm": True, "negatives": negatives, "score": score}
+    text_options, bert = (
+        {"shared": shared, "mask_prob": 0.4},
+        {**SMALL["bert"], "image_cls": image_cls},
+    )
+    ours = make_model(text=text_options, soft_mask=mask_options, bert=bert).train()
     twin = albef_twin(ours)
     batch = make_batch(size)
     seen = {}
-    for name in ("tokenize_masked", "negatives", "draw_soft_mask", "contrast", "encode_momentum"):
+    for name in ("tokenize_masked", "negatives", "mask_of", "contrast", "encode_momentum"):
         spy(ours, name, seen)
     out = ours(batch)
     none = torch.empty(0, dtype=torch.long)
     text, (image_of, text_of) = seen["tokenize_masked"], seen.get("negatives", (none, none))
-    _, (keep, word) = seen["draw_soft_mask"]
+    keep, word = seen["mask_of"]
     alpha = ours.progress(batch)[1]
 
     mask, ids, masked_ids = text.tokens.mask, text.ids[:size], text.ids[-size:]
@@ -183,23 +193,29 @@ def test_a_whole_step_equals_separate_passes(
     def encode(tokens, encoder=twin.text_encoder):
         return encoder.bert(tokens, attention_mask=mask.long(), return_dict=True, mode="text")[0]
 
+    fuse = partial(masked_albef, image_cls=image_cls)
     states, words = encode(ids), encode(masked_ids)
-    positive = masked_albef(twin, states, mask, image)
+    positive = fuse(twin, states, mask, image)
     n = len(text_of)
-    negative_image = masked_albef(twin, states[:n], mask[:n], image[image_of])
-    negative_text = masked_albef(twin, states[text_of], mask[text_of], image[:n])
+    negative_image = fuse(twin, states[:n], mask[:n], image[image_of])
+    negative_text = fuse(twin, states[text_of], mask[text_of], image[:n])
     logits = twin.itm_head(torch.cat([positive, negative_image, negative_text])[:, 0])
     labels = torch.tensor([1] * size + [0] * 2 * n)
     plain = [F.cross_entropy(logits, labels)]
     torch.testing.assert_close(out.loss_itm, plain[-1])
 
-    soft = masked_albef(twin, states, mask, image, keep)
+    soft = fuse(twin, states, mask, image, keep)
     if negatives and size > 1:
-        wrong = masked_albef(twin, states[text_of], mask[text_of], image, keep)
+        wrong = fuse(twin, states[text_of], mask[text_of], image, keep)
         soft = torch.cat([soft, wrong])
     plain.append(F.cross_entropy(twin.itm_head(soft[:, 0]), labels[: len(soft)]))
     torch.testing.assert_close(out.loss_soft, plain[-1])
-    assert (keep[:, 1:].amin(dim=1) == 0).all() and (word >= 0).all()
+    assert torch.equal(keep[:, 1:].amin(dim=1), (word < 0).float())
+    if score == "word":
+        expected = own_mask(fuse, twin, words, mask, image, text, word)
+        torch.testing.assert_close(keep, expected, rtol=1e-3, atol=1e-4)
+    else:
+        assert (word >= 0).all()
 
     encoded_m, momentum = seen["encode_momentum"], ours.text_encoder_m
     _, words_m = text.versions(encoded_m.text)
@@ -208,7 +224,7 @@ def test_a_whole_step_equals_separate_passes(
     soft_labels[mask] = momentum(fused_m.states).softmax(dim=-1)  # on every token
     chosen = text.masked.mask
     for loss, features in ((out.loss_mlm, image), (out.loss_mlm_soft, image * keep[:, :, None])):
-        logits = twin.text_encoder.cls(masked_albef(twin, words, mask, features))
+        logits = twin.text_encoder.cls(fuse(twin, words, mask, features))
         hard = F.cross_entropy(logits[chosen], text.targets)
         distilled = -(soft_labels * logits.log_softmax(-1)).sum(-1)[chosen].mean()
         plain.append((1 - alpha) * hard + alpha * distilled)
@@ -226,6 +242,26 @@ def test_a_whole_step_equals_separate_passes(
             torch.testing.assert_close(
                 got, parameter.grad, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
             )
+
+
+def own_mask(fuse, twin, states, mask, image, text, word):
+    """The soft mask of each picked word, from autograd through LAVIS's modules, pair by pair."""
+    rows = []
+    for i, picked in enumerate(word.tolist()):
+        keep = torch.ones(1, image.shape[1], requires_grad=True)
+        fused = fuse(
+            twin, states[i : i + 1].detach(), mask[i : i + 1], image[i : i + 1].detach(), keep
+        )
+        hidden = (text.words[i] == picked) & (picked >= 0)
+        target = torch.zeros_like(text.words).masked_scatter(text.masked.mask, text.targets)[i]
+        likely = (
+            twin.text_encoder.cls(fused)[0].log_softmax(dim=-1).gather(1, target[:, None])[:, 0]
+        )
+        (gradient,) = torch.autograd.grad(likely[hidden].sum(), keep)
+        effect = gradient[0, 1:].clamp_min(0)
+        spread = (effect.max() - effect.min()).clamp_min(1e-30)
+        rows.append(torch.cat([torch.ones(1), 1 - (effect - effect.min()) / spread]))
+    return torch.stack(rows)
 
 
 @pytest.mark.parametrize("trained", [True, False])
