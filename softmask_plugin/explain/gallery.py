@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,7 +115,8 @@ def search_features(
     if not cleaned or count < 1:
         raise UserError("give a text with a word, and --count 1 or more")
     try:
-        with file.open("rb") as opened, NpzFile(opened, allow_pickle=False) as stored:
+        opened: Any = file.open("rb")
+        with opened, NpzFile(opened, allow_pickle=False) as stored:
             features = torch.from_numpy(stored["features"])
             paths = [Path(str(stored["folder"]), name) for name in stored["names"].tolist()]
         _, wanted = Reranker(trained.model).encode_texts([cleaned])

@@ -7,12 +7,12 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 INK = "#1f2328"  # on the page replaced by its text colour, so that figures follow a dark theme
 MUTED = "#848b94"  # legible on white and on black
 ACCENT = "#3d7fd0"
+COLOURS = (ACCENT, "#d9782d", "#3a9a5b", "#9a63c4", "#c9506b", "#8a7a35")  # of runs, in order
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "text.color": INK,
@@ -43,40 +43,59 @@ CURVES = {
     "lr": "Learning rate",
     "pairs_per_s": "Pairs per second",
     "skipped_steps": "Skipped steps",
-    "mask_hidden": "Mask: share attenuated",
+    "mask_hidden": "Mask: attenuated",
     "mask_spread": "Mask: spread",
     "mask_no_word": "Captions without a word",
     "queue_filled": "Queue: share filled",
-    "queue_image_mean": "Queue: mean image feature",
-    "queue_text_mean": "Queue: mean text feature",
+    "queue_image_mean": "Queue: image mean",
+    "queue_text_mean": "Queue: text mean",
+}
+METRICS = {
+    "img_r1": "Text finds image, R@1",
+    "img_r5": "Text finds image, R@5",
+    "img_r10": "Text finds image, R@10",
+    "img_r_mean": "Text finds image, mean",
+    "txt_r1": "Image finds text, R@1",
+    "txt_r5": "Image finds text, R@5",
+    "txt_r10": "Image finds text, R@10",
+    "txt_r_mean": "Image finds text, mean",
+    "r_mean": "Mean of all recalls",
+    "acc": "Accuracy",
+    "agg_metrics": "Selects the best epoch",
 }
 
 
-def loss_curves(records: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw each quantity that was logged in training over the steps.
+def loss_curves(*runs: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    """Draw each quantity that runs logged in training over the steps, a figure each.
 
     Args:
-        records: Lines of ``metrics.jsonl``; only those of split ``train`` are drawn.
+        runs: For each run, the lines of its ``metrics.jsonl``; only those of split ``train`` count.
     """
-    train = [record for record in records if record.get("split") == "train"]
-    logged = {key for record in train for key, value in record.items() if value is not None}
-    extra = sorted(key for key in logged - CURVES.keys() if key.startswith("loss"))
-    series = {
-        CURVES.get(key, key): [(r["step"], r[key]) for r in train if r.get(key) is not None]
-        for key in (*CURVES, *extra)
-        if key in logged
-    }
-    return _curves("Training curves", series)
+    series: Series = {}
+    for run, records in enumerate(runs):
+        for record in records:
+            if record.get("split") == "train":
+                for key in record:
+                    if key in CURVES or key.startswith("loss"):
+                        _add(series, key, run, record["step"], record[key])
+    order = [*CURVES, *sorted(series.keys() - CURVES.keys())]
+    return [_curve(CURVES.get(key, key), series[key]) for key in order if key in series]
 
 
-def validation_curves(records: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw each metric of the splits but ``train`` that were evaluated more than once."""
-    series: dict[str, list[tuple[float, float]]] = {}
-    for record in records:
-        if record.get("split") != "train" and record.get("step") is not None:
-            for name, value in numbers_of(record).items():
-                series.setdefault(f"{record['split']}: {name}", []).append((record["step"], value))
-    return _curves("Validation curves", {k: v for k, v in series.items() if len(v) > 1})
+def validation_curves(*runs: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    """Draw each metric of splits other than ``train`` that were evaluated more than once."""
+    series: Series = {}
+    for run, records in enumerate(runs):
+        for record in records:
+            if record.get("split") != "train" and record.get("step") is not None:
+                for key, value in numbers_of(record).items():
+                    title = f"{record['split']}: {METRICS.get(key, key)}"
+                    _add(series, title, run, record["step"], value)
+    return [
+        _curve(title, points)
+        for title, points in series.items()
+        if any(len(each) > 1 for each in points.values())
+    ]
 
 
 def numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
@@ -88,26 +107,36 @@ def numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _curves(label: str, series: Mapping[str, list[tuple[float, float]]]) -> Figure:
-    """A small plot of (step, value) for each title, with the last value written at its end."""
-    columns = 4
-    rows = max(1, -(-len(series) // columns))
+Series = dict[str, dict[int, list[tuple[float, float]]]]  # points (step, value) by title and run
+
+
+def _add(series: Series, title: str, run: int, step: float, value: float | None) -> None:
+    if value is not None:
+        series.setdefault(title, {}).setdefault(run, []).append((step, value))
+
+
+def _curve(title: str, runs: Mapping[int, list[tuple[float, float]]]) -> Figure:
+    """A small plot of each run's (step, value); of a single run, the last value in the corner."""
     with mpl.rc_context(STYLE):
-        layout = ConstrainedLayoutEngine(wspace=0.06, hspace=0.1)
-        figure = Figure(figsize=(11, 2.15 * rows), layout=layout)
-        figure.set_label(label)
-        for position, (title, points) in enumerate(series.items(), start=1):
-            axes = figure.add_subplot(rows, columns, position)
-            steps, values = zip(*points, strict=True)
-            axes.plot(steps, values, color=ACCENT, linewidth=1.4, solid_capstyle="round")
-            axes.plot(steps[-1:], values[-1:], "o", color=ACCENT, markersize=3.5, clip_on=False)
-            axes.set_title(title)
-            axes.set_title(f"{values[-1]:.3g}", loc="right", color=ACCENT)
-            if min(values) >= 0:
-                axes.set_ylim(bottom=0, top=None if max(values) > 0 else 1)
-            axes.margins(x=0)
-            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-            axes.yaxis.set_major_locator(MaxNLocator(4))
-            axes.grid(axis="y", color=MUTED, alpha=0.25, linewidth=0.6)
-            axes.tick_params(length=0)
+        figure = Figure(figsize=(2.9, 2.15))
+        figure.subplots_adjust(left=0.19, right=0.96, bottom=0.1, top=0.86)
+        figure.set_label(title)
+        axes = figure.add_subplot()
+        axes.set_title(
+            title, x=-0.24, pad=9
+        )  # from the figure's edge: it must leave room for a value
+        for run, points in runs.items():
+            (steps, values), colour = zip(*points, strict=True), COLOURS[run % len(COLOURS)]
+            axes.plot(steps, values, color=colour, linewidth=1.4, solid_capstyle="round")
+            axes.plot(steps[-1:], values[-1:], "o", color=colour, markersize=3.5, clip_on=False)
+        if len(runs) == 1:
+            axes.set_title(f"{values[-1]:.3g}", loc="right", color=colour, pad=9)
+        drawn = [value for points in runs.values() for _, value in points]
+        if min(drawn) >= 0:
+            axes.set_ylim(bottom=0, top=None if max(drawn) > 0 else 1)
+        axes.margins(x=0)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.grid(axis="y", color=MUTED, alpha=0.25, linewidth=0.6)
+        axes.tick_params(length=0)
     return figure

@@ -4,59 +4,29 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
-from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from lavis.common.registry import registry
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
+from PIL import Image
 
-from softmask_plugin.config.check import valid_yaml
-from softmask_plugin.config.options import ModelOptions, SoftMaskOptions
 from softmask_plugin.errors import UserError
-from softmask_plugin.host.environment import noted_environments
-from softmask_plugin.report.figures import INK, loss_curves, numbers_of, validation_curves
-from softmask_plugin.report.records import read_metrics
-
-PICTURES = 8  # most pictures of the masks: the first, the last, and some in between
-
-
-def report_run(run_dir: str | Path, path: str | Path | None = None) -> Path:
-    """Write the report of a run, of any task, whether it is running, killed or finished.
-
-    Returns:
-        The HTML file: ``path``, or ``report.html`` in the folder.
-
-    Raises:
-        UserError: The folder is not that of a run, a file in it is broken, or the report cannot be
-            written.
-    """
-    folder = Path(run_dir)
-    file = folder / "config.yaml"
-    with valid_yaml(file):
-        loaded = OmegaConf.load(file) if file.is_file() else OmegaConf.create()
-        config: Any = OmegaConf.to_container(loaded, resolve=True)
-    config = config if isinstance(config, dict) else {}
-    begun = (folder / "metrics.jsonl").exists() or not config
-    records = read_metrics(folder) if begun else []
-    pictures = _pictures(folder / "masks")
-    return write_report(
-        folder / "report.html" if path is None else path,
-        title=f"{config.get('model', {}).get('arch', 'Run')} {folder.resolve().name}",
-        summary=_summary(config, records, bool(pictures)),
-        metrics={"splits": {r["split"]: r for r in records if r.get("split") != "train"}},
-        records=records,
-        pictures=pictures,
-        config=config,
-        environment=_environment(folder),
-    )
+from softmask_plugin.report.figures import (
+    COLOURS,
+    INK,
+    METRICS,
+    loss_curves,
+    numbers_of,
+    validation_curves,
+)
+from softmask_plugin.report.pairs import GALLERY, Miss
 
 
 def write_report(
@@ -65,8 +35,11 @@ def write_report(
     title: str,
     summary: str = "",
     metrics: Mapping[str, Any],
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[Mapping[str, Any]] = (),
+    runs: Mapping[str, Sequence[Mapping[str, Any]]] = MappingProxyType({}),
+    options: Mapping[str, Sequence[object]] = MappingProxyType({}),
     panels: Sequence[Figure] = (),
+    misses: Sequence[Miss] | None = None,
     pictures: Sequence[tuple[str, bytes]] = (),
     config: Mapping[str, Any],
     environment: Mapping[str, object],
@@ -78,15 +51,16 @@ def write_report(
         title: Its heading.
         summary: A paragraph of plain text under the heading.
         metrics: The results, each of them optional.
-            ``"retrieval"``: recalls (``txt_r1`` .. ``img_r10``, percent, as from LAVIS's task) by
-            kind of ranking, such as ``"itc"`` and ``"itm"``, in the table's order, and
-            ``"chance"`` from :func:`retrieval_chance`. The headlines show the last that is not
-            chance. ``"images"``, ``"texts"``: the numbers of ranked images and texts.
+            ``"results"``: metrics by name, as LAVIS's tasks name them, for each column of the
+            table. ``<metric>_chance`` is what guessing scores. The headlines show the last column.
+            ``"images"``, ``"texts"``: the numbers of ranked images and texts.
             ``"pointing"``: result of :func:`pointing_game`; ``"pointing_other"``: the same for
             :func:`swapped` boxes.
-            ``"splits"``: for each split, its line of ``metrics.jsonl``.
         records: Lines of ``metrics.jsonl``.
+        runs: Instead of ``records``: the lines of several runs, by name.
+        options: Values of the options that differ between these runs.
         panels: Word panels; their labels become the pictures' alternative texts.
+        misses: The worst retrievals; None: they are not known.
         pictures: Pictures of the masks during training, (caption, bytes of a PNG file).
         config: The whole configuration, shown as YAML.
         environment: Versions and devices by name.
@@ -94,8 +68,8 @@ def write_report(
     Raises:
         UserError: The file cannot be written.
     """
-    retrieval = dict(metrics.get("retrieval", {"chance": {}}))
-    train = [record for record in records if record.get("split") == "train"]
+    results = {name: numbers_of(each) for name, each in metrics.get("results", {}).items()}
+    logs = list(runs.values()) or [records]
     jinja = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # captions, paths and options may contain anything
@@ -103,22 +77,25 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    jinja.filters |= {"percent": _percent, "numbers": numbers_of}
+    jinja.filters |= {"percent": _percent, "jpeg": _jpeg}
     jinja.filters["duration"] = lambda seconds: timedelta(seconds=round(seconds))
     page = jinja.get_template("report.html.j2").render(
         title=title,
         summary=summary,
         metrics=metrics,
-        chance=retrieval.pop("chance"),
-        retrieval=retrieval,
+        results=results,
+        names=_metric_names(results.values()),
         pointing=metrics.get("pointing", {}),
         other=metrics.get("pointing_other", {}),
-        train=train,
-        curves=_svg(loss_curves(records)) if train else "",
-        validation=_svg(validation) if (validation := validation_curves(records)).axes else "",
-        splits=metrics.get("splits", {}),
+        train=[record for record in records if record.get("split") == "train"],
+        runs=dict(zip(runs, COLOURS * len(runs), strict=False)),
+        options=options,
+        curves=[_svg(figure) for figure in loss_curves(*logs)],
+        validation=[_svg(figure) for figure in validation_curves(*logs)],
         pictures=[(caption, base64.b64encode(png).decode()) for caption, png in pictures],
         panels=[_svg(panel) for panel in panels],
+        misses=misses,
+        gallery=GALLERY,
         config=OmegaConf.to_yaml(OmegaConf.create(dict(config))),
         environment=environment,
     )
@@ -130,41 +107,12 @@ def write_report(
     return Path(path)
 
 
-def _summary(
-    config: Mapping[str, Any], records: Sequence[Mapping[str, Any]], pictures: bool
-) -> str:
-    """How far the run is, and how to get pictures of its masks."""
-    run, model = config.get("run", {}), config.get("model", {})
-    train = [record for record in records if record.get("split") == "train"]
-    if not train:
-        return "Nothing was trained." if records else "Nothing is logged yet."
-    text = f"Logged up to step {train[-1]['step']}, in epoch {train[-1]['epoch'] + 1}"
-    text += f" of {run['max_epoch']}." if "max_epoch" in run else "."
-    schema = getattr(registry.get_model_class(model.get("arch")), "OPTIONS", ModelOptions)
-    default = getattr(schema(), "soft_mask", SoftMaskOptions(enabled=False))
-    enabled = (model.get("soft_mask") or {}).get("enabled", default.enabled)
-    if enabled and not pictures and run.get("panel_every") is None:
-        text += " There are no pictures of the masks: set run.panel_every."
-    return text
-
-
-def _pictures(folder: Path) -> list[tuple[str, bytes]]:
-    """Some of the pictures in order: (caption, PNG)."""
-    names = (file.stem.removeprefix("step_") for file in folder.glob("step_*.png"))
-    steps = sorted(int(name) for name in names if name.isdecimal())
-    chosen = np.linspace(0, len(steps) - 1, min(PICTURES, len(steps))).round().astype(int)
-    shown = [steps[i] for i in chosen]
-    return [(f"After step {n}", (folder / f"step_{n}.png").read_bytes()) for n in shown]
-
-
-def _environment(folder: Path) -> dict[str, object]:
-    """Versions and devices by name, as "a, then b" if the run was resumed on another one."""
-    starts = noted_environments(folder) or [{"unknown": "the run noted none"}]
-    kinds = dict.fromkeys(name for start in starts for name in start)
-    return {
-        kind: ", then ".join(value for value, _ in groupby(str(each.get(kind)) for each in starts))
-        for kind in kinds
-    }
+def _metric_names(columns: Iterable[Mapping[str, float]]) -> dict[str, str]:
+    """Titles of the table's rows by metric, in their order."""
+    found = dict.fromkeys(key for each in columns for key in each if not key.endswith("_chance"))
+    if {"r_mean", "acc"} & found.keys():
+        found.pop("agg_metrics", None)  # repeats them
+    return {key: METRICS.get(key, key) for key in (*METRICS, *found) if key in found}
 
 
 def _svg(figure: Figure) -> Markup:
@@ -181,3 +129,11 @@ def _svg(figure: Figure) -> Markup:
 def _percent(value: float) -> str:
     """One decimal, or one significant digit below 0.1: 81.2, 0.02."""
     return f"{value:.1f}" if value >= 0.1 or value == 0 else f"{value:.1g}"
+
+
+def _jpeg(image: Image.Image) -> str:
+    """A small JPEG file in base64."""
+    small, content = image.copy(), io.BytesIO()
+    small.thumbnail((280, 280))
+    small.save(content, "JPEG", quality=88)
+    return base64.b64encode(content.getvalue()).decode()

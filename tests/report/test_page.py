@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from html.parser import HTMLParser
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from explain.test_figure import explanation
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from softmask_plugin.errors import UserError
 from softmask_plugin.explain.figure import word_panel
@@ -23,6 +25,7 @@ from softmask_plugin.report import (
     validation_curves,
     write_report,
 )
+from softmask_plugin.report.pairs import Miss
 
 EVIL = """<script>alert("1")</script> --> $\\frac$ for $5 & more"""
 
@@ -78,14 +81,22 @@ class TestRetrievalChance:
 def test_a_curve_for_each_quantity_logged():
     records = [train_record(s, loss_soft=None) for s in (1, 2)]
     records.append(train_record(3, loss_mine=0.5))
-    figure = loss_curves([*records, {"split": "val", "step": 3, "loss_val": 9.0}])
-    lines = {axes.get_title("left"): axes.lines[0].get_xydata() for axes in figure.axes}
+    figures = loss_curves([*records, {"split": "val", "step": 3, "loss_val": 9.0}])
+    axes = [figure.axes[0] for figure in figures]
+    lines = {each.get_title("left"): each.lines[0].get_xydata() for each in axes}
     assert list(lines) == [
         *("Total loss", "Contrast (ITC)", "Learning rate", "Pairs per second"),
         "loss_mine",
     ]
     np.testing.assert_allclose(lines["Contrast (ITC)"], [[1, 2], [2, 1], [3, 2 / 3]])
     np.testing.assert_allclose(lines["loss_mine"], [[3, 0.5]])
+
+
+def test_curves_of_several_runs_share_a_plot():
+    first, second = ([train_record(s, loss=loss) for s in (1, 2)] for loss in (1.0, 2.0))
+    (lines, *_) = (figure.axes[0].lines for figure in loss_curves(first, second))
+    assert [line.get_ydata().tolist() for line in lines[::2]] == [[1, 1], [2, 2]]
+    assert lines[0].get_color() != lines[2].get_color()
 
 
 class Page(HTMLParser):
@@ -119,10 +130,9 @@ def parts():
         "metrics": {
             "images": 500,
             "texts": 1000,
-            "retrieval": {
-                "itc": RECALLS | {"img_r10": 66.0},
-                "itm": better,
-                "chance": retrieval_chance({i: [i] for i in range(5000)}),
+            "results": {
+                "ITC": RECALLS | {"img_r10": 66.0, "img_r1_chance": 0.02},
+                "ITM": better | {"img_r1_chance": 0.02, "txt_r1_chance": 0.02},
             },
             "pointing": pointing_game([(heat, (0.0, 0.0, 0.5, 0.5), "shape")]),
             "pointing_other": pointing_game([(heat, (0.5, 0.5, 1.0, 1.0), "shape")]),
@@ -144,11 +154,11 @@ class TestPage:
         assert "100.0% Words that point at their object chance 25.0%, at another 0.0%" in words
         assert "shape 100.0 0.0 25.0 100.0 25.0 1" in words
         assert "0:50:00 Training time 2,000 steps, 100 pairs/s" in words
-        assert "Contrast alone (ITC) 44.0 55.0 66.0 11.0 22.0 33.0" in words
-        assert "Re-ranked by matching (ITM) 44.5 55.5 66.5 11.5 22.5 33.5" in words
+        table = "MetricITCITM Text finds image, R@1 44 0.02 44.5 0.02 Text finds image, R@5 55"
+        assert table in words and "Image finds text, R@10 33 33.5" in words
         assert "500 held-out images and 1,000 captions" in words
         assert "arch: softmask_pretrain" in words
-        assert page.tags.count("svg") == 2
+        assert page.tags.count("svg") == 5  # four curves and a panel
 
     def test_needs_nothing_else_and_runs_nothing(self, tmp_path, parts):
         parts |= {
@@ -157,13 +167,15 @@ class TestPage:
             "config": {"a": EVIL},
             "environment": {EVIL: EVIL},
         }
-        parts["metrics"]["retrieval"][EVIL] = parts["metrics"]["retrieval"]["itm"]
+        parts["metrics"]["results"][EVIL] = {EVIL: 1.0}
+        parts["misses"] = [Miss(EVIL, 2, *[Image.new("RGB", (9, 9))] * 2)]
+        parts |= {"runs": {EVIL: parts["records"]}, "options": {EVIL: [EVIL]}}
         source = write_report(tmp_path / "report.html", **parts).read_text(encoding="utf-8")
         page = Page(source)
         assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
         assert "<script" not in source.lower()
         assert page.text.count("<script>alert(") >= 6  # shown, not run
-        assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
+        assert all(re.match("data:image/(png|jpeg);base64,|#", link) for link in page.links)
 
     def test_figures_follow_the_page_s_theme(self, tmp_path, parts):
         svgs = write_report(tmp_path / "report.html", **parts).read_text().split("<svg")[1:]
@@ -183,7 +195,8 @@ def test_a_constant_guess_is_right_as_often_as_the_most_frequent_truth():
 def test_validation_curves_need_two_evaluations():
     lines = [{"split": "val", "epoch": e, "step": 10 * e, "r1": 5.0 * e} for e in (1, 2)]
     lines += [train_record(3), {"split": "test", "epoch": 1, "step": 10, "r1": 9.0}]
-    (axes,) = validation_curves(lines).axes
+    (figure,) = validation_curves(lines)
+    (axes,) = figure.axes
     assert axes.get_title("left") == "val: r1"
     np.testing.assert_allclose(axes.lines[0].get_xydata(), [[10, 5], [20, 10]])
-    assert not validation_curves(lines[1:]).axes
+    assert not validation_curves(lines[1:])

@@ -13,7 +13,7 @@ from softmask_plugin import cli
 from softmask_plugin.config.check import shipped_configs
 from softmask_plugin.errors import UserError
 from softmask_plugin.report import report_run
-from softmask_plugin.report.page import PICTURES
+from softmask_plugin.report.runs import PICTURES
 
 VAL = [{"split": "val", "epoch": e, "step": 10 * e + 10, "txt_r1": 10.0 + e} for e in (0, 1)]
 TEST = [{"split": "test", "epoch": 1, "step": 20, "txt_r1": 12.5, "img_r1": 7.25}]
@@ -52,12 +52,12 @@ def test_a_finished_run(folder, capsys):
     assert "softmask_retrieval 20260101-000000-abcd" in text
     assert "step 20, in epoch 2 of 2" in text
     assert "20 steps, 100 pairs/s, 3 steps skipped" in text
-    table = "Metricval,epoch2test,epoch2txt_r11112.5img_r1–7.25"
+    table = "Metricval,epoch2test,epoch2Textfindsimage,R@1–7.25Imagefindstext,R@11112.5"
     assert table in text.replace(" ", "")
     places = [text.index(f"After step {step}") for step in (5, 10, 100)]
     assert places == sorted(places)
     assert "9.9.9" in text and "abacus" in text and "max_epoch: 2" in text
-    assert page.tags.count("svg") == 2  # training and validation
+    assert page.tags.count("svg") == 6  # five curves of training, one of validation
     assert page.tags.count("img") == 3 and "script" not in page.tags and EVIL in page.text
     assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
 

@@ -235,7 +235,8 @@ def test_a_caption_is_drawn_and_printed_as_it_is(here, monkeypatch, kind):
             environment={text: text},
         ).read_text()
         panel.savefig("panel.png")
-        loss_curves([record]).savefig("curves.png")
+        for curve in loss_curves([record]):
+            curve.savefig("curves.png")
     found = Page(page)
     assert not {"script", "img", "iframe", "object", "embed"} & found.tags
     assert not any(name.startswith("on") for name in found.attributes)

@@ -1,0 +1,117 @@
+"""What a run's checkpoint makes of the run's own images: word panels and the worst retrievals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lavis.common.registry import registry
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+from PIL import Image
+
+from softmask_plugin.datasets.builder import Builder
+from softmask_plugin.datasets.task_datasets import (
+    EntailmentDataset,
+    ItemDataset,
+    NLVRDataset,
+    PretrainDataset,
+    RetrievalDataset,
+)
+from softmask_plugin.explain.gallery import Gallery
+from softmask_plugin.explain.pairs import explain
+from softmask_plugin.explain.trained import Trained
+from softmask_plugin.models.rerank import Reranker, candidates
+
+KINDS = (PretrainDataset, RetrievalDataset, EntailmentDataset, NLVRDataset)
+GALLERY = 256  # images among which captions are ranked, at most
+PANELS, WORDS = 3, 6  # pairs drawn, and words of each
+WIDTH, DPI = 3.6, 300  # of a panel, inches: legible on a phone
+MISSES = 6
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A caption for which another image ranks above its own."""
+
+    caption: str
+    rank: int  # of its own image, from 2
+    own: Image.Image
+    first: Image.Image
+
+
+def build_datasets(config: Mapping[str, Any]) -> dict[str, ItemDataset]:
+    """The data sets of a run that hold captions or labels, by split; ``train`` only if no other.
+
+    Raises:
+        UserError: Their files are not found, or malformed.
+    """
+    datasets: dict[str, ItemDataset] = {}
+    for name, section in (config.get("datasets") or {}).items():
+        builder: Any = registry.get_builder_class(name)
+        if builder is None or not issubclass(builder, Builder):
+            continue
+        if not issubclass(builder.eval_dataset_cls or builder.train_dataset_cls, KINDS):
+            continue
+        section = OmegaConf.create(section)
+        splits = section[getattr(builder, "FILES", "num")]
+        if any(splits.get(split) for split in ("val", "test")):
+            splits.pop("train", None)
+        datasets |= builder(section).build()
+    return datasets
+
+
+def draw_pairs(trained: Trained, dataset: ItemDataset) -> list[Figure]:
+    """Word panels of the first pairs of a data set of captions."""
+    from softmask_plugin.explain.figure import Shown, word_panels  # in the style of this package
+
+    figures = []
+    for index in range(min(PANELS, len(dataset))):
+        item, (picture,) = dataset.open(index)
+        text = trained.text_processor(item["caption"][0])
+        (found,) = explain(trained.model, trained.image_processor(picture)[None], [text])
+        shown = Shown(np.asarray(picture), found, found.content_words[:WORDS])
+        figures.append(word_panels([shown], DPI, WIDTH))
+    return figures
+
+
+@torch.no_grad()
+def worst_retrievals(
+    trained: Trained, dataset: RetrievalDataset, run: Mapping[str, Any]
+) -> list[Miss]:
+    """The captions whose own image ranks lowest among the first ``GALLERY`` images, worst first;
+    one for each image.
+
+    As in the evaluation, ITC ranks all images, and ITM re-ranks the best ``run.k_test``.
+    """
+    count = min(GALLERY, len(dataset))
+    owners = [image for image in range(count) for _ in dataset.img2txt[image]]
+    captions = [dataset.text[text] for image in range(count) for text in dataset.img2txt[image]]
+    gallery = Gallery(trained, (dataset.open(image)[1][0] for image in range(count)))
+    reranker = Reranker(trained.model, run)
+    texts, features = reranker.encode_texts(captions)
+    scores = (features @ gallery.features.T).cpu()
+    again = candidates(scores, reranker.k_test)
+    proposed = {i: gallery.states[i] for i in again.any(dim=0).nonzero().flatten().tolist()}
+    matches = reranker.match(proposed, texts, again.T).T
+    if reranker.scoring == "itm+itc":
+        matches += scores
+    scores[again] = matches[again] - matches[again].min() + 2  # above all cosines
+    own = scores.gather(1, torch.tensor(owners)[:, None])
+    ranks = (scores > own).sum(dim=1) + 1
+    worst: dict[int, int] = {}  # a caption for each image
+    for text in ranks.argsort(descending=True, stable=True).tolist():
+        worst.setdefault(owners[text], text)
+    return [
+        Miss(
+            caption=captions[text],
+            rank=int(ranks[text]),
+            own=dataset.open(owners[text])[1][0],
+            first=dataset.open(int(scores[text].argmax()))[1][0],
+        )
+        for text in list(worst.values())[:MISSES]
+        if ranks[text] > 1
+    ]
