@@ -122,9 +122,8 @@ def _curve(title: str, runs: Mapping[int, list[tuple[float, float]]]) -> Figure:
         figure.subplots_adjust(left=0.19, right=0.96, bottom=0.1, top=0.86)
         figure.set_label(title)
         axes = figure.add_subplot()
-        axes.set_title(
-            title, x=-0.24, pad=9
-        )  # from the figure's edge: it must leave room for a value
+        # From the figure's edge: it must leave room for a value
+        axes.set_title(title, x=-0.24, pad=9)
         for run, points in runs.items():
             (steps, values), colour = zip(*points, strict=True), COLOURS[run % len(COLOURS)]
             axes.plot(steps, values, color=colour, linewidth=1.4, solid_capstyle="round")
