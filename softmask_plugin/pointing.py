@@ -5,7 +5,7 @@ After Zhang et al., "Top-down Neural Attention by Excitation Backprop" (ECCV 201
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -73,16 +73,20 @@ def _score(heat: np.ndarray, box: Box) -> tuple[float, float, float, float]:
     return float(hit), float(chance), float(energy), (x1 - x0) * (y1 - y0)
 
 
-def hits(maps: np.ndarray, boxes: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Play the pointing game with N maps (N, h, w), each with a box, (N, 4).
+def hits(maps: np.ndarray, boxes: Sequence[ArrayLike]) -> tuple[np.ndarray, np.ndarray]:
+    """Play the pointing game with N maps (N, h, w), each with a box (4,) or any number, (K_i, 4).
 
     Returns:
-        ``hit``, the share of each map's (tied) peaks whose patch has its centre in the box, (N,);
-        and ``chance``, the share of all patch centres in the box, (N,).
+        ``hit``, the share of each map's (tied) peaks whose patch has its centre in one of the map's
+        boxes, (N,); and ``chance``, the share of all patch centres that lie in them, (N,).
     """
-    x0, y0, x1, y1 = _sides(boxes)
+    owned = [np.reshape(each, (-1, 4)) for each in boxes]
+    x0, y0, x1, y1 = _sides(np.concatenate(owned))
     y, x = ((np.arange(n) + 0.5) / n for n in maps.shape[1:])  # centres of rows and columns
-    inside = ((y0 <= y) & (y <= y1))[:, :, None] & ((x0 <= x) & (x <= x1))[:, None, :]
+    within = ((y0 <= y) & (y <= y1))[:, :, None] & ((x0 <= x) & (x <= x1))[:, None, :]
+    inside = np.zeros(maps.shape, dtype=bool)
+    owners = np.repeat(np.arange(len(maps)), [len(each) for each in owned])
+    np.logical_or.at(inside, owners, within)
     peaks = maps == maps.max(axis=(1, 2), keepdims=True)
     hit = (peaks & inside).sum(axis=(1, 2)) / peaks.sum(axis=(1, 2))
     return hit, inside.mean(axis=(1, 2))

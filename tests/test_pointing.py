@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softmask_plugin.pointing import pointing_game, swapped
+from softmask_plugin.pointing import hits, pointing_game, swapped
 
 unit = st.floats(0, 1, allow_subnormal=False)
 
@@ -73,6 +73,12 @@ class TestPointingGame:
         assert swapped(boxes) == [(1, b, "colour"), (2, b, "shape"), (5, a, "shape")]
         assert {box for word, box, _ in swapped([*boxes, (7, c, "size")]) if word == 7} == {a, b}
         assert swapped(boxes[:2]) == []
+
+    def test_several_boxes_count_as_one_place(self):
+        maps = np.stack([np.eye(4)[:1].repeat(4, 0) * np.eye(4)[:, [row]] for row in range(3)])
+        left, right = (0.0, 0.0, 0.5, 0.5), (0.25, 0.0, 0.5, 1.0)
+        hit, chance = hits(maps, [left, [left, right], []])
+        assert hit.tolist() == [1, 1, 0] and chance.tolist() == [4 / 16, 6 / 16, 0]
 
     @given(box=box(), level=st.sampled_from([0.0, 1e-30, 0.1, 7.0]), side=st.integers(1, 9))
     def test_a_constant_map_scores_chance(self, box, level, side):

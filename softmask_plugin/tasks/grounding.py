@@ -26,6 +26,8 @@ from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.pointing import Box, energy_inside, hits
 from softmask_plugin.registry import register
 
+POINTING = ("pointing", "pointing_chance", "pointing_other", "pointing_gap")
+METRICS = ("acc", "acc_chance", *POINTING)
 TIED = 1 - 1e-9  # scores that differ by rounding alone are equal
 
 
@@ -45,7 +47,11 @@ class GroundingTask(BaseTask):
     - ``acc``: the best candidate's IoU with the true box is above 0.5 (ALBEF's code: 0.5 or more);
     - ``acc_chance``: the same for a candidate drawn at random;
     - ``pointing``: the map's peak, the centre of a patch, lies in the true box;
-    - ``pointing_chance``: the same for a patch drawn at random.
+    - ``pointing_chance``: the same for a patch drawn at random;
+    - ``pointing_other``: the peak lies in another candidate's box instead, one whose IoU with the
+      true box is at most 0.5;
+    - ``pointing_gap``: ``pointing`` less ``pointing_other``. On a plain ground even maps that
+      ignore the words prefer things to the ground; only the gap is due to the words.
 
     Each of n tied candidates or peaks counts 1/n. ``agg_metrics`` is ``acc``.
 
@@ -88,14 +94,16 @@ class GroundingTask(BaseTask):
 
         Returns:
             For each item its ``instance_id`` and ``index``; ``peak`` (x, y) of its map in [0, 1],
-            the first one if several are tied; ``hit`` and ``chance``, see ``pointing.hits``; and
-            ``scores`` of the candidate boxes, in their order.
+            the first one if several are tied; ``hit`` and ``chance``, see ``pointing.hits``;
+            ``other``, the share of peaks in other boxes; and ``scores`` of the candidate boxes, in
+            their order.
         """
         heat = phrase_maps(word_maps(model, samples["image"], samples["text_input"])).double()
         require_finite_scores("a heat map", heat)
         maps, indices = heat.cpu().numpy(), samples["index"].tolist()
         items = [self.annotation[index] for index in indices]
         hit, chance = hits(maps, [item["box"] for item in items])
+        other = hits(maps, [[item["box"], *_others(item)] for item in items])[0] - hit
         scores = box_scores(maps, [item["boxes"] for item in items], self.alpha)
         height, width = maps.shape[1:]
         row, column = np.divmod(maps.reshape(len(maps), -1).argmax(axis=1), width)
@@ -107,6 +115,7 @@ class GroundingTask(BaseTask):
                 "peak": peaks[i].tolist(),
                 "hit": float(hit[i]),
                 "chance": float(chance[i]),
+                "other": float(other[i]),
                 "scores": scores[i].tolist(),
             }
             for i, index in enumerate(indices)
@@ -161,14 +170,15 @@ def grounding_metrics(
     rows: dict[str, list[tuple[float, ...]]] = {}
     for result in results:
         item = annotation[result["index"]]
-        row = (*_accuracy(result["scores"], item), result["hit"], result["chance"])
+        pointing = (result["hit"], result["chance"], result["other"])
+        row = (*_accuracy(result["scores"], item), *pointing, result["hit"] - result["other"])
         for suffix in ("", f"_{item['group']}"):
             rows.setdefault(suffix, []).append(row)
     metrics = {
         name + suffix: 100 * value
         for suffix, values in rows.items()
         for name, value in zip(
-            ("acc", "acc_chance", "pointing", "pointing_chance"),
+            METRICS,
             np.mean(values, axis=0).tolist(),
             strict=True,
         )
@@ -180,7 +190,19 @@ def _accuracy(scores: list[float], item: dict[str, Any]) -> tuple[float, float]:
     """Whether the best candidate is right, and the share of right ones; 0 without candidates."""
     if not scores:
         return 0.0, 0.0
-    candidates, truth = (torch.tensor(item[key], dtype=torch.float64) for key in ("boxes", "box"))
-    right = (box_iou(candidates, truth[None])[:, 0] > 0.5).double()
-    best = torch.tensor(scores, dtype=torch.float64) >= TIED * max(scores)
-    return right[best].mean().item(), right.mean().item()
+    right = _right(item).astype(float)
+    best = np.asarray(scores) >= TIED * max(scores)
+    return float(right[best].mean()), float(right.mean())
+
+
+def _others(item: dict[str, Any]) -> list[Box]:
+    """The candidates that are not right."""
+    return [box for box, right in zip(item["boxes"], _right(item), strict=True) if not right]
+
+
+def _right(item: dict[str, Any]) -> np.ndarray:
+    """Whether the IoU of each candidate with the true box is above 0.5."""
+    boxes = (
+        torch.tensor(each, dtype=torch.float64).view(-1, 4) for each in (item["boxes"], item["box"])
+    )
+    return (box_iou(*boxes)[:, 0] > 0.5).numpy()

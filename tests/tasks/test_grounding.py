@@ -165,8 +165,8 @@ def item(box, boxes, group="val"):
     return {"text": "", "box": box, "boxes": boxes, "group": group}
 
 
-def result(index, scores, hit=0.0, chance=0.0):
-    return {"index": index, "scores": scores, "hit": hit, "chance": chance}
+def result(index, scores, hit=0.0, chance=0.0, other=0.0):
+    return {"index": index, "scores": scores, "hit": hit, "chance": chance, "other": other}
 
 
 def test_metrics_by_group():
@@ -176,7 +176,7 @@ def test_metrics_by_group():
         item(LEFT, [(0, 0, 0.49, 1), (0, 0, 0.3, 1), RIGHT, TOP], "testA"),
     ]
     results = [
-        result(0, [0.1, 0.2, 0.3], hit=0.5, chance=0.25),
+        result(0, [0.1, 0.2, 0.3], hit=0.5, chance=0.25, other=0.3),
         result(1, [0.1, 0.2, 0, 0], hit=1),  # IoU 0.6
         result(2, [0.1, 0, 0.2, 0]),
     ]
@@ -187,6 +187,8 @@ def test_metrics_by_group():
             **{"acc_chance_val": 100 / 3},
             **{"pointing": 50, "pointing_val": 50, "pointing_testA": 50},
             **{"pointing_chance": 25 / 3, "pointing_chance_val": 25, "pointing_chance_testA": 0},
+            **{"pointing_other": 10, "pointing_other_val": 30, "pointing_other_testA": 0},
+            **{"pointing_gap": 40, "pointing_gap_val": 20, "pointing_gap_testA": 50},
         }
     )
 
@@ -200,6 +202,26 @@ def test_tied_candidates_share_the_hit_and_none_is_a_miss():
     )
     nothing = grounding_metrics([result(1, [])], annotation)
     assert nothing["acc"] == nothing["acc_chance"] == 0
+
+
+def test_a_peak_on_another_thing_is_told_from_one_on_the_ground(model, monkeypatch):
+    entry = item(LEFT, [LEFT, (0.1, 0, 0.5, 1), (0.5, 0, 0.75, 1)])
+    peaks = {"own": 1, "other": 2, "ground": 3}
+    for where, column in peaks.items():
+        heat = torch.zeros(1, 4, 4)
+        heat[0, 0, column] = 1
+        monkeypatch.setattr(grounding, "phrase_maps", lambda _, heat=heat: heat)
+        monkeypatch.setattr(grounding, "word_maps", lambda *_: None)
+        task = task_of()
+        task.before_evaluation(model, SimpleNamespace(annotation=[entry]))
+        samples = {
+            "image": None,
+            "text_input": [""],
+            "index": torch.tensor([0]),
+            "instance_id": ["0"],
+        }
+        (row,) = task.valid_step(model, samples)
+        assert (row["hit"], row["other"]) == (where == "own", where == "other")
 
 
 # ---- the task in LAVIS's loop
@@ -275,6 +297,14 @@ def test_results_are_those_of_explained_pairs(model, images, dataset):
             x0, y0, x1, y1 = entry["box"]
             inside = x0 <= row["peak"][0] <= x1 and y0 <= row["peak"][1] <= y1
             assert row["hit"] == inside
+            others = [box for box in entry["boxes"] if box != entry["box"]]
+            if any(
+                x0 <= row["peak"][0] <= x1 and y0 <= row["peak"][1] <= y1
+                for x0, y0, x1, y1 in others
+            ):
+                assert row["other"] == (not inside and row["hit"] + row["other"] == 1)
+            else:
+                assert row["other"] == 0
     assert [row["chance"] for row in results] == [0.5, 0.5, 0.5, 0.5]
     assert results[1]["hit"] == 0.5
 
