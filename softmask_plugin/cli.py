@@ -160,6 +160,8 @@ WEIGHTS = (
 @command("train", "train a model from a YAML file, then test it", *YAML, evaluate=False)
 @command("evaluate", "test a model from a YAML file, a run or a checkpoint", *YAML, evaluate=True)
 def _launch(**args: Any) -> None:
+    from lavis.common.dist_utils import is_main_process
+
     from softmask_plugin import launch
     from softmask_plugin.report.summary import run_summary
 
@@ -167,7 +169,8 @@ def _launch(**args: Any) -> None:
         runner, results = launch.run(**args)
     except launch.Interrupted as stop:
         raise KeyboardInterrupt(_how_to_resume(stop.checkpoint, **args)) from None
-    print(run_summary(runner, results))
+    if is_main_process():
+        print(run_summary(runner, results))
 
 
 def _how_to_resume(checkpoint: Any, cfg_path: str, options: list[str], evaluate: bool) -> str:

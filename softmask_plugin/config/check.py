@@ -55,7 +55,10 @@ def read_config(
         loaded = OmegaConf.load(path) if content is None else OmegaConf.create(content)
     try:
         _check_sections(loaded)
-        config: Any = _merge(loaded, overrides)
+        try:
+            config: Any = OmegaConf.merge(loaded, overrides)
+        except TypeError as error:  # a key of a list, such as run.train_splits.0
+            raise UserError(f"--options: {reason_of(error)}: set a list as a whole") from error
         defaults = [_model_defaults(config.model)]
         for name in config.datasets:
             if config.datasets[name] is None:
@@ -71,13 +74,6 @@ def read_config(
             f"{reason_of(error)} (in {path}{' or --options' if options else ''})"
         ) from None
     return config
-
-
-def _merge(config: Any, overrides: DictConfig) -> Any:
-    try:
-        return OmegaConf.merge(config, overrides)
-    except TypeError as error:  # a key of a list, such as run.train_splits.0
-        raise UserError(f"--options: {reason_of(error)}: set a list as a whole") from error
 
 
 @contextmanager

@@ -156,7 +156,7 @@ class _Run:
                 "Nothing was trained." if self.records else "Nothing is logged yet."
             ) + self.notes
         text = f"Logged up to step {train[-1]['step']}, in epoch {train[-1]['epoch'] + 1}"
-        text += f" of {self.run['max_epoch']}." if "max_epoch" in self.run else "."
+        text += f" of {self.run['max_epoch']}." if self.run.get("max_epoch") else "."
         schema = getattr(registry.get_model_class(self.model.get("arch")), "OPTIONS", ModelOptions)
         default = getattr(schema(), "soft_mask", SoftMaskOptions(enabled=False))
         enabled = (self.model.get("soft_mask") or {}).get("enabled", default.enabled)
