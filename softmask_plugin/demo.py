@@ -19,12 +19,13 @@ from softmask_plugin import launch, report
 from softmask_plugin.config.check import option
 from softmask_plugin.datasets.scenes.builders import SceneRetrievalDataset
 from softmask_plugin.datasets.scenes.render import render
-from softmask_plugin.explain.figure import word_panel
+from softmask_plugin.explain.figure import Shown, word_panels
 from softmask_plugin.explain.pairs import Explanation, explain
 from softmask_plugin.files.checkpoint import furthest_first
 from softmask_plugin.host.environment import environment
 from softmask_plugin.models.rerank import Reranker
 from softmask_plugin.pointing import pointing_game, swapped
+from softmask_plugin.report.pairs import DPI, WIDTH
 
 TRAIN = "lavis_configs/projects/scenes/train/pretrain_tiny.yaml"
 EVALUATE = "lavis_configs/projects/scenes/eval/retrieval_tiny.yaml"
@@ -111,7 +112,7 @@ def _panel(scenes: SceneRetrievalDataset, text: int, explanation: Explanation) -
     (scene,) = scenes.annotation[scenes.txt2img[text]]["scenes"]
     picture = np.asarray(render(scene, 256))
     words = [word for word, _, role in boxes if role in ("colour", "shape")]
-    return word_panel(picture, explanation, words, boxes)
+    return word_panels([Shown(picture, explanation, words, boxes)], DPI, WIDTH)
 
 
 def _print(page: Path, metrics: dict[str, Any]) -> None:
