@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -102,7 +103,7 @@ class SoftMaskBase(BaseModel):
     def from_checkpoint(cls, options: Any, checkpoint: Checkpoint) -> SoftMaskBase:
         """Build a model of these options with the weights and the vocabulary of a checkpoint;
         ``options.tokenizer`` counts only if it has none."""
-        with weights.BoundedBy(checkpoint.path):
+        with nullcontext() if options.trust_checkpoint else weights.BoundedBy(checkpoint.path):
             model = cls(replace(options, tokenizer=checkpoint.vocabulary or options.tokenizer))
         model.load_weights(checkpoint)
         return model

@@ -53,7 +53,8 @@ class BoundedBy(TorchDispatchMode):
             if self._left < 0:
                 raise UserError(
                     f"{self._path} does not fit the model, which would be far larger: set "
-                    "model.vit and model.bert as they were when it was trained"
+                    "model.vit and model.bert as they were when it was trained (only for a file "
+                    "that you trust: model.trust_checkpoint=true)"
                 )
         return func(*args, **(kwargs or {}))
 

@@ -270,6 +270,16 @@ def test_a_model_far_larger_than_its_checkpoint_is_not_built(make_model, tmp_pat
     assert taken < 400
 
 
+def test_a_trusted_file_may_be_of_any_size(make_model, tmp_path, monkeypatch):
+    model, path = make_model(), tmp_path / "a.pth"
+    saved(path, {"model": model.state_dict(), "optimizer": [torch.ones(10**5)] * 10**4})
+    monkeypatch.setattr(weights, "_SMALL", 10**9)  # as if the model were so much larger
+    section = {**OmegaConf.structured(model.options), "pretrained": str(path)}
+    with pytest.raises(UserError, match="only for a file that you trust: model.trust_checkpoint"):
+        SoftMaskPretrain.from_config(OmegaConf.create(section))
+    SoftMaskPretrain.from_config(OmegaConf.create({**section, "trust_checkpoint": True}))
+
+
 # ---- code
 
 
