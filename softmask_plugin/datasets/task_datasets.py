@@ -103,20 +103,14 @@ class RetrievalDataset(ItemDataset):
     """Images with all their captions (``image``: a name, ``caption``: a list), for retrieval.
 
     A sample has ``image`` and ``index``.
-
-    Attributes:
-        image: Names of the N images.
-        text: The M captions, processed.
-        txt2img: Index of a caption -> index of its image.
-        img2txt: Index of an image -> indices of its captions.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.image = [item["image"] for item in self.annotation]
-        self.text: list[str] = []
-        self.txt2img: dict[int, int] = {}
-        self.img2txt: dict[int, list[int]] = {}
+        self.image = [item["image"] for item in self.annotation]  # names of the N images
+        self.text: list[str] = []  # the M captions, processed
+        self.txt2img: dict[int, int] = {}  # index of a caption -> index of its image
+        self.img2txt: dict[int, list[int]] = {}  # index of an image -> indices of its captions
         for index, item in enumerate(self.annotation):
             first = len(self.text)
             self.text += map(self.text_processor, item["caption"])

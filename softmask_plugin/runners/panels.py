@@ -30,9 +30,7 @@ class MaskPanels:
 
     Args:
         every: Optimizer steps between pictures, besides one at the end of each epoch; None: never.
-
-    Raises:
-        UserError: The model has no matching head, so it has no maps to show.
+            UserError if the model has no matching head, and so no maps to show.
     """
 
     def __init__(self, folder: Path, every: int | None, model: nn.Module, boards: Boards) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from softmask_plugin.errors import UserError
-from softmask_plugin.files.checkpoint import Checkpoint, open_checkpoint
+from softmask_plugin.files.checkpoint import open_checkpoint
 from softmask_plugin.fixed_draws import seed_draws
 from softmask_plugin.models.distillation import MomentumDistillation
 
@@ -26,7 +26,13 @@ def replay(file: str | Path) -> list[str]:
         the parameters whose gradients are not. UserError if the file holds no bad step, or if its
         model cannot be built here.
     """
-    checkpoint = _open(Path(file))
+    advice = "give the bad_step_<step>_rank<n>.pth of a run's folder"
+    try:
+        checkpoint = open_checkpoint(Path(file))
+    except UserError as error:
+        raise UserError(f"{error}; {advice}") from error
+    if checkpoint.config is None or checkpoint.training.keys() != {"batches", "step", "rank"}:
+        raise UserError(f"{file} holds no bad step: {advice}")
     config: Any = OmegaConf.create(checkpoint.config)
     content = checkpoint.training
     model = registry.get_model_class(config.model.arch).from_config(_without_weights(config.model))
@@ -53,17 +59,6 @@ def replay(file: str | Path) -> list[str]:
     bad_grads = [name for name, grad in grads.items() if not bool(grad.isfinite().all())]
     lines.append(f"gradients that are not finite: {len(bad_grads)} of {len(grads)} parameters")
     return lines
-
-
-def _open(file: Path) -> Checkpoint:
-    advice = "give the bad_step_<step>_rank<n>.pth of a run's folder"
-    try:
-        checkpoint = open_checkpoint(file)
-    except UserError as error:
-        raise UserError(f"{error}; {advice}") from error
-    if checkpoint.config is None or checkpoint.training.keys() != {"batches", "step", "rank"}:
-        raise UserError(f"{file} holds no bad step: {advice}")
-    return checkpoint
 
 
 def _without_weights(model: Any) -> Any:
