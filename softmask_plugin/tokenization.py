@@ -68,10 +68,7 @@ class CaptionTokenizer:
     def tokenize(self, captions: Sequence[str]) -> Captions:
         """Tokenize on the CPU, truncating to ``max_length`` tokens, [CLS] and [SEP] included.
 
-        Without ``sep_token``, a caption is [CLS] and its own tokens.
-
-        Raises:
-            UserError: A caption is not text.
+        Without ``sep_token``, a caption is [CLS] and its own tokens. UserError if it is no text.
         """
         batch = self.tokenizer(
             [self._escape(caption) for caption in as_list(captions)],

@@ -44,7 +44,8 @@ class BadSteps:
         folder: Path,
         config: dict[str, Any],
     ) -> None:
-        """Count and report a skipped step, which left no trace in ``model`` but its gradients.
+        """Count and report a skipped step, which left no trace in ``model`` but its gradients;
+        UserError if it is one too many in a row.
 
         Args:
             step: Its number in the run.
@@ -52,9 +53,6 @@ class BadSteps:
             model: The model without wrappers.
             folder: Gets a file that reproduces the step, if this one ends the run.
             config: The run's configuration.
-
-        Raises:
-            UserError: It is one too many in a row.
         """
         self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
         what, who = _blame(terms, model), _samples(batches)

@@ -64,9 +64,7 @@ class CheckpointFiles:
         """Write a checkpoint, also as the best one if it is; then remove those beyond ``keep``.
 
         The best one comes first: a run killed in between repeats the epoch and writes it again.
-
-        Raises:
-            UserError: The file cannot be written. Earlier checkpoints stay as they were.
+        UserError if the file cannot be written; earlier checkpoints then stay as they were.
         """
         path = self.folder / _name(epoch, step)
         try:

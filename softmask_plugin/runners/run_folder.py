@@ -19,15 +19,13 @@ _held: dict[Path, IO[bytes]] = {}
 
 
 def claim(output_dir: Path, job_id: str, resume: bool = False) -> Path:
-    """Claim a folder that no other living process has; the same one on every rank.
+    """Claim a folder that no other living process has, the same one on every rank; UserError if
+    none can be made.
 
     Args:
         output_dir: Parent of the runs' folders.
         job_id: Name of a new folder; gets a number if it is taken.
         resume: Take the newest folder with a checkpoint instead, if there is one.
-
-    Raises:
-        UserError: No folder can be made there.
     """
     return from_main_process(lambda: _claim(output_dir, job_id, resume))
 
