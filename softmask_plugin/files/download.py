@@ -113,10 +113,9 @@ def fetch(url: str) -> Path:
 def _download(url: str, part: Path) -> Path:
     """Complete ``part``, from its end if the server still has the same version of the file."""
     version = Path(f"{part}.validator")  # the ETag or date of what is in ``part``
-    start, headers = 0, {"Accept-Encoding": "identity"}  # Content-Length then counts file bytes
+    headers = {"Accept-Encoding": "identity"}  # Content-Length then counts file bytes
     if part.exists() and version.exists() and (begun := version.read_text("utf-8")):
-        start = part.stat().st_size
-        headers |= {"Range": f"bytes={start}-", "If-Range": begun}
+        headers |= {"Range": f"bytes={part.stat().st_size}-", "If-Range": begun}
     with requests.Session() as session:
         del session.adapters["http://"]  # a redirect may not leave https
         with session.get(url, headers=headers, stream=True, timeout=(PATIENCE, 30)) as response:
@@ -124,18 +123,16 @@ def _download(url: str, part: Path) -> Path:
                 part.unlink()
                 return _download(url, part)
             response.raise_for_status()
-            if response.status_code != requests.codes.partial_content:
-                start = 0
-            about = response.headers
-            total = start + int(about["Content-Length"]) if "Content-Length" in about else None
-            with (
-                part.open("ab" if start else "wb") as file,
-                tqdm(desc=part.stem, total=total, initial=start, unit="B", unit_scale=True) as bar,
-            ):
-                if not start:  # only now that ``part`` is empty
+            about, resumed = response.headers, response.status_code == requests.codes.partial
+            with part.open("ab" if resumed else "wb") as file:
+                if not resumed:  # only now that ``part`` is empty
                     version.write_text(about.get("ETag") or about.get("Last-Modified", ""), "utf-8")
-                for block in response.iter_content(_BLOCK):
-                    bar.update(file.write(block))
+                start, length = file.tell(), about.get("Content-Length")
+                total = start + int(length) if length else None
+                bar = tqdm(desc=part.stem, total=total, initial=start, unit="B", unit_scale=True)
+                with bar:
+                    for block in response.iter_content(_BLOCK):
+                        bar.update(file.write(block))
     if total is not None and part.stat().st_size != total:  # urllib3 before 2.0 does not notice
         raise OSError(f"{part.stat().st_size} of {total} bytes arrived")
     version.unlink()
@@ -147,8 +144,7 @@ def _verify(file: Path, url: str, expected: str) -> None:
     with file.open("rb") as stream:
         while block := stream.read(_BLOCK):
             digest.update(block)
-    found = digest.hexdigest()
-    if not found.startswith(expected.lower()):
+    if not (found := digest.hexdigest()).startswith(expected.lower()):
         file.unlink()
         raise UserError(
             f"{url} has the sha256 {found}, not {expected}: the file was removed; run again"
