@@ -115,7 +115,7 @@ def _check_lavis_own_configs() -> None:
 
     from softmask_plugin.config.values import check_weights, require_weights
 
-    build = Config.build_model_config
+    build, init = Config.build_model_config, Config.__init__
 
     def build_model_config(config: Any, **options: Any) -> Any:
         config = OmegaConf.merge(config, options) if options else config
@@ -129,6 +129,14 @@ def _check_lavis_own_configs() -> None:
             require_weights(merged.model)
         return merged
 
+    def __init__(self: Any, args: Any) -> None:
+        try:
+            init(self, args)
+        except Exception:
+            registry.unregister("configuration")  # this half of one
+            raise
+
+    Config.__init__ = __init__
     Config.build_model_config = staticmethod(build_model_config)
 
 

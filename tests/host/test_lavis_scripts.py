@@ -108,3 +108,5 @@ def test_what_cannot_work_is_one_line(run, name, config, options, message):
     line = printed.err.splitlines()[-1]
     assert f"{name}: error: " in line and message in line
     assert "Traceback" not in printed.err
+    registered = registry.get("configuration", no_warning=True)
+    assert registered is None or registered.config  # no half of one, which others would read
