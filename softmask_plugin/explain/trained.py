@@ -18,8 +18,8 @@ from softmask_plugin.errors import UserError, suggest
 from softmask_plugin.files.checkpoint import SHIPPED, Checkpoint, open_checkpoint
 from softmask_plugin.models.aligned import AlignedBase
 
-# (model.arch, model.model_type) of the bundled model, the default; None asks for a checkpoint
-DEFAULT: tuple[str, str] | None = ("softmask_image_text_matching", "scenes_tiny")
+# (model.arch, model.model_type) of the bundled model, the default
+DEFAULT = ("softmask_image_text_matching", "scenes_tiny")
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,7 @@ def load_trained(
     """
     if arch is None and model_type is not None:
         raise UserError("a type needs its model: give --model with --type (arch with model_type)")
-    if checkpoint is None and arch is None:
-        if DEFAULT is None:
-            raise UserError("there are no weights to use: give --checkpoint FILE")
+    if arch is None and (checkpoint is None or str(checkpoint).startswith(SHIPPED)):
         arch, model_type = DEFAULT
     overrides = parse_options(options, sections=("model", "preprocess"))
     if checkpoint is None:

@@ -18,6 +18,7 @@ from softmask_plugin.config.values import flat
 from softmask_plugin.datasets.task_datasets import PretrainDataset, RetrievalDataset
 from softmask_plugin.errors import UserError
 from softmask_plugin.explain.trained import load_trained
+from softmask_plugin.files.checkpoint import SHIPPED
 from softmask_plugin.host.environment import noted_environments
 from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.report.figures import numbers_of
@@ -137,8 +138,9 @@ class _Run:
             return {}
         found: dict[str, Any] = {}
         try:
-            evaluated = self.model.get("pretrained") if self.run.get("evaluate") else None
-            trained = load_trained(evaluated or self.folder)
+            evaluated = str(self.model.get("pretrained")) if self.run.get("evaluate") else ""
+            local = Path(evaluated).exists() or evaluated.startswith(SHIPPED)  # ask no network
+            trained = load_trained(evaluated if evaluated and local else self.folder)
             trained.model.to("cuda" if torch.cuda.is_available() else "cpu")
             if panels:
                 found["panels"] = draw_pairs(trained, dataset)
