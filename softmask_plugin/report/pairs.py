@@ -27,7 +27,7 @@ from softmask_plugin.explain.trained import Trained
 from softmask_plugin.models.rerank import Reranker, candidates
 
 KINDS = (PretrainDataset, RetrievalDataset, EntailmentDataset, NLVRDataset)
-GALLERY = 256  # images among which captions are ranked, at most
+GALLERY, RERANKED = 128, 16  # images to rank, and those that ITM ranks again: minutes on a CPU
 PANELS, WORDS = 3, 6  # pairs drawn, and words of each
 WIDTH, DPI = 3.6, 300  # of a panel, inches: legible on a phone
 MISSES = 6
@@ -85,7 +85,8 @@ def worst_retrievals(
     """The captions whose own image ranks lowest among the first ``GALLERY`` images, worst first;
     one for each image.
 
-    As in the evaluation, ITC ranks all images, and ITM re-ranks the best ``run.k_test``.
+    As in the evaluation, ITC ranks all images, and ITM re-ranks the best ``run.k_test``, here at
+    most ``RERANKED``.
     """
     count = min(GALLERY, len(dataset))
     owners = [image for image in range(count) for _ in dataset.img2txt[image]]
@@ -94,7 +95,7 @@ def worst_retrievals(
     reranker = Reranker(trained.model, run)
     texts, features = reranker.encode_texts(captions)
     scores = (features @ gallery.features.T).cpu()
-    again = candidates(scores, reranker.k_test)
+    again = candidates(scores, min(reranker.k_test, RERANKED))
     proposed = {i: gallery.states[i] for i in again.any(dim=0).nonzero().flatten().tolist()}
     matches = reranker.match(proposed, texts, again.T).T
     if reranker.scoring == "itm+itc":
