@@ -37,9 +37,9 @@ from benchmarks.material import SMALL, texts
 from benchmarks.ranks import on_ranks
 from softmask_plugin.config.options import ClassificationOptions, PretrainOptions, read_options
 from softmask_plugin.files.whole import write_json
-from softmask_plugin.fixed_draws import seed_draws
 from softmask_plugin.models.classification import SoftMaskClassification
 from softmask_plugin.models.pretrain import SoftMaskPretrain
+from softmask_plugin.nn.fixed_draws import seed_draws
 from softmask_plugin.runners import SoftmaskRunner
 
 RUN: dict[str, Any] = {

@@ -22,7 +22,7 @@ from torch.utils.data import (
 
 from softmask_plugin.datasets.shards.stream import ShardStream
 from softmask_plugin.errors import UserError
-from softmask_plugin.fixed_draws import fixed_draws
+from softmask_plugin.nn.fixed_draws import fixed_draws
 
 
 class SeededItems(Dataset[Any]):

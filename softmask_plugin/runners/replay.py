@@ -14,8 +14,8 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from softmask_plugin.errors import UserError
 from softmask_plugin.files.checkpoint import open_checkpoint
-from softmask_plugin.fixed_draws import seed_draws
 from softmask_plugin.models.distillation import MomentumDistillation
+from softmask_plugin.nn.fixed_draws import seed_draws
 
 
 def replay(file: str | Path) -> list[str]:

@@ -21,10 +21,10 @@ from softmask_plugin.config.run_options import setting
 from softmask_plugin.errors import UserError
 from softmask_plugin.files.checkpoint import BEST
 from softmask_plugin.files.whole import write_whole
-from softmask_plugin.fixed_draws import seed_draws
 from softmask_plugin.host.environment import note_environment
 from softmask_plugin.models.base import SoftMaskBase
 from softmask_plugin.models.distillation import MomentumDistillation
+from softmask_plugin.nn.fixed_draws import seed_draws
 from softmask_plugin.registry import register
 from softmask_plugin.runners.bad_steps import BadSteps, gradient_norm
 from softmask_plugin.runners.boards import Boards

@@ -18,7 +18,7 @@ from torch.utils.data import get_worker_info
 from softmask_plugin.datasets.shards import files
 from softmask_plugin.datasets.skip_log import SkipLog
 from softmask_plugin.errors import UserError
-from softmask_plugin.fixed_draws import fixed_draws
+from softmask_plugin.nn.fixed_draws import fixed_draws
 
 END: files.RawSample = {}  # stands after the last sample of a shard
 
