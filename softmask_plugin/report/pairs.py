@@ -57,7 +57,7 @@ def build_datasets(config: Mapping[str, Any]) -> dict[str, ItemDataset]:
         if not issubclass(builder.eval_dataset_cls or builder.train_dataset_cls, KINDS):
             continue
         section = OmegaConf.create(section)
-        splits = section[getattr(builder, "FILES", "num")]
+        splits = section.get(getattr(builder, "FILES", "num")) or {}
         if any(splits.get(split) for split in ("val", "test")):
             splits.pop("train", None)
         datasets |= builder(section).build()

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from softmask_plugin.config.check import valid_yaml
 from softmask_plugin.config.options import ModelOptions, SoftMaskOptions
 from softmask_plugin.config.values import flat
 from softmask_plugin.datasets.task_datasets import PretrainDataset, RetrievalDataset
-from softmask_plugin.errors import UserError
+from softmask_plugin.errors import UserError, reason_of
 from softmask_plugin.explain.trained import load_trained
 from softmask_plugin.files.checkpoint import SHIPPED
 from softmask_plugin.host.environment import noted_environments
@@ -110,8 +111,8 @@ class _Run:
         self.datasets: dict[str, Any] = {}
         try:
             self.datasets = build_datasets(self.config)
-        except UserError as error:
-            self.notes = f" Without chance and pairs: {error}."
+        except (UserError, OmegaConfBaseException) as error:
+            self.notes = f" Without chance and pairs: {reason_of(error)}."
 
     def results(self) -> dict[str, dict[str, Any]]:
         """Metrics of the best epoch, or else of the latest one, with chance, by split and epoch."""
@@ -154,9 +155,8 @@ class _Run:
         """How far the run is, and how to get pictures of its masks."""
         train = [record for record in self.records if record.get("split") == "train"]
         if not train:
-            return (
-                "Nothing was trained." if self.records else "Nothing is logged yet."
-            ) + self.notes
+            done = "Nothing was trained." if self.records else "Nothing is logged yet."
+            return done + self.notes
         text = f"Logged up to step {train[-1]['step']}, in epoch {train[-1]['epoch'] + 1}"
         text += f" of {self.run['max_epoch']}." if self.run.get("max_epoch") else "."
         schema = getattr(registry.get_model_class(self.model.get("arch")), "OPTIONS", ModelOptions)

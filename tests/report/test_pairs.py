@@ -122,3 +122,11 @@ def test_several_runs_side_by_side(run, tmp_path, monkeypatch):
     squeezed = words(page).replace(" ", "")
     assert "MetricA:val,epoch2B:val,epoch2Textfindsimage,R@12512.52512.5" in squeezed
     assert "run.k_test46" in squeezed and str(run) in squeezed
+
+
+@pytest.mark.parametrize("name", ["scenes_retrieval", "captions_folder", "vqa_folder", "coco"])
+def test_data_sets_that_lack_keys_or_are_of_another_kind_leave_the_page(run, tmp_path, name):
+    write(tmp_path, [train_record(1)])
+    OmegaConf.save({"datasets": {name: {}}, "run": {}}, tmp_path / "config.yaml")
+    report(tmp_path)
+    assert "Logged up to step 1" in (tmp_path / "report.html").read_text(encoding="utf-8")
