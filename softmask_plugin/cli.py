@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import softmask_plugin
@@ -236,7 +237,6 @@ def _explain(
     **weights: Any,
 ) -> None:
     from json import dumps
-    from pathlib import Path
 
     from softmask_plugin.explain.image import (
         explain_file,
@@ -276,8 +276,6 @@ def _explain(
     argument("-o", "--output", default="features.npz", help="default: %(default)s"),
 )
 def _features(images: str, output: str, **weights: Any) -> None:
-    from pathlib import Path
-
     from softmask_plugin.explain.gallery import save_features
     from softmask_plugin.explain.trained import load_trained
 
@@ -294,8 +292,6 @@ def _features(images: str, output: str, **weights: Any) -> None:
     *WEIGHTS,
 )
 def _search(text: str, features: str, count: int, **weights: Any) -> None:
-    from pathlib import Path
-
     from softmask_plugin.explain.gallery import search_features
     from softmask_plugin.explain.trained import load_trained
 
