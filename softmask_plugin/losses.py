@@ -1,5 +1,6 @@
 """Focal image-text contrastive loss (innovation 2 of SoftMask++, arXiv 2304.00719, section 3.3),
-and the cross-entropy of models that a momentum model teaches."""
+the contrast of words with patches, and the cross-entropy of models that a momentum model teaches.
+"""
 
 from __future__ import annotations
 
@@ -69,6 +70,41 @@ def focal_cross_entropy(logits: Tensor, targets: Tensor, gamma: float) -> Tensor
     # at x = 0, where log p = 0: the floor avoids inf * 0.
     one_minus_p = (-torch.expm1(log_p)).clamp_min(torch.finfo(log_p.dtype).eps)
     return -(targets * one_minus_p.pow(gamma) * log_p).sum(dim=1).mean()
+
+
+def local_contrast(words: Tensor, patches: Tensor, mask: Tensor, temp: Tensor | float) -> Tensor:
+    r"""Contrast the words of each caption with the patches that they single out in its image.
+
+    After SPARC (arXiv 2401.09865, section 3.2). For the unit vectors t of a caption's tokens and v
+    of its image's P patches,
+
+    .. math::
+        a_{ij} \propto \hat s_{ij} [\hat s_{ij} \ge 1/P], \qquad
+        \hat s_{ij} = \frac{t_i v_j - \min_k t_i v_k}{\max_k t_i v_k - \min_k t_i v_k}, \qquad
+        c_i = \sum_j a_{ij} v_j
+
+    and ``t_i`` must find its own ``c_i``, as a unit vector, among those of the caption, and the
+    reverse. The negatives are the other words of the same caption: those of one image tell where a
+    word's thing is, where those of other images only tell whether it is there.
+
+    Args:
+        words, patches: Unit vectors, (B, T, d) and (B, P, d).
+        mask: True for the tokens that count, (B, T).
+        temp: Temperature.
+
+    Returns:
+        Cross-entropy, averaged over tokens and both directions; 0 if no token counts.
+    """
+    similarity = words @ patches.transpose(1, 2)
+    low, high = similarity.aminmax(dim=-1, keepdim=True)
+    weight = (similarity - low) / (high - low).clamp_min(1e-6)
+    weight = torch.where(weight < 1 / patches.shape[1], 0.0, weight)
+    # A norm later makes the division by the sum of the weights unnecessary.
+    grouped = F.normalize(weight @ patches, dim=-1)
+    logits = (words @ grouped.transpose(1, 2) / temp).masked_fill(~mask[:, None, :], -1e4)
+    reverse = (grouped @ words.transpose(1, 2) / temp).masked_fill(~mask[:, None, :], -1e4)
+    own = torch.stack([each.log_softmax(-1).diagonal(dim1=1, dim2=2) for each in (logits, reverse)])
+    return -(own.mean(dim=0) * mask).sum() / mask.sum().clamp_min(1)
 
 
 def distilled_cross_entropy(

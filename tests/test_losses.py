@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from softmask_plugin.errors import UserError
-from softmask_plugin.losses import FocalITCLoss, focal_cross_entropy
+from softmask_plugin.losses import FocalITCLoss, focal_cross_entropy, local_contrast
 from softmask_plugin.registry import get_loss_class, list_losses, register_loss
 
 
@@ -127,3 +127,70 @@ def test_losses_have_a_registry_of_their_own():
         from softmask_plugin.registry import LOSSES
 
         LOSSES.pop("test_only", None)
+
+
+# ---- words and patches
+
+
+def local_contrast_in_loops(words, patches, mask, temp):
+    """The equations of SPARC, word by word."""
+    terms = []
+    for caption, image, real in zip(words, patches, mask, strict=True):
+        caption, grouped = caption[real], []
+        for word in caption:
+            near = image @ word
+            share = (near - near.min()) / (near.max() - near.min())
+            share = share * (share >= 1 / len(image))
+            one = (share / share.sum()) @ image
+            grouped.append(one / one.norm())
+        logits = caption @ torch.stack(grouped).T / temp
+        own = torch.arange(len(caption))
+        for each in (logits, logits.T):
+            terms += F.cross_entropy(each, own, reduction="none")
+    return torch.stack(terms).mean()
+
+
+def unit(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
+
+
+@pytest.fixture
+def pairs():
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2, [True] + [False] * 4])
+    return unit(3, 5, 8), unit(3, 9, 8, seed=1), mask
+
+
+def test_local_contrast_equals_its_equations(pairs):
+    words, patches, mask = pairs
+    got = local_contrast(words, patches, mask, 0.1)
+    torch.testing.assert_close(got, local_contrast_in_loops(words, patches, mask, 0.1))
+
+
+def test_local_contrast_has_exact_gradients(pairs):
+    words, patches, mask = (each[:2, :4].requires_grad_(each.is_floating_point()) for each in pairs)
+    assert torch.autograd.gradcheck(lambda w, p: local_contrast(w, p, mask, 0.5), (words, patches))
+
+
+def test_padding_takes_no_part_in_local_contrast(pairs):
+    words, patches, mask = pairs
+    other = torch.where(mask[..., None], words, unit(3, 5, 8, seed=2))
+    same = (local_contrast(each, patches, mask, 0.1) for each in (words, other))
+    torch.testing.assert_close(*same)
+    assert local_contrast(words, patches, torch.zeros_like(mask), 0.1) == 0
+
+
+def test_local_contrast_of_equal_patches_is_finite(pairs):
+    words, patches, mask = pairs
+    flat = patches[:, :1].expand(-1, 9, -1).clone().requires_grad_()
+    loss = local_contrast(words, flat, mask, 0.1)
+    loss.backward()
+    assert loss.isfinite() and flat.grad.isfinite().all()
+
+
+def test_words_that_lie_on_their_patches_cost_little(pairs):
+    mask = pairs[-1]
+    words = torch.eye(5, dtype=torch.float64).expand(3, -1, -1)
+    right = local_contrast(words, words, mask, 0.01)
+    wrong = local_contrast(words, words[:, :1].expand(-1, 5, -1), mask, 0.01)
+    assert right < 0.01 < 0.5 < wrong

@@ -239,6 +239,8 @@ class PretrainOptions(ContrastOptions):
     """``softmask_pretrain``: all three innovations on."""
 
     mlm_weight: float = ranged(1.0, 0)  # weight of the masked-word loss
+    local_weight: float = ranged(0.0, 0)  # weight of the contrast of words with patches (SPARC),
+    # which ties words to places
     text: TextOptions = field(default_factory=TextOptions)  # masks captions
 
 

@@ -36,6 +36,7 @@ class ContrastiveOutput(LossOutput):
     loss_mlm: Tensor | None = None
     loss_soft: Tensor | None = None
     loss_mlm_soft: Tensor | None = None
+    loss_local: Tensor | None = None
     keep: Tensor | None = None
     word: Tensor | None = None
 
@@ -267,6 +268,7 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         soft: Tensor | None,
         mlm: Tensor | None = None,
         mlm_soft: Tensor | None = None,
+        local: Tensor | None = None,
     ) -> ContrastiveOutput:
         """Sum the losses with their weights; None: not computed."""
         option = self.options
@@ -277,7 +279,9 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
             loss = loss + option.soft_mask.weight * option.itm_weight * soft
         if mlm_soft is not None:
             loss = loss + option.soft_mask.weight * option.mlm_weight * mlm_soft
-        return ContrastiveOutput(loss, itc, itm, mlm, soft, mlm_soft, *mask)
+        if local is not None:
+            loss = loss + option.local_weight * local
+        return ContrastiveOutput(loss, itc, itm, mlm, soft, mlm_soft, local, *mask)
 
 
 def forget_pointer(model: nn.Module, _: Any) -> None:

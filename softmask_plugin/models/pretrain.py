@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from softmask_plugin.config.options import PretrainOptions
-from softmask_plugin.losses import distilled_cross_entropy
+from softmask_plugin.losses import distilled_cross_entropy, local_contrast
 from softmask_plugin.models.base import shipped_types
 from softmask_plugin.models.contrastive import (
     ContrastiveBase,
@@ -84,6 +84,7 @@ class SoftMaskPretrain(ContrastiveBase):
 
         # Contrast
         loss_itc, similarity = self.contrast(online, momentum, alpha)
+        loss_local = self.contrast_words(online.image, caption) if option.local_weight > 0 else None
 
         # Mask: what a word of the caption means to the match or, hidden, to its own prediction
         pairs, mask, logits = Pairs(), SoftMask(), None
@@ -114,7 +115,7 @@ class SoftMaskPretrain(ContrastiveBase):
             logits = self.word_logits(groups.get("soft words", groups["soft"]), text)
             loss_mlm_soft = self.word_loss(logits, text, teacher, alpha)
 
-        return self.output(mask, loss_itc, loss_itm, loss_soft, loss_mlm, loss_mlm_soft)
+        return self.output(mask, loss_itc, loss_itm, loss_soft, loss_mlm, loss_mlm_soft, loss_local)
 
     def tokenize_masked(self, captions: list[str], draws: Draws) -> Text:
         """Tokenize and mask captions on the host, where finding the masked positions is free."""
@@ -146,6 +147,14 @@ class SoftMaskPretrain(ContrastiveBase):
             words=words,
             targets=clean.ids.flatten()[masked.index],
         ).to(self.device)
+
+    def contrast_words(self, image: Tensor, caption: Tokens) -> Tensor:
+        """Contrast each caption's tokens, but [CLS], with the patches of its image."""
+        packing = caption.packing
+        words = packing.pad(self.text_features(caption.states))[:, 1:]
+        patches = self.image_features(image[:, 1:])
+        with torch.autocast(image.device.type, enabled=False):
+            return local_contrast(words, patches, packing.mask[:, 1:], self.temp)
 
     def draw_word_mask(
         self, caption: Tokens, text: Text, memory: ImageMemory, draws: Draws
