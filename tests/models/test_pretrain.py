@@ -107,6 +107,7 @@ def test_each_innovation_brings_its_terms(make_model, make_batch):
     assert terms(soft_mask={"enabled": False}) == plain
     assert terms() == plain | {"loss_soft"}
     assert terms(soft_mask={"in_mlm": True}) == plain | {"loss_soft", "loss_mlm_soft"}
+    assert terms(local_weight=0.1) == plain | {"loss_soft", "loss_local"}
 
 
 def test_the_mask_starts_at_its_iteration(make_model, make_batch):
@@ -360,7 +361,7 @@ def test_nothing_of_a_step_stays_on_the_modules(make_model, make_batch):
 @pytest.mark.parametrize("shared", [True, False])
 def test_half_precision_is_near_full_precision(make_model, make_batch, dtype, shared, score):
     mask = {"in_mlm": True, "score": score}
-    changes = {"text": {"shared": shared, "mask_prob": 0.3}, "soft_mask": mask}
+    changes = {"text": {"shared": shared, "mask_prob": 0.3}, "soft_mask": mask, "local_weight": 1}
     full, half = make_model(**changes), make_model(**changes)
     expected = full(make_batch(6))
     with torch.autocast("cpu", dtype=dtype):

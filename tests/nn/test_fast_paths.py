@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from toy_models import SMALL
 
+from softmask_plugin.losses import local_contrast
 from softmask_plugin.nn import image_memory
 from softmask_plugin.nn.image_memory import LayerMemory, View
 from softmask_plugin.nn.recompute import recompute
@@ -174,7 +175,9 @@ def test_a_whole_step_equals_separate_passes(
         {"shared": shared, "mask_prob": 0.4},
         {**SMALL["bert"], "image_cls": image_cls},
     )
-    ours = make_model(text=text_options, soft_mask=mask_options, bert=bert).train()
+    ours = make_model(
+        text=text_options, soft_mask=mask_options, bert=bert, local_weight=0.5
+    ).train()
     twin = albef_twin(ours)
     batch = make_batch(size)
     seen = {}
@@ -230,8 +233,14 @@ def test_a_whole_step_equals_separate_passes(
         plain.append((1 - alpha) * hard + alpha * distilled)
         torch.testing.assert_close(loss, plain[-1])
 
+    words = F.normalize(twin.text_proj(states), dim=-1)[:, 1:]
+    patches = F.normalize(twin.vision_proj(image[:, 1:]), dim=-1)
+    local = local_contrast(words, patches, mask[:, 1:], ours.temp.detach())
+    plain.append(0.5 * local)
+    torch.testing.assert_close(out.loss_local, local)
+
     total = out.loss_itc + out.loss_itm + out.loss_mlm + out.loss_soft + out.loss_mlm_soft
-    torch.testing.assert_close(out.loss, total)
+    torch.testing.assert_close(out.loss, total + 0.5 * out.loss_local)
 
     # ITC's own gradient is compared with LAVIS's in test_parity_pretrain.py
     (out.loss - out.loss_itc).backward()
