@@ -22,11 +22,12 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor
 
-from softmask_plugin import demo, launch, report
+from softmask_plugin import launch, report
 from softmask_plugin.config.check import option
 from softmask_plugin.config.options import read_options
 from softmask_plugin.demo import EVALUATE, TRAIN
 from softmask_plugin.errors import UserError
+from softmask_plugin.explain.scenes import pointing
 from softmask_plugin.files.checkpoint import ASSETS, open_checkpoint
 from softmask_plugin.host.stack import installed
 from softmask_plugin.models.features import SoftMaskFeatureExtractor
@@ -34,7 +35,6 @@ from softmask_plugin.models.features import SoftMaskFeatureExtractor
 OPTIONS = [
     "datasets.scenes_pretrain.num.train=20000",
     "run.max_epoch=4",
-    "model.soft_mask.negatives=true",  # with true captions only, a mask would imply a match
 ]
 FILE = ASSETS / "scenes_tiny.safetensors"
 OUTPUT = Path("outputs/scenes_tiny")
@@ -80,7 +80,7 @@ def config_of(run: Path) -> DictConfig:
 
 def online(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights that inference needs, MLM head included: no momentum encoder, no queues."""
-    section = OmegaConf.load(SoftMaskFeatureExtractor.PRETRAINED_MODEL_CONFIG_DICT["tiny"]).model
+    section = OmegaConf.load(SoftMaskFeatureExtractor.default_config_path("tiny")).model
     needed = SoftMaskFeatureExtractor(read_options(SoftMaskFeatureExtractor.OPTIONS, section))
     half = {torch.float32: torch.float16}
     return {
@@ -99,7 +99,7 @@ def evaluate(file: Path) -> dict[str, Any]:
         "texts": len(scenes.text),
         "retrieval": results["test"] if results else {},
         "retrieval_chance": report.retrieval_chance(scenes.img2txt),
-        **demo.pointing(scenes, demo.explain_scenes(model, scenes)),
+        **pointing(model, scenes),
     }
 
 

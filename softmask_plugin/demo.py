@@ -6,7 +6,6 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,15 @@ from softmask_plugin.datasets.scenes.builders import SceneRetrievalDataset
 from softmask_plugin.datasets.scenes.render import render
 from softmask_plugin.explain.figure import Shown, word_panels
 from softmask_plugin.explain.pairs import Explanation, explain
+from softmask_plugin.explain.scenes import pointing
 from softmask_plugin.files.checkpoint import furthest_first
 from softmask_plugin.host.environment import environment
 from softmask_plugin.models.rerank import Reranker
-from softmask_plugin.pointing import pointing_game, swapped
 from softmask_plugin.report.pairs import DPI, WIDTH
 
 TRAIN = "lavis_configs/projects/scenes/train/pretrain_tiny.yaml"
 EVALUATE = "lavis_configs/projects/scenes/eval/retrieval_tiny.yaml"
 PANELS = 6  # scenes in the report
-POINTED = 200  # scenes in the pointing game
 
 
 def main(output_dir: str | Path = "outputs/demo", options: Sequence[str] = ()) -> Path:
@@ -52,7 +50,9 @@ def main(output_dir: str | Path = "outputs/demo", options: Sequence[str] = ()) -
 
     model, loader = evaluated.unwrap_dist_model(evaluated.model), evaluated.dataloaders["test"]
     scenes: SceneRetrievalDataset = loader.dataset
-    explained = explain_scenes(model, scenes)
+    texts = [each[0] for each in scenes.img2txt.values()][:PANELS]
+    images = torch.stack([scenes[scenes.txt2img[text]]["image"] for text in texts])
+    explained = explain(model, images, [scenes.text[text] for text in texts])
     cosines = Reranker(model).similarity(loader).cpu().numpy()
     metrics = {
         "retrieval": {
@@ -64,7 +64,7 @@ def main(output_dir: str | Path = "outputs/demo", options: Sequence[str] = ()) -
         },
         "images": len(scenes.image),
         "texts": len(scenes.text),
-        **pointing(scenes, explained),
+        **pointing(model, scenes),
         "seconds": round(time.perf_counter() - start, 1),
     }
     page = report.write_report(
@@ -75,7 +75,7 @@ def main(output_dir: str | Path = "outputs/demo", options: Sequence[str] = ()) -
         "hides when training picks that word.",
         metrics={**metrics, "results": _results(**metrics["retrieval"])},
         records=report.read_metrics(trained.output_dir),
-        panels=[_panel(scenes, *each) for each in islice(explained.items(), PANELS)],
+        panels=[_panel(scenes, *each) for each in zip(texts, explained, strict=True)],
         config=trained.config.to_dict(),
         environment=environment(trained.device),
     )
@@ -89,24 +89,6 @@ def _results(chance: dict[str, float], itc: Any, itm: Any) -> dict[str, Any]:
     return {"By contrast alone (ITC)": itc | guess, "Re-ranked by matching (ITM)": itm | guess}
 
 
-def explain_scenes(model: Any, scenes: SceneRetrievalDataset) -> dict[int, Explanation]:
-    """Explain the first caption of each of the first scenes; by the caption's index."""
-    images = [scenes[image]["image"] for image in range(min(POINTED, len(scenes)))]
-    texts = [scenes.img2txt[image][0] for image in range(len(images))]
-    captions = [scenes.text[text] for text in texts]
-    return dict(zip(texts, explain(model, torch.stack(images), captions), strict=True))
-
-
-def pointing(scenes: SceneRetrievalDataset, explained: dict[int, Explanation]) -> dict[str, Any]:
-    """Pointing game with each word's own object, and with the scene's other one."""
-    own, other = [], []
-    for text, explanation in explained.items():
-        boxes = scenes.boxes(text)
-        own += [(explanation.cams[word], box, role) for word, box, role in boxes]
-        other += [(explanation.cams[word], box, role) for word, box, role in swapped(boxes)]
-    return {"pointing": pointing_game(own), "pointing_other": pointing_game(other)}
-
-
 def _panel(scenes: SceneRetrievalDataset, text: int, explanation: Explanation) -> Figure:
     boxes = scenes.boxes(text)
     (scene,) = scenes.annotation[scenes.txt2img[text]]["scenes"]
@@ -117,12 +99,15 @@ def _panel(scenes: SceneRetrievalDataset, text: int, explanation: Explanation) -
 
 def _print(page: Path, metrics: dict[str, Any]) -> None:
     best, chance = metrics["retrieval"]["itm"], metrics["retrieval"]["chance"]
-    point, other = metrics["pointing"]["shape"], metrics["pointing_other"]["shape"]
     logging.info("finished after %.0f s", metrics["seconds"])
     print(
         f"\nReport: {page}\n"
         f"Retrieval R@1 on {metrics['images']} held-out scenes: text {best['txt_r1']:.1f}%, "
         f"image {best['img_r1']:.1f}% (chance {chance['txt_r1']:.1f}%, {chance['img_r1']:.1f}%)\n"
-        f"A shape word's map peaks on its object: {100 * point['hit']:.0f}% "
-        f"(chance {100 * point['chance']:.0f}%, on the other object {100 * other['hit']:.0f}%)"
     )
+    for where, named in metrics["named"].items():
+        print(
+            f"Maps of colours and shapes, {where}: {named['own']:.0%} peak on the named thing, "
+            f"{named['other']:.0%} on another one (chance {named['chance']:.0%}); of two boxes, "
+            f"{named['chosen']:.0%} choose the right one"
+        )

@@ -13,22 +13,6 @@ from numpy.typing import ArrayLike
 Box = tuple[float, float, float, float]
 
 
-def swapped(boxes: Collection[tuple[int, Box, str]]) -> list[tuple[int, Box, str]]:
-    """Give each word the boxes of the *other* objects: the control of the pointing game.
-
-    On a plain background even an untrained model's maps prefer objects, far beyond ``chance``. Only
-    what a map scores above this control is due to its word.
-
-    Args:
-        boxes: ``(word index, box, role)`` for one image.
-
-    Returns:
-        The same with every other box; empty if there is only one object.
-    """
-    objects = dict.fromkeys(box for _, box, _ in boxes)
-    return [(word, other, role) for word, box, role in boxes for other in objects if other != box]
-
-
 def pointing_game(samples: Iterable[tuple[ArrayLike, Box, str]]) -> dict[str, dict[str, float]]:
     """Score heat maps against the boxes of the objects that their words name.
 
@@ -60,6 +44,32 @@ def pointing_game(samples: Iterable[tuple[ArrayLike, Box, str]]) -> dict[str, di
         group: dict(zip(names, [*np.mean(values, axis=0).tolist(), len(values)], strict=True))
         for group, values in rows.items()
     }
+
+
+def own_and_other(samples: Collection[tuple[ArrayLike, Box, Sequence[Box]]]) -> dict[str, float]:
+    """Do maps lie on the thing that their word names, or on another thing of the image?
+
+    Args:
+        samples: ``(map, box of the named thing, boxes of the others)``, at least one of each.
+
+    Returns:
+        Means: ``own`` and ``other``, the shares of maps that peak on the named thing and on another
+        one; ``gap``, their difference, 0 for maps that ignore their words; ``chance``, the share of
+        patches on the named thing; ``chosen``, the share of maps with more mass in the named box
+        than in any other, where guessing scores 1 / (number of boxes); and ``count``.
+    """
+    heat = np.stack([np.asarray(each, dtype=np.float64) for each, _, _ in samples])
+    box, others = [own for _, own, _ in samples], [rest for _, _, rest in samples]
+    own, chance = hits(heat, box)
+    other = hits(heat, [[b, *rest] for b, rest in zip(box, others, strict=True)])[0] - own
+    inside = energy_inside(heat, box)
+    counts = [len(rest) for rest in others]
+    rivals = energy_inside(heat.repeat(counts, axis=0), np.concatenate(others))
+    rival = np.maximum.reduceat(rivals, np.cumsum([0, *counts[:-1]]))
+    chosen = np.heaviside(inside - rival, 0.5)
+    names = ("own", "other", "gap", "chance", "chosen")
+    means = (float(each.mean()) for each in (own, other, own - other, chance, chosen))
+    return {**dict(zip(names, means, strict=True)), "count": len(heat)}
 
 
 def _score(heat: np.ndarray, box: Box) -> tuple[float, float, float, float]:

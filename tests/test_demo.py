@@ -25,7 +25,11 @@ def test_demo_writes_report_and_metrics(small_demo):
             assert 0 <= metrics["retrieval"][ranking][name] <= 100
     assert metrics["retrieval"]["chance"]["img_r1"] == pytest.approx(0.2)
     shape = metrics["pointing"]["shape"]
-    assert shape["count"] == 400 and 0 < shape["chance"] < 0.5
+    assert shape["count"] == 1000 and 0 < shape["chance"] < 0.5
+    for named in (metrics["named"]["in a caption"], metrics["named"]["alone"]):
+        assert named["count"] == 2000
+        assert named["gap"] == pytest.approx(named["own"] - named["other"])
+        assert 0 < named["chance"] < 0.5 and 0 <= named["chosen"] <= 1
     page = small_demo.read_text()
     assert page.count("<svg") > demo.PANELS  # a picture per panel, and the curves
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softmask_plugin.pointing import hits, pointing_game, swapped
+from softmask_plugin.pointing import hits, own_and_other, pointing_game
 
 unit = st.floats(0, 1, allow_subnormal=False)
 
@@ -67,12 +67,22 @@ class TestPointingGame:
         assert pointing_game([(torch.ones(2, 2), self.LEFT_TOP, "x")])["x"]["hit"] == 0.25
         assert pointing_game([]) == {}
 
-    def test_the_control_points_at_the_other_things(self):
-        a, b, c = (0.0, 0.0, 0.2, 0.2), (0.5, 0.5, 1.0, 1.0), (0.5, 0.0, 1.0, 0.2)
-        boxes = [(1, a, "colour"), (2, a, "shape"), (5, b, "shape")]
-        assert swapped(boxes) == [(1, b, "colour"), (2, b, "shape"), (5, a, "shape")]
-        assert {box for word, box, _ in swapped([*boxes, (7, c, "size")]) if word == 7} == {a, b}
-        assert swapped(boxes[:2]) == []
+    def test_own_and_other_things(self):
+        left, right, low = (0.0, 0.0, 0.25, 0.5), (0.25, 0.0, 0.5, 0.5), (0.0, 0.5, 1.0, 1.0)
+        on_left = np.array([[3.0, 1, 0, 0], [0, 0, 0, 1]])
+        on_ground = np.array([[0.0, 0, 3, 0], [2, 0, 0, 0]])
+        got = own_and_other(
+            [
+                (on_left, left, [right, low]),
+                (on_left, right, [left]),
+                (on_ground, right, [left]),  # equal mass, none
+                (on_ground, low, [left, right]),
+            ]
+        )
+        assert got == {
+            **{"own": 0.25, "other": 0.25, "gap": 0, "chance": (1 + 1 + 1 + 4) / 8 / 4},
+            **{"chosen": (1 + 0 + 0.5 + 1) / 4, "count": 4},
+        }
 
     def test_several_boxes_count_as_one_place(self):
         maps = np.stack([np.eye(4)[:1].repeat(4, 0) * np.eye(4)[:, [row]] for row in range(3)])
