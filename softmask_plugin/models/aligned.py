@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor
 
-from softmask_plugin.config.options import ModelOptions
+from softmask_plugin.config.options import MatchingOptions, ModelOptions
+from softmask_plugin.files.checkpoint import Checkpoint
 from softmask_plugin.models.base import SoftMaskBase
 from softmask_plugin.models.rerank import Reranker
 
@@ -35,6 +37,14 @@ class AlignedBase(SoftMaskBase):
     def map_score(self) -> str:
         """What the maps of words explain: "match" or "word", see ``soft_mask.score``."""
         return self.options.map_score
+
+    def load_weights(self, checkpoint: Checkpoint) -> None:
+        """Load an open checkpoint; without an MLM head in it, maps can only explain the match."""
+        super().load_weights(checkpoint)
+        predicts = any(".cls.predictions." in key for key in checkpoint.state)
+        if isinstance(self.options, MatchingOptions) and self.map_score == "word" and not predicts:
+            logging.warning("%s has no MLM head: word maps explain the match", checkpoint.path)
+            self.options.map_score = "match"
 
     def image_features(self, states: Tensor, suffix: str = "") -> Tensor:
         """Unit vectors for ITC: image states (..., width) -> (..., embed_dim), float32."""

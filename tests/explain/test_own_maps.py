@@ -70,3 +70,14 @@ def test_inference_models_have_the_maps_of_pretraining(make_model, make_other, i
     for one, other in zip(*(explain(m, images, CAPTIONS) for m in (trained, model)), strict=True):
         torch.testing.assert_close(one.cams, other.cams)
         torch.testing.assert_close(one.masked_scores, other.masked_scores)
+
+
+def test_without_an_mlm_head_the_maps_explain_the_match(make_model, make_other, tmp_path, caplog):
+    state = make_model().state_dict()
+    headless = {key: value for key, value in state.items() if ".cls." not in key}
+    for name, content, score in (("whole", state, "word"), ("headless", headless, "match")):
+        torch.save({"model": content}, tmp_path / f"{name}.pth")
+        model = make_other(SoftMaskImageTextMatching, map_score="word")
+        model.load_from_pretrained(tmp_path / f"{name}.pth")
+        assert model.map_score == score
+    assert "headless.pth has no MLM head: word maps explain the match" in caplog.text
