@@ -89,10 +89,11 @@ class Plan:
         return self.asked[self.baseline, stage.name]["run.task"]
 
     def options(self, variant: str, stage: Stage) -> list[str]:
-        """Overrides of a stage: to pretraining all of the variant's apply, to other stages those
-        that change the model's shape."""
+        """Overrides of a stage: to pretraining all of the variant's apply, to other stages those of
+        both that change the model's shape."""
         own = self.variants[variant]
         if stage is not self.base:
+            own = (*self.base.options, *own)
             arch = OmegaConf.load(find_config(stage.config)).model.arch
             schema = getattr(registry.get_model_class(arch), "OPTIONS", ModelOptions)
             shape = SHAPE & {each.name for each in fields(schema)}

@@ -20,8 +20,9 @@ def test_a_plan_gives_the_options_of_each_run(write_plan):
     assert pretrain.train and not retrieval.train and retrieval.pretrained
     assert plan.options("deep", pretrain) == [*pretrain.options, *variants["deep"]]
     assert pretrain.options[-1] == given[0] and retrieval.options[-2:] == (*given,)
-    # Other stages must have the model's shape, and nothing else of a variant's
-    assert plan.options("deep", retrieval) == [*retrieval.options, "model.bert.layers=6"]
+    # Other stages must have the model's shape, and nothing else of the pretraining's
+    shape = ["model.bert.image_cls=true", "model.vit.depth=3", "model.bert.layers=6"]
+    assert plan.options("deep", retrieval) == [*retrieval.options, *shape]
 
 
 @pytest.mark.parametrize(
