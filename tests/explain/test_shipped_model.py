@@ -38,6 +38,8 @@ def test_the_file_is_small_and_says_how_it_was_made():
     assert beside["bytes"] == FILE.stat().st_size
     assert {"seed", "date", "versions"} <= within.keys() & beside.keys()
     assert beside["held out"]["retrieval"]["txt_r1"] > 90
+    named = beside["held out"]["named"]["in a caption"]
+    assert named["own"] > 0.85 and named["chosen"] > 0.85 and named["count"] == 2000
 
 
 def test_it_holds_online_weights_alone():

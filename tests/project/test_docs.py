@@ -262,14 +262,15 @@ def test_the_bundled_model_is_as_good_as_its_page_says():
     file = ROOT / "softmask_plugin" / "assets" / "scenes_tiny.json"
     found = json.loads(file.read_text())["held out"]
     page = " ".join((DOCS / "explain.md").read_text().split())
-    retrieval, chance = found["retrieval"], found["pointing"]["all"]["chance"]
-    own, other = (found[name]["all"]["hit"] for name in ("pointing", "pointing_other"))
+    retrieval, named = found["retrieval"], found["named"]["in a caption"]
+    alone = found["named"]["alone"]
     assert f"{retrieval['txt_r1']}% of the images" in page
     assert f"{retrieval['img_r1']}% of the captions" in page
     assert (
-        f"for {own:.0%} of the words, on the other one for {other:.0%} (chance {chance:.0%})"
-        in page
-    )
+        f"on the named thing for {named['own']:.0%}, on the other one for {named['other']:.0%} "
+        f'(chance {named["chance"]:.0%}); of a phrase alone, such as "a red circle", for '
+        f"{alone['own']:.0%} and {alone['other']:.0%}"
+    ) in page
 
 
 def test_make_docs_builds_although_a_folder_has_its_name():
