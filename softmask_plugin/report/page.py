@@ -54,8 +54,7 @@ def write_report(
             ``"results"``: metrics by name, as LAVIS's tasks name them, for each column of the
             table. ``<metric>_chance`` is what guessing scores. The headlines show the last column.
             ``"images"``, ``"texts"``: the numbers of ranked images and texts.
-            ``"pointing"``: result of :func:`pointing_game`; ``"pointing_other"``: the same for
-            :func:`swapped` boxes.
+            ``"pointing"``, ``"pointing_other"``, ``"named"``: see ``explain.scenes.pointing``.
         records: Lines of ``metrics.jsonl``.
         runs: Instead of ``records``: the lines of several runs, by name.
         options: Values of the options that differ between these runs.
@@ -87,6 +86,7 @@ def write_report(
         names=_metric_names(results.values()),
         pointing=metrics.get("pointing", {}),
         other=metrics.get("pointing_other", {}),
+        named=metrics.get("named", {}),
         train=[record for record in records if record.get("split") == "train"],
         runs=dict(zip(runs, COLOURS * len(runs), strict=False)),
         options=options,

@@ -136,6 +136,7 @@ def parts():
             },
             "pointing": pointing_game([(heat, (0.0, 0.0, 0.5, 0.5), "shape")]),
             "pointing_other": pointing_game([(heat, (0.5, 0.5, 1.0, 1.0), "shape")]),
+            "named": {"alone": {"own": 0.875, "other": 0.1, "chance": 0.111}},
         },
         "records": [train_record(1), train_record(2000)],
         "panels": [word_panel(np.zeros((8, 8, 3), np.uint8), explanation(EVIL), [0, 1])],
@@ -151,7 +152,8 @@ class TestPage:
         words = " ".join(page.text.split())
         assert "44.5% Text finds image, R@1 chance 0.02%" in words
         assert "11.5% Image finds text, R@1 chance 0.02%" in words
-        assert "100.0% Words that point at their object chance 25.0%, at another 0.0%" in words
+        assert "87.5% Maps on the thing named alone on another one 10.0%, chance 11.1%" in words
+        assert 'in phrases alone, such as "a red circle". A word hits' in words
         assert "shape 100.0 0.0 25.0 100.0 25.0 1" in words
         assert "0:50:00 Training time 2,000 steps, 100 pairs/s" in words
         table = "MetricITCITM Text finds image, R@1 44 0.02 44.5 0.02 Text finds image, R@5 55"
