@@ -80,12 +80,13 @@ def test_a_scene_starts_with_a_true_caption_and_a_word():
 
 
 def test_the_page_is_right_about_masks_and_the_bundled_model():
-    """It was trained with the soft mask: its match hardly moves, and does not fall."""
+    """It was trained with the soft mask: its match hardly moves, although the named thing itself
+    is hidden, and it rarely falls by more than a tenth."""
     trained, moves = load_trained(), []
     for scene in make_scenes("test", 8):
         found = explain_image(render(scene, 60), captions(scene)[0].text, trained)
         moves += (found.masked_scores - found.score).tolist()
-    assert np.mean(np.abs(moves)) < 0.05 and np.mean(np.array(moves) < -0.02) < 0.05
+    assert np.mean(np.abs(moves)) < 0.05 and np.mean(np.array(moves) < -0.1) < 0.05
     written = " ".join(" ".join(text.value for text in shown().markdown).split())
     assert "its match hardly moves. In a model trained without it, a fall says that" in written
 

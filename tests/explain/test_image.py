@@ -159,7 +159,8 @@ def test_bare_weights_of_lavis_albef(make_model, albef_twin, tmp_path, photo):
         for key, value in {
             "image_size": 32,
             "vit": "{patch_size: 8, width: 48, depth: 2, heads: 3}",
-            "bert": "{width: 32, layers: 5, heads: 4, intermediate: 64, max_positions: 40}",
+            "bert": "{width: 32, layers: 5, heads: 4, intermediate: 64, max_positions: 40, "
+            "image_cls: true}",
             "embed_dim": 16,
         }.items()
     ]
