@@ -152,7 +152,7 @@ class TestPage:
         words = " ".join(page.text.split())
         assert "44.5% Text finds image, R@1 chance 0.02%" in words
         assert "11.5% Image finds text, R@1 chance 0.02%" in words
-        assert "87.5% Maps on the thing named alone on another one 10.0%, chance 11.1%" in words
+        assert "87.5% Maps on the named thing, alone on another one 10.0%, chance 11.1%" in words
         assert 'in phrases alone, such as "a red circle". A word hits' in words
         assert "shape 100.0 0.0 25.0 100.0 25.0 1" in words
         assert "0:50:00 Training time 2,000 steps, 100 pairs/s" in words
