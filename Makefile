@@ -7,7 +7,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 help:
 	@echo "make demo         pretrain a tiny SoftMask++ on rendered scenes, write a report"
 	@echo "make bench        speed and memory against LAVIS's own classes (BENCH=--small: a trial)"
-	@echo "make tasks        pretrain, then fine-tune and test every downstream task on scenes (15 minutes)"
+	@echo "make tasks        pretrain, then fine-tune and test every downstream task on scenes (20 to 30 minutes)"
 	@echo "make soak         kill runs, compare processes, stream for long (20 minutes)"
 	@echo "make assets       train the model that ships with the package anew (8 minutes)"
 	@echo "make docs         the docs site, into site/"
