@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from softmask_plugin.ablate import plot
 from softmask_plugin.ablate.job import Job
-from softmask_plugin.ablate.plan import Plan, read_plan
+from softmask_plugin.ablate.plan import TRUNK, Plan, read_plan
 from softmask_plugin.ablate.pool import slots, work
 from softmask_plugin.ablate.table import Row, markdown, rows
 from softmask_plugin.errors import UserError
@@ -50,9 +50,10 @@ def main(
     folder = Path(output_dir or f"outputs/ablation/{read.name}").expanduser().absolute()
     chosen = [name for name in read.variants if name in only or not only]
     # Seed by seed, so that an ablation that is stopped early has compared all variants
-    wanted = [Job(read, name, seed, folder) for seed in read.seeds for name in chosen]
-    if again:
-        _discard(wanted)
+    names = [TRUNK, *chosen] if read.trunk else chosen
+    wanted = [Job(read, name, seed, folder) for seed in read.seeds for name in names]
+    if again:  # the trunk stays, lest other variants fork from another one
+        _discard([job for job in wanted if job.variant != TRUNK])
     try:
         failed = _run([job for job in wanted if not job.is_done], jobs)
     except KeyboardInterrupt:
@@ -72,7 +73,7 @@ def main(
 
 def _discard(jobs: Sequence[Job]) -> None:
     """Discard the results of jobs, unless another plan has results in one of their folders."""
-    own = {stage.name for stage in jobs[0].plan.stages}
+    own = {stage.name for stage in jobs[0].stages}
     for other in (each for job in jobs for each in job.home.glob("*/") if each.name not in own):
         raise UserError(
             f"--again: {other} belongs to another plan with the same pretraining: delete its "
@@ -112,6 +113,7 @@ def _write(table: Sequence[Row], plan: Plan, folder: Path, baseline: str) -> Pat
         "plan": plan.name,
         "baseline": baseline,
         "seeds": plan.seeds,
+        "trunk": plan.trunk and asdict(plan.trunk),
         "stages": [asdict(stage) for stage in plan.stages],
         "rows": [asdict(row) for row in table],
     }

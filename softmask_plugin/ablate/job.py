@@ -1,4 +1,4 @@
-"""A job, one variant with one seed: its folder, its runs and their results."""
+"""A job, one variant (or the trunk) with one seed: its folder, its runs and their results."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from softmask_plugin import launch
 from softmask_plugin.ablate.cost import relative_cost
-from softmask_plugin.ablate.plan import PRETRAIN, PRETRAINED, WEIGHTS, Plan, Stage
+from softmask_plugin.ablate.plan import PRETRAIN, PRETRAINED, TRUNK, WEIGHTS, Plan, Stage
 from softmask_plugin.config.check import option
 from softmask_plugin.config.values import comparable, differences
 from softmask_plugin.errors import UserError, suggest
@@ -29,7 +29,7 @@ ASKED, RESULT = "asked.json", "result.json"  # of a stage: its part of Plan.aske
 
 @dataclass(frozen=True)
 class Job:
-    """A variant and a seed; ``folder`` is the ablation's."""
+    """A variant, or ``TRUNK``, and a seed; ``folder`` is the ablation's."""
 
     plan: Plan
     variant: str
@@ -38,6 +38,23 @@ class Job:
 
     def __str__(self) -> str:
         return f"{self.variant}, seed {self.seed}"
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Its runs, in order."""
+        trunk = self.plan.trunk
+        return (trunk,) if trunk and self.variant == TRUNK else self.plan.stages
+
+    @property
+    def trunk(self) -> Job | None:
+        """The job that trains the checkpoint that this one starts from; None: it starts anew."""
+        forks = self.plan.trunk and self.variant != TRUNK
+        return replace(self, variant=TRUNK) if forks else None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether nothing must end before it can run."""
+        return self.trunk is None or not self.trunk.unfinished
 
     # ---- Its folder
 
@@ -65,6 +82,8 @@ class Job:
         place = self.place(stage)
         if not (place / ASKED).exists() and not (place / RESULT).exists():
             return None
+        if self.trunk and self.plan.trunk and stage is self.plan.base:
+            self.trunk.result(self.plan.trunk)  # refuses one that was begun otherwise
         before, now = map(comparable, (self._load(stage, ASKED), self.asked(stage)))
         if stage.pretrained:  # earlier versions kept the value of the YAML file
             before[WEIGHTS] = now[WEIGHTS]
@@ -81,7 +100,7 @@ class Job:
     @property
     def unfinished(self) -> list[Stage]:
         """Stages without a result."""
-        return [stage for stage in self.plan.stages if self.result(stage) is None]
+        return [stage for stage in self.stages if self.result(stage) is None]
 
     @property
     def cost(self) -> dict[str, Any]:
@@ -99,7 +118,8 @@ class Job:
     @property
     def has_to_time(self) -> bool:
         """Whether to measure the cost: it is up to the first seed, and 1 for the baseline."""
-        first = self.seed == self.plan.seeds[0] and self.variant != self.plan.baseline
+        first = self.seed == self.plan.seeds[0]
+        first = first and self.variant not in (self.plan.baseline, TRUNK)
         return first and not self.cost
 
     @property
@@ -186,9 +206,7 @@ class Job:
 
     def _options(self, stage: Stage) -> list[str]:
         options = self.plan.options(self.variant, stage)
-        if stage is not self.plan.base:
-            checkpoint = self.checkpoint(self.plan.base)
-            assert checkpoint is not None  # the base ran first
+        if (checkpoint := self._origin(stage)) is not None:
             for i, (key, _, value) in enumerate(each.partition("=") for each in options):
                 if value.startswith(f"{PRETRAINED}/"):
                     file = checkpoint.parent / value.removeprefix(f"{PRETRAINED}/")
@@ -198,6 +216,12 @@ class Job:
         if stage.train:
             options.append("run.resume_ckpt_path=auto")
         return [*options, f"run.seed={self.seed}", option("run.output_dir", self.place(stage))]
+
+    def _origin(self, stage: Stage) -> Path | None:
+        """The checkpoint of the stage that another one starts from."""
+        if stage in self.plan.evaluate:
+            return self.checkpoint(self.plan.base)
+        return self.trunk.checkpoint(self.plan.trunk) if self.trunk and self.plan.trunk else None
 
 
 def last_losses(run_dir: Path) -> dict[str, float]:

@@ -20,6 +20,7 @@ from softmask_plugin.config.values import comparable, differences, flat
 from softmask_plugin.errors import UserError, suggest
 
 PRETRAIN = "pretrain"  # name of the stage that a plan's `base` describes
+TRUNK = "trunk"  # names the pretraining that variants of a seed fork from, and its folder
 PRETRAINED = "PRETRAINED"  # in an option of another stage: the folder of the pretraining run
 WEIGHTS = "model.pretrained"  # the option that starts another stage from pretraining
 
@@ -58,7 +59,9 @@ class Stage:
     options: tuple[str, ...] = ()  # overrides; PRETRAINED/x is x in the pretraining run's folder
     metrics: tuple[str, ...] = ()  # of its task, to keep
     train: bool = False  # whether to fine-tune before testing
-    pretrained: bool = True  # whether model.pretrained is the variant's last pretraining checkpoint
+    pretrained: bool = (
+        True  # whether model.pretrained is the checkpoint of the stage it starts from
+    )
 
 
 @dataclass(frozen=True)
@@ -66,17 +69,18 @@ class Plan:
     """A parsed plan."""
 
     name: str  # of the file, without its ending
-    base: Stage  # the pretraining that all variants share
+    base: Stage  # the pretraining that all variants share, from the trunk if there is one
     seeds: tuple[int, ...]  # each variant is trained once with each
     baseline: str  # the variant to compare the others with
     variants: dict[str, tuple[str, ...]]  # overrides of base, by name
     evaluate: tuple[Stage, ...]  # the stages after pretraining, in order
+    trunk: Stage | None = None  # trained once for each seed, before the variants
     # By variant and stage: every value of the configuration that can affect the result
     asked: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """All runs of a variant and seed, in order."""
+        """All runs of a variant and seed, in order; the trunk is a job of its own."""
         return (self.base, *self.evaluate)
 
     @property
@@ -91,6 +95,8 @@ class Plan:
     def options(self, variant: str, stage: Stage) -> list[str]:
         """Overrides of a stage: to pretraining all of the variant's apply, to other stages those of
         both that change the model's shape."""
+        if stage is self.trunk:
+            return [*stage.options]
         own = self.variants[variant]
         if stage is not self.base:
             own = (*self.base.options, *own)
@@ -133,14 +139,26 @@ def read_plan(name: str | Path, options: Sequence[str] = (), seeds: int | None =
 
 BASE = {"config": str, "options": [str]}
 STAGE = {"name": str, **BASE, "metrics": [str], "train": bool, "pretrained": bool}
-PLAN = {"base": dict, "seeds": [int], "baseline": str, "variants": dict, "evaluate": [dict]}
-OPTIONAL = ("options", "train", "pretrained")
+PLAN = {
+    "base": dict,
+    "trunk": [str],
+    "seeds": [int],
+    "baseline": str,
+    "variants": dict,
+    "evaluate": [dict],
+}
+OPTIONAL = ("options", "train", "pretrained", "trunk")
 KINDS = {dict: "a section", str: "a text", int: "a whole number", bool: "true or false"}
 
 
 def _parse(name: str, content: Any) -> Plan:
     plan = _section("", content, PLAN)
-    base = Stage(PRETRAIN, train=True, pretrained=False, **_section("base.", plan["base"], BASE))
+    forks = "trunk" in plan
+    base = Stage(PRETRAIN, train=True, pretrained=forks, **_section("base.", plan["base"], BASE))
+    trunk = None
+    if forks:
+        options = (*base.options, *plan["trunk"])
+        trunk = replace(base, name=TRUNK, options=options, pretrained=False)
     stages = [base]
     for i, section in enumerate(plan["evaluate"]):
         stage = Stage(**_section(f"evaluate[{i}].", section, STAGE))
@@ -158,7 +176,9 @@ def _parse(name: str, content: Any) -> Plan:
     for each in (*variants, *(stage.name for stage in stages)):
         if not re.fullmatch(r"[a-z0-9_]+", each):
             raise UserError(f"'{each}' cannot name a folder: use a-z, 0-9 and _")
-    made = Plan(name, base, plan["seeds"], plan["baseline"], variants, tuple(stages[1:]))
+    if TRUNK in variants:
+        raise UserError(f"variants: rename '{TRUNK}', which names the folder of the key {TRUNK}")
+    made = Plan(name, base, plan["seeds"], plan["baseline"], variants, tuple(stages[1:]), trunk)
     made.require_variants("baseline", [made.baseline])
     return made
 
@@ -202,7 +222,7 @@ def _with_options(plan: Plan, options: Sequence[str]) -> Plan:
     given = [(option, _key(option, "datasets")) for option in options]
     shared = [option for option, name in given if name is None]
     stages, known = [], set[str]()
-    for stage in plan.stages:
+    for stage in (*plan.stages, *filter(None, [plan.trunk])):
         config = read_config(find_config(stage.config), [*stage.options, *shared])
         used = {*map(str, config.datasets)}
         own = [option for option, name in given if name is None or name in used]
@@ -210,7 +230,9 @@ def _with_options(plan: Plan, options: Sequence[str]) -> Plan:
         known |= used
     for name in (name for _, name in given if name is not None and name not in known):
         raise UserError(f"--options: no stage uses the data set {name}: {suggest(name, known)}")
-    return replace(plan, base=stages[0], evaluate=tuple(stages[1:]))
+    base, *rest = stages
+    trunk = rest.pop() if plan.trunk else None
+    return replace(plan, base=base, evaluate=tuple(rest), trunk=trunk)
 
 
 def _key(option: str, section: str) -> str | None:
@@ -226,6 +248,8 @@ def _check_runs(plan: Plan) -> dict[tuple[str, str], dict[str, Any]]:
     """Check the configuration of each run as the run itself does; return ``Plan.asked``."""
     asked: dict[tuple[str, str], dict[str, Any]] = {}
     checked: dict[tuple[str, ...], dict[str, Any]] = {}  # most variants share other stages
+    if plan.trunk:
+        asked[TRUNK, TRUNK] = _check_run(plan, TRUNK, plan.trunk)
     for name in (plan.baseline, *plan.variants):
         for stage in plan.stages:
             given = (stage.name, *plan.options(name, stage))
@@ -265,7 +289,7 @@ def _check_run(plan: Plan, variant: str, stage: Stage) -> dict[str, Any]:
         if plain not in known:
             raise UserError(f"{where}: unknown metric '{metric}': {suggest(metric, known)}")
     splits = config.run_cfg.get("test_splits") or []
-    if stage is not plan.base and len(splits) != 1:
+    if stage in plan.evaluate and len(splits) != 1:
         raise UserError(
             f"{where}: run.test_splits is {[*splits]}: name the one to measure, as in "
             "options: [run.test_splits=[test]]"

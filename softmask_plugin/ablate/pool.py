@@ -41,7 +41,8 @@ def slots(cuda: bool, jobs: int) -> list[Slot]:
 def work(
     jobs: Sequence[Job], slots: Sequence[Slot]
 ) -> Iterator[tuple[Job, tuple[Stage, dict[str, Any]] | UserError]]:
-    """Run jobs in order, as many at a time as there are slots; each logs to its own folder.
+    """Run jobs in order, as many at a time as there are slots; each logs to its own folder. One
+    that forks waits for its trunk.
 
     Yields:
         A job with a stage and its result, or with the error that ended it; other jobs go on.
@@ -51,8 +52,9 @@ def work(
     running: dict[Any, Any] = {}  # job, slot and process by pipe
     try:
         while waiting or running:
-            while waiting and free:
-                job, slot = waiting.pop(0), free.pop(0)
+            for job in [each for each in waiting if each.is_ready][: len(free)]:
+                waiting.remove(job)
+                slot = free.pop(0)
                 job.home.mkdir(parents=True, exist_ok=True)
                 job.log.touch()  # fails here, if it must, and not in the process
                 ours, theirs = context.Pipe(duplex=False)
@@ -62,6 +64,10 @@ def work(
                     process.start()
                 theirs.close()  # the process has the only other end: recv() fails once it is gone
                 running[ours] = job, slot, process
+            if not running:
+                error = UserError("its trunk failed: the same command tries it again")
+                yield from ((job, error) for job in waiting)
+                return
             ready: list[Any] = wait([*running])
             for pipe in ready:
                 job, slot, process = running[pipe]

@@ -25,9 +25,22 @@ def test_a_plan_gives_the_options_of_each_run(write_plan):
     assert plan.options("deep", retrieval) == [*retrieval.options, *shape]
 
 
+def test_variants_fork_from_a_trunk(write_plan):
+    trunk = ["run.max_epoch=4"]  # its budget is its own
+    plan = read_plan(
+        write_plan(variants={"albef": [], "gamma": ["model.itc.gamma=1"]}, trunk=trunk)
+    )
+    assert plan.options("trunk", plan.trunk) == [*plan.base.options, *trunk]
+    assert plan.asked["trunk", "trunk"]["run.max_epoch"] == 4 and plan.trunk not in plan.stages
+    assert plan.base.pretrained and not plan.trunk.pretrained
+    assert not read_plan(write_plan()).base.pretrained
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"trunk": [], "variants": {"albef": [], "trunk": []}}, "variants: rename 'trunk'"),
+        ({"trunk": ["model.itc.gama=1"]}, "variant 'trunk', stage 'trunk': "),
         ({"sedes": [1]}, "unknown key 'sedes' of the plan: did you mean 'seeds'"),
         ({"base": {}}, "base has no 'config'"),
         ({"base": {"config": "nowhere.yaml"}}, "there is no file 'nowhere.yaml'"),

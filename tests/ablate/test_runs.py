@@ -17,7 +17,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from ablations import EVALUATE, SMALL, done
+from ablations import EVALUATE, SMALL, done, small_plan
 from forks import FORK, be_another_process
 
 from softmask_plugin import cli, launch
@@ -75,6 +75,42 @@ def test_an_ablation_survives_a_failing_variant_and_repeats_nothing(
     with pytest.raises(TypeError):  # with --again it would be run
         command.main(plan, folder, only=["gamma"], options=changed, again=True)
     assert not [*(folder / "gamma").iterdir()] and (folder / "albef" / "seed_0").exists()
+
+
+def test_variants_start_from_the_trunk_of_their_seed(write_plan, tmp_path, monkeypatch):
+    """They stay at its weights where they learn nothing."""
+    fork_jobs(monkeypatch)
+    given = small_plan(variants={"albef": []}, seeds=[0, 1])
+    given["base"]["options"] += ["run.init_lr=1e-30", "run.min_lr=1e-30"]
+    trunk = ["run.init_lr=1e-3", "run.min_lr=1e-3"]
+    plan, folder = write_plan(**{**given, "trunk": trunk}), tmp_path / "out"
+    command.main(plan, folder, jobs=2)
+    read = read_plan(plan)
+    trained = {}
+    for seed in read.seeds:
+        of_trunk, fork = (Job(read, name, seed, folder) for name in ("trunk", "albef"))
+        trained[seed] = weights(of_trunk.checkpoint(read.trunk))
+        torch.testing.assert_close(weights(fork.checkpoint(read.base)), trained[seed])
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(trained[0], trained[1])
+
+    changed = write_plan(**{**given, "trunk": [*trunk, "run.beta2=0.9"]})
+    with pytest.raises(UserError, match=r"trunk had run.beta2 = 0.98, .* has 0.9: delete .*trunk"):
+        command.main(changed, folder)
+
+
+def weights(file):
+    found = torch.load(file, weights_only=True)["model"]
+    return {key: value for key, value in found.items() if "_m." not in key}
+
+
+def test_no_variant_runs_if_its_trunk_fails(write_plan, tmp_path, monkeypatch):
+    fork_jobs(monkeypatch)
+    monkeypatch.setattr(pool, "_work", die)
+    plan = read_plan(write_plan(variants={"albef": []}, trunk=[]))
+    jobs = [Job(plan, name, 0, tmp_path) for name in ("albef", "trunk")]
+    errors = {job.variant: str(error) for job, error in pool.work(jobs, SLOT * 2)}
+    assert "died with exit code 9" in errors["trunk"] and "trunk failed" in errors["albef"]
 
 
 @pytest.mark.parametrize("folder", ["/proc/self/out", "there"])
