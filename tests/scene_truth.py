@@ -99,3 +99,16 @@ def answer(question):
         return str(len(things_called(asked[1].removesuffix("s"), things)))
     (noun,) = nouns(re.fullmatch(r"is there (.+)", text)[0])
     return "yes" if things_called(noun, things) else "no"
+
+
+def caption_truth(text, things):
+    """Whether a caption that names things by size, colour and shape is true."""
+    where = "|".join(DIRECTIONS)
+    parsed = re.fullmatch(rf"an? ({NOUN})(.+)", text)
+    first, told = things_called(parsed[1], things), parsed[5]
+    related = re.findall(rf" (?:and )?({where}) an? ((?:\w+ ){{2}}\w+)", told)
+    assert sum(len(how) + len(noun) for how, noun in related) > 0.7 * len(told)
+    return bool(first) and all(
+        any(lies(first[0], how, thing) for thing in things_called(noun, things))
+        for how, noun in related
+    )

@@ -43,10 +43,11 @@ FREE = re.compile(r"run\.(seed|output_dir|num_workers|tensorboard|wandb|panel_ev
 METRICS = {
     "retrieval": "txt_r1 txt_r5 txt_r10 txt_r_mean img_r1 img_r5 img_r10 img_r_mean r_mean".split(),
     "softmask_grounding": ["acc", "pointing"],
+    "softmask_foils": "acc acc_itc right wrong text image group".split(),
     "multimodal_classification": ["acc"],
     "vqa": ["agg_metrics", "yes/no", "number", "other"],
 }
-GROUPED = ["softmask_grounding"]  # also reports its metrics by group, as in acc_testA
+GROUPED = ["softmask_grounding", "softmask_foils"]  # also by group, as in acc_testA
 FRACTIONS = ["multimodal_classification"]  # reports fractions; the others report percent
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import inf, isfinite, nan
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from omegaconf import ListConfig
 
 from softmask_plugin.errors import UserError, suggest
+from softmask_plugin.soft_mask import Kind
 
 Check = Callable[[str, Any], None]  # gets a key's place and value; raises UserError
 
@@ -83,7 +84,10 @@ class Key(NamedTuple):
 
 RUN: dict[str, Key] = {
     # What to run
-    "task": Key(NEEDED, "task to train and measure: one of LAVIS's, or `softmask_grounding`"),
+    "task": Key(
+        NEEDED,
+        "task to train and measure: one of LAVIS's, `softmask_grounding` or `softmask_foils`",
+    ),
     "runner": Key("runner_base", "`softmask_runner`, or LAVIS's `runner_base` or `runner_iter`"),
     "evaluate": Key(False, "test only, without training", flag),
     "output_dir": Key(NEEDED, "folder in which each run creates its own", folder),
@@ -195,6 +199,12 @@ RUN: dict[str, Key] = {
         "`softmask_grounding`: a box's score is the map's sum in it over area^alpha; 0 favours "
         "large boxes, 1 small ones",
         amount,
+    ),
+    "foil_mask": Key(
+        "none",
+        "`softmask_foils`: mask of the changed word through which images are seen: `none`, or a "
+        "kind of `soft_mask.kind`",
+        one_of("none", *get_args(Kind)),
     ),
     "inference_method": Key("rank", "VQA: `rank` given answers; LAVIS's models also `generate`"),
     "num_ans_candidates": Key(

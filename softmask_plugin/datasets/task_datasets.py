@@ -216,3 +216,18 @@ class GroundingDataset(ItemDataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         item, sample = self._sample(index, "text")
         return {**sample, "instance_id": item["instance_id"], "index": index}
+
+
+class FoilDataset(ItemDataset):
+    """Images with a true ``caption`` and a false one, its ``foil``, for ``softmask_foils``.
+
+    An item also has ``group``, under which its result is reported, and perhaps ``pair``, which a
+    second item shares: another image, with caption and foil exchanged, as in Winoground. A sample
+    has ``image``, ``caption``, ``foil``, ``instance_id`` and ``index``.
+    """
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item, (image,) = self.open(index)
+        texts = {key: self.text_processor(item[key]) for key in ("caption", "foil")}
+        ids = {"instance_id": item["instance_id"], "index": index}
+        return {"image": self.vis_processor(image), **texts, **ids}

@@ -60,22 +60,44 @@ def word_maps(model: AlignedBase, images: Tensor, captions: Sequence[str]) -> Wo
         tokenized = model.tokenize(captions)
         text = model.bert.encode(tokenized.ids, tokenized.packing)
         memory = model.bert.remember(model.visual_encoder(images.to(model.device)))
-    side, count = model.visual_encoder.grid, int(tokenized.words.max()) + 1
-    words = torch.arange(count, device=text.states.device).expand(len(images), count)
-    real = tokenized.words.amax(dim=1, keepdim=True) >= words
+    return map_words(model, memory, tokenized, text)
+
+
+def map_words(
+    model: AlignedBase,
+    memory: ImageMemory,
+    captions: Captions,
+    text: Tokens,
+    images: Tensor | None = None,
+    wanted: Tensor | None = None,
+) -> WordMaps:
+    """As ``word_maps``, from what is encoded already.
+
+    Args:
+        model: A model with a matching head.
+        memory, captions, text: Keys and values of the images; tokens and states of B captions.
+        images: Index of each caption's image, (B,), int64; None: caption i has image i.
+        wanted: True for the words to map, (B, W); others count as missing. None: all.
+    """
+    rows, count = len(captions.ids), int(captions.words.max()) + 1
+    words = torch.arange(count, device=captions.words.device).expand(rows, count)
+    real = captions.words.amax(dim=1, keepdim=True) >= words
+    if wanted is not None:
+        real = real & wanted
     with torch.enable_grad():
         fused, attention = model.bert.fuse_with_attention(
-            text, memory, model.map_layer, text.packing.cls_only
+            text, memory, model.map_layer, text.packing.cls_only, View(images=images)
         )
         logits = model.match(fused.cls)
         if model.map_score == "word":
-            maps = own_maps(model, memory, tokenized, real)
+            maps = own_maps(model, memory, captions, real, images)
         else:
             cam = grad_cam(logits[:, 1], attention, model.bert.first_patch)
             each = torch.vmap(word_map, in_dims=(None, None, 1), out_dims=1)
-            maps = each(cam, tokenized.words, words)
+            maps = each(cam, captions.words, words) * real[:, :, None]
+    side = model.visual_encoder.grid
     return WordMaps(
-        maps=maps.reshape(len(images), count, side, side),
+        maps=maps.reshape(rows, count, side, side),
         real=real,
         score=logits.detach().float().softmax(dim=-1)[:, 1],
         text=text,
@@ -83,14 +105,21 @@ def word_maps(model: AlignedBase, images: Tensor, captions: Sequence[str]) -> Wo
     )
 
 
-def own_maps(model: AlignedBase, memory: ImageMemory, captions: Captions, real: Tensor) -> Tensor:
+def own_maps(
+    model: AlignedBase,
+    memory: ImageMemory,
+    captions: Captions,
+    real: Tensor,
+    images: Tensor | None = None,
+) -> Tensor:
     """Hide each word of each caption in turn, and map what its prediction depends on.
 
     Args:
         model: A model with an MLM head.
-        memory: Keys and values of B images.
+        memory: Keys and values of the images.
         captions: B tokenized captions.
-        real: True where a caption has a word, (B, W).
+        real: True for the words to map, (B, W).
+        images: Index of each caption's image, (B,), int64; None: caption i has image i.
 
     Returns:
         ``mask_effect`` of each word's log-probability, (B, W, patches).
@@ -101,7 +130,7 @@ def own_maps(model: AlignedBase, memory: ImageMemory, captions: Captions, real: 
     texts = model.bert.encode(ids.masked_fill(hidden, mask_id), Packing.of(captions.mask[rows]))
     patches = model.visual_encoder.grid**2
     keep = torch.ones(len(rows), 1 + patches, device=ids.device, requires_grad=True)
-    views = (View(images=rows, keep=keep),)
+    views = (View(images=rows if images is None else images[rows], keep=keep),)
     fused = model.bert.fuse(texts, memory, views, wanted=Packing.of(hidden))
     score = word_score(model.text_encoder(fused.states), ids[hidden])
     maps = keep.new_zeros(*real.shape, patches)

@@ -12,7 +12,8 @@ from torch import Tensor
 from softmask_plugin.config.options import SoftMaskOptions
 from softmask_plugin.errors import require_finite_scores
 from softmask_plugin.explain.maps import WordMaps, word_maps
-from softmask_plugin.nn.image_memory import View
+from softmask_plugin.nn.image_memory import ImageMemory, View
+from softmask_plugin.nn.tokens import Tokens
 from softmask_plugin.soft_mask import Kind, keep_factors, normalize
 from softmask_plugin.tokenization import FUNCTION_WORDS, as_list
 
@@ -127,12 +128,40 @@ def match_masked(
         float32; on the model's device.
     """
     cams = pair.maps[0].flatten(1)
-    generator = torch.Generator(cams.device).manual_seed(0)
-    keep = keep_factors(normalize(cams), kind, strength, generator)
     same = torch.zeros(len(cams), dtype=torch.long, device=cams.device)
-    view, copies = View(images=same, keep=keep), pair.text.take(same, trim=True)
-    fused = model.bert.fuse(copies, pair.memory, (view,), copies.packing.cls_only)
-    return keep, model.match(fused.cls).float().softmax(dim=-1)[:, 1]
+    copies = pair.text.take(same, trim=True)
+    keep, logits = match_through(model, pair.memory, copies, same, cams, kind, strength)
+    return keep, logits.softmax(dim=-1)[:, 1]
+
+
+@torch.no_grad()
+def match_through(
+    model: AlignedBase,
+    memory: ImageMemory,
+    texts: Tokens,
+    images: Tensor,
+    cams: Tensor,
+    kind: Kind,
+    strength: float = 1.0,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Match N texts with images, each seen through the mask of a map.
+
+    Args:
+        model, memory, texts: A model with a matching head, images and texts as it encodes them.
+        images: Index of each text's image, (N,), int64.
+        cams: Maps, (N, patches), >= 0; a constant one hides nothing.
+        kind, strength: As in the ``soft_mask`` options.
+        seed: Of the masks of the kind ``random``.
+
+    Returns:
+        Factor for each image token, (N, 1 + patches), and the matching logits, (N, 2), float32.
+    """
+    generator = torch.Generator(cams.device).manual_seed(seed)
+    keep = keep_factors(normalize(cams), kind, strength, generator)
+    view = View(images=images, keep=keep)
+    fused = model.bert.fuse(texts, memory, (view,), texts.packing.cls_only)
+    return keep, model.match(fused.cls).float()
 
 
 def words_of(model: AlignedBase, text: str) -> list[str]:

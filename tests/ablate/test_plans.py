@@ -139,6 +139,14 @@ def test_a_mistake_on_the_command_line_gets_one_line(arguments, message, capsys,
     assert error.startswith("softmask: error: ") and message in error
 
 
+@pytest.mark.parametrize("metric", ["acc", "acc_itc", "right", "wrong_swap", "acc_interval_size"])
+def test_foil_metrics_can_be_measured_by_group(write_plan, metric):
+    stage = {"name": "foils", "config": "lavis_configs/projects/scenes/eval/foils_tiny.yaml"}
+    assert read_plan(write_plan(evaluate=[{**stage, "metrics": [metric]}]))
+    with pytest.raises(UserError, match=f"unknown metric 'x{metric}'"):
+        read_plan(write_plan(evaluate=[{**stage, "metrics": [f"x{metric}"]}]))
+
+
 def test_grounding_metrics_can_be_measured_by_group(write_plan):
     stage = {
         "name": "grounding",

@@ -1,7 +1,8 @@
-"""Scenes as data sets for LAVIS: pretraining, retrieval, entailment, NLVR, VQA and grounding."""
+"""Scenes as data sets for LAVIS: for pretraining and for every task."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -23,7 +24,10 @@ class ScenesBuilder(Builder):
     """Makes the scenes of each split in ``num`` from a seed; they are rendered when accessed."""
 
     OBJECTS = (1, MAX_OBJECTS)  # least and greatest number of things per scene
-    SCENES_PER_ITEM = 1
+
+    def _scenes_for(self, items: int) -> int:
+        """How many scenes a number of items needs."""
+        return items
 
     def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> list[Item]:
         """Make the items of a split, whose texts may name the compositions of ``pool``: captions,
@@ -44,7 +48,7 @@ class ScenesBuilder(Builder):
         self.build_processors()
         layout, datasets = str(self.config.layout), {}
         for split in map(str, num):
-            count = self.SCENES_PER_ITEM * self._number(f"num.{split}", 1)
+            count = self._scenes_for(self._number(f"num.{split}", 1))
             scenes = grammar.make_scenes(split, count, seed, objects, heldout, layout)
             items = self._annotate(split, scenes, grammar.allowed_compositions(split, heldout))
             items = [{"image": f"scene {i}", "image_id": i, **each} for i, each in enumerate(items)]
@@ -98,9 +102,11 @@ class ScenesEntailmentBuilder(ScenesBuilder):
 class ScenesNLVRBuilder(ScenesBuilder):
     """Pairs of scenes with a statement, for ``multimodal_classification``."""
 
-    SCENES_PER_ITEM = 2
     DATASET_CONFIG_DICT = {"default": shipped("datasets/scenes/nlvr.yaml")}
     train_dataset_cls = eval_dataset_cls = data.NLVRDataset
+
+    def _scenes_for(self, items: int) -> int:
+        return 2 * items
 
     def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> list[Item]:
         heldout = grammar.heldout_compositions(self.config.heldout)
@@ -133,3 +139,29 @@ class ScenesGroundingBuilder(ScenesBuilder):
 
     def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> list[Item]:
         return [{"group": split, **tasks.refer(scene)} for scene in scenes]
+
+
+@register("builder", "scenes_foils")
+class ScenesFoilsBuilder(ScenesBuilder):
+    """Scenes with a true and a false caption: val and test, for ``softmask_foils``."""
+
+    OBJECTS = (2, MAX_OBJECTS)
+    DATASET_CONFIG_DICT = {"default": shipped("datasets/scenes/foils.yaml")}
+    eval_dataset_cls = data.FoilDataset
+
+    def _scenes_for(self, items: int) -> int:
+        return math.ceil(items / len(tasks.foil_groups(self.config.objects, self._curtain())))
+
+    def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> list[Item]:
+        items = [
+            {"image": f"scene {i}", **item}
+            for i, scene in enumerate(scenes)
+            for item in tasks.foils(scene, self._curtain())
+        ]
+        return items[: self.config.num[split]]
+
+    def _curtain(self) -> bool:
+        curtain = self.config.curtain
+        if not isinstance(curtain, bool):
+            raise UserError(f"{self.place}.curtain is {curtain!r}: it must be true or false")
+        return curtain

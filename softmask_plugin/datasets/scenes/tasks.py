@@ -23,6 +23,8 @@ from softmask_plugin.errors import UserError
 COUNTS = tuple(map(str, range(grammar.MAX_OBJECTS + 1)))
 ANSWERS = (*grammar.COLOURS, *SHAPES, *SIZES, "yes", "no", *COUNTS)
 KINDS = ("colour", "shape", "size", "exists", "count")  # of questions
+VALUES = {"colour": tuple(grammar.COLOURS), "shape": SHAPES, "size": SIZES}
+FOILS = (*VALUES, "swap", "relation")  # groups of foils
 CONTRADICTION, NEUTRAL, ENTAILMENT = "contradiction", "neutral", "entailment"
 
 # Statements about two compositions, of which each image shows one; then which of them the left and
@@ -36,6 +38,7 @@ _PAIR_STATEMENTS = (
 )
 
 Item = dict[str, Any]
+Things = tuple[Thing, ...]
 Option = TypeVar("Option")
 
 
@@ -135,9 +138,42 @@ def entail(scene: Scene, pool: Sequence[Composition]) -> Item:
         CONTRADICTION: _pick_near(rng, wrong, [value for value in wrong if value in seen]),
     }[label]
     sentence = f"{meant.text} is {said if secret == 'colour' else _a(said)}"
-    (x0, y0, x1, y1), pad = hidden.box, grammar.GAP / 2  # touches no other thing
-    curtain = (x0 - pad, y0 - pad, x1 + pad, y1 + pad)
-    return {"scenes": (scene,), "curtain": curtain, "sentence": sentence, "label": label}
+    return {"scenes": (scene,), "curtain": _curtain(hidden), "sentence": sentence, "label": label}
+
+
+def foil_groups(objects: int, curtain: bool) -> tuple[str, ...]:
+    """The groups of foils about scenes of so many things. Behind a curtain there is one that the
+    change is not about: a swap is about two, a relation perhaps about all."""
+    return FOILS[: 3 + (objects > 2)] if curtain else FOILS
+
+
+def foils(scene: Scene, curtain: bool = False) -> list[Item]:
+    """Change the most detailed caption of a scene so that it is false: once for each group.
+
+    - ``colour``, ``shape``, ``size``: another value for one thing, so that no two things share
+      colour and shape;
+    - ``swap``: the first thing and another exchange their colours, shapes or sizes, so that only
+      what belongs to what is wrong;
+    - ``relation``: the opposite of one relation, and of others along the same axis.
+
+    Each foil is the caption of another scene, which is as likely as this one and whose foil may in
+    turn be this caption. So the words give nothing away. (Any other relation, or only one of two
+    along an axis, would: three things in a row are frequent.)
+
+    The scene has two or more things. Returns for each group ``caption``, ``foil``, ``group`` and,
+    with ``curtain``, one that hides a thing that the change is not about.
+    """
+    rng, caption, items = _rng(scene), grammar.captions(scene)[0].text, []
+    for group in foil_groups(len(scene.things), curtain):
+        change = {"swap": _exchange, "relation": _mirror}.get(group, _change_one)
+        things = change(rng, scene.things, group)
+        false = grammar.captions(replace(scene, things=things))[0].text
+        item = {"scenes": (scene,), "caption": caption, "foil": false, "group": group}
+        if curtain:
+            pairs = zip(scene.things, things, strict=True)
+            item["curtain"] = _curtain(_pick(rng, [old for old, new in pairs if old == new]))
+        items.append(item)
+    return items
 
 
 def compare(
@@ -187,6 +223,44 @@ def ask(scene: Scene, pool: Sequence[Composition]) -> Item:
     near = [pair for pair in absent if pair[0] in colours and pair[1] in shapes]
     asked = _pick(rng, shown) if answer == "yes" else _pick_near(rng, absent, near)
     return _question(scene, f"is there {_a(' '.join(asked))}", answer, "exists")
+
+
+def _change_one(rng: np.random.Generator, things: Things, attribute: str) -> Things:
+    """Give one thing another colour, shape or size."""
+    i = int(rng.integers(len(things)))
+    others = {thing.composition for thing in (*things[:i], *things[i + 1 :])}
+    values = [value for value in VALUES[attribute] if value != getattr(things[i], attribute)]
+    changed = [replace(things[i], **{attribute: value}) for value in values]
+    new = _pick(rng, [thing for thing in changed if thing.composition not in others])
+    return (*things[:i], new, *things[i + 1 :])
+
+
+def _exchange(rng: np.random.Generator, things: Things, _: str) -> Things:
+    """Let the first thing and another exchange a colour, shape or size."""
+    found: dict[int, list[Things]] = {}
+    first = things[0]
+    for j, other in enumerate(things[1:], start=1):
+        for attribute in VALUES:
+            mine, theirs = getattr(first, attribute), getattr(other, attribute)
+            new = list(things)
+            new[0] = replace(first, **{attribute: theirs})
+            new[j] = replace(other, **{attribute: mine})
+            if mine != theirs and len({thing.composition for thing in new}) == len(new):
+                found.setdefault(j, []).append(tuple(new))
+    return _pick(rng, found[_pick(rng, list(found))])
+
+
+def _mirror(rng: np.random.Generator, things: Things, _: str) -> Things:
+    """Mirror the scene along the axis of a relation of its first thing."""
+    how = grammar.relation(things[0], _pick(rng, things[1:]))
+    axis = "x" if how in (grammar.LEFT, grammar.RIGHT) else "y"
+    return tuple(replace(thing, **{axis: 1 - getattr(thing, axis)}) for thing in things)
+
+
+def _curtain(hidden: Thing) -> grammar.Box:
+    """What covers a thing and touches no other."""
+    (x0, y0, x1, y1), pad = hidden.box, grammar.GAP / 2
+    return x0 - pad, y0 - pad, x1 + pad, y1 + pad
 
 
 def _question(scene: Scene, text: str, answer: str, kind: str) -> Item:

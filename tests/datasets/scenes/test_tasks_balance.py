@@ -10,12 +10,14 @@ import pytest
 from scene_truth import HELDOUT, NOUN, hidden_by, nouns, things_called
 
 from softmask_plugin.datasets.scenes.grammar import (
+    COLOURS,
     SHAPES,
+    SIZES,
     allowed_compositions,
     heldout_compositions,
     make_scenes,
 )
-from softmask_plugin.datasets.scenes.tasks import KINDS, ask, compare, entail
+from softmask_plugin.datasets.scenes.tasks import FOILS, KINDS, ask, compare, entail, foils
 
 
 def naive_bayes(features, labels):
@@ -36,6 +38,9 @@ def naive_bayes(features, labels):
 
     guesses = [max(classes, key=lambda c, t=tokens: score(t, c)) for tokens in pairs[half:]]
     return np.mean([g == truth for g, truth in zip(guesses, labels[half:], strict=True)])
+
+
+NAMING = rf"\b({'|'.join((*COLOURS, *SHAPES, *SIZES))}|above|below|left|right)\b"
 
 
 def cell(x, y):
@@ -152,3 +157,18 @@ def test_training_never_names_what_is_held_out(hypotheses, pairs, questions):
         words = re.fullmatch(r"the (?:small |large )?(\w+) is (\w+)", item["sentence"])
         if words and words[1] in SHAPES:
             assert f"{words[2]} {words[1]}" not in heldout
+
+
+@pytest.mark.parametrize("objects", [2, 3])
+def test_foils_cannot_be_told_by_their_words(objects):
+    scenes = make_scenes("train", 3000, objects=objects, heldout=0)
+    items = [item for scene in scenes for item in foils(scene)]
+    for group in FOILS:
+        texts = [
+            [f"{i} {word}" for i, word in enumerate(re.findall(NAMING, item[key]))]
+            for item in items
+            if item["group"] == group
+            for key in ("caption", "foil")
+        ]
+        labels = ["caption", "foil"] * (len(texts) // 2)
+        assert naive_bayes(texts, labels) < 0.53, group

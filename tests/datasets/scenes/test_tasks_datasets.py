@@ -3,6 +3,7 @@
 import gc
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -149,6 +150,28 @@ def test_the_grounding_task_reads_it(make_model, folders):
     assert 0 <= metrics["agg_metrics"] <= 100
 
 
+def test_foils_are_balanced_and_name_their_scene(make_model, folders):
+    data = build_scenes("scenes_foils", 5003)["test"]
+    counts = Counter(entry["group"] for entry in data.annotation)
+    assert len(data) == 5003 and sorted(counts.values()) == [1000, 1000, 1001, 1001, 1001]
+    for entry, other in zip(data.annotation, data.annotation[5:], strict=False):
+        assert entry["image"] != other["image"] and entry["group"] == other["group"]
+    assert data.annotation[0]["image"] == data.annotation[4]["image"] == "scene 0"
+    sample = data[7]
+    assert {key: sample[key] for key in ("caption", "foil", "instance_id", "index")} == {
+        **{key: data.annotation[7][key] for key in ("caption", "foil")},
+        **{"instance_id": "7", "index": 7},
+    }
+    open_view, hidden = (
+        build_scenes("scenes_foils", 9, {"curtain": curtain, "image_size": 32})["test"]
+        for curtain in (False, True)
+    )
+    assert [entry["group"] for entry in hidden.annotation] == ["colour", "shape", "size"] * 3
+    assert not torch.equal(open_view[0]["image"], hidden[0]["image"])
+    metrics = evaluate(task_of("softmask_foils"), make_model().eval(), hidden)
+    assert 0 <= metrics["acc_size"] <= 100 and "acc_swap" not in metrics
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_every_word_is_a_token_and_survives_the_processors(name):
     tokenizer = build_tokenizer("scenes")
@@ -161,7 +184,7 @@ def test_every_word_is_a_token_and_survives_the_processors(name):
     assert all(tokenizer.tokenize(text) == [text] for text in ANSWERS)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [*TASKS, "foils"])
 def test_items_depend_only_on_seed_split_and_index(name):
     many, few = (build_scenes(f"scenes_{name}", num) for num in (9, 5))
     other = build_scenes(f"scenes_{name}", 5, {"seed": 1})
@@ -198,6 +221,10 @@ def test_image_size_objects_and_layout_are_used(name):
         ("grounding", {"num": {"train": 5}}, "unknown key datasets.scenes_grounding.num.train"),
         ("grounding", {"objects": 1}, "from 2 to 4"),
         ("grounding", {"image_size": 8}, "image_size is 8"),
+        ("foils", {"objects": 1}, "datasets.scenes_foils.objects is 1: it must be a whole number"),
+        ("foils", {"objects": "two"}, "objects is 'two'"),
+        ("foils", {"curtain": "drawn"}, "curtain is 'drawn': it must be true or false"),
+        ("foils", {"num": {"test": 12781}}, "only 2556 do: ask for fewer"),
     ],
 )
 def test_wrong_settings_give_a_one_line_error(name, changes, message):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from scene_truth import (
     HELDOUT,
     answer,
+    caption_truth,
     entailment_label,
     hidden_by,
     meant,
@@ -27,10 +28,13 @@ from softmask_plugin.datasets.scenes.grammar import (
 from softmask_plugin.datasets.scenes.render import render_item
 from softmask_plugin.datasets.scenes.tasks import (
     ANSWERS,
+    FOILS,
     KINDS,
     ask,
     compare,
     entail,
+    foil_groups,
+    foils,
     refer,
     references,
 )
@@ -125,3 +129,45 @@ def test_no_reference_is_left_out():
         found = [r.text for r in references(scene.things) if r.anchor is None]
         # A noun of fewer words may be followed by "thing" alone, which names nothing.
         assert set(found) == unambiguous - {"the thing"}
+
+
+@given(seeds, st.integers(2, 4), layouts)
+@settings(max_examples=60, deadline=None)
+def test_captions_are_true_and_foils_are_false(seed, objects, layout):
+    for scene in make_scenes("test", 5, seed, objects, HELDOUT, layout):
+        items = foils(scene)
+        assert items == foils(scene) and tuple(item["group"] for item in items) == FOILS
+        for item in items:
+            assert caption_truth(item["caption"], scene.things)
+            assert not caption_truth(item["foil"], scene.things), item
+
+
+def test_foils_change_what_their_group_says():
+    opposite = {"above": "below", "below": "above", "left": "right", "right": "left"}
+    for item in (item for scene in make_scenes("test", 200) for item in foils(scene)):
+        texts = [item[key].replace(" an ", " a ").split() for key in ("caption", "foil")]
+        texts = [["a", *text[1:]] for text in texts]
+        changed = [(a, b) for a, b in zip(*texts, strict=True) if a != b]
+        if item["group"] == "swap":
+            (a, b), (c, d) = changed
+            assert (a, b) == (d, c) and sorted(texts[0]) == sorted(texts[1])
+        else:
+            ((old, new),) = changed
+            values = {"colour": COLOURS, "shape": SHAPES, "size": ("small", "large")}
+            if item["group"] == "relation":
+                assert opposite[old] == new
+            else:
+                assert {old, new} <= {*values[item["group"]]}
+
+
+@given(seeds, st.integers(2, 4))
+@settings(max_examples=40, deadline=None)
+def test_a_curtain_hides_a_thing_that_the_foil_does_not_change(seed, objects):
+    for scene in make_scenes("test", 5, seed, objects):
+        items = foils(scene, curtain=True)
+        assert tuple(item["group"] for item in items) == foil_groups(objects, True)
+        for item in items:
+            hidden = hidden_by(item["curtain"], scene.things)
+            name = f"{hidden.size} {hidden.colour} {hidden.shape}"
+            assert name in item["caption"] and name in item["foil"]
+            assert not caption_truth(item["foil"], scene.things)

@@ -1,0 +1,243 @@
+"""Caption against foil: does an image match its caption better than a false one?
+
+The measure of FOIL-COCO (Shekhar et al., ACL 2017), VALSE, ARO and SugarCrepe, and that of
+Winoground (arXiv 2204.03162), where two images and two captions form a pair. Images may also be
+seen through the mask of the word that is false, which tells whether a mask gives a match away.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.stats
+import torch
+from lavis.common.dist_utils import is_main_process
+from lavis.common.registry import registry
+from lavis.tasks.base_task import BaseTask
+from scipy.special import expit
+from torch import Tensor
+
+from softmask_plugin.config.run_options import setting
+from softmask_plugin.errors import UserError, require_finite_scores
+from softmask_plugin.explain.maps import map_words, phrase_maps
+from softmask_plugin.explain.pairs import match_through, words_of
+from softmask_plugin.models.aligned import AlignedBase
+from softmask_plugin.nn.image_memory import ImageMemory, View
+from softmask_plugin.nn.tokens import Tokens
+from softmask_plugin.registry import register
+from softmask_plugin.tokenization import FUNCTION_WORDS, Captions
+
+METRICS = ("acc", "acc_itc", "right", "wrong")
+PAIR_METRICS = ("text", "image", "group")
+
+
+@register("task", "softmask_foils")
+class FoilsTask(BaseTask):
+    """Tell the caption of an image from a foil.
+
+    ``run.foil_mask``, a kind of mask, shows the image through the mask of what is false: for the
+    caption the mean map of its words that the foil lacks, for the foil of those that the caption
+    lacks. Function words count only if nothing else differs, and a text with no such word is
+    matched unmasked. Similarities for ITC are never masked.
+
+    A data set has an attribute ``annotation``, a list of ``{"image": name, "caption", "foil",
+    "group": name}`` and perhaps ``"pair"``, which two items share: the second has another image,
+    with caption and foil exchanged. Samples are ``{"image", "caption", "foil", "instance_id",
+    "index": position in annotation}``.
+
+    Metrics are in percent, for all items and, with the suffix ``_<group>``, for each group:
+
+    - ``acc``: the caption matches better than the foil (ITM); a tie counts half;
+    - ``acc_itc``: the same by similarity (ITC);
+    - ``right``, ``wrong``: mean probability of a match of captions and of foils.
+
+    With pairs there are Winoground's scores, where ties count as wrong: ``text`` (both images match
+    their caption better than the other's), ``image`` (both captions match their image better than
+    the other) and ``group`` (both). ``<metric>_interval`` is half of the 95% confidence interval,
+    with a standard error that is robust to dependence within an image or a pair. ``agg_metrics`` is
+    ``acc``.
+
+    Raises:
+        UserError: ``foil_mask`` is unknown, the model has no matching head, the data set has no
+            foils, two items do not form a pair, or a score is NaN or infinite.
+    """
+
+    def __init__(self, mask: Any) -> None:
+        super().__init__()
+        self.mask = mask
+        self.annotation: list[dict[str, Any]] = []
+
+    @classmethod
+    def setup_task(cls, cfg: Any) -> FoilsTask:
+        """Build the task from the ``run:`` section of a YAML."""
+        return cls(setting(cfg.run_cfg, "foil_mask"))
+
+    def before_evaluation(self, model: Any, dataset: Any, **rest: Any) -> None:
+        """Keep the items of the data set that is evaluated next."""
+        if not isinstance(model, AlignedBase):
+            raise UserError(
+                f"run.task softmask_foils cannot evaluate {type(model).__name__}, which has no "
+                "matching head: use softmask_pretrain, softmask_retrieval or "
+                "softmask_image_text_matching"
+            )
+        annotation = getattr(dataset, "annotation", None)
+        if not annotation or not {"image", "caption", "foil", "group"} <= annotation[0].keys():
+            raise UserError(
+                f"run.task softmask_foils cannot evaluate {type(dataset).__name__}, which has no "
+                "foils: use a data set made for it, such as scenes_foils"
+            )
+        self.annotation = annotation
+        super().before_evaluation(model, dataset, **rest)
+
+    @torch.no_grad()
+    def valid_step(self, model: AlignedBase, samples: dict[str, Any]) -> list[dict[str, Any]]:
+        """Score one batch.
+
+        Returns:
+            For each item its ``instance_id``; ``itm``, the log-odds of a match of the caption and
+            of the foil; ``itc``, their cosines with the image; and what the annotation says of it.
+        """
+        pairs = zip(samples["caption"], samples["foil"], strict=True)
+        texts = [text for pair in pairs for text in pair]
+        tokenized = model.tokenize(texts)
+        text = model.bert.encode(tokenized.ids, tokenized.packing)
+        states = model.visual_encoder(samples["image"].to(model.device))
+        memory = model.bert.remember(states)
+        if self.mask == "none":
+            view = View(captions_per_image=2)
+            fused = model.bert.fuse(text, memory, (view,), text.packing.cls_only)
+            logits = model.match(fused.cls).double()
+        else:
+            seed = int(samples["index"][0])
+            logits = self._masked(model, memory, texts, tokenized, text, seed).double()
+        features = model.text_features(text.cls).unflatten(0, (-1, 2))
+        itc = (features @ model.image_features(states[:, 0])[:, :, None]).squeeze(2)
+        itm = (logits[:, 1] - logits[:, 0]).view(-1, 2)
+        require_finite_scores("a match or a similarity", itm, itc)
+        items = [self.annotation[index] for index in samples["index"].tolist()]
+        told = ("image", "caption", "foil", "group", "pair")
+        return [
+            {
+                self.inst_id_key: instance,
+                **{key: item[key] for key in told if item.get(key) is not None},
+                "itm": match,
+                "itc": cosine,
+            }
+            for instance, item, match, cosine in zip(
+                samples[self.inst_id_key], items, itm.tolist(), itc.tolist(), strict=True
+            )
+        ]
+
+    def _masked(
+        self,
+        model: AlignedBase,
+        memory: ImageMemory,
+        texts: Sequence[str],
+        tokenized: Captions,
+        encoded: Tokens,
+        seed: int,
+    ) -> Tensor:
+        """Matching logits (2 B, 2) of captions and foils in turn, each through its own mask."""
+        images = torch.arange(len(texts), device=model.device) // 2
+        changed = changed_words([words_of(model, text) for text in texts])
+        found = map_words(model, memory, tokenized, encoded, images, changed.to(model.device))
+        maps = phrase_maps(found).flatten(1)
+        return match_through(model, memory, encoded, images, maps, self.mask, seed=seed)[1]
+
+    def after_evaluation(
+        self, val_result: list[dict[str, Any]], split_name: str, **_: Any
+    ) -> dict[str, float] | None:
+        """Merge the results of all processes; metrics on the main process, None on the others."""
+        file = self.save_result(
+            val_result,
+            result_dir=registry.get_path("result_dir"),
+            filename=f"{split_name}_foils",
+            remove_duplicate=self.inst_id_key,
+        )
+        if not is_main_process():
+            return None
+        metrics = foil_metrics(json.loads(Path(file).read_text(encoding="utf-8")))
+        logging.info("foils: %s", metrics)
+        # Where LAVIS's own tasks write theirs
+        file = Path(registry.get_path("output_dir"), "evaluate.txt")
+        with file.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(metrics) + "\n")
+        return metrics
+
+
+def changed_words(texts: Sequence[Sequence[str]]) -> Tensor:
+    """Find the words of each text that its partner lacks.
+
+    Args:
+        texts: The words of 2 B texts, partners side by side.
+
+    Returns:
+        True for such a word, (2 B, W); for a function word only if no other word differs.
+    """
+    found = torch.zeros(len(texts), max(1, *map(len, texts)), dtype=torch.bool)
+    content = found.clone()
+    for i in range(0, len(texts), 2):
+        a, b = texts[i : i + 2]
+        for kind, *spans in SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+            if kind != "equal":
+                found[i, slice(*spans[:2])] = found[i + 1, slice(*spans[2:])] = True
+        for row in (i, i + 1):
+            names = [word not in FUNCTION_WORDS for word in texts[row]]
+            content[row, : len(names)] = torch.tensor(names, dtype=torch.bool)
+    named = found & content
+    return torch.where(named.any(dim=1, keepdim=True), named, found)
+
+
+def foil_metrics(results: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Metrics of :class:`FoilsTask` from the results of its ``valid_step``."""
+    itm, itc = (np.array([row[key] for row in results]) for key in ("itm", "itc"))
+    values = np.column_stack([_better(itm), _better(itc), expit(itm)])
+    units = np.array([str(row.get("pair", row["image"])) for row in results])
+    groups = np.array([str(row["group"]) for row in results])
+    overall = _means(METRICS, values, units)
+    pairs: dict[Any, list[int]] = {}
+    for i, row in enumerate(results):
+        if "pair" in row:
+            pairs.setdefault(row["pair"], []).append(i)
+    if pairs:
+        for pair, members in pairs.items():
+            if len(members) != 2:
+                raise UserError(f"pair {pair} has {len(members)} item(s): it must have 2")
+        caption, foil = itm[np.array([*pairs.values()])].transpose(2, 0, 1)
+        text, image = (caption > foil).all(axis=1), (caption > foil[:, ::-1]).all(axis=1)
+        scores = np.column_stack([text, image, text & image]).astype(float)
+        overall |= _means(PAIR_METRICS, scores, np.arange(len(scores)))
+    by_group: dict[str, float] = {}
+    for group in sorted({*groups}):
+        rows = groups == group
+        by_group |= _means(METRICS, values[rows], units[rows], f"_{group}")
+    # Again, in case a group is called itc
+    return {**overall, **by_group, **overall, "agg_metrics": overall["acc"]}
+
+
+def _better(scores: np.ndarray) -> np.ndarray:
+    """1 where the first of two scores is higher, 0 where it is lower, 0.5 if they tie."""
+    return (1 + np.sign(scores[:, 0] - scores[:, 1])) / 2
+
+
+def _means(
+    names: Sequence[str], values: np.ndarray, units: np.ndarray, suffix: str = ""
+) -> dict[str, float]:
+    """Means of columns in percent, and half of their intervals if there are two units or more."""
+    means = values.mean(axis=0)
+    found = {name + suffix: 100 * float(mean) for name, mean in zip(names, means, strict=True)}
+    kept, unit = np.unique(units, return_inverse=True)
+    if len(kept) > 1:
+        sums = np.zeros((len(kept), values.shape[1]))
+        np.add.at(sums, unit, values - means)
+        error = np.sqrt(len(kept) / (len(kept) - 1) * (sums**2).sum(axis=0)) / len(values)
+        half = scipy.stats.t.ppf(0.975, len(kept) - 1) * error
+        for name, width in zip(names, half, strict=True):
+            found[f"{name}_interval{suffix}"] = 100 * float(width)
+    return found
