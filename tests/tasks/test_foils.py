@@ -31,7 +31,7 @@ ITEMS = [
     ),
     ("a ring", "a heart", 1),
     ("a black heart below a red ring", "a black heart above a red ring", 3),
-    ("a blue star", "a small blue star", 1),
+    ("a large blue star", "a small blue star", 1),
     ("a red cross", "a red square", 2),
 ]
 
