@@ -97,7 +97,8 @@ def _require_known(argv: Sequence[str]) -> None:
 def _run(run: Command, **args: Any) -> int:
     if run is not _doctor and (problems := stack.problems(stack.installed())):
         raise UserError(problems[0])
-    if softmask_plugin.only_command and run not in (_configs, _doctor):  # it does so itself
+    alone = (_compare, _configs, _doctor)  # without LAVIS; the doctor reloads by itself
+    if softmask_plugin.only_command and run not in alone:
         importlib.reload(softmask_plugin)
     return run(**args) or 0
 
@@ -326,6 +327,19 @@ def _report(runs: list[str], output: str | None) -> None:
     many = len(runs) > 1
     page = report.report_runs(runs, output) if many else report.report_run(runs[0], output)
     print(f"Report: {page}")
+
+
+@command(
+    "compare",
+    "compare two runs item by item: paired difference, its interval, McNemar's test",
+    argument("first", metavar="RUN", help="folder of a run whose task saves a result of each item"),
+    argument("second", metavar="RUN", help="folder of another run on the same items"),
+    argument("--split", default="test", help="default: %(default)s"),
+)
+def _compare(first: str, second: str, split: str) -> None:
+    from softmask_plugin.compare import compare, table
+
+    print(table(compare(first, second, split)))
 
 
 @command(

@@ -62,11 +62,14 @@ def retrieval_chance(
 
 def chance_of(dataset: Any) -> dict[str, float]:
     """Scores of guessing on an evaluation split, by the names and in the units of LAVIS's metrics:
-    those of a random ranking, or of the most frequent class or answer. Empty if it is of another
-    kind, or if a question has several answers."""
+    those of a random ranking, of the most frequent class or answer, or of a coin between caption
+    and foil. Empty if it is of another kind, or if a question has several answers."""
     if hasattr(dataset, "img2txt"):
         return retrieval_chance(dataset.img2txt)
     items = getattr(dataset, "annotation", ())
+    if items and "foil" in items[0]:
+        suffixes = dict.fromkeys(["", *(f"_{item['group']}" for item in items)])
+        return {name + suffix: 50.0 for name in ("acc", "acc_itc") for suffix in suffixes}
     if hasattr(dataset, "class_labels"):
         return {"acc": constant_guess(str(item["label"]) for item in items) / 100}
     answers = [item["answer"] if hasattr(dataset, "answer_list") else {} for item in items]

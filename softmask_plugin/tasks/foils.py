@@ -14,27 +14,22 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import scipy.stats
 import torch
 from lavis.common.dist_utils import is_main_process
 from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
-from scipy.special import expit
 from torch import Tensor
 
 from softmask_plugin.config.run_options import setting
 from softmask_plugin.errors import UserError, require_finite_scores
 from softmask_plugin.explain.maps import map_words, phrase_maps
 from softmask_plugin.explain.pairs import match_through, words_of
+from softmask_plugin.foil_metrics import foil_metrics
 from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.nn.image_memory import ImageMemory, View
 from softmask_plugin.nn.tokens import Tokens
 from softmask_plugin.registry import register
 from softmask_plugin.tokenization import FUNCTION_WORDS, Captions
-
-METRICS = ("acc", "acc_itc", "right", "wrong")
-PAIR_METRICS = ("text", "image", "group")
 
 
 @register("task", "softmask_foils")
@@ -59,13 +54,13 @@ class FoilsTask(BaseTask):
 
     With pairs there are Winoground's scores, where ties count as wrong: ``text`` (both images match
     their caption better than the other's), ``image`` (both captions match their image better than
-    the other) and ``group`` (both). ``<metric>_interval`` is half of the 95% confidence interval,
-    with a standard error that is robust to dependence within an image or a pair. ``agg_metrics`` is
-    ``acc``.
+    the other) and ``group`` (both). ``<metric>_interval`` and ``<metric>_interval_<group>`` are
+    half of the 95% confidence interval, with a standard error that is robust to dependence within
+    an image or a pair. ``agg_metrics`` is ``acc``.
 
     Raises:
         UserError: ``foil_mask`` is unknown, the model has no matching head, the data set has no
-            foils, two items do not form a pair, or a score is NaN or infinite.
+            foils, or a score is NaN or infinite.
     """
 
     def __init__(self, mask: Any) -> None:
@@ -192,52 +187,3 @@ def changed_words(texts: Sequence[Sequence[str]]) -> Tensor:
             content[row, : len(names)] = torch.tensor(names, dtype=torch.bool)
     named = found & content
     return torch.where(named.any(dim=1, keepdim=True), named, found)
-
-
-def foil_metrics(results: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Metrics of :class:`FoilsTask` from the results of its ``valid_step``."""
-    itm, itc = (np.array([row[key] for row in results]) for key in ("itm", "itc"))
-    values = np.column_stack([_better(itm), _better(itc), expit(itm)])
-    units = np.array([str(row.get("pair", row["image"])) for row in results])
-    groups = np.array([str(row["group"]) for row in results])
-    overall = _means(METRICS, values, units)
-    pairs: dict[Any, list[int]] = {}
-    for i, row in enumerate(results):
-        if "pair" in row:
-            pairs.setdefault(row["pair"], []).append(i)
-    if pairs:
-        for pair, members in pairs.items():
-            if len(members) != 2:
-                raise UserError(f"pair {pair} has {len(members)} item(s): it must have 2")
-        caption, foil = itm[np.array([*pairs.values()])].transpose(2, 0, 1)
-        text, image = (caption > foil).all(axis=1), (caption > foil[:, ::-1]).all(axis=1)
-        scores = np.column_stack([text, image, text & image]).astype(float)
-        overall |= _means(PAIR_METRICS, scores, np.arange(len(scores)))
-    by_group: dict[str, float] = {}
-    for group in sorted({*groups}):
-        rows = groups == group
-        by_group |= _means(METRICS, values[rows], units[rows], f"_{group}")
-    # Again, in case a group is called itc
-    return {**overall, **by_group, **overall, "agg_metrics": overall["acc"]}
-
-
-def _better(scores: np.ndarray) -> np.ndarray:
-    """1 where the first of two scores is higher, 0 where it is lower, 0.5 if they tie."""
-    return (1 + np.sign(scores[:, 0] - scores[:, 1])) / 2
-
-
-def _means(
-    names: Sequence[str], values: np.ndarray, units: np.ndarray, suffix: str = ""
-) -> dict[str, float]:
-    """Means of columns in percent, and half of their intervals if there are two units or more."""
-    means = values.mean(axis=0)
-    found = {name + suffix: 100 * float(mean) for name, mean in zip(names, means, strict=True)}
-    kept, unit = np.unique(units, return_inverse=True)
-    if len(kept) > 1:
-        sums = np.zeros((len(kept), values.shape[1]))
-        np.add.at(sums, unit, values - means)
-        error = np.sqrt(len(kept) / (len(kept) - 1) * (sums**2).sum(axis=0)) / len(values)
-        half = scipy.stats.t.ppf(0.975, len(kept) - 1) * error
-        for name, width in zip(names, half, strict=True):
-            found[f"{name}_interval{suffix}"] = 100 * float(width)
-    return found

@@ -93,10 +93,10 @@ class GroundingTask(BaseTask):
         """Score one batch.
 
         Returns:
-            For each item its ``instance_id`` and ``index``; ``peak`` (x, y) of its map in [0, 1],
-            the first one if several are tied; ``hit`` and ``chance``, see ``pointing.hits``;
-            ``other``, the share of peaks in other boxes; and ``scores`` of the candidate boxes, in
-            their order.
+            For each item its ``instance_id`` and ``index``, ``text`` and ``group``; ``peak`` (x, y)
+            of its map in [0, 1], the first one if several are tied; ``hit`` and ``chance``, see
+            ``pointing.hits``; ``other``, the share of peaks in other boxes; ``scores`` of the
+            candidate boxes, in their order; and ``acc``, whether the best of them is right.
         """
         heat = phrase_maps(word_maps(model, samples["image"], samples["text_input"])).double()
         require_finite_scores("a heat map", heat)
@@ -112,11 +112,14 @@ class GroundingTask(BaseTask):
             {
                 self.inst_id_key: samples[self.inst_id_key][i],
                 "index": index,
+                **{key: items[i][key] for key in ("image", "group") if key in items[i]},
+                "text": samples["text_input"][i],
                 "peak": peaks[i].tolist(),
                 "hit": float(hit[i]),
                 "chance": float(chance[i]),
                 "other": float(other[i]),
                 "scores": scores[i].tolist(),
+                "acc": _accuracy(scores[i].tolist(), items[i])[0],
             }
             for i, index in enumerate(indices)
         ]

@@ -19,8 +19,9 @@ from toy_models import matching_logits
 
 from softmask_plugin.errors import UserError
 from softmask_plugin.explain.pairs import explain
+from softmask_plugin.foil_metrics import foil_metrics
 from softmask_plugin.tasks import foils
-from softmask_plugin.tasks.foils import FoilsTask, changed_words, foil_metrics
+from softmask_plugin.tasks.foils import FoilsTask, changed_words
 
 # (caption, foil, index of the changed word)
 ITEMS = [
@@ -217,8 +218,9 @@ def test_winoground_scores():
     )
     assert [metrics[name] for name in ("text", "image", "group")] == [40, 40, 20]
     assert metrics["acc"] == pytest.approx(100 * (2 + 2 + 1 + 0 + 1 + 1) / 11)
-    with pytest.raises(UserError, match=r"pair both has 1 item\(s\): it must have 2"):
-        foil_metrics(pair("both", (3, 1)))
+    assert metrics["image_g"] == 40 and metrics["text_interval_g"] == metrics["text_interval"]
+    half = foil_metrics([*pair("both", (3, 1), (3, 1)), *pair("half", (1, 3))])  # one image is gone
+    assert half["text"] == 100 and half["acc"] == pytest.approx(200 / 3)
 
 
 # ---- the task in LAVIS's loop

@@ -21,8 +21,6 @@ from softmask_plugin.datasets.tables.layouts import TableOptions
 from softmask_plugin.datasets.task_datasets import Annotation, ItemDataset
 from softmask_plugin.errors import UserError
 
-SPLITS = ("train", "val", "test")
-
 
 class FolderBuilder(Builder):
     """Builds the splits that have a file; a subclass parses the file and names the data sets.
@@ -35,6 +33,7 @@ class FolderBuilder(Builder):
     """
 
     FILES: str  # the key of the section that names one file per split
+    SPLITS: tuple[str, ...] = ("train", "val", "test")
 
     def _parse(self, file: Path, split: str, skipped: SkipLog) -> Annotation:
         """Parse the file of a split: ``image``, or two ``images``, per item, and what is said."""
@@ -65,15 +64,15 @@ class FolderBuilder(Builder):
     def _paths(self) -> tuple[Path, dict[str, Path]]:
         self._check_keys()
         section, place = self.config.get(self.FILES) or {}, f"{self.place}.{self.FILES}"
-        require_known(place, section, SPLITS)
+        require_known(place, section, self.SPLITS)
         files = {}
-        for split in SPLITS:
+        for split in self.SPLITS:
             if file := section.get(split):
                 if not isinstance(file, str):
                     raise UserError(f"{place}.{split} must be the path of one file")
                 files[split] = Path(file).expanduser()
         if not files:
-            raise UserError(f"{place} names no file: set its train, val or test")
+            raise UserError(f"{place} names no file: set its {' or '.join(self.SPLITS)}")
         if not self.config.get("images"):
             raise UserError(f"{self.place}.images is not set: give the folder of the images")
         root = Path(self.config.images).expanduser().absolute()
@@ -97,7 +96,10 @@ class FolderBuilder(Builder):
 
 
 def _open(root: Path, item: dict[str, Any], min_side: int | None) -> list[Image.Image]:
-    return [open_rgb(os.path.join(root, name), min_side) for name in _image_names(item)]
+    crop = item.get("crop")  # in pixels of the full size
+    files = (os.path.join(root, name) for name in _image_names(item))
+    images = [open_rgb(file, None if crop else min_side) for file in files]
+    return [image.crop(crop) for image in images] if crop else images
 
 
 def _image_names(item: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The user's own images with a file of captions, questions or statements about them."""
+"""The user's own images with a file of captions, questions, statements or foils."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from softmask_plugin.config.paths import shipped
 from softmask_plugin.datasets.folders.base import FolderBuilder
 from softmask_plugin.datasets.skip_log import SkipLog
 from softmask_plugin.datasets.tables.captions import parse_captions
+from softmask_plugin.datasets.tables.foils import parse_foils
 from softmask_plugin.datasets.tables.questions import most_frequent, parse_answers, parse_questions
 from softmask_plugin.datasets.tables.statements import parse_statements
 from softmask_plugin.datasets.task_datasets import (
     Annotation,
     EntailmentDataset,
+    FoilDataset,
     NLVRDataset,
     PretrainDataset,
     RetrievalDataset,
@@ -112,3 +114,15 @@ class NLVRFolderBuilder(FolderBuilder):
         if not isinstance(swap, bool):
             raise UserError(f"{self.place}.swap is {swap!r}: it must be true or false")
         return {"swap": swap and split == "train"}
+
+
+@register("builder", "foils_folder")
+class FoilsFolderBuilder(FolderBuilder):
+    """Images with captions and foils: ``val`` and ``test``, for ``softmask_foils``."""
+
+    FILES, SPLITS = "foils", ("val", "test")
+    DATASET_CONFIG_DICT = {"default": shipped("datasets/foils_folder/default.yaml")}
+    eval_dataset_cls = FoilDataset
+
+    def _parse(self, file: Path, split: str, skipped: SkipLog) -> Annotation:
+        return parse_foils(file, skipped, self._table(split))

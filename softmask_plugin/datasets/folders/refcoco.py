@@ -40,7 +40,7 @@ REFER = "REFER's refcoco+.zip (https://github.com/lichengunc/refer)"
 class RefCocoPlusGroundingBuilder(FolderBuilder):
     """RefCOCO+ with a detector's boxes as candidates; the groups are val, testA and testB."""
 
-    FILES = "annotations"
+    FILES, SPLITS = "annotations", ("val", "test")
     DATASET_CONFIG_DICT = {"default": shipped("datasets/refcoco/plus_grounding.yaml")}
     eval_dataset_cls = GroundingDataset
 

@@ -64,6 +64,10 @@ LAYOUTS = (
     {"image": "{image_id}.png", "question": "question"},  # DAQUAR
     {"image0": "{images[0]}", "image1": "{images[1]}"},  # LAVIS's NLVR2
     {"image0": "{pair}-img0.png", "image1": "{pair}-img1.png"},  # NLVR2
+    {"image": "filename", "foil": "negative_caption"},  # SugarCrepe
+    {"image": "image_file"},  # VALSE
+    {"image": "image_path", "caption": "true_caption", "foil": "false_caption"},  # ARO
+    {"image": "{image_0}.png", "caption": "caption_0", "foil": "caption_1"},  # Winoground
 )
 
 

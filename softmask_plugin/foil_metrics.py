@@ -1,0 +1,85 @@
+"""Metrics of captions against foils, with intervals: pure functions of saved scores.
+
+A result is ``{"itm", "itc", "image", "group"}`` and perhaps ``"pair"``, as ``softmask_foils`` saves
+it: ``itm`` are the log-odds of a match of the caption and of the foil, ``itc`` their cosines with
+the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.stats
+from scipy.special import expit
+
+Result = Mapping[str, Any]
+
+
+def foil_metrics(results: Sequence[Result]) -> dict[str, float]:
+    """Metrics of the task, in percent: see :class:`softmask_plugin.tasks.foils.FoilsTask`."""
+    values, units, groups = item_scores(results), _units(results), _groups(results)
+    pair_values, pair_groups = _pair_scores(results)
+    metrics = _means(values, units) | _means(pair_values, np.arange(len(pair_groups)))
+    for group in sorted({*groups}):
+        rows, pairs = groups == group, pair_groups == group
+        found = _means({name: each[rows] for name, each in values.items()}, units[rows])
+        chosen = {name: each[pairs] for name, each in pair_values.items()}
+        found |= _means(chosen, np.arange(int(pairs.sum())))
+        named = {f"{name}_{group}": value for name, value in found.items()}
+        metrics = {**metrics, **named, **metrics}  # even if a group is called itc
+    return {**metrics, "agg_metrics": metrics["acc"]}
+
+
+def item_scores(results: Sequence[Result]) -> dict[str, np.ndarray]:
+    """``acc``, ``acc_itc``, ``right`` and ``wrong`` of each of N results, (N,), in [0, 1]."""
+    itm, itc = (np.array([row[key] for row in results], dtype=float) for key in ("itm", "itc"))
+    right, wrong = expit(itm).T
+    return {"acc": _better(itm), "acc_itc": _better(itc), "right": right, "wrong": wrong}
+
+
+def _units(results: Sequence[Result]) -> np.ndarray:
+    """The pair or else the image of each result: those of one unit are not independent."""
+    return np.array([str(row.get("pair", row["image"])) for row in results])
+
+
+def _groups(results: Sequence[Result]) -> np.ndarray:
+    return np.array([str(row["group"]) for row in results])
+
+
+def _better(scores: np.ndarray) -> np.ndarray:
+    """1 where the first of two scores is higher, 0 where it is lower, 0.5 if they tie."""
+    return (1 + np.sign(scores[:, 0] - scores[:, 1])) / 2
+
+
+def _pair_scores(results: Sequence[Result]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Winoground's scores of each whole pair, and its group; an image of others may be missing."""
+    members: dict[Any, list[Result]] = {}
+    for row in results:
+        if row.get("pair") is not None:
+            members.setdefault(row["pair"], []).append(row)
+    pairs = [rows for rows in members.values() if len(rows) == 2]
+    itm = np.array([[row["itm"] for row in rows] for rows in pairs], dtype=float)
+    caption, foil = itm.reshape(-1, 2, 2).transpose(2, 0, 1)  # (pairs, images) each
+    text, image = (caption > foil).all(axis=1), (caption > foil[:, ::-1]).all(axis=1)
+    scores = {"text": text, "image": image, "group": text & image}
+    groups = _groups([rows[0] for rows in pairs])
+    return {name: each.astype(float) for name, each in scores.items()}, groups
+
+
+def _means(values: Mapping[str, np.ndarray], units: np.ndarray) -> dict[str, float]:
+    """Means in percent and, if there are two units or more, half of their 95% intervals.
+
+    The standard error is the cluster-robust one of a mean (Liang & Zeger, 1986).
+    """
+    if not len(units):
+        return {}
+    found = {name: 100 * float(each.mean()) for name, each in values.items()}
+    kept, unit = np.unique(units, return_inverse=True)
+    if (count := len(kept)) > 1:
+        wide = scipy.stats.t.ppf(0.975, count - 1) * np.sqrt(count / (count - 1)) / len(units)
+        for name, each in values.items():
+            sums = np.bincount(unit, each - each.mean())
+            found[f"{name}_interval"] = 100 * float(wide * np.sqrt((sums**2).sum()))
+    return found
