@@ -17,6 +17,7 @@ from scipy.special import expit
 from torch.utils.data import DataLoader
 from toy_models import matching_logits
 
+from softmask_plugin.compare import compare
 from softmask_plugin.errors import UserError
 from softmask_plugin.explain.pairs import explain
 from softmask_plugin.foil_metrics import foil_metrics
@@ -73,8 +74,9 @@ def dataset(images):
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     """A run's folders, as LAVIS's runner registers them."""
-    for name in ("output_dir", "result_dir"):
-        monkeypatch.setitem(registry.mapping["paths"], name, str(tmp_path))
+    (tmp_path / "result").mkdir()
+    for name, folder in (("output_dir", tmp_path), ("result_dir", tmp_path / "result")):
+        monkeypatch.setitem(registry.mapping["paths"], name, str(folder))
     return tmp_path
 
 
@@ -131,9 +133,13 @@ def test_random_masks_are_repeatable_and_not_soft(model, dataset):
     assert once == twice != soft
 
 
-def test_a_text_without_a_changed_word_is_matched_unmasked(model, images):
-    added = {"caption": "a red ring", "foil": "a red ring above", "image": "0", "group": "add"}
-    data = Pairs(images, [added])
+@pytest.mark.parametrize("score", ["match", "word"])
+def test_a_text_without_a_changed_word_is_matched_unmasked(make_model, images, score):
+    model = make_model(soft_mask={"score": score}).eval()
+    same = {"caption": "a red ring", "foil": "a red ring", "image": "0", "group": "add"}
+    (tied,) = evaluate(task_of(foil_mask="soft"), model, Pairs(images, [same]))
+    assert tied["itm"][0] == pytest.approx(tied["itm"][1], abs=1e-5)
+    data = Pairs(images, [{**same, "foil": "a red ring above"}])
     (plain,), (masked,) = (
         evaluate(task_of(**run), model, data) for run in ({}, {"foil_mask": "soft"})
     )
@@ -233,8 +239,10 @@ def test_each_item_counts_once_and_metrics_are_written(model, dataset, folders):
     metrics = task.after_evaluation(val_result=padded, split_name="test", epoch="best")
     assert metrics == foil_metrics(results)
     assert metrics["agg_metrics"] == metrics["acc"]
-    assert json.loads((folders / "test_foils.json").read_text()) == results
+    assert json.loads((folders / "result" / "test_foils.json").read_text()) == results
     assert json.loads((folders / "evaluate.txt").read_text()) == metrics
+    for each in compare(folders, folders):
+        assert each.first == each.second == pytest.approx(metrics[each.metric])
 
 
 def test_other_processes_report_nothing(model, dataset, folders, monkeypatch):

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 from toy_models import matching_logits
 
+from softmask_plugin.compare import compare
 from softmask_plugin.errors import UserError
 from softmask_plugin.explain.maps import phrase_maps, word_maps
 from softmask_plugin.explain.pairs import explain
@@ -248,8 +249,9 @@ class Expressions(BaseDataset):
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     """A run's folders, as LAVIS's runner registers them."""
-    for name in ("output_dir", "result_dir"):
-        monkeypatch.setitem(registry.mapping["paths"], name, str(tmp_path))
+    (tmp_path / "result").mkdir()
+    for name, folder in (("output_dir", tmp_path), ("result_dir", tmp_path / "result")):
+        monkeypatch.setitem(registry.mapping["paths"], name, str(folder))
     return tmp_path
 
 
@@ -318,8 +320,10 @@ def test_each_item_counts_once_and_metrics_are_written(model, dataset, folders):
     assert metrics == grounding_metrics(results, dataset.annotation)
     assert metrics["agg_metrics"] == metrics["acc"]
     assert {"acc_testA", "acc_testB"} < set(metrics)
-    assert json.loads((folders / "test_grounding.json").read_text()) == results
+    assert json.loads((folders / "result" / "test_grounding.json").read_text()) == results
     assert json.loads((folders / "evaluate.txt").read_text()) == metrics
+    for each in compare(folders, folders):
+        assert each.first == each.second == pytest.approx(metrics[each.metric])
 
 
 @torch.no_grad()

@@ -229,7 +229,8 @@ def _change_one(rng: np.random.Generator, things: Things, attribute: str) -> Thi
     """Give one thing another colour, shape or size."""
     i = int(rng.integers(len(things)))
     others = {thing.composition for thing in (*things[:i], *things[i + 1 :])}
-    values = [value for value in VALUES[attribute] if value != getattr(things[i], attribute)]
+    old = getattr(things[i], attribute)
+    values: list[Any] = [value for value in VALUES[attribute] if value != old]
     changed = [replace(things[i], **{attribute: value}) for value in values]
     new = _pick(rng, [thing for thing in changed if thing.composition not in others])
     return (*things[:i], new, *things[i + 1 :])

@@ -85,7 +85,7 @@ def _items(
     (caption, *_), (foil, *_) = (texts(row[key], key, complaints) for key in ("caption", "foil"))
     if caption == foil:
         raise ValueError(f"caption and foil are the same: {short(caption)}")
-    item = {
+    item: dict[str, Any] = {
         "image": image_name(row["image"], options),
         "caption": caption,
         "foil": foil,

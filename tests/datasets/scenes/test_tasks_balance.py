@@ -161,7 +161,7 @@ def test_training_never_names_what_is_held_out(hypotheses, pairs, questions):
 
 @pytest.mark.parametrize("objects", [2, 3])
 def test_foils_cannot_be_told_by_their_words(objects):
-    scenes = make_scenes("train", 3000, objects=objects, heldout=0)
+    scenes = make_scenes("train", 1500, objects=objects, heldout=0)
     items = [item for scene in scenes for item in foils(scene)]
     for group in FOILS:
         texts = [

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from toy_builders import build_scenes, section
 
 import softmask_plugin  # noqa: F401  (registers the builders, processors and tasks)
+from softmask_plugin.compare import compare
 from softmask_plugin.datasets.scenes.tasks import ANSWERS
 from softmask_plugin.errors import UserError
 from softmask_plugin.vocabulary import build_tokenizer
@@ -31,8 +32,9 @@ def task_of(name):
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     """A run's folders, as LAVIS's runner registers them."""
-    for name in ("output_dir", "result_dir"):
-        monkeypatch.setitem(registry.mapping["paths"], name, str(tmp_path))
+    (tmp_path / "result").mkdir()
+    for name, folder in (("output_dir", tmp_path), ("result_dir", tmp_path / "result")):
+        monkeypatch.setitem(registry.mapping["paths"], name, str(folder))
     return tmp_path
 
 
@@ -71,6 +73,7 @@ def test_lavis_classifies(name, read, numbers, folders):
     task = task_of("multimodal_classification")
     oracle = Classifier(lambda i: numbers[read(dataset.annotation[i])], len(numbers))
     assert evaluate(task, oracle, dataset)["agg_metrics"] == 1.0
+    assert [each.first for each in compare(folders, folders)] == [100]
     for number in numbers.values():
         constant = Classifier(lambda _, number=number: number, len(numbers))
         accuracy = evaluate(task, constant, dataset)["agg_metrics"]
