@@ -12,6 +12,7 @@ from transformers import BertTokenizerFast
 
 from softmask_plugin.errors import UserError
 from softmask_plugin.nn.tokens import Packing
+from softmask_plugin.word_changes import change_words
 
 # Words that name nothing in an image; `soft_mask.words: content` never picks them.
 FUNCTION_WORDS = frozenset(
@@ -63,6 +64,10 @@ class CaptionTokenizer:
         self.is_special[tokenizer.unk_token_id] = False  # an unknown word is a word
         self.is_piece = torch.tensor([token.startswith("##") for token in tokens])
         self.is_function_word = torch.tensor([token in FUNCTION_WORDS for token in tokens])
+        # What may begin a content word: no letter of a contraction, punctuation, numeral or [UNK]
+        self.is_content = ~self.is_function_word & torch.tensor(
+            [token.isalpha() and len(token) > 1 for token in tokens]
+        )
         self.special_text = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
 
     def tokenize(self, captions: Sequence[str]) -> Captions:
@@ -118,6 +123,18 @@ class CaptionTokenizer:
     def maskable(self, captions: Captions) -> Tensor:
         """Where MLM may mask: everywhere but padding and [CLS], as in ALBEF."""
         return captions.mask & (captions.ids != self.tokenizer.cls_token_id)
+
+    def change_words(
+        self, captions: Captions, ids: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Change one content word of each caption into another of the batch, if one fits.
+
+        ``ids`` (B, T) are those that the model sees, on the CPU. Words that MLM replaced in them
+        stay as they are.
+        """
+        clean = captions.ids
+        changed = change_words(clean, captions.words, self.is_content, ids != clean, generator)
+        return torch.where(changed != clean, changed, ids)
 
     def pickable(self, captions: Captions, ids: Tensor, content_only: bool) -> Tensor:
         """Word index of each token, (B, T); -1 where the soft mask may not pick.

@@ -7,6 +7,7 @@ from transformers import BertForMaskedLM
 
 from benchmarks.baseline import bert_config
 from softmask_plugin import models
+from softmask_plugin.models.base import bert_of
 
 SMALL = {
     "tokenizer": "scenes",
@@ -54,9 +55,9 @@ def plain_bert(shape) -> BertForMaskedLM:
 
 def matching_logits(twin, tokens, image_states) -> torch.Tensor:
     """What LAVIS's ALBEF says of captions and images, by forward passes of its own."""
-    mask = tokens.mask.long()
-    text = twin.text_encoder.bert(tokens.ids, attention_mask=mask, return_dict=True, mode="text")
-    fused = twin.text_encoder.bert(
+    mask, bert = tokens.mask.long(), bert_of(twin.text_encoder)
+    text = bert(tokens.ids, attention_mask=mask, return_dict=True, mode="text")
+    fused = bert(
         encoder_embeds=text.last_hidden_state,
         attention_mask=mask,
         encoder_hidden_states=image_states,

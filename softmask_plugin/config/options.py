@@ -221,6 +221,7 @@ class ContrastOptions(AlignedOptions, MomentumOptions):
     learn_temp: bool = True  # learn temp; learning rates far above 1e-4 drive it to its limit
     alpha_epochs: float = ranged(2.0, 0)  # epochs in which alpha rises from 0; original ALBEF: 1
     itm_weight: float = ranged(1.0, 0)  # weight of the matching loss
+    itm_words: bool = False  # also match each image with its caption after one word was changed
     soft_mask: SoftMaskOptions = field(default_factory=SoftMaskOptions)  # masks images for ITM
     itc: ItcOptions = field(default_factory=ItcOptions)  # contrasts images with texts
 

@@ -22,6 +22,7 @@ from softmask_plugin.nn.sampling import Draws, sample_negatives
 from softmask_plugin.nn.tokens import Packing, Tokens
 from softmask_plugin.registry import get_loss_class
 from softmask_plugin.soft_mask import grad_cam, keep_factors, normalize, pick_words, word_map
+from softmask_plugin.tokenization import Captions
 
 IGNORED = -100  # the label that cross_entropy leaves out by default
 
@@ -232,6 +233,30 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
             if mask.keep is not None and option.negatives:
                 pairs.add("soft negative", caption.take(other), masked)
 
+    def change_words(self, captions: Captions, ids: Tensor, draws: Draws) -> Tensor:
+        """The ids that ITM sees (B, T), with one word of each caption changed if it can be; as
+        they are without ``itm_words``."""
+        if not self.options.itm_words:
+            return ids
+        return self.caption_tokenizer.change_words(captions, ids, draws.stream("change"))
+
+    def add_changed(self, pairs: Pairs, ids: Tensor, packing: Packing, mask: SoftMask) -> None:
+        """Add the pairs "negative words", and "soft negative words" if masked images have
+        negatives: each image with its own caption, one word of which was changed.
+
+        Args:
+            pairs: Pairs so far.
+            ids: Token ids of the changed captions, (B, T).
+            packing: Their tokens.
+            mask: The soft mask.
+        """
+        if not self.options.itm_words:
+            return
+        changed = self.bert.encode(ids, packing)
+        pairs.add("negative words", changed)
+        if mask.keep is not None and self.options.soft_mask.negatives:
+            pairs.add("soft negative words", changed, View(keep=mask.keep))
+
     def negatives(self, similarity: Similarity, draws: Draws) -> tuple[Tensor, Tensor]:
         """Draw a hard negative image for each caption, and a hard negative caption per image."""
         i2t, t2i, same = similarity
@@ -239,26 +264,37 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         return sample_negatives(t2i, same, stream), sample_negatives(i2t, same, stream)
 
     def matching_losses(
-        self, fused: dict[str, Tokens], similarity: Similarity
+        self, fused: dict[str, Tokens], similarity: Similarity, changed: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """ITM of the unmasked pairs, and of the masked ones; None while the mask is off."""
+        """ITM of the unmasked pairs, and of the masked ones; None while the mask is off.
+
+        Each is the mean cross-entropy of all its pairs, so with ``itm_words`` a positive has three
+        negatives of the same weight. ``changed`` is True for captions that could be changed, (B,).
+        """
         # If all pairs of a batch share an image, there are no negatives: what was drawn is ignored
         exists = ~similarity.same.all(dim=1)
-        itm = self.matching_loss(fused, "positive", "negative", exists)
+        itm = self.matching_loss(fused, "positive", "negative", exists, changed)
         if "soft" not in fused:
             return itm, None
-        return itm, self.matching_loss(fused, "soft", "soft negative", exists)
+        return itm, self.matching_loss(fused, "soft", "soft negative", exists, changed)
 
     def matching_loss(
-        self, fused: dict[str, Tokens], positive: str, negative: str, exists: Tensor
+        self,
+        fused: dict[str, Tokens],
+        positive: str,
+        negative: str,
+        exists: Tensor,
+        changed: Tensor,
     ) -> Tensor:
         """Cross-entropy of the multi-modal [CLS] of a group of positives, and of the negatives that
         exist in groups whose name starts with ``negative``."""
-        negatives = [group for name, group in fused.items() if name.startswith(negative)]
-        logits = self.match(torch.cat([group.cls for group in (fused[positive], *negatives)]))
-        label = torch.where(exists, 0, IGNORED)
-        labels = torch.cat([torch.ones_like(label), *[label] * len(negatives)])
-        return F.cross_entropy(logits.float(), labels)
+        names = [name for name in fused if name.startswith(negative)]
+        logits = self.match(torch.cat([fused[name].cls for name in (positive, *names)]))
+        found = [changed if name.endswith("words") else exists for name in names]
+        labels = [torch.where(each, 0, IGNORED) for each in found]
+        return F.cross_entropy(
+            logits.float(), torch.cat([exists.new_ones(len(exists), dtype=torch.long), *labels])
+        )
 
     def output(
         self,

@@ -29,6 +29,7 @@ class Text(NamedTuple):
     clean captions, then the masked ones for MLM."""
 
     ids: Tensor  # (N, T)
+    changed: Tensor  # those for ITM with one word changed, if they can be, (B, T)
     packing: Packing  # of all N captions
     tokens: Packing  # of the B captions, clean or masked
     masked: Packing  # the tokens that MLM predicts
@@ -46,6 +47,11 @@ class Text(NamedTuple):
         """Split encoded captions: those for ITC and ITM, and those for MLM; the same if shared."""
         parts = encoded.split([self.tokens] * (len(self.ids) // len(self.words)))
         return parts[0], parts[-1]
+
+    @property
+    def is_changed(self) -> Tensor:
+        """True for the captions that could be changed, (B,)."""
+        return (self.changed != self.ids[: len(self.changed)]).any(dim=1)
 
 
 @register("model", "softmask_pretrain")
@@ -97,13 +103,14 @@ class SoftMaskPretrain(ContrastiveBase):
 
         # Match
         self.add_pairs(pairs, caption, mask, text.scored, similarity, draws)
+        self.add_changed(pairs, text.changed, text.tokens, mask)
         mlm_with_mask = mask.keep is not None and option.soft_mask.in_mlm
         if not option.text.shared:
             pairs.add("words", masked_caption, wanted=text.masked)
             if mlm_with_mask:
                 pairs.add("soft words", masked_caption, View(keep=mask.keep), text.masked)
         groups = pairs.fuse(self.bert, memory)
-        loss_itm, loss_soft = self.matching_losses(groups, similarity)
+        loss_itm, loss_soft = self.matching_losses(groups, similarity, text.is_changed)
 
         # Predict words
         teacher = self.momentum_words(momentum, text, alpha)
@@ -140,6 +147,7 @@ class SoftMaskPretrain(ContrastiveBase):
             words = words.masked_fill(masked_ids != self.tokenizer.mask_token_id, -1)
         return Text(
             ids=seen if shared else torch.cat([seen, masked_ids]),
+            changed=self.change_words(clean, seen, draws),
             packing=tokens if shared else Packing.cat([tokens, tokens]),
             tokens=tokens,
             masked=masked,

@@ -47,17 +47,22 @@ class SoftMaskRetrieval(ContrastiveBase):
         step, alpha = self.progress(samples)
         clean = self.caption_tokenizer.tokenize(samples["text_input"])
         words = self.caption_tokenizer.pickable(clean, clean.ids, content_only)
+        draws = Draws(torch.initial_seed(), step)
+        changed = self.change_words(clean, clean.ids, draws).to(self.device)
         text = replace(clean, words=words).to(self.device)
 
         online = self.encode(images, text.ids, text.packing)
         momentum = self.encode_momentum(images, text.ids, text.packing)
         loss_itc, similarity = self.contrast(online, momentum, alpha, ids)
 
-        draws, memory = Draws(torch.initial_seed(), step), self.bert.remember(online.image)
+        memory = self.bert.remember(online.image)
         caption, scored, pairs, mask = online.text, text.packing.cls_only, Pairs(), SoftMask()
         if self.masks_at(step):
             fused, mask = self.draw_soft_mask(caption, text.words, scored, memory, draws)
             pairs.fused["positive"] = fused
         self.add_pairs(pairs, caption, mask, scored, similarity, draws)
-        loss_itm, loss_soft = self.matching_losses(pairs.fuse(self.bert, memory), similarity)
+        self.add_changed(pairs, changed, text.packing, mask)
+        loss_itm, loss_soft = self.matching_losses(
+            pairs.fuse(self.bert, memory), similarity, (changed != text.ids).any(dim=1)
+        )
         return self.output(mask, loss_itc, loss_itm, loss_soft)

@@ -70,8 +70,9 @@ EVERYTHING = {"mask_prob": 0.4}
         {"text": {"shared": False, **EVERYTHING}},
         {"soft_mask": {"in_mlm": True}},
         {"soft_mask": {"kind": "random"}},
+        {"itm_words": True},
     ],
-    ids=["no mask", "no focus", "clean text", "in_mlm", "random"],
+    ids=["no mask", "no focus", "clean text", "in_mlm", "random", "itm_words"],
 )
 def test_switching_one_innovation_leaves_the_draws_of_the_others(
     make_model, make_batch, monkeypatch, change
@@ -232,8 +233,9 @@ def test_special_and_masked_tokens_are_never_picked(make_model, make_batch, monk
 def test_odd_captions_give_finite_losses_and_gradients(
     make_model, make_batch, captions, mask_prob, shared, score
 ):
-    mask = {"in_mlm": True, "score": score}
-    model = make_model(text={"shared": shared, "mask_prob": mask_prob}, soft_mask=mask)
+    mask = {"in_mlm": True, "score": score, "negatives": True}
+    text = {"shared": shared, "mask_prob": mask_prob}
+    model = make_model(text=text, soft_mask=mask, itm_words=True)
     batch = {**make_batch(len(captions)), "text_input": captions}
     out = model(batch)
     assert_sound(model, out)
@@ -299,7 +301,7 @@ def test_losses_fall_on_a_repeated_batch(make_model, make_batch):
 
 def test_only_seed_and_step_decide_the_loss(make_model, make_batch):
     def loss(seed=7, used=0, **progress):
-        model = make_model(soft_mask={"kind": "random"})
+        model = make_model(soft_mask={"kind": "random"}, itm_words=True)
         torch.manual_seed(seed)
         torch.rand(used)  # where the global stream stands is no matter
         return float(model(make_batch(6, **progress)).loss.detach())
@@ -360,8 +362,12 @@ def test_nothing_of_a_step_stays_on_the_modules(make_model, make_batch):
 @pytest.mark.parametrize("score", ["match", "word"])
 @pytest.mark.parametrize("shared", [True, False])
 def test_half_precision_is_near_full_precision(make_model, make_batch, dtype, shared, score):
-    mask = {"in_mlm": True, "score": score}
-    changes = {"text": {"shared": shared, "mask_prob": 0.3}, "soft_mask": mask, "local_weight": 1}
+    changes = {
+        "text": {"shared": shared, "mask_prob": 0.3},
+        "soft_mask": {"in_mlm": True, "score": score, "negatives": True},
+        "local_weight": 1,
+        "itm_words": True,
+    }
     full, half = make_model(**changes), make_model(**changes)
     expected = full(make_batch(6))
     with torch.autocast("cpu", dtype=dtype):
