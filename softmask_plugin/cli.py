@@ -377,6 +377,20 @@ def _shards(**args: Any) -> None:
 
 
 @command(
+    "foils",
+    "change one word of each caption of a file, so that it is false of its image",
+    argument("captions", metavar="CAPTIONS", help="a file of captions, best several of an image"),
+    argument("-o", "--output", default="foils.json", help="default: %(default)s"),
+    argument("--seed", type=int, default=42, help="seed of the changes; default: %(default)s"),
+)
+def _foils(**args: Any) -> None:
+    from softmask_plugin.datasets.word_foils import write_foils
+
+    done, left_out = write_foils(**args)
+    print(f"{done} captions changed, {left_out} left out: {args['output']}")
+
+
+@command(
     "replay",
     "repeat a step that stopped a run, and say where its numbers went bad",
     argument("file", help="bad_step_<step>_rank<n>.pth in the run's folder"),

@@ -51,6 +51,12 @@ def as_list(captions: Sequence[str]) -> Sequence[str]:
     return [captions] if isinstance(captions, str) else captions
 
 
+def is_content(word: str) -> bool:
+    """Whether a word, in lower case, may name something: it is no function word, numeral,
+    punctuation mark or letter of a contraction."""
+    return word.isalpha() and len(word) > 1 and word not in FUNCTION_WORDS
+
+
 class CaptionTokenizer:
     """Tokenizes captions, and tells kinds of tokens apart by table look-up."""
 
@@ -64,10 +70,7 @@ class CaptionTokenizer:
         self.is_special[tokenizer.unk_token_id] = False  # an unknown word is a word
         self.is_piece = torch.tensor([token.startswith("##") for token in tokens])
         self.is_function_word = torch.tensor([token in FUNCTION_WORDS for token in tokens])
-        # What may begin a content word: no letter of a contraction, punctuation, numeral or [UNK]
-        self.is_content = ~self.is_function_word & torch.tensor(
-            [token.isalpha() and len(token) > 1 for token in tokens]
-        )
+        self.is_content = torch.tensor([is_content(token) for token in tokens])
         self.special_text = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
 
     def tokenize(self, captions: Sequence[str]) -> Captions:

@@ -19,20 +19,22 @@ from torch.nn.functional import pad
 
 
 class Words(NamedTuple):
-    """The N words of some captions in order. Equal words are of one type, a number below V."""
+    """The N words of some captions in order. Equal words are of one type, a number from 0.
+
+    The types of content words, the only ones that come and go, are those below K.
+    """
 
     caption: Tensor  # caption of each word, (N,), int64, ascending
+    image: Tensor  # image of each word, (N,): no word that its captions have comes into them
     type: Tensor  # type of each word, (N,), int64
-    content: Tensor  # True for types that name something: only these come and go, (V,)
-    length: Tensor  # a word is replaced by one of the same length, (V,)
+    length: Tensor  # length of each content word, (K,): a word gives way to one of the same length
 
     def frames(self) -> tuple[Tensor, Tensor]:
-        """Types of the words before and after each word, (N,) each; V at a caption's ends."""
-        end = len(self.content)
+        """Types of the words before and after each word, (N,) each; -1 at a caption's ends."""
         follows = self.caption[1:] == self.caption[:-1]
-        before = torch.where(follows, self.type[:-1], end)
-        after = torch.where(follows, self.type[1:], end)
-        return pad(before, (1, 0), value=end), pad(after, (0, 1), value=end)
+        before = torch.where(follows, self.type[:-1], -1)
+        after = torch.where(follows, self.type[1:], -1)
+        return pad(before, (1, 0), value=-1), pad(after, (0, 1), value=-1)
 
 
 def change_words(
@@ -49,7 +51,7 @@ def change_words(
     Args:
         ids: Token ids of B captions, (B, T), int64, on the CPU.
         word_ids: Word that each token belongs to, (B, T), int64, in order; -1 for special tokens.
-        content: True for the ids that may begin a word that comes or goes, (vocabulary,).
+        content: True for the ids that begin a content word, (vocabulary,).
         fixed: True for tokens whose word must stay, (B, T).
         generator: Random stream on the CPU.
 
@@ -65,15 +67,15 @@ def change_words(
     piece = is_word.nonzero(as_tuple=True)[1] - column[word]
     pieces = ids.new_full((len(caption), int(piece.max()) + 1), -1)
     pieces[word, piece] = ids[is_word]
-    kind = torch.zeros_like(caption)
+    kind = (~content[pieces[:, 0]]).long()  # content words first
     for nth in pieces.T:  # unique(dim=0) takes ten times as long
         kind = (kind * (len(content) + 1) + nth + 1).unique(return_inverse=True)[1]
     kinds = pieces.new_empty(int(kind.max()) + 1, pieces.shape[1])
     kinds[kind] = pieces
-    words = Words(caption, kind, content[kinds[:, 0]], (kinds >= 0).sum(1))
-    stays = torch.zeros(len(caption), dtype=torch.bool)
-    stays[word[fixed[is_word]]] = True
-    place, new = draw_changes(words, ~stays, generator)
+    length = (kinds[content[kinds[:, 0]]] >= 0).sum(dim=1)
+    free = torch.ones(len(caption), dtype=torch.bool)
+    free[word[fixed[is_word]]] = False
+    place, new = draw_changes(Words(caption, caption, kind, length), free, generator)
     kind[place] = new
     changed = ids.clone()
     changed[is_word] = kinds[kind][word, piece]
@@ -81,44 +83,55 @@ def change_words(
 
 
 def draw_changes(
-    words: Words, free: Tensor, generator: torch.Generator | None = None
+    words: Words,
+    free: Tensor,
+    generator: torch.Generator | None = None,
+    known: Words | None = None,
+    alike: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw one word of each caption, and the type to change it into.
 
     Args:
-        words: The words of B captions, on the CPU.
+        words: The words of some captions, on the CPU.
         free: True for words that may change, (N,).
         generator: Random stream on the CPU.
+        known: Words in whose captions frames are sought, with the same types; None: ``words``.
+        alike: Which types may give way to which, bool (K, K); None: each to each.
 
     Returns:
         Indices of words, at most one of a caption, and their new types.
     """
-    before, after = words.frames()
-    place = (free & words.content[words.type]).nonzero().squeeze(1)
+    known, count = known or words, len(words.length)
+    place = (free & (words.type < count)).nonzero().squeeze(1)
     caption, old = words.caption[place], words.type[place]
-    count = len(words.content)
+    if len(place) == 0:
+        return place, place
+    own, (before, after) = words.frames(), known.frames()
+    content, width = known.type < count, int(known.type.max()) + 2
 
-    def occurrences(frame: Tensor) -> Tensor:
-        """How often each type occurs in the frame of each place, (places, V)."""
-        frames, index = frame.unique(return_inverse=True)
-        counts = torch.zeros(len(frames), count)
-        counts.index_put_((index, words.type), torch.ones(len(index)), accumulate=True)
-        return counts[index[place]]
+    def occurrences(frames: Tensor, known_frames: Tensor) -> Tensor:
+        """How often each type occurs in the frame of each place, (places, K)."""
+        sought, index = frames[place].unique(return_inverse=True)
+        row = torch.searchsorted(sought, known_frames).clamp_max(len(sought) - 1)
+        cells = (row * count + known.type)[content & (sought[row] == known_frames)]
+        return cells.bincount(minlength=len(sought) * count).float().view(-1, count)[index]
 
-    exact = occurrences(before * (count + 1) + after)
-    halves = occurrences(before) * occurrences(after)
-    present = torch.zeros(int(words.caption.max()) + 1, count, dtype=torch.bool)
-    present[words.caption, words.type] = True
-    fits = words.content & (words.length == words.length[old][:, None]) & ~present[caption]
-    exact, halves = exact * fits, halves * fits
+    exact = occurrences(own[0] * width + own[1], before * width + after)
+    halves = occurrences(own[0], before) * occurrences(own[1], after)
+    present = torch.zeros(int(words.image.max()) + 1, count, dtype=torch.bool)
+    named = words.type < count
+    present[words.image[named], words.type[named]] = True
+    fits = (words.length == words.length[old][:, None]) & ~present[words.image[place]]
+    if alike is not None:
+        fits = fits & alike[old]
+    exact, halves = exact.mul_(fits), halves.mul_(fits)
 
     # A caption's place: any of those with the same frame elsewhere; else of those with both halves
-    rank = (exact > 0).any(1).double() + (halves > 0).any(1)
+    rank = exact.any(dim=1).double() + halves.any(dim=1)
     score = torch.rand(len(place), dtype=torch.float64, generator=generator) + rank
-    best = torch.zeros(len(present), dtype=torch.float64).scatter_reduce(0, caption, score, "amax")
+    best = score.new_zeros(int(caption.max()) + 1).scatter_reduce(0, caption, score, "amax")
     chosen = ((rank > 0) & (score == best[caption])).nonzero().squeeze(1)
-    exact, halves = exact[chosen], halves[chosen]
-    weights = torch.where((exact > 0).any(1, keepdim=True), exact, halves)
     if len(chosen) == 0:  # multinomial refuses an empty matrix
         return chosen, chosen
+    weights = torch.where((rank == 2)[chosen, None], exact[chosen], halves[chosen])
     return place[chosen], torch.multinomial(weights, 1, generator=generator).squeeze(1)

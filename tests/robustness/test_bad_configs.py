@@ -62,6 +62,7 @@ VALUES = {
     "model=3": "not of the form section.key=value",
     "model.vit=3": "model.vit is 3: it must be a section",
     "model.vit.depth=deep": "model.vit.depth: ",
+    "model.itm_words=often": "model.itm_words: ",
     "model.image_size=60.5": "model.image_size: ",
     f"{SCENES}=3": f"{SCENES} is 3: it must be a section of keys",
     f"{SCENES}.vis_processor=3": "vis_processor is 3: it must be a section",
