@@ -7,8 +7,8 @@ For words u, v, let x_u count what stands before u, after u and around it in the
     no other name for it    n(u, v) <= RIVALS * E[n(u, v)]
 
 where n counts the pairs of captions of one image in which one says u alone, the other v alone, and
-E is its mean if captions were paired at random. People describe a man as "man" or "person", so such
-pairs abound; of what is "red" to one, few say "blue".
+E would be n if captions were paired at random. What one calls a man, another calls a person, so
+these pairs abound; what is red to one is blue to few.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from softmask_plugin.tokenization import is_content
 from softmask_plugin.word_changes import Words, draw_changes
 
 LEAST = 5  # occurrences of a word; of rarer ones, too little is known
-ALIKE = 0.13
+ALIKE = 0.13  # chosen, as is RIVALS, on photo captions by reading foils
 RIVALS = 0.5
-IMAGES = 50  # done at once; memory grows with it
+IMAGES = 50  # done at once, to bound memory
 
 WORD = re.compile(r"\w+(?:[-'’]\w+)*|[^\w\s]")
 
