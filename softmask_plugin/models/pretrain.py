@@ -64,7 +64,9 @@ class SoftMaskPretrain(ContrastiveBase):
 
     OPTIONS = PretrainOptions
     PREDICTS_WORDS = True
-    PRETRAINED_MODEL_CONFIG_DICT = shipped_types("softmask_pretrain", "base", "tiny", "scenes_tiny")
+    PRETRAINED_MODEL_CONFIG_DICT = shipped_types(
+        "softmask_pretrain", "base", "grounded", "tiny", "scenes_tiny"
+    )
 
     def __init__(self, options: PretrainOptions) -> None:
         super().__init__(options)

@@ -91,7 +91,7 @@ def test_the_table_in_markdown():
 
 
 def test_fractions_become_percent(tmp_path):
-    plan = read_plan("lavis_configs/ablation/scenes_tasks.yaml", seeds=1)
+    plan = read_plan("lavis_configs/ablation/from_scratch_tasks.yaml", seeds=1)
     done(Job(plan, "albef", 0, tmp_path), 0.731)
     albef = table.rows(plan, tmp_path, "albef")[0]
     found = {name: metric.mean for name, metric in albef.metrics.items()}

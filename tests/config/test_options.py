@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 import torch
 from lavis.common.registry import registry
@@ -95,6 +97,25 @@ def test_scenes_tiny_inherits_all_but_its_weights_from_tiny(name):
     ]
 
 
+def test_grounded_is_base_with_what_makes_the_tiny_model_s_word_drive_the_mask():
+    base, grounded, tiny = (
+        read_options(PretrainOptions, OmegaConf.load(path).model)
+        for path in map(SoftMaskPretrain.default_config_path, ("base", "grounded", "tiny"))
+    )
+    changed = [
+        "model_type",
+        "bert.image_cls",
+        "soft_mask.score",
+        "soft_mask.negatives",
+        "local_weight",
+        "text.shared",
+    ]
+    of_base, of_grounded, of_tiny = (flat(asdict(each)) for each in (base, grounded, tiny))
+    told = {key for key, value in of_grounded.items() if of_base[key] != value}
+    assert told == {*changed}
+    assert all(of_tiny[key] == of_grounded[key] for key in changed[1:])
+
+
 def test_a_file_inherits_from_the_one_beside_it(tmp_path):
     (tmp_path / "parent.yaml").write_text("model: {image_size: 60, vit: {depth: 3, width: 128}}")
     child = tmp_path / "child.yaml"
@@ -122,5 +143,5 @@ def test_shipped_models_are_built_from_their_files():
             model = SoftMaskPretrain(options)
         sizes[model_type] = sum(p.numel() for p in model.parameters())
     # ViT-B/16 86 M, BERT-base with half its layers reading images 124 M + MLM head
-    assert 205e6 < sizes["base"] < 225e6
+    assert 205e6 < sizes["base"] == sizes["grounded"] < 225e6
     assert sizes["tiny"] < 3e6

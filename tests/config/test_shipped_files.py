@@ -168,7 +168,7 @@ def test_a_plan_says_what_each_variant_tests(name):
 
 
 def test_the_plans_of_scenes_can_share_a_folder():
-    evaluation, tasks = map(plan_of, ("ablation/scenes", "ablation/scenes_tasks"))
+    evaluation, tasks = map(plan_of, ("ablation/from_scratch", "ablation/from_scratch_tasks"))
     assert tasks.base == evaluation.base and tasks.baseline == evaluation.baseline
     assert tasks.variants.items() <= evaluation.variants.items()
     names = [stage.name for plan in (evaluation, tasks) for stage in plan.evaluate]
