@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,6 +123,13 @@ class CaptionTokenizer:
         special = self.is_special[ids]
         starts = ~special & ~self.is_piece[ids]
         return (starts.cumsum(dim=1) - 1).masked_fill(special, -1)
+
+    def split_words(self, caption: str) -> list[range]:
+        """Numbers that the words of ``word_ids`` have in each word between spaces; "a$" has two."""
+        words = caption.split()
+        counts = self.tokenize(words).words.amax(dim=1) + 1 if words else torch.zeros(0)
+        ends = [0, *counts.cumsum(dim=0).tolist()]
+        return [range(start, end) for start, end in itertools.pairwise(ends)]
 
     def maskable(self, captions: Captions) -> Tensor:
         """Where MLM may mask: everywhere but padding and [CLS], as in ALBEF."""

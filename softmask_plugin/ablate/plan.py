@@ -47,7 +47,8 @@ METRICS = {
     "multimodal_classification": ["acc"],
     "vqa": ["agg_metrics", "yes/no", "number", "other"],
 }
-GROUPED = ["softmask_grounding", "softmask_foils"]  # also by group, as in acc_testA
+# Also report their metrics by group, as in acc_testA and pointing/people
+GROUPED = ["softmask_grounding", "softmask_foils"]
 FRACTIONS = ["multimodal_classification"]  # reports fractions; the others report percent
 
 
@@ -286,7 +287,7 @@ def _check_run(plan: Plan, variant: str, stage: Stage) -> dict[str, Any]:
     task = config.run_cfg.task
     for metric in stage.metrics:
         known = METRICS.get(task, [metric])
-        plain = metric.partition("_")[0] if task in GROUPED else metric
+        plain = re.split("[_/]", metric)[0] if task in GROUPED else metric
         if plain not in known:
             raise UserError(f"{where}: unknown metric '{metric}': {suggest(metric, known)}")
     splits = config.run_cfg.get("test_splits") or []

@@ -205,12 +205,13 @@ class VQAEvalDataset(ItemDataset, vqa_datasets.VQAEvalDataset):
 
 
 class GroundingDataset(ItemDataset):
-    """Images with an expression (``text``) that refers to a thing, for ``softmask_grounding``.
+    """Images with a ``text``, whose words refer to things, for ``softmask_grounding``.
 
-    An item also has ``box`` (the true one), ``boxes`` (the candidates), all (x0, y0, x1, y1) in
-    [0, 1] of the whole image, which the image processor must therefore keep, and ``group``, under
-    which its result is reported. A sample has ``image``, ``text_input``, ``instance_id`` and
-    ``index``.
+    An item's text is an expression, with ``box`` (the true one), ``boxes`` (the candidates) and
+    ``group``, under which its result is reported; or it has ``phrases`` and ``boxes``, see
+    ``tables.phrases.annotate``. Boxes are (x0, y0, x1, y1) in [0, 1] of the whole image, which
+    the image processor must therefore keep. A sample has ``image``, ``text_input``,
+    ``instance_id`` and ``index``.
     """
 
     def __getitem__(self, index: int) -> dict[str, Any]:

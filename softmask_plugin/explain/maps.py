@@ -17,6 +17,8 @@ from softmask_plugin.tokenization import Captions, as_list
 if TYPE_CHECKING:
     from softmask_plugin.models.aligned import AlignedBase
 
+Phrases = Sequence[tuple[int, Sequence[int]]]  # of each: its caption's index, its words' numbers
+
 
 @dataclass(frozen=True)
 class WordMaps:
@@ -25,7 +27,7 @@ class WordMaps:
     Attributes:
         maps: Map of each word over the patch grid, (B, W, h, w), float32, >= 0; zeros where
             ``real`` is False.
-        real: True where a caption has a word, (B, W).
+        real: True where a caption has a word that was mapped, (B, W).
         score: Probability of a match, (B,), float32.
         text, memory: The captions' states, and the images' keys and values, to match the pairs
             again through masks.
@@ -38,29 +40,37 @@ class WordMaps:
     memory: ImageMemory
 
 
-def word_maps(model: AlignedBase, images: Tensor, captions: Sequence[str]) -> WordMaps:
+def word_maps(
+    model: AlignedBase,
+    images: Tensor,
+    captions: Sequence[str],
+    owners: Tensor | None = None,
+    phrases: Phrases | None = None,
+) -> WordMaps:
     """Map every word of every caption, as the model's ``map_score`` says: what it means to the
     match, or what the image means to its own prediction once it is hidden.
 
     Args:
         model: A model with a matching head. Its mode is kept, and dropout would blur the maps.
-        images: Processed images, (B, 3, H, W).
+        images: Processed images, (N, 3, H, W), each encoded once.
         captions: B processed captions.
+        owners: Index of each caption's image, (B,), int64; None: caption i has image i.
+        phrases: The words to map; others count as missing. None: all.
 
     Returns:
         Maps and scores on the model's device, detached.
 
     Raises:
-        ValueError: There are more images than captions, or fewer.
+        ValueError: Images or, if given, ``owners`` do not pair with captions.
     """
     captions = as_list(captions)
-    if len(images) != len(captions):
-        raise ValueError(f"{len(images)} images do not pair with {len(captions)} captions")
+    if (count := len(images if owners is None else owners)) != len(captions):
+        raise ValueError(f"{count} images do not pair with {len(captions)} captions")
     with torch.no_grad():  # no map needs the graph of the encoders
         tokenized = model.tokenize(captions)
         text = model.bert.encode(tokenized.ids, tokenized.packing)
         memory = model.bert.remember(model.visual_encoder(images.to(model.device)))
-    return map_words(model, memory, tokenized, text)
+    return map_words(model, memory, tokenized, text, owners, phrases)
 
 
 def map_words(
@@ -68,29 +78,28 @@ def map_words(
     memory: ImageMemory,
     captions: Captions,
     text: Tokens,
-    images: Tensor | None = None,
-    wanted: Tensor | None = None,
+    owners: Tensor | None = None,
+    phrases: Phrases | None = None,
 ) -> WordMaps:
     """As ``word_maps``, from what is encoded already.
 
     Args:
         model: A model with a matching head.
         memory, captions, text: Keys and values of the images; tokens and states of B captions.
-        images: Index of each caption's image, (B,), int64; None: caption i has image i.
-        wanted: True for the words to map, (B, W); others count as missing. None: all.
+        owners, phrases: As for ``word_maps``.
     """
     rows, count = len(captions.ids), int(captions.words.max()) + 1
     words = torch.arange(count, device=captions.words.device).expand(rows, count)
     real = captions.words.amax(dim=1, keepdim=True) >= words
-    if wanted is not None:
-        real = real & wanted
+    if phrases is not None:
+        real = _words_of(phrases, real)
     with torch.enable_grad():
         fused, attention = model.bert.fuse_with_attention(
-            text, memory, model.map_layer, text.packing.cls_only, View(images=images)
+            text, memory, model.map_layer, text.packing.cls_only, View(images=owners)
         )
         logits = model.match(fused.cls)
         if model.map_score == "word":
-            maps = own_maps(model, memory, captions, real, images)
+            maps = own_maps(model, memory, captions, real, owners)
         else:
             cam = grad_cam(logits[:, 1], attention, model.bert.first_patch)
             each = torch.vmap(word_map, in_dims=(None, None, 1), out_dims=1)
@@ -110,7 +119,7 @@ def own_maps(
     memory: ImageMemory,
     captions: Captions,
     real: Tensor,
-    images: Tensor | None = None,
+    owners: Tensor | None = None,
 ) -> Tensor:
     """Hide each word of each caption in turn, and map what its prediction depends on.
 
@@ -119,7 +128,7 @@ def own_maps(
         memory: Keys and values of the images.
         captions: B tokenized captions.
         real: True for the words to map, (B, W).
-        images: Index of each caption's image, (B,), int64; None: caption i has image i.
+        owners: As for ``word_maps``.
 
     Returns:
         ``mask_effect`` of each word's log-probability, (B, W, patches).
@@ -130,18 +139,29 @@ def own_maps(
     texts = model.bert.encode(ids.masked_fill(hidden, mask_id), Packing.of(captions.mask[rows]))
     patches = model.visual_encoder.grid**2
     keep = torch.ones(len(rows), 1 + patches, device=ids.device, requires_grad=True)
-    views = (View(images=rows if images is None else images[rows], keep=keep),)
+    views = (View(images=rows if owners is None else owners[rows], keep=keep),)
     fused = model.bert.fuse(texts, memory, views, wanted=Packing.of(hidden))
     score = word_score(model.text_encoder(fused.states), ids[hidden])
     maps = keep.new_zeros(*real.shape, patches)
     return maps.index_put((rows, words), mask_effect(score, keep)).detach()
 
 
-def phrase_maps(words: WordMaps) -> Tensor:
-    """Mean map of each caption's words: (B, h, w), float32; zeros for a caption without words.
+def phrase_maps(words: WordMaps, phrases: Phrases | None = None) -> Tensor:
+    """Mean map of each phrase's words: (phrases, h, w), float32; zeros for one without words.
 
-    ALBEF's evaluation on RefCOCO+ averages over tokens instead, so [CLS] counts too, and a word
-    counts once for each of its pieces.
+    Words that a caption lost, cut to the model's length, do not count. Without ``phrases``, each
+    caption is one. ALBEF's evaluation on RefCOCO+ averages over tokens instead, so [CLS] counts
+    too, and a word counts once for each of its pieces.
     """
-    count = words.real.sum(dim=1).clamp_min(1)
-    return words.maps.sum(dim=1) / count[:, None, None]
+    if phrases is None:
+        phrases = [(i, range(words.real.shape[1])) for i in range(len(words.real))]
+    chosen = [words.maps[_words_of([phrase], words.real)] for phrase in phrases]
+    return torch.stack([maps.sum(dim=0) / max(len(maps), 1) for maps in chosen])
+
+
+def _words_of(phrases: Phrases, real: Tensor) -> Tensor:
+    """True for the words of the phrases that the captions have, (B, W)."""
+    chosen = torch.zeros_like(real)
+    for caption, numbers in phrases:
+        chosen[caption, [number for number in numbers if number < real.shape[1]]] = True
+    return chosen & real

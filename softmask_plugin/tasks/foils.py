@@ -140,8 +140,8 @@ class FoilsTask(BaseTask):
     ) -> Tensor:
         """Matching logits (2 B, 2) of captions and foils in turn, each through its own mask."""
         images = torch.arange(len(texts), device=model.device) // 2
-        changed = changed_words([words_of(model, text) for text in texts])
-        found = map_words(model, memory, tokenized, encoded, images, changed.to(model.device))
+        changed = [*enumerate(changed_words([words_of(model, text) for text in texts]))]
+        found = map_words(model, memory, tokenized, encoded, images, changed)
         maps = phrase_maps(found).flatten(1)
         return match_through(model, memory, encoded, images, maps, self.mask, seed=seed)[1]
 
@@ -166,24 +166,21 @@ class FoilsTask(BaseTask):
         return metrics
 
 
-def changed_words(texts: Sequence[Sequence[str]]) -> Tensor:
-    """Find the words of each text that its partner lacks.
+def changed_words(texts: Sequence[Sequence[str]]) -> list[list[int]]:
+    """Number the words of each text that its partner lacks.
 
     Args:
         texts: The words of 2 B texts, partners side by side.
 
     Returns:
-        True for such a word, (2 B, W); for a function word only if no other word differs.
+        Numbers for each text; those of function words only if no other word differs.
     """
-    found = torch.zeros(len(texts), max(1, *map(len, texts)), dtype=torch.bool)
-    content = found.clone()
-    for i in range(0, len(texts), 2):
-        a, b = texts[i : i + 2]
-        for kind, *spans in SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
-            if kind != "equal":
-                found[i, slice(*spans[:2])] = found[i + 1, slice(*spans[2:])] = True
-        for row in (i, i + 1):
-            names = [word not in FUNCTION_WORDS for word in texts[row]]
-            content[row, : len(names)] = torch.tensor(names, dtype=torch.bool)
-    named = found & content
-    return torch.where(named.any(dim=1, keepdim=True), named, found)
+    found = []
+    for a, b in zip(texts[::2], texts[1::2], strict=True):
+        blocks = SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
+        spans = [span for kind, *span in blocks if kind != "equal"]
+        for text, start in ((a, 0), (b, 2)):
+            numbers = [n for span in spans for n in range(*span[start : start + 2])]
+            named = [n for n in numbers if text[n] not in FUNCTION_WORDS]
+            found.append(named or numbers)
+    return found

@@ -1,7 +1,7 @@
-"""Grounding without boxes in training: which candidate box do an expression's words point at?
+"""Grounding without boxes in training: which box do the words of an expression point at?
 
 ALBEF's evaluation on RefCOCO+ (arXiv 2107.07651, 4.4) and the pointing game (Zhang et al., ECCV
-2016), both with the word maps that the soft mask trains with.
+2016), also on phrases of captions, all with the word maps that the soft mask trains with.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from lavis.common.dist_utils import is_main_process
 from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
+from torch import Tensor
 from torchvision.ops.boxes import box_iou
 
 from softmask_plugin.config.run_options import setting
@@ -26,8 +28,9 @@ from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.pointing import Box, energy_inside, hits
 from softmask_plugin.registry import register
 
-POINTING = ("pointing", "pointing_chance", "pointing_other", "pointing_gap")
+POINTING = ("pointing", "pointing_chance", "pointing_center", "pointing_other", "pointing_gap")
 METRICS = ("acc", "acc_chance", *POINTING)
+TOLD = ("image", "text", "phrase", "group")  # of the annotation, to keep with results
 TIED = 1 - 1e-9  # scores that differ by rounding alone are equal
 
 
@@ -42,18 +45,28 @@ class GroundingTask(BaseTask):
     candidates, "group": name}`` with boxes ``(x0, y0, x1, y1)`` in [0, 1], and samples ``{"image",
     "text_input", "instance_id", "index": position in annotation}``.
 
-    Metrics are in percent, for all items and, with the suffix ``_<group>``, for each group:
+    Or it has phrases: ``{"image": name, "boxes": those of all phrases of the image, "phrases":
+    [{"words": numbers of the phrase's words in the text, "box": list of its boxes, "group": list
+    of names}]}``. A phrase's map is the mean over its words, and one pass maps all phrases of a
+    text. A phrase of several things is found in any of their boxes, as the literature counts it
+    (Gupta et al., arXiv 2006.09920), and has no ``acc``, for which the literature needs a
+    detector's boxes.
+
+    Metrics are in percent, for all items and for each group, with the suffix ``_<group>`` or,
+    for phrases, ``/<group>``:
 
     - ``acc``: the best candidate's IoU with the true box is above 0.5 (ALBEF's code: 0.5 or more);
     - ``acc_chance``: the same for a candidate drawn at random;
     - ``pointing``: the map's peak, the centre of a patch, lies in the true box;
     - ``pointing_chance``: the same for a patch drawn at random;
+    - ``pointing_center``: the same for the centre of the image, where photographers put things;
     - ``pointing_other``: the peak lies in another candidate's box instead, one whose IoU with the
       true box is at most 0.5;
     - ``pointing_gap``: ``pointing`` less ``pointing_other``. On a plain ground even maps that
       ignore the words prefer things to the ground; only the gap is due to the words.
 
-    Each of n tied candidates or peaks counts 1/n. ``agg_metrics`` is ``acc``.
+    Each of n tied candidates or peaks counts 1/n. ``agg_metrics`` is ``acc``, for phrases
+    ``pointing``.
 
     Raises:
         UserError: ``grounding_alpha`` is not a number >= 0, the model has no matching head, the
@@ -66,6 +79,7 @@ class GroundingTask(BaseTask):
             raise UserError(f"run.grounding_alpha is {alpha!r}: it must be a number >= 0")
         self.alpha = alpha
         self.annotation: list[dict[str, Any]] = []
+        self.items: list[dict[str, Any]] = []  # what each map has to find
 
     @classmethod
     def setup_task(cls, cfg: Any) -> GroundingTask:
@@ -80,48 +94,56 @@ class GroundingTask(BaseTask):
                 "matching head to explain: use softmask_pretrain, softmask_retrieval or "
                 "softmask_image_text_matching"
             )
-        annotation = getattr(dataset, "annotation", None)
-        if not annotation or not {"box", "boxes", "group"} <= annotation[0].keys():
+        annotation = getattr(dataset, "annotation", None) or []
+        self.items = [item for entry in annotation for item in _items(entry)]
+        if not self.items or not {"box", "boxes", "group"} <= self.items[0].keys():
             raise UserError(
                 f"run.task softmask_grounding cannot evaluate {type(dataset).__name__}, which has "
                 "no boxes: use a data set made for it, such as refcoco_plus_grounding"
             )
         self.annotation = annotation
+        self.starts = [0, *accumulate(len(_items(entry)) for entry in annotation)]
         super().before_evaluation(model, dataset, **rest)
 
     def valid_step(self, model: Any, samples: dict[str, Any]) -> list[dict[str, Any]]:
         """Score one batch.
 
         Returns:
-            For each item its ``instance_id`` and ``index``, ``text`` and ``group``; ``peak`` (x, y)
-            of its map in [0, 1], the first one if several are tied; ``hit`` and ``chance``, see
-            ``pointing.hits``; ``other``, the share of peaks in other boxes; ``scores`` of the
-            candidate boxes, in their order; and ``acc``, whether the best of them is right.
+            For each expression or phrase its ``index`` among all, which is its ``instance_id`` too,
+            and what the annotation says of it; ``peak`` (x, y) of its map in [0, 1], the first one
+            if several are tied; ``hit`` and ``chance``, see ``pointing.hits``; ``other``, the share
+            of peaks in other boxes; and, unless it is a phrase, ``scores`` of the candidate boxes,
+            in their order, and ``acc``, whether the best of them is right.
         """
-        heat = phrase_maps(word_maps(model, samples["image"], samples["text_input"])).double()
+        entries = samples["index"].tolist()
+        indices = [n for i in entries for n in range(self.starts[i], self.starts[i + 1])]
+        items = [self.items[index] for index in indices]
+        heat = _maps(model, samples, [self.annotation[i] for i in entries]).double()
         require_finite_scores("a heat map", heat)
-        maps, indices = heat.cpu().numpy(), samples["index"].tolist()
-        items = [self.annotation[index] for index in indices]
+        maps = heat.cpu().numpy()
         hit, chance = hits(maps, [item["box"] for item in items])
-        other = hits(maps, [[item["box"], *_others(item)] for item in items])[0] - hit
-        scores = box_scores(maps, [item["boxes"] for item in items], self.alpha)
+        other = hits(maps, [[*_boxes(item["box"]), *_others(item)] for item in items])[0] - hit
         height, width = maps.shape[1:]
         row, column = np.divmod(maps.reshape(len(maps), -1).argmax(axis=1), width)
         peaks = np.stack([(column + 0.5) / width, (row + 0.5) / height], axis=1)
-        return [
+        results = [
             {
-                self.inst_id_key: samples[self.inst_id_key][i],
+                self.inst_id_key: str(index),
                 "index": index,
-                **{key: items[i][key] for key in ("image", "group") if key in items[i]},
-                "text": samples["text_input"][i],
+                **{key: items[i][key] for key in TOLD if key in items[i]},
                 "peak": peaks[i].tolist(),
                 "hit": float(hit[i]),
                 "chance": float(chance[i]),
                 "other": float(other[i]),
-                "scores": scores[i].tolist(),
-                "acc": _accuracy(scores[i].tolist(), items[i])[0],
             }
             for i, index in enumerate(indices)
+        ]
+        if "words" in items[0]:
+            return results
+        scores = box_scores(maps, [item["boxes"] for item in items], self.alpha)
+        return [
+            {**result, "scores": own.tolist(), "acc": _accuracy(own.tolist(), item)[0]}
+            for result, item, own in zip(results, items, scores, strict=True)
         ]
 
     def after_evaluation(
@@ -137,7 +159,7 @@ class GroundingTask(BaseTask):
         if not is_main_process():
             return None
         results = json.loads(Path(file).read_text(encoding="utf-8"))
-        metrics = grounding_metrics(results, self.annotation)
+        metrics = grounding_metrics(results, self.items)
         logging.info("grounding: %s", metrics)
         # Where LAVIS's own tasks write theirs
         file = Path(registry.get_path("output_dir"), "evaluate.txt")
@@ -167,26 +189,55 @@ def box_scores(maps: np.ndarray, boxes: Sequence[Sequence[Box]], alpha: float) -
 
 
 def grounding_metrics(
-    results: list[dict[str, Any]], annotation: list[dict[str, Any]]
+    results: list[dict[str, Any]], items: list[dict[str, Any]]
 ) -> dict[str, float]:
-    """Metrics of :class:`GroundingTask` from the results of its ``valid_step``."""
+    """Metrics of :class:`GroundingTask` from the results of its ``valid_step``.
+
+    ``items`` are the expressions, or the phrases, each with the ``boxes`` of its image.
+    """
+    names = METRICS if "scores" in results[0] else POINTING
     rows: dict[str, list[tuple[float, ...]]] = {}
     for result in results:
-        item = annotation[result["index"]]
-        pointing = (result["hit"], result["chance"], result["other"])
-        row = (*_accuracy(result["scores"], item), *pointing, result["hit"] - result["other"])
-        for suffix in ("", f"_{item['group']}"):
+        item = items[result["index"]]
+        accuracy = _accuracy(result["scores"], item) if "scores" in result else ()
+        hit, chance, other = (result[key] for key in ("hit", "chance", "other"))
+        ((center,), _) = hits(np.ones((1, 1, 1)), [item["box"]])  # one patch, the whole image
+        row = (*accuracy, hit, chance, center, other, hit - other)
+        for suffix in ("", *_suffixes(item["group"])):
             rows.setdefault(suffix, []).append(row)
     metrics = {
         name + suffix: 100 * value
         for suffix, values in rows.items()
-        for name, value in zip(
-            METRICS,
-            np.mean(values, axis=0).tolist(),
-            strict=True,
-        )
+        for name, value in zip(names, np.mean(values, axis=0).tolist(), strict=True)
     }
-    return {**metrics, "agg_metrics": metrics["acc"]}
+    return {**metrics, "agg_metrics": metrics.get("acc", metrics["pointing"])}
+
+
+def _items(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """The phrases of an entry, with what it says of them all, or itself."""
+    return [{**entry, **phrase} for phrase in entry.get("phrases", [entry])]
+
+
+def _maps(model: AlignedBase, samples: dict[str, Any], entries: list[dict[str, Any]]) -> Tensor:
+    """The maps of all items of a batch, (N, h, w)."""
+    images, texts = samples["image"], samples["text_input"]
+    if "phrases" not in entries[0]:
+        return phrase_maps(word_maps(model, images, texts))
+    phrases = []
+    for row, (text, entry) in enumerate(zip(texts, entries, strict=True)):
+        split = model.caption_tokenizer.split_words(text)
+        for phrase in entry["phrases"]:
+            phrases.append((row, [number for n in phrase["words"] for number in split[n]]))
+    names = [entry["image"] for entry in entries]
+    _, first, owners = np.unique(names, return_index=True, return_inverse=True)
+    owners = torch.as_tensor(owners, device=model.device)
+    words = word_maps(model, images[torch.as_tensor(first)], texts, owners, phrases)
+    return phrase_maps(words, phrases)
+
+
+def _suffixes(group: str | list[str]) -> list[str]:
+    """Endings of a group's metrics; a phrase's type may be "other", which is a metric too."""
+    return [f"_{group}"] if isinstance(group, str) else [f"/{name}" for name in group]
 
 
 def _accuracy(scores: list[float], item: dict[str, Any]) -> tuple[float, float]:
@@ -198,14 +249,17 @@ def _accuracy(scores: list[float], item: dict[str, Any]) -> tuple[float, float]:
     return float(right[best].mean()), float(right.mean())
 
 
-def _others(item: dict[str, Any]) -> list[Box]:
-    """The candidates that are not right."""
-    return [box for box, right in zip(item["boxes"], _right(item), strict=True) if not right]
+def _others(item: dict[str, Any]) -> np.ndarray:
+    """The candidates that are not right, (K, 4)."""
+    return _boxes(item["boxes"])[~_right(item)]
 
 
 def _right(item: dict[str, Any]) -> np.ndarray:
-    """Whether the IoU of each candidate with the true box is above 0.5."""
-    boxes = (
-        torch.tensor(each, dtype=torch.float64).view(-1, 4) for each in (item["boxes"], item["box"])
-    )
-    return (box_iou(*boxes)[:, 0] > 0.5).numpy()
+    """Whether the IoU of each candidate with a true box is above 0.5."""
+    boxes = (torch.from_numpy(_boxes(item[key])) for key in ("boxes", "box"))
+    return (box_iou(*boxes) > 0.5).any(dim=1).numpy()
+
+
+def _boxes(boxes: Any) -> np.ndarray:
+    """One box or several: (K, 4)."""
+    return np.reshape(np.asarray(boxes, dtype=np.float64), (-1, 4))

@@ -188,6 +188,7 @@ def test_metrics_by_group():
             **{"acc_chance_val": 100 / 3},
             **{"pointing": 50, "pointing_val": 50, "pointing_testA": 50},
             **{"pointing_chance": 25 / 3, "pointing_chance_val": 25, "pointing_chance_testA": 0},
+            **dict.fromkeys((f"pointing_center{x}" for x in ("", "_val", "_testA")), 100),
             **{"pointing_other": 10, "pointing_other_val": 30, "pointing_other_testA": 0},
             **{"pointing_gap": 40, "pointing_gap_val": 20, "pointing_gap_testA": 50},
         }

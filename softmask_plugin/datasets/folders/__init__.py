@@ -1,1 +1,1 @@
-"""Data sets of the user's own images and tables, and RefCOCO+."""
+"""Data sets of the user's own images and tables, RefCOCO+ and Flickr30k Entities."""
