@@ -287,7 +287,10 @@ def test_a_shipped_plan_has_a_short_name(name, tmp_path, monkeypatch):
             "did you mean 'captions_folder/train/pretrain_base' or ",
         ),
         ("snli_ve", "did you mean 'snli_ve/eval/snli_ve' or 'snli_ve/train/snli_ve'?"),
-        ("grounding", "did you mean 'grounding/eval/refcoco_plus'?"),
+        (
+            "grounding",
+            "did you mean 'grounding/eval/flickr30k_entities' or 'grounding/eval/refcoco_plus'?",
+        ),
         ("something/else.yaml", "'softmask configs' lists those that are shipped"),
     ],
 )

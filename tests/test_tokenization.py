@@ -53,6 +53,15 @@ def test_without_sep_a_caption_is_cls_and_its_own_tokens(tokenizer):
     assert bare.tokenize(["", ""]).ids.tolist() == [[2], [2]]
 
 
+def test_a_word_between_spaces_may_be_several_words_or_none(tokenizer):
+    text = "a circlestar, red & \u200b [MASK] heart"
+    split = tokenizer.split_words(text)
+    words = CaptionTokenizer(tokenizer.tokenizer, max_length=20).tokenize([text]).words[0]
+    assert [len(each) for each in split] == [1, 2, 1, 1, 0, 3, 1]
+    assert [n for each in split for n in each] == list(range(int(words.max()) + 1))
+    assert tokenizer.split_words(" ") == []
+
+
 def test_pickable_words(tokenizer):
     captions = tokenizer.tokenize(["a purples red"])
     seen = captions.ids.clone()

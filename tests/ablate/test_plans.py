@@ -152,6 +152,7 @@ def test_grounding_metrics_can_be_measured_by_group(write_plan):
         "name": "grounding",
         "config": "lavis_configs/projects/scenes/eval/grounding_tiny.yaml",
     }
-    assert read_plan(write_plan(evaluate=[{**stage, "metrics": ["acc_testA", "pointing_chance"]}]))
+    metrics = ["acc_testA", "pointing_chance", "pointing_gap/people"]
+    assert read_plan(write_plan(evaluate=[{**stage, "metrics": metrics}]))
     with pytest.raises(UserError, match="unknown metric 'accu_testA'"):
         read_plan(write_plan(evaluate=[{**stage, "metrics": ["accu_testA"]}]))

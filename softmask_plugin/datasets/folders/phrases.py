@@ -115,7 +115,7 @@ def _read(folder: Path, image: str, problems: list[str]) -> Iterator[Mention]:
 
 def _boxes(file: Path) -> dict[str, list[list[float]]]:
     """Boxes by chain."""
-    boxes = defaultdict(list)
+    boxes = defaultdict[str, list[list[float]]](list)
     try:
         root = ElementTree.fromstring(read_bytes(file, ENTITIES))
         width, height = _numbers(root.find("size"), "width", "height")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from pathlib import Path
 
 import pytest
 import toy_builders
@@ -273,3 +275,19 @@ def test_phrases_without_captions_can_only_be_measured_alone(photos):
     ):
         folder("cups.json", "text=caption")
     assert len(folder("cups.json")) == 1
+
+
+def test_the_documented_files_are_read(tmp_path):
+    """Rows and boxes by image, as docs/data.md shows them."""
+    text = Path(__file__).parents[3].joinpath("docs/data.md").read_text(encoding="utf-8")
+    section = text.partition("## Phrases and boxes")[2].partition("## Shards")[0]
+    rows, by_image = re.findall(r"```json\n(.*?)```", section, re.S)
+    hat, cups = parse_phrases(write(tmp_path / "rows.json", rows))
+    assert hat.captions == ["a man in a red hat"]
+    assert len(cups.boxes) == 2 and cups.categories == ["cups"]
+    hat, man = parse_phrases(write(tmp_path / "by_image.json", by_image))
+    entries = annotate([hat, man], "caption", CaptionProcessor())
+    assert words_of(entries) == [
+        ("a man in a red hat", [[3, 4, 5], [0, 1]]),
+        ("a man smiles", [[0, 1]]),
+    ]
