@@ -13,19 +13,19 @@ from softmask_plugin.errors import UserError
 
 NAME = "flickr30k_entities"
 SENTENCES = {
-    "1000092795": [
-        "[/EN#1/people Two young guys] with [/EN#2/bodyparts shaggy hair] look at "
-        "[/EN#0/notvisual each other] in [/EN#3/scene the yard] .",
-        "[/EN#1/people Two guys] , [/EN#4/people a guy] and [/EN#5/people a guy] on "
+    "1000000001": [
+        "[/EN#1/people Three old sailors] with [/EN#2/bodyparts grey beards] stare at "
+        "[/EN#0/notvisual each other] in [/EN#3/scene the harbour] .",
+        "[/EN#1/people Three men] , [/EN#4/people a man] and [/EN#5/people a man] on "
         "[/EN#6/other/vehicles a T-shirt cart]",
         "[/EN#7/other Café Ñandú] .",
         "Nobody is annotated here .",
     ],
-    "36979": ["[/EN#9/animals A dog] barks ."],
+    "42": ["[/EN#9/animals A dog] barks ."],
 }
 # Chains of an object, and its box in pixels counted from 1, or its flag
 OBJECTS = {
-    "1000092795": [
+    "1000000001": [
         (("1", "4"), (1, 1, 20, 40)),
         (("1", "5"), (21, 1, 40, 40)),
         (("2",), (1, 1, 10, 10)),
@@ -34,11 +34,11 @@ OBJECTS = {
         (("7",), "nobndbox"),
         (("8",), (1, 1, 40, 80)),  # of no phrase
     ],
-    "36979": [(("9",), (1, 1, 30, 20))],
+    "42": [(("9",), (1, 1, 30, 20))],
 }
-SIZES = {"1000092795": (40, 80), "36979": (30, 20)}
-GUYS = [[0, 0, 0.5, 0.5], [0.5, 0, 1, 0.5]]
-HAIR, CART = [0, 0, 0.25, 0.125], [0.25, 0.25, 0.5, 0.375]
+SIZES = {"1000000001": (40, 80), "42": (30, 20)}
+MEN = [[0, 0, 0.5, 0.5], [0.5, 0, 1, 0.5]]
+BEARD, CART = [0, 0, 0.25, 0.125], [0.25, 0.25, 0.5, 0.375]
 
 
 def annotation(number: str) -> str:
@@ -69,8 +69,8 @@ def release(tmp_path, monkeypatch):
         Image.new("RGB", SIZES[number]).save(f"images/{number}.jpg")
         Path(f"data/Sentences/{number}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         Path(f"data/Annotations/{number}.xml").write_text(annotation(number), encoding="utf-8")
-    Path("data/test.txt").write_text("1000092795\n36979\n")
-    Path("data/val.txt").write_text("36979\n")
+    Path("data/test.txt").write_text("1000000001\n42\n")
+    Path("data/val.txt").write_text("42\n")
 
 
 def build(*options: str) -> dict:
@@ -90,31 +90,31 @@ def test_phrases_alone_have_the_boxes_and_types_of_their_chains(release):
     assert list(datasets) == ["val", "test"]
     found = phrases(datasets["test"])
     assert found == [
-        ("Two young guys", "Two young guys", [0, 1, 2], GUYS, ["people"]),
-        ("shaggy hair", "shaggy hair", [0, 1], [HAIR], ["bodyparts"]),
-        ("Two guys", "Two guys", [0, 1], GUYS, ["people"]),
-        ("a guy", "a guy", [0, 1], [GUYS[0]], ["people"]),
-        ("a guy", "a guy", [0, 1], [GUYS[1]], ["people"]),  # one pass, two phrases
+        ("Three old sailors", "Three old sailors", [0, 1, 2], MEN, ["people"]),
+        ("grey beards", "grey beards", [0, 1], [BEARD], ["bodyparts"]),
+        ("Three men", "Three men", [0, 1], MEN, ["people"]),
+        ("a man", "a man", [0, 1], [MEN[0]], ["people"]),
+        ("a man", "a man", [0, 1], [MEN[1]], ["people"]),  # one pass, two phrases
         ("a T-shirt cart", "a T-shirt cart", [0, 1, 2, 3], [CART], ["other", "vehicles"]),
         ("A dog", "A dog", [0, 1], [[0, 0, 1, 1]], ["animals"]),
     ]
     assert len(datasets["test"]) == 6
     boxes = [entry["boxes"] for entry in datasets["test"].annotation]
-    assert boxes == [[*GUYS, HAIR, CART]] * 5 + [[[0, 0, 1, 1]]]
+    assert boxes == [[*MEN, BEARD, CART]] * 5 + [[[0, 0, 1, 1]]]
 
 
 def test_phrases_stand_in_the_caption_where_the_file_says(release):
     found = phrases(build("text=caption")["test"])
     first, second = (
-        "Two young guys with shaggy hair look at each other in the yard .",
-        "Two guys , a guy and a guy on a T-shirt cart",
+        "Three old sailors with grey beards stare at each other in the harbour .",
+        "Three men , a man and a man on a T-shirt cart",
     )
     assert [each[:3] for each in found] == [
-        ("Two young guys", first, [0, 1, 2]),
-        ("shaggy hair", first, [4, 5]),
-        ("Two guys", second, [0, 1]),
-        ("a guy", second, [2, 3]),  # of the cleaned caption, without the comma
-        ("a guy", second, [5, 6]),
+        ("Three old sailors", first, [0, 1, 2]),
+        ("grey beards", first, [4, 5]),
+        ("Three men", second, [0, 1]),
+        ("a man", second, [2, 3]),  # of the cleaned caption, without the comma
+        ("a man", second, [5, 6]),
         ("a T-shirt cart", second, [8, 9, 10, 11]),
         ("A dog", "A dog barks .", [0, 1]),
     ]
@@ -124,23 +124,23 @@ def test_samples_have_the_layout_of_the_task(release):
     test = build("text=caption")["test"]
     (batch,) = DataLoader(test, batch_size=3, collate_fn=test.collater)
     assert batch["image"].shape == (3, 3, 8, 8) and batch["index"].tolist() == [0, 1, 2]
-    assert batch["text_input"][1] == "two guys a guy and a guy on a t shirt cart"
+    assert batch["text_input"][1] == "three men a man and a man on a t shirt cart"
 
 
 def test_phrases_of_any_script_are_found(release):
-    objects = annotation("1000092795").replace("<name>8<", "<name>7<")
-    Path("data/Annotations/1000092795.xml").write_text(objects)
+    objects = annotation("1000000001").replace("<name>8<", "<name>7<")
+    Path("data/Annotations/1000000001.xml").write_text(objects)
     found = phrases(build("text=caption")["test"])
     assert ("Café Ñandú", "Café Ñandú .", [0, 1], [[0, 0, 1, 1]], ["other"]) in found
 
 
 def test_a_missing_image_is_left_out(release):
-    Path("images/1000092795.jpg").unlink()
+    Path("images/1000000001.jpg").unlink()
     assert [each[0] for each in phrases(build()["test"])] == ["A dog"]
 
 
 def test_brackets_that_do_not_match_cost_one_sentence(release, caplog):
-    file = Path("data/Sentences/36979.txt")
+    file = Path("data/Sentences/42.txt")
     file.write_text("[/EN#9/animals A dog barks .\n[/EN#9/animals The dog] sits\n")
     assert [each[0] for each in phrases(build("splits.test=null")["val"])] == ["The dog"]
     problem = f"{file}, line 1: brackets that do not match"
@@ -150,7 +150,7 @@ def test_brackets_that_do_not_match_cost_one_sentence(release, caplog):
 # ---- what is refused
 
 
-@pytest.mark.parametrize("file", ["val.txt", "Annotations/36979.xml", "Sentences/36979.txt"])
+@pytest.mark.parametrize("file", ["val.txt", "Annotations/42.xml", "Sentences/42.txt"])
 def test_a_missing_file_is_named_with_where_to_get_it(release, file):
     Path("data", file).unlink()
     with pytest.raises(UserError, match=f"{Path(file).name} .No such file.*Flickr30k Entities"):
@@ -163,15 +163,15 @@ BAD = {
     b"<annotation/>": "no width, height",
     b"<annotation><size><width>0</width><height>9</height></size></annotation>": "0.0 x 9.0 pixels",
     b"<annotation><size><width>wide</width><height>9</height></size></annotation>": "'wide'",
-    annotation("36979").replace("xmin", "left").encode(): "no xmin, ymin, xmax, ymax",
+    annotation("42").replace("xmin", "left").encode(): "no xmin, ymin, xmax, ymax",
     b'<!DOCTYPE a [<!ENTITY b "b">]><a>&c;</a>': "undefined entity",
 }
 
 
 @pytest.mark.parametrize("content", BAD)
 def test_another_layout_is_refused_in_one_line(release, content):
-    Path("data/Annotations/36979.xml").write_bytes(content)
-    message = f"36979.xml is laid out differently .*{BAD[content]}.*Flickr30k Entities"
+    Path("data/Annotations/42.xml").write_bytes(content)
+    message = f"42.xml is laid out differently .*{BAD[content]}.*Flickr30k Entities"
     with pytest.raises(UserError, match=message) as error:
         build()
     assert "\n" not in str(error.value)
@@ -180,14 +180,14 @@ def test_another_layout_is_refused_in_one_line(release, content):
 def test_a_bomb_of_entities_is_refused(release):
     entities = "".join(f'<!ENTITY e{i} "{f"&e{i - 1};" * 10}">' for i in range(1, 12))
     bomb = f'<!DOCTYPE a [<!ENTITY e0 "boom">{entities}]><a>&e11;</a>'
-    Path("data/Annotations/36979.xml").write_text(bomb)
-    with pytest.raises(UserError, match="36979.xml is laid out differently"):
+    Path("data/Annotations/42.xml").write_text(bomb)
+    with pytest.raises(UserError, match="42.xml is laid out differently"):
         build()
 
 
 def test_files_that_are_not_text_or_lead_elsewhere_are_refused(release):
-    Path("data/Sentences/36979.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="36979.txt is not UTF-8 text: get that of"):
+    Path("data/Sentences/42.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="42.txt is not UTF-8 text: get that of"):
         build()
     Path("data/val.txt").write_text("../../secret\n")
     with pytest.raises(UserError, match="val.txt: image .* is outside the images folder"):
