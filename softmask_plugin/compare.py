@@ -13,6 +13,7 @@ import scipy.stats
 
 from softmask_plugin.errors import UserError, reason_of
 from softmask_plugin.foil_metrics import Result, item_scores
+from softmask_plugin.pointing import group_suffixes
 
 RESAMPLES = 2000
 
@@ -35,7 +36,11 @@ def _classes(results: list[Result]) -> dict[str, np.ndarray]:
 
 def _grounding(results: list[Result]) -> dict[str, np.ndarray]:
     columns = {"acc": "acc", "pointing": "hit", "pointing_other": "other"}
-    return {name: np.array([float(row[key]) for row in results]) for name, key in columns.items()}
+    return {
+        name: np.array([float(row[key]) for row in results])
+        for name, key in columns.items()
+        if key in results[0]  # phrases have no acc
+    }
 
 
 KINDS = (
@@ -47,8 +52,8 @@ KINDS = (
     ),
     Kind(
         "softmask_grounding",
-        frozenset({"acc", "hit", "other"}),
-        ("image", "text", "group"),
+        frozenset({"hit", "other"}),
+        ("image", "text", "phrase", "group"),
         _grounding,
     ),
     Kind("multimodal_classification", frozenset({"prediction", "target"}), ("target",), _classes),
@@ -112,10 +117,9 @@ def compare(first: str | Path, second: str | Path, split: str = "test") -> list[
     before, after = map(kind.scores, pairs)
     unit = [row.get("pair") or row.get("image") or item for item, row in one.items()]
     units = np.array([str(each) for each in unit])
-    groups = np.array([str(row.get("group", "")) for row in pairs[0]])
     return [
         _difference(metric + suffix, before[metric][rows], after[metric][rows], units[rows])
-        for suffix, rows in _parts(groups)
+        for suffix, rows in _parts(pairs[0])
         for metric in before
     ]
 
@@ -138,10 +142,12 @@ def table(differences: list[Difference]) -> str:
     return "\n".join(lines)
 
 
-def _parts(groups: np.ndarray) -> Iterator[tuple[str, Any]]:
+def _parts(results: list[Result]) -> Iterator[tuple[str, Any]]:
+    """All results, then those of each group, with the suffix of their metrics."""
     yield "", slice(None)
-    for group in sorted({*groups} - {""}):
-        yield f"_{group}", groups == group
+    suffixes = [group_suffixes(row.get("group")) for row in results]
+    for suffix in sorted({each for own in suffixes for each in own}):
+        yield suffix, np.array([suffix in own for own in suffixes])
 
 
 def _read(run: Path, split: str) -> tuple[Kind, Results]:

@@ -117,6 +117,17 @@ def energy_inside(maps: np.ndarray, boxes: ArrayLike) -> np.ndarray:
     return (heat * overlap).sum(axis=(1, 2)) / heat.sum(axis=(1, 2))
 
 
+def group_suffixes(group: str | Sequence[str] | None) -> list[str]:
+    """Suffixes of the metrics that a result counts for: ``_<group>``, or ``/<type>`` for each type.
+
+    Types of phrases have a sign of their own: Flickr30k Entities calls one "other", and
+    ``pointing_other`` is a metric.
+    """
+    if group is None or isinstance(group, str):
+        return [f"_{group}"] if group else []
+    return [f"/{name}" for name in group]
+
+
 def _sides(boxes: ArrayLike) -> np.ndarray:
     """Left, upper, right and lower sides of N boxes: (N, 4) -> (4, N, 1)."""
     return np.asarray(boxes, dtype=np.float64).reshape(-1, 4).T[..., None]

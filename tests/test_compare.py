@@ -92,6 +92,27 @@ def test_results_of_other_tasks(tmp_path):
     assert pointing.p is None and acc.p == 1  # ties share a hit
 
 
+def test_phrases_are_compared_by_type(tmp_path):
+    types = ["people"], ["people", "other"], []
+    runs = [
+        save(
+            tmp_path / name,
+            [
+                {"instance_id": str(i), "phrase": f"a {i}", "group": group, "hit": hit, "other": 0}
+                for i, (group, hit) in enumerate(zip(types, found, strict=True))
+            ],
+            "test_grounding.json",
+        )
+        for name, found in (("a", (1, 0, 1)), ("b", (1, 1, 0)))
+    ]
+    found = {each.metric: each for each in compare(*runs)}
+    names = {"pointing", "pointing_other"}
+    assert {*found} == {name + end for name in names for end in ("", "/people", "/other")}
+    assert (found["pointing"].worse, found["pointing"].better) == (1, 1)
+    assert (found["pointing/people"].first, found["pointing/people"].second) == (50, 100)
+    assert found["pointing/other"].items == 1 and found["pointing_other"].second == 0
+
+
 def test_the_command_prints_a_table(tmp_path, capsys):
     runs = [save(tmp_path / name, foils([(1, 0)] * 4)) for name in "ab"]
     assert cli.main(["compare", *map(str, runs)]) == 0

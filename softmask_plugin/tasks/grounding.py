@@ -25,7 +25,7 @@ from softmask_plugin.config.run_options import setting
 from softmask_plugin.errors import UserError, require_finite_scores
 from softmask_plugin.explain.maps import phrase_maps, word_maps
 from softmask_plugin.models.aligned import AlignedBase
-from softmask_plugin.pointing import Box, energy_inside, hits
+from softmask_plugin.pointing import Box, energy_inside, group_suffixes, hits
 from softmask_plugin.registry import register
 
 POINTING = ("pointing", "pointing_chance", "pointing_center", "pointing_other", "pointing_gap")
@@ -203,7 +203,7 @@ def grounding_metrics(
         hit, chance, other = (result[key] for key in ("hit", "chance", "other"))
         ((center,), _) = hits(np.ones((1, 1, 1)), [item["box"]])  # one patch, the whole image
         row = (*accuracy, hit, chance, center, other, hit - other)
-        for suffix in ("", *_suffixes(item["group"])):
+        for suffix in ("", *group_suffixes(item["group"])):
             rows.setdefault(suffix, []).append(row)
     metrics = {
         name + suffix: 100 * value
@@ -233,11 +233,6 @@ def _maps(model: AlignedBase, samples: dict[str, Any], entries: list[dict[str, A
     owners = torch.as_tensor(owners, device=model.device)
     words = word_maps(model, images[torch.as_tensor(first)], texts, owners, phrases)
     return phrase_maps(words, phrases)
-
-
-def _suffixes(group: str | list[str]) -> list[str]:
-    """Endings of a group's metrics; a phrase's type may be "other", which is a metric too."""
-    return [f"_{group}"] if isinstance(group, str) else [f"/{name}" for name in group]
 
 
 def _accuracy(scores: list[float], item: dict[str, Any]) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from lavis.datasets.datasets.base_dataset import BaseDataset
 from lavis.models import load_model_and_preprocess
 from torch.utils.data import DataLoader
 
+from softmask_plugin.compare import compare
 from softmask_plugin.datasets.scenes.grammar import article, captions, make_scenes
 from softmask_plugin.datasets.scenes.render import render
 from softmask_plugin.explain.maps import phrase_maps, word_maps
@@ -118,8 +119,9 @@ def expected_rows(model, dataset):
 
 @torch.no_grad()
 def test_metrics_are_those_of_texts_explained_alone(model, dataset, tmp_path, monkeypatch):
-    for name in ("output_dir", "result_dir"):
-        monkeypatch.setitem(registry.mapping["paths"], name, str(tmp_path))
+    (tmp_path / "result").mkdir()
+    for name, folder in (("output_dir", tmp_path), ("result_dir", tmp_path / "result")):
+        monkeypatch.setitem(registry.mapping["paths"], name, str(folder))
     task, results = evaluate(model, dataset)
     rows = expected_rows(model, dataset)
     assert [row["peak"] for row in results] == [row["peak"] for row in rows]
@@ -135,7 +137,9 @@ def test_metrics_are_those_of_texts_explained_alone(model, dataset, tmp_path, mo
         expected[f"pointing_gap{suffix}"] = gap
     assert metrics == pytest.approx({**expected, "agg_metrics": expected["pointing"]})
     assert 0 < expected["pointing"] < 100 and expected["pointing_other"] > 0
-    assert json.loads((tmp_path / "test_grounding.json").read_text()) == results
+    assert json.loads((tmp_path / "result" / "test_grounding.json").read_text()) == results
+    for each in compare(tmp_path, tmp_path):
+        assert each.first == each.second == pytest.approx(metrics[each.metric])
 
 
 @torch.no_grad()
