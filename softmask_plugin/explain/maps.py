@@ -93,17 +93,20 @@ def map_words(
     real = captions.words.amax(dim=1, keepdim=True) >= words
     if phrases is not None:
         real = _words_of(phrases, real)
-    with torch.enable_grad():
-        fused, attention = model.bert.fuse_with_attention(
-            text, memory, model.map_layer, text.packing.cls_only, View(images=owners)
-        )
-        logits = model.match(fused.cls)
-        if model.map_score == "word":
-            maps = own_maps(model, memory, captions, real, owners)
-        else:
+    view, cls = View(images=owners), text.packing.cls_only
+    if model.map_score == "word":
+        with torch.no_grad():
+            logits = model.match(model.bert.fuse(text, memory, (view,), cls).cls)
+        maps = own_maps(model, memory, captions, real, owners)
+    else:
+        with torch.enable_grad():
+            fused, attention = model.bert.fuse_with_attention(
+                text, memory, model.map_layer, cls, view
+            )
+            logits = model.match(fused.cls)
             cam = grad_cam(logits[:, 1], attention, model.bert.first_patch)
-            each = torch.vmap(word_map, in_dims=(None, None, 1), out_dims=1)
-            maps = each(cam, captions.words, words) * real[:, :, None]
+        each = torch.vmap(word_map, in_dims=(None, None, 1), out_dims=1)
+        maps = each(cam, captions.words, words) * real[:, :, None]
     side = model.visual_encoder.grid
     return WordMaps(
         maps=maps.reshape(rows, count, side, side),
@@ -114,6 +117,7 @@ def map_words(
     )
 
 
+@torch.enable_grad()
 def own_maps(
     model: AlignedBase,
     memory: ImageMemory,
