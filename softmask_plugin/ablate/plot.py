@@ -8,7 +8,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from softmask_plugin.ablate.table import FEWEST, Row
-from softmask_plugin.report.figures import ACCENT, MUTED, STYLE
+from softmask_plugin.style import ACCENT, MUTED, STYLE
 
 COLUMNS = 3  # most metrics side by side
 

@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from softmask_plugin.pointing import Box
-from softmask_plugin.report.figures import ACCENT, INK, MUTED, STYLE
+from softmask_plugin.style import ACCENT, INK, MUTED, STYLE
 
 if TYPE_CHECKING:
     from softmask_plugin.explain.pairs import Explanation

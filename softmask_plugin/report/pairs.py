@@ -21,6 +21,7 @@ from softmask_plugin.datasets.task_datasets import (
     PretrainDataset,
     RetrievalDataset,
 )
+from softmask_plugin.explain.figure import Shown, word_panels
 from softmask_plugin.explain.gallery import Gallery
 from softmask_plugin.explain.pairs import explain
 from softmask_plugin.explain.trained import Trained
@@ -66,8 +67,6 @@ def build_datasets(config: Mapping[str, Any]) -> dict[str, ItemDataset]:
 
 def draw_pairs(trained: Trained, dataset: ItemDataset) -> list[Figure]:
     """Word panels of the first pairs of a data set of captions."""
-    from softmask_plugin.explain.figure import Shown, word_panels  # in the style of this package
-
     figures = []
     for index in range(min(PANELS, len(dataset))):
         item, (picture,) = dataset.open(index)
