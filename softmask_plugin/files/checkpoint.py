@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from lavis.common.utils import is_url
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import load_file
 from torch import Tensor
@@ -28,6 +28,8 @@ BEST = "checkpoint_best.pth"
 TOKEN_TYPES = "embeddings.token_type_embeddings.weight"  # in the files of ALBEF's own code
 OWN_FIELDS = ("model", "config", "vocabulary")  # entries of a file that are fields of a Checkpoint
 GROWTH = 4  # times its size that a file's content may unfold to; tied weights count twice
+REFERENCES = 200  # most of a configuration, those in what they repeat included
+DOUBLED = 6  # most of them that share a text with another, as each may double what it repeats
 _NAME = re.compile(r"checkpoint_(\d+)(?:_(\d+))?\.pth")
 
 
@@ -162,19 +164,20 @@ def _load(path: Path, trusted: bool, device: torch.device | str) -> Any:
 def _require_bounded(content: Any, path: Path) -> None:
     """Raise UserError if whoever copied the content, with all that it repeats, would need far more
     memory than the file has bytes."""
-    left, parts = GROWTH * path.stat().st_size, [content]
+    left, doubled, parts = GROWTH * path.stat().st_size, 0, [content]
     while parts:
         part = parts.pop()
         if isinstance(part, Tensor):
             left -= part.numel() * part.element_size()
         elif isinstance(part, (str, bytes, bytearray)):
             left -= len(part)
+            doubled += max(0, str(part).count("${") - 1)
         elif isinstance(part, Mapping):
             parts += [*part.keys(), *part.values()]
         elif isinstance(part, (list, tuple, set)):
             parts += part
         left -= 1
-        if left < 0:
+        if left < 0 or doubled > DOUBLED:
             raise _bomb(path)
 
 
@@ -191,6 +194,7 @@ def _config_beside(path: Path) -> dict[str, Any] | None:
         return None
     with valid_yaml(file):
         content = OmegaConf.to_container(OmegaConf.load(file))
+    _require_bounded(content, file)
     return _resolve(content, file)
 
 
@@ -214,9 +218,23 @@ def _resolve(config: Any, path: Path) -> dict[str, Any] | None:
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         return None
     try:
-        resolved: Any = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
+        whole = OmegaConf.create(config)
+        _require_few_references(whole, path)
+        resolved: Any = OmegaConf.to_container(whole, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(
             f"the configuration in {path} cannot be resolved: {reason_of(error)}"
         ) from error
     return resolved
+
+
+def _require_few_references(config: Any, path: Path) -> None:
+    left, parts = REFERENCES, [config]
+    while parts:
+        part = parts.pop()
+        for key in list(part) if isinstance(part, DictConfig) else range(len(part)):
+            left -= OmegaConf.is_interpolation(part, key)
+            if left < 0:
+                raise _bomb(path)
+            if OmegaConf.is_config(part.get(key)):  # one reference is resolved, not those within
+                parts.append(part[key])

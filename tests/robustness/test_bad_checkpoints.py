@@ -206,6 +206,14 @@ def laughs(levels=9):
     return [laughs(levels - 1)] * 10 if levels else "ha"
 
 
+def references(path, text, beside=False):
+    """Thirty keys, each of which repeats the next one."""
+    config = {"model": {f"k{i}": text(f"${{model.k{i + 1}}}") for i in range(30)} | {"k30": "ha"}}
+    torch.save({"model": {}, **({} if beside else {"config": config})}, path)
+    if beside:
+        OmegaConf.save(config, path.with_name("config.yaml"))
+
+
 def compressed(path):
     torch.save({"model": {"temp": torch.zeros(2**24)}}, path)
     with zipfile.ZipFile(path) as archive:
@@ -230,6 +238,9 @@ BOMBS = {
     ),
     "repeated.pth": lambda path: torch.save({"optimizer": [torch.ones(10**5)] * 10**4}, path),
     "laughing.pth": lambda path: torch.save({"model": {}, "config": {"model": laughs()}}, path),
+    "referring.pth": lambda path: references(path, lambda key: key * 2),
+    "listing.pth": lambda path: references(path, lambda key: [key] * 2),
+    "config.yaml": lambda path: references(path.with_name("a.pth"), lambda key: key * 2, True),
     "wordy.pth": lambda path: torch.save({"vocabulary": ["a" * 10**5] * 10**4}, path),
 }
 
@@ -238,7 +249,8 @@ BOMBS = {
 def test_a_file_that_unfolds_to_far_more_is_refused_before_it_does(make_model, tmp_path, name):
     path = tmp_path / name
     BOMBS[name](path)
-    message, taken = memory_taken(make_model().load_checkpoint, str(path))
+    opened = tmp_path / "a.pth" if name == "config.yaml" else path
+    message, taken = memory_taken(make_model().load_checkpoint, str(opened))
     assert str(path) in message and ("fill the memory" in message or "no readable" in message)
     assert path.stat().st_size < 2**21 and taken < 50
 
