@@ -114,11 +114,7 @@ def _config_of(checkpoint: Checkpoint) -> DictConfig:
 
 
 def _config_of_type(arch: Any, model_type: str | None) -> DictConfig:
-    model_class = _model_class(arch)
-    types = model_class.PRETRAINED_MODEL_CONFIG_DICT
-    if model_type not in types:
-        raise UserError(f"unknown type '{model_type}' of {arch}: {suggest(str(model_type), types)}")
-    config: Any = OmegaConf.load(model_class.default_config_path(model_type))
+    config: Any = OmegaConf.load(_model_class(arch).default_config_path(model_type))
     return config
 
 
