@@ -66,16 +66,14 @@ class CheckpointFiles:
         The best one comes first: a run killed in between repeats the epoch and writes it again.
         UserError if the file cannot be written; earlier checkpoints then stay as they were.
         """
-        path = self.folder / _name(epoch, step)
+        path = self.folder / f"checkpoint_{epoch}{'' if step is None else f'_{step}'}.pth"
         try:
             for half in self.folder.glob(LEFTOVERS):  # of a process that was killed
                 half.unlink()
+            first = self.folder / BEST if is_best else path
+            write_whole(first, lambda temporary: torch.save(content, temporary))
             if is_best:
-                best = self.folder / BEST
-                write_whole(best, lambda temporary: _serialize(content, temporary))
-                write_whole(path, lambda temporary: _link(best, temporary))
-            else:
-                write_whole(path, lambda temporary: _serialize(content, temporary))
+                write_whole(path, lambda temporary: _link(first, temporary))
             for old in furthest_first(self.folder)[self.keep :] if self.keep else ():
                 old.unlink()
         except (OSError, RuntimeError) as error:  # a full disk: torch's writer raises the latter
@@ -92,14 +90,6 @@ class CheckpointFiles:
             return False
         write_whole(self.folder / BEST, lambda temporary: _link(folder / BEST, temporary))
         return True
-
-
-def _name(epoch: int, step: int | None) -> str:
-    return f"checkpoint_{epoch}.pth" if step is None else f"checkpoint_{epoch}_{step}.pth"
-
-
-def _serialize(content: dict[str, Any], path: Path) -> None:
-    torch.save(content, path)
 
 
 def _link(source: Path, path: Path) -> None:
