@@ -21,7 +21,7 @@ import softmask_plugin  # noqa: F401  (first: registers the models, and lets LAV
 from lavis.models import load_model_and_preprocess
 
 from softmask_plugin.datasets.scenes import captions, make_scenes, render
-from softmask_plugin.explain import explain, word_panel
+from softmask_plugin.explain import Shown, explain, word_panels
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
     # The same scene with more pixels, to look at; a white frame outlines the named object
     picture = np.asarray(render(scene, 240))
     words = [index for index, _, role in caption.boxes if role != "size"]
-    panel = word_panel(picture, explanation, words, caption.boxes)
+    panel = word_panels(Shown(picture, explanation, words, caption.boxes))
     panel.savefig(given.output, dpi=200, bbox_inches="tight")
     print(f"figure: {given.output}")
 

@@ -94,7 +94,7 @@ def _panel(scenes: SceneRetrievalDataset, text: int, explanation: Explanation) -
     (scene,) = scenes.annotation[scenes.txt2img[text]]["scenes"]
     picture = np.asarray(render(scene, 256))
     words = [word for word, _, role in boxes if role in ("colour", "shape")]
-    return word_panels([Shown(picture, explanation, words, boxes)], DPI, WIDTH)
+    return word_panels(Shown(picture, explanation, words, boxes), dpi=DPI, width=WIDTH)
 
 
 def _print(page: Path, metrics: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """What the words of a caption refer to in an image, and what masking them does to the match."""
 
-from softmask_plugin.explain.figure import Shown, word_panel, word_panels
+from softmask_plugin.explain.figure import Shown, word_panels
 from softmask_plugin.explain.image import ImageExplanation, explain_file, explain_image
 from softmask_plugin.explain.maps import WordMaps, phrase_maps, word_maps
 from softmask_plugin.explain.pairs import Explanation, explain
@@ -18,6 +18,5 @@ __all__ = [
     "load_trained",
     "phrase_maps",
     "word_maps",
-    "word_panel",
     "word_panels",
 ]

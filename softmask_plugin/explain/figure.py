@@ -36,7 +36,13 @@ HIDDEN = np.array([0.13, 0.14, 0.17])  # colour of a wholly masked patch
 
 @dataclass(frozen=True)
 class Shown:
-    """The arguments of :func:`word_panel`."""
+    """A pair to draw.
+
+    Attributes:
+        image: (H, W, 3) uint8.
+        words: Indices in ``explanation.words``, one column each.
+        boxes: Ground truth to outline, ``(word index, (x0, y0, x1, y1) in [0, 1], role)``.
+    """
 
     image: np.ndarray
     explanation: Explanation
@@ -44,30 +50,13 @@ class Shown:
     boxes: Collection[tuple[int, Box, str]] = ()
 
 
-def word_panel(
-    image: np.ndarray,
-    explanation: Explanation,
-    words: Sequence[int],
-    boxes: Collection[tuple[int, Box, str]] = (),
-) -> Figure:
-    """Draw an image and, for some words, the heat map, the mask and its effect on the match.
+def word_panels(*pairs: Shown, dpi: int = DPI, width: float | None = None) -> Figure:
+    """Draw pairs, one below the other: for some words the heat map, the mask and its effect.
 
-    Args:
-        image: (H, W, 3) uint8.
-        words: Indices in ``explanation.words``, one column each.
-        boxes: Ground truth to outline, ``(word index, (x0, y0, x1, y1) in [0, 1], role)``.
-
-    Returns:
-        The caption (as far as it was kept) above the image. Each column shows a word's heat map,
-        brightest at its own maximum; the image, each patch as dark as the mask makes it; and the
-        match as a bar with the mask and a tick without it. More than ``COLUMNS`` words take
-        several rows.
-    """
-    return word_panels([Shown(image, explanation, words, boxes)])
-
-
-def word_panels(pairs: Sequence[Shown], dpi: int = DPI, width: float | None = None) -> Figure:
-    """Draw several pairs, one below the other, each as :func:`word_panel` does.
+    A pair's caption (as far as it was kept) is above its image. Each column shows a word's heat
+    map, brightest at its own maximum; the image, each patch as dark as the mask makes it; and the
+    match as a bar with the mask and a tick without it. More than ``COLUMNS`` words take several
+    rows.
 
     Args:
         pairs: At least one.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from softmask_plugin.datasets.images import UnreadableImageError, open_rgb, to_rgb
+from softmask_plugin.datasets.images import UnreadableImageError, open_rgb
 from softmask_plugin.datasets.tables.captions import parse_captions
 from softmask_plugin.datasets.tables.layouts import TableOptions
 from softmask_plugin.errors import UserError, suggest
@@ -21,6 +21,7 @@ from softmask_plugin.explain.pairs import Explanation, explain, words_of
 from softmask_plugin.explain.trained import Trained, load_trained
 from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.models.rerank import progress_bar
+from softmask_plugin.processors.image import ImageEvalProcessor
 from softmask_plugin.processors.text import CaptionProcessor
 
 if TYPE_CHECKING:  # matplotlib takes a second to import, and only figures need it
@@ -57,7 +58,7 @@ class ImageExplanation(Explanation):
         from softmask_plugin.explain.figure import Shown, word_panels
 
         require_width(width)
-        return word_panels([Shown(self.image, self, range(len(self.words)))], DPI, width)
+        return word_panels(Shown(self.image, self, range(len(self.words))), dpi=DPI, width=width)
 
     def _repr_png_(self) -> bytes:
         """Notebooks show the figure."""
@@ -141,7 +142,8 @@ def explain_image(
         UserError: The image or the checkpoint cannot be loaded, the model has no matching head, the
             caption has no word or not the ones to explain, or a score is NaN or infinite.
     """
-    picture = _open(image)
+    file = isinstance(image, (str, Path))
+    picture = open_rgb(image) if file else ImageEvalProcessor.picture(image)
     if model is None or isinstance(model, (str, Path)):
         model = load_trained(model, arch, model_type)
     elif not isinstance(model, Trained):
@@ -216,22 +218,6 @@ def require_width(width: float | None) -> None:
     """Raise UserError unless a figure's width is None or 2 to 40 inches."""
     if width is not None and not 2 <= width <= 40:
         raise UserError(f"the figure's width is {width:g}: it must be 2 to 40 inches")
-
-
-def _open(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
-    if isinstance(image, (str, Path)):
-        return open_rgb(image)
-    if isinstance(image, np.ndarray):
-        has_shape = image.size > 0 and (image.ndim == 2 or image.shape[2:] == (3,))
-        if image.dtype != np.uint8 or not has_shape:
-            raise UserError(
-                "an image as an array must be (H, W, 3) or (H, W) of uint8, 0 to 255, not "
-                f"{image.shape} of {image.dtype}"
-            )
-        image = Image.fromarray(image)
-    if not isinstance(image, Image.Image):
-        raise UserError(f"an image must be a file, a PIL image or an array, not {image!r:.80}")
-    return to_rgb(image)
 
 
 def _is_scene(picture: Image.Image) -> bool:

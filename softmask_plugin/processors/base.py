@@ -35,7 +35,8 @@ class Processor(BaseProcessor):
         except (TypeError, ValueError) as error:  # a value of the wrong kind
             raise UserError(f"{cls.NAME}: {error}") from error
 
-    def require(self, condition: bool, message: str) -> None:
+    @classmethod
+    def require(cls, condition: bool, message: str) -> None:
         """Raise UserError, which names the processor, unless the condition holds."""
         if not condition:
-            raise UserError(f"{self.NAME}: {message}")
+            raise UserError(f"{cls.NAME}: {message}")

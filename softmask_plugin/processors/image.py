@@ -108,18 +108,23 @@ class ImageProcessor(Processor):
 
     def __call__(self, image: Any) -> torch.Tensor:
         """Process one image."""
+        pixels = torch.from_numpy(np.array(self.transform(self.picture(image)))).permute(2, 0, 1)
+        values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        return values.mul_(self.scale).add_(self.offset)
+
+    @classmethod
+    def picture(cls, image: Any) -> Image.Image:
+        """A PIL image or array as 8-bit RGB; UserError if it is something else."""
         if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size:
             known = image.ndim > 1 and image.shape[2:] in ((), (3,))
             image = Image.fromarray(image) if known else image
         shape = f" of {image.dtype} {tuple(image.shape)}" if hasattr(image, "shape") else ""
         given = f"{type(image).__name__}{shape}"
-        self.require(
+        cls.require(
             isinstance(image, Image.Image),
             f"expected a PIL image or an array (H, W, 3) of uint8, got {given}",
         )
-        pixels = torch.from_numpy(np.array(self.transform(to_rgb(image)))).permute(2, 0, 1)
-        values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
-        return values.mul_(self.scale).add_(self.offset)
+        return to_rgb(image)
 
 
 @register("processor", "softmask_image_eval")

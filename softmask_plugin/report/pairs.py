@@ -73,7 +73,7 @@ def draw_pairs(trained: Trained, dataset: ItemDataset) -> list[Figure]:
         text = trained.text_processor(item["caption"][0])
         (found,) = explain(trained.model, trained.image_processor(picture)[None], [text])
         shown = Shown(np.asarray(picture), found, found.content_words[:WORDS])
-        figures.append(word_panels([shown], DPI, WIDTH))
+        figures.append(word_panels(shown, dpi=DPI, width=WIDTH))
     return figures
 
 

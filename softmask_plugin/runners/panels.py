@@ -77,7 +77,7 @@ class MaskPanels:
             Shown(_pixels(image), each, each.content_words[:WORDS])
             for image, each in zip(images, explain(model, images, captions), strict=True)
         ]
-        word_panels(shown).savefig(path, dpi=DPI)
+        word_panels(*shown).savefig(path, dpi=DPI)
 
 
 def _pixels(image: Tensor) -> np.ndarray:

@@ -14,7 +14,6 @@ from softmask_plugin.explain.figure import (
     Shown,
     heat_overlay,
     soft_masked,
-    word_panel,
     word_panels,
 )
 from softmask_plugin.explain.pairs import Explanation
@@ -48,7 +47,7 @@ def test_heat_is_brightest_at_its_peak_whatever_its_scale():
 def test_word_panel():
     image = np.zeros((30, 20, 3), np.uint8)
     boxes = [(0, (0.0, 0.0, 0.5, 0.5), "size"), (2, (0.1, 0.2, 0.5, 0.9), "shape")]
-    figure = word_panel(image, explanation(), [1, 2], boxes)
+    figure = word_panels(Shown(image, explanation(), [1, 2], boxes))
     assert len(figure.axes) == 2 + 2 * 3
     titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
     assert titles == ["match 0.95", "red", "star"]
@@ -63,7 +62,7 @@ def test_word_panel():
 
 def test_word_panel_shows_the_part_of_a_caption_that_was_kept():
     cut = replace(explanation(), caption="a red star above a ring")
-    figure = word_panel(np.zeros((30, 20, 3), np.uint8), cut, [1])
+    figure = word_panels(Shown(np.zeros((30, 20, 3), np.uint8), cut, [1]))
     assert "a red star […]" in [text.get_text() for text in figure.texts]
 
 
@@ -73,7 +72,7 @@ def test_word_panel_names_the_mask_that_it_shows():
         ({}, "soft mask"),
         ({"kind": "random", "strength": 0.5}, "random mask\n× 0.5"),
     ):
-        figure = word_panel(image, replace(explanation(), **change), [1])
+        figure = word_panels(Shown(image, replace(explanation(), **change), [1]))
         assert {"heat map", name} <= {text.get_text() for text in figure.texts}
 
 
@@ -84,7 +83,7 @@ def test_a_word_panel_is_fit_to_print(width, shape):
     words = explanation("a photographer of a red star above extraordinarily black hearts")
     words = replace(words, kind="random", strength=0.5, score=1.0)
     shown = Shown(np.zeros((*shape, 3), np.uint8), words, range(4))
-    figure = word_panels([shown], width=width)
+    figure = word_panels(shown, width=width)
     assert width is None or figure.get_figwidth() == pytest.approx(width)
     assert figure.get_figheight() < 15  # where each of four words has a row of its own
     texts = [
@@ -103,6 +102,6 @@ def test_a_word_panel_is_fit_to_print(width, shape):
 
 
 def test_a_word_panel_says_what_its_colours_and_numbers_are():
-    figure = word_panel(np.zeros((30, 20, 3), np.uint8), explanation(), [1])
+    figure = word_panels(Shown(np.zeros((30, 20, 3), np.uint8), explanation(), [1]))
     written = [text.get_text() for text in figure.texts]
     assert {"0", "own max.", "match:\nplain → masked"} <= set(written)

@@ -19,7 +19,7 @@ import softmask_plugin
 from softmask_plugin import cli
 from softmask_plugin.datasets.skip_log import SkipLog
 from softmask_plugin.errors import UserError, one_line
-from softmask_plugin.explain.figure import word_panel
+from softmask_plugin.explain.figure import Shown, word_panels
 from softmask_plugin.explain.pairs import Explanation
 from softmask_plugin.files import download
 from softmask_plugin.models.weights import DEIT_URL
@@ -223,7 +223,7 @@ def test_a_caption_is_drawn_and_printed_as_it_is(here, monkeypatch, kind):
     record = {"split": "train", "step": 1, "time": 1, "pairs_per_s": 1, f"loss_{text}": 1}
     with mpl.rc_context({"text.usetex": True}):
         words = explanation(text)
-        panel = word_panel(np.zeros((8, 8, 3), np.uint8), words, range(len(words.words)))
+        panel = word_panels(Shown(np.zeros((8, 8, 3), np.uint8), words, range(len(words.words))))
         page = write_report(
             "report.html",
             title=text,
