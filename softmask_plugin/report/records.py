@@ -35,14 +35,11 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def retrieval_chance(
-    img2txt: Mapping[int, Sequence[int]], ks: Sequence[int] = (1, 5, 10)
-) -> dict[str, float]:
+def retrieval_chance(img2txt: Mapping[int, Sequence[int]]) -> dict[str, float]:
     """Recalls of a random ranking, in percent, named as in LAVIS's ``retrieval`` task.
 
     Args:
         img2txt: Captions of each image, as in retrieval data sets. A caption belongs to one image.
-        ks: Ranks to report.
 
     Returns:
         ``txt_r<k>``: an image finds one of its c captions among all T in k draws without
@@ -52,7 +49,7 @@ def retrieval_chance(
     counts = [len(texts) for texts in img2txt.values()]
     images, texts = len(counts), sum(counts)
     chance = {}
-    for k in ks:
+    for k in (1, 5, 10):
         draws = min(k, texts)
         missed = sum(comb(texts - c, draws) / comb(texts, draws) for c in counts) / images
         chance[f"txt_r{k}"] = 100 * (1 - missed)
