@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 
@@ -9,6 +10,7 @@ import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
 
 # isort: split
 import numpy as np
+import pytest
 import torch
 from lavis.common.config import Config
 from lavis.datasets.datasets.base_dataset import BaseDataset
@@ -130,6 +132,20 @@ def build(output_dir, task=None, model=None, job_id="job", splits=None, **run):
         datasets={"toy": splits},
         job_id=job_id,
     )
+
+
+def interrupt(runner, after):
+    """Train until the model was called so often, in evaluations too; return the run's folder."""
+    calls = itertools.count()
+
+    def stop(*_):
+        if next(calls) == after:
+            raise KeyboardInterrupt
+
+    runner.model.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        runner.train()
+    return runner.output_dir
 
 
 def read_metrics(output_dir, split="train"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import math
@@ -16,10 +15,9 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from toys import RUN, ToyModel, ToyTask, build, read_metrics
+from toys import RUN, ToyModel, ToyTask, build, interrupt, read_metrics
 
 from benchmarks.traces import differences, trace
-from softmask_plugin.config import check as config_check
 from softmask_plugin.errors import UserError
 from softmask_plugin.host import environment
 from softmask_plugin.models.vqa import SoftMaskVqa
@@ -93,22 +91,13 @@ def test_tensorboard_has_every_number_of_every_line(tmp_path):
 
 
 def test_what_is_trained_again_after_a_kill_is_shown_once(tmp_path):
-    calls = itertools.count()
-
-    def stop(*_):
-        if next(calls) == 17:
-            raise KeyboardInterrupt
-
     options = {"resume_ckpt_path": "auto", "save_every_steps": 5, "log_freq": 1}
-    runner = build(tmp_path, **options)
-    runner.model.register_forward_pre_hook(stop)
-    with pytest.raises(KeyboardInterrupt):
-        runner.train()
-    assert len(board(runner.output_dir)[0]["train/loss"]) == 17
+    folder = interrupt(build(tmp_path, **options), after=17)
+    assert len(board(folder)[0]["train/loss"]) == 17
     time.sleep(1)  # TensorBoard orders files by the second in their names
     again = build(tmp_path, **options)
     again.train()
-    assert again.output_dir == runner.output_dir
+    assert again.output_dir == folder
     steps = [step for step, _ in board(again.output_dir)[0]["train/loss"]]
     assert steps == list(range(1, 21))
 
@@ -243,19 +232,10 @@ def test_pictures_and_boards_change_nothing_that_is_learnt(pretraining, pictured
 
 
 def test_an_interrupted_run_draws_the_same_pairs_and_ends_the_same(pretraining, pictured, tmp_path):
-    calls = itertools.count()
-
-    def stop(*_):
-        if next(calls) == 9:
-            raise KeyboardInterrupt
-
-    first = pretraining(tmp_path, **WITH_PICTURES)
-    first.model.register_forward_pre_hook(stop)
-    with pytest.raises(KeyboardInterrupt):
-        first.train()
+    folder = interrupt(pretraining(tmp_path, **WITH_PICTURES), after=9)
     again = pretraining(tmp_path, **WITH_PICTURES)
     again.train()
-    assert again.output_dir == first.output_dir
+    assert again.output_dir == folder
     assert not differences(trace(pictured), trace(again.output_dir))
     for file in (pictured / "masks").glob("*.png"):
         assert file.read_bytes() == (again.output_dir / "masks" / file.name).read_bytes()
@@ -279,23 +259,7 @@ def test_a_model_without_maps_is_refused(tmp_path, make_other):
             build(tmp_path, model=model, panel_every=5)
 
 
-# ---- options and what a run notes of its machine
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("run.panel_every=0", "run.panel_every is 0: it must be a whole number of at least 1"),
-        ("run.tensorboard=perhaps", "run.tensorboard is 'perhaps': it must be true or false"),
-        ("run.wandb=3", "run.wandb is 3: it must be true, false or a project's name"),
-        ("run.pannel_every=5", "did you mean 'panel_every'"),
-    ],
-)
-def test_wrong_options(option, message):
-    file = config_check.find_config("lavis_configs/projects/scenes/train/pretrain_tiny.yaml")
-    with pytest.raises(UserError, match=message):
-        config_check.read_config(file, [option])
-    config_check.read_config(file, ["run.panel_every=null", "run.wandb=mine"])
+# ---- what a run notes of its machine
 
 
 def test_the_environment_is_noted(tmp_path):

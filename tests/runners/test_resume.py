@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import re
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from forks import forked
-from toys import ScriptedTask, ToyModel, ToyTask, build, read_metrics, weights
+from toys import ScriptedTask, ToyModel, ToyTask, build, interrupt, read_metrics, weights
 
 from benchmarks import kills
 from benchmarks.traces import differences, trace
@@ -103,23 +102,8 @@ OPTIONS = {
 }
 
 
-class Stop(Exception):
-    """What interrupts a run in the tests."""
-
-
 def interrupted(folder, after, **options):
-    """Run until the model was called so often; its tests count too."""
-    runner = build(folder, **{**OPTIONS, **options})
-    calls = itertools.count(1)
-
-    def count(*_):
-        if next(calls) > after:
-            raise Stop
-
-    runner.model.register_forward_pre_hook(count)
-    with pytest.raises(Stop):
-        runner.train()
-    return runner.output_dir
+    return interrupt(build(folder, **{**OPTIONS, **options}), after)
 
 
 def assert_same(one, other):
