@@ -11,8 +11,10 @@ import pytest
 import torch
 from toys import ToyData, ToyModel, build, read_metrics, weights
 
+from softmask_plugin import launch
 from softmask_plugin.cli import main
 from softmask_plugin.errors import UserError
+from softmask_plugin.models.pretrain import SoftMaskPretrain
 from softmask_plugin.runners.bad_steps import gradient_norm
 
 
@@ -215,32 +217,21 @@ def test_accumulated_batches_move_queue_and_momentum_once(pretraining, make_batc
             torch.testing.assert_close(queue[:, columns], feats.T)
 
 
-def test_replay_finds_where_it_began(tmp_path, capsys):
+def test_replay_finds_where_it_began(tmp_path, capsys, monkeypatch):
     """A run on scenes, where a block of the image encoder gives values of 1e30 and more."""
-    from softmask_plugin import launch
+    original = SoftMaskPretrain.from_config
 
-    def explode(model, *_):
+    def exploding(cls, config):
+        model = original(config)
         with torch.no_grad():
             model.visual_encoder.blocks[0].mlp.fc1.weight.fill_(1e30)
+        return model
 
-    original = launch.registry.get_model_class("softmask_pretrain").from_config.__func__
-
-    class Exploding:
-        @classmethod
-        def from_config(cls, config):
-            model = original(launch.registry.get_model_class("softmask_pretrain"), config)
-            explode(model)
-            return model
-
-    task = launch.setup_task
-    try:
-        launch.setup_task = lambda config: _with_model(task(config), Exploding)
-        options = ["datasets.scenes_pretrain.num.train=8", "run.batch_size_train=4"]
-        options += [f"run.output_dir={tmp_path}", "run.max_bad_steps=2", "run.max_epoch=1"]
-        with pytest.raises(UserError, match="2 steps in a row"):
-            launch.run("lavis_configs/projects/scenes/train/pretrain_tiny.yaml", options)
-    finally:
-        launch.setup_task = task
+    options = ["datasets.scenes_pretrain.num.train=8", "run.batch_size_train=4"]
+    options += [f"run.output_dir={tmp_path}", "run.max_bad_steps=2", "run.max_epoch=1"]
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="2 steps in a row"):
+        patch.setattr(SoftMaskPretrain, "from_config", classmethod(exploding))
+        launch.run("scenes/train/pretrain_tiny", options)
     (file,) = tmp_path.glob("*/bad_step_2_rank0.pth")
     assert main(["replay", str(file)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -250,11 +241,6 @@ def test_replay_finds_where_it_began(tmp_path, capsys):
     )  # its variance overflows
     (grads,) = [line for line in lines if line.startswith("gradients that are not finite")]
     assert not grads.startswith("gradients that are not finite: 0 ")
-
-
-def _with_model(task, model):
-    task.build_model = lambda config: model.from_config(config.model_cfg)
-    return task
 
 
 @pytest.mark.parametrize("content", [b"", b"text", None])
