@@ -121,6 +121,23 @@ def colour_photos(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def config(tmp_path, monkeypatch):
+    """Path of a YAML file for a run of two steps, in an otherwise empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    model = {"arch": "softmask_pretrain", "model_type": "tiny", "queue_size": 8}
+    data = {"scenes_retrieval": {"num": {"train": 8, "val": 4, "test": 6}}}
+    run = {
+        **{"task": "retrieval", "runner": "softmask_runner", "device": "cpu", "seed": 7},
+        **{"lr_sched": "softmask_cosine_lr", "init_lr": 1e-3, "min_lr": 0, "weight_decay": 0.01},
+        **{"output_dir": "runs", "num_workers": 0, "batch_size_train": 4, "batch_size_eval": 4},
+        **{"max_epoch": 1, "train_splits": ["train"], "valid_splits": [], "test_splits": ["test"]},
+        **{"k_test": 4, "use_dist_eval_sampler": False},
+    }
+    OmegaConf.save({"model": model, "datasets": data, "run": run}, "my.yaml")
+    return "my.yaml"
+
+
+@pytest.fixture
 def write_plan(tmp_path):
     """Write a plan for softmask ablate: ``write_plan(seeds=[1], ...)`` returns its path."""
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from lavis.common.config import create_runner_config_validator
-from omegaconf import OmegaConf
 
 from softmask_plugin import cli
 from softmask_plugin.config import check as config_check
@@ -24,22 +23,7 @@ from softmask_plugin.config.run_options import RUN as RUN_OPTIONS
 from softmask_plugin.errors import UserError
 from softmask_plugin.report import write_report
 
-RUN = {
-    **{"task": "retrieval", "runner": "softmask_runner", "device": "cpu", "seed": 7},
-    **{"lr_sched": "softmask_cosine_lr", "init_lr": 1e-3, "min_lr": 0, "weight_decay": 0.01},
-    **{"output_dir": "runs", "num_workers": 0, "batch_size_train": 4, "batch_size_eval": 4},
-    **{"max_epoch": 1, "train_splits": ["train"], "valid_splits": [], "test_splits": ["test"]},
-}
 SCENES = "datasets.scenes_retrieval"
-
-
-@pytest.fixture
-def config(tmp_path, monkeypatch):
-    """A sound YAML file, ``my.yaml``, in the current folder."""
-    monkeypatch.chdir(tmp_path)
-    model = {"arch": "softmask_pretrain", "model_type": "tiny", "queue_size": 8}
-    data = {"scenes_retrieval": {"num": {"train": 8, "val": 4, "test": 6}}}
-    OmegaConf.save({"model": model, "datasets": data, "run": RUN}, "my.yaml")
 
 
 def refusal(capsys, *options: str, command: str = "train", file: str = "my.yaml") -> str:
@@ -55,12 +39,17 @@ def refusal(capsys, *options: str, command: str = "train", file: str = "my.yaml"
 
 VALUES = {
     # unknown keys
-    "model.soft_mask.strenght=1": "did you mean 'strength'",
+    f"{SCENES}.nun.test=1": "did you mean 'num'",
     f"{SCENES}.vis_processor.eval.imagesize=60": "unknown key 'imagesize'",
     "run.wram_up=1": "did you mean 'warmup_lr'",
+    "run.max_epochs=2": "did you mean 'max_epoch'",
+    "runs.seed=1": "did you mean 'run'",
+    # no keys
+    "run.seed": "not of the form section.key=value",
+    "run.seed=[1": "--options",
+    "run.max_epoch=null": "run.max_epoch is missing",
     # wrong types
     "model=3": "not of the form section.key=value",
-    "model.vit=3": "model.vit is 3: it must be a section",
     "model.vit.depth=deep": "model.vit.depth: ",
     "model.itm_words=often": "model.itm_words: ",
     "model.image_size=60.5": "model.image_size: ",
@@ -79,18 +68,16 @@ VALUES = {
     "run.test_splits=null": "run.test_splits is None: it must be a list of names",
     "run.test_splits=[1]": "run.test_splits is [1]: it must be a list of names",
     "run.train_splits.0=val": "--options: Cannot merge incompatible container types: set a list as",
+    "run.tensorboard=perhaps": "run.tensorboard is 'perhaps': it must be true or false",
+    "run.wandb=3": "run.wandb is 3: it must be true, false or a project's name",
     "run.output_dir=[a]": "run.output_dir is ['a']: it must be the path of a folder",
     "run.task=3": "unknown run.task '3'",
     # numbers out of their range
     "model.itc.gamma=-1": "model.itc.gamma is -1.0: it must be finite and at least 0",
-    "model.itc.gamma=inf": "model.itc.gamma is inf",
-    "model.itm_weight=nan": "model.itm_weight is nan",
-    "model.soft_mask.strength=2": "model.soft_mask.strength is 2.0: it must lie in [0, 1]",
     "model.vit.width=0": "model.vit.width is 0",
     "model.vit.depth=0": "model.vit.depth is 0",
     "model.embed_dim=0": "model.embed_dim is 0",
     "model.bert.dropout=1": "model.bert.dropout is 1.0",
-    "model.queue_size=-1": "model.queue_size is -1",
     "run.batch_size_train=0": "run.batch_size_train is 0: it must be a whole number of at least 1",
     "run.num_workers=-1": "run.num_workers is -1",
     "run.max_epoch=-1": "run.max_epoch is -1",
@@ -100,10 +87,19 @@ VALUES = {
     "run.init_lr=nan": "run.init_lr is 'nan'",
     "run.weight_decay=inf": "run.weight_decay is 'inf'",
     "run.k_test=0": "run.k_test is 0",
+    "run.panel_every=0": "run.panel_every is 0: it must be a whole number of at least 1",
     # things that do not exist
     "model.soft_mask.layer=99": "model.soft_mask.layer is 99: choose from ",
-    "model.soft_mask.words=nouns": "model.soft_mask.words is 'nouns'",
-    "model.itc.loss=hinge": "no loss is registered as 'hinge'",
+    "model.itc.loss=focal": "no loss is registered as 'focal': did you mean 'focal_itc'",
+    "model.arch=softmsk_pretrain": "did you mean 'softmask_pretrain'",
+    "model.model_type=tyni": "did you mean 'tiny'",
+    "datasets.scenes_retrievl.seed=1": "did you mean 'scenes_retrieval'",
+    f"{SCENES}.type=small": "choose from 'default'",
+    f"{SCENES}.vis_processor.eval.name=softmask_img_eval": "did you mean 'softmask_image_eval'",
+    "run.task=retreival": "did you mean 'retrieval'",
+    "run.runner=softmax_runner": "did you mean 'softmask_runner'",
+    "run.lr_sched=softmask_cosine": "did you mean 'softmask_cosine_lr'",
+    "run.device=gpu": "unknown run.device 'gpu'",
     "model.arch=__class__": "unknown model.arch '__class__'",
     "model.pretrained=none.pth": "no checkpoint at none.pth",
     "model.tokenizer=none.txt": "no tokenizer 'none.txt' (model.tokenizer): there is no such file",
@@ -121,7 +117,10 @@ def test_a_bad_value_ends_in_one_line(config, capsys, option):
 
 @pytest.mark.parametrize(
     "option",
-    ["run.init_lr=1e-4", "run.warmup_steps=1e3", "run.clip_grad_norm=null", "run.seed='7'"],
+    [
+        *("run.init_lr=1e-4", "run.warmup_steps=1e3", "run.clip_grad_norm=null", "run.seed='7'"),
+        *("run.panel_every=null", "run.wandb=mine"),
+    ],
 )
 def test_good_values_however_spelt(config, option):
     config_check.read_config(Path("my.yaml"), [option])
@@ -235,19 +234,24 @@ def test_sizes_that_do_not_matter_or_do_agree(config, options):
         (b"model: 3\ndatasets: {}\nrun: {}", "the section 'model' is missing or empty"),
         (b"? [a, b]\n: c", "is not valid YAML"),
         (b"a\0b", "is not valid YAML"),
+        (b"- 1\n- 2\n", "the section 'model' is missing"),
+        (b"modle: {}\n", "did you mean 'model'"),
+        (b"model: {arch: softmask_pretrain}\ndatasets: {}\nrun: {}", "model_type is missing"),
     ],
-    ids=["empty", "cut short", "no text", "a number", "a list for a key", "zero byte"],
+    ids=str,
 )
 def test_a_file_that_is_no_yaml(config, capsys, content, message):
     Path("bad.yaml").write_bytes(content)
-    assert message in refusal(capsys, file="bad.yaml")
+    line = refusal(capsys, file="bad.yaml")
+    assert message in line and "bad.yaml" in line
 
 
 @pytest.mark.parametrize("folder", ["file/below", "/proc/below", "file"])
 def test_an_output_folder_that_cannot_be_written(config, capsys, folder):
     """The user may be root, whom permissions do not stop."""
     Path("file").write_text("")
-    assert "cannot be written" in refusal(capsys, f"run.output_dir={folder}")
+    line = refusal(capsys, f"run.output_dir={folder}")
+    assert f"run.output_dir: {Path(folder).absolute()} cannot be written" in line
 
 
 def test_a_report_that_cannot_be_written(tmp_path):

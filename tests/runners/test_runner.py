@@ -135,8 +135,6 @@ def test_mixed_precision(tmp_path, amp):
     [
         ("amp", "fp16", "bf16"),
         ("amp", "half", "run.amp"),
-        ("accum_grad_iters", 0, "run.accum_grad_iters"),
-        ("log_freq", 0, "run.log_freq"),
         ("compile", "inductr", r"run.compile is 'inductr'.*'inductor'"),
     ],
 )
