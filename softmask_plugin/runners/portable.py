@@ -72,7 +72,10 @@ class PortableRunner(RunnerBase):
         """The model on its device, wrapped if training is distributed."""
         if self._wrapped_model is None:
             self._wrapped_model = self._model.to(self.device)
-            self._compile()
+            # In place, to keep the names of weights; not the text, whose shapes always change
+            for name in ("visual_encoder", "visual_encoder_m") if self.compile_backend else ():
+                if (encoder := getattr(self._model, name, None)) is not None:
+                    encoder.compile(backend=self.compile_backend)
             if self.use_distributed:
                 self._wrapped_model = DistributedDataParallel(
                     self._model,
@@ -80,15 +83,6 @@ class PortableRunner(RunnerBase):
                     find_unused_parameters=setting(self.config.run_cfg, "find_unused_parameters"),
                 )
         return self._wrapped_model
-
-    def _compile(self) -> None:
-        # In place, to keep the names of weights; not the text, whose shapes change with every batch
-        if self.compile_backend is None:
-            return
-        for name in ("visual_encoder", "visual_encoder_m"):
-            encoder: nn.Module | None = getattr(self._model, name, None)
-            if encoder is not None:
-                encoder.compile(backend=self.compile_backend)
 
     @property
     def scaler(self) -> torch.amp.GradScaler:
