@@ -33,11 +33,11 @@ PAIRS = [
 ]
 
 
-def write(path: Path | str, rows: list[dict] | str) -> Path:
-    """Write rows in the format of the path's suffix."""
+def write(path: Path | str, rows: list | dict | str | bytes) -> Path:
+    """Write rows in the format of the path's suffix, or a file's content as it is."""
     path = Path(path)
-    if isinstance(rows, str):
-        path.write_text(rows)
+    if isinstance(rows, (str, bytes)):
+        path.write_bytes(rows.encode() if isinstance(rows, str) else rows)
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows))
     elif path.suffix == ".jsonl":

@@ -134,29 +134,32 @@ def test_notes_say_what_the_bundled_model_was_trained_on(tmp_path):
     assert notes(drawn.radio("source").set_value(app.UPLOAD).run()) == (False, False)
 
 
-def test_weights_from_elsewhere_are_served(tmp_path, monkeypatch):
-    torch.save({"model": load_trained().model.state_dict()}, tmp_path / "ALBEF.pth")
+@pytest.fixture
+def served(monkeypatch):
+    """What the command passes to the page instead of serving it."""
     given = []
     monkeypatch.setattr(app.bootstrap, "load_config_options", lambda flags: None)
     monkeypatch.setattr(app.bootstrap, "run", lambda file, hello, args, flags: given.extend(args))
+    return given
+
+
+def test_weights_from_elsewhere_are_served(tmp_path, monkeypatch, served):
+    torch.save({"model": load_trained().model.state_dict()}, tmp_path / "ALBEF.pth")
     asked = ["app", "--checkpoint", str(tmp_path / "ALBEF.pth"), "--port", str(free_port())]
-    assert cli.main(asked) == 2 and not given  # nothing says which model they belong to
+    assert cli.main(asked) == 2 and not served  # nothing says which model they belong to
     asked += ["--model", "softmask_image_text_matching", "--type", "scenes_tiny"]
     assert cli.main(asked) == 0
-    monkeypatch.setattr(sys, "argv", ["app.py", *given])
+    monkeypatch.setattr(sys, "argv", ["app.py", *served])
     drawn = drawn_by("app._main()")
     assert not drawn.error and scores(drawn)[0] > 0.8
     assert app.BUNDLED_CAPTIONS not in [caption.value for caption in drawn.caption]
 
 
-def test_options_reach_the_page(monkeypatch):
-    given = []
-    monkeypatch.setattr(app.bootstrap, "load_config_options", lambda flags: None)
-    monkeypatch.setattr(app.bootstrap, "run", lambda file, hello, args, flags: given.extend(args))
+def test_options_reach_the_page(monkeypatch, served):
     asked = ["app", "--port", str(free_port()), "--options"]
-    assert cli.main([*asked, "model.map_layer=0"]) == 2 and not given
+    assert cli.main([*asked, "model.map_layer=0"]) == 2 and not served
     assert cli.main([*asked, "model.map_layer=2", "model.max_txt_len=6"]) == 0
-    monkeypatch.setattr(sys, "argv", ["app.py", *given])
+    monkeypatch.setattr(sys, "argv", ["app.py", *served])
     (warning,) = drawn_by("app._main()").warning
     assert "only the first 4 of 9 words" in warning.value
     assert not shown().warning

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,14 +102,16 @@ def test_curves_of_several_runs_share_a_plot():
 
 
 class Page(HTMLParser):
-    """What a browser would find in a page: tags, what they refer to, and the text."""
+    """What a browser would find in a page: tags, what they refer to, the text and its words."""
 
-    def __init__(self, source: str):
+    def __init__(self, path: Path):
         super().__init__()
         self.tags: list[str] = []
         self.links: list[str] = []
         self.text = ""
-        self.feed(source)
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.words = " ".join(self.text.split())
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
@@ -148,9 +151,8 @@ def parts():
 
 class TestPage:
     def test_shows_what_it_was_given(self, tmp_path, parts):
-        path = write_report(tmp_path / "new" / "report.html", **parts)
-        page = Page(path.read_text(encoding="utf-8"))
-        words = " ".join(page.text.split())
+        page = Page(write_report(tmp_path / "new" / "report.html", **parts))
+        words = page.words
         assert "44.5% Text finds image, R@1 chance 0.02%" in words
         assert "11.5% Image finds text, R@1 chance 0.02%" in words
         assert "87.5% Maps on the named thing, alone on another one 10.0%, chance 11.1%" in words
@@ -173,10 +175,9 @@ class TestPage:
         parts["metrics"]["results"][EVIL] = {EVIL: 1.0}
         parts["misses"] = [Miss(EVIL, 2, *[Image.new("RGB", (9, 9))] * 2)]
         parts |= {"runs": {EVIL: parts["records"]}, "options": {EVIL: [EVIL]}}
-        source = write_report(tmp_path / "report.html", **parts).read_text(encoding="utf-8")
-        page = Page(source)
+        page = Page(write_report(tmp_path / "report.html", **parts))
         assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
-        assert "<script" not in source.lower()
+        assert "<script" not in page.source.lower()
         assert page.text.count("<script>alert(") >= 6  # shown, not run
         assert all(re.match("data:image/(png|jpeg);base64,|#", link) for link in page.links)
 
@@ -186,7 +187,7 @@ class TestPage:
 
     def test_leaves_out_what_it_was_not_given(self, tmp_path, parts):
         parts |= {"metrics": {}, "records": [], "panels": []}
-        page = Page(write_report(tmp_path / "report.html", **parts).read_text())
+        page = Page(write_report(tmp_path / "report.html", **parts))
         assert page.tags.count("h2") == 1 and "svg" not in page.tags and "table" not in page.tags
 
 

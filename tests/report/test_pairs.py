@@ -9,7 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from report.test_page import Page, train_record
-from report.test_run_report import words, write
+from report.test_run_report import write
 from torch.utils.data import DataLoader
 
 from softmask_plugin import cli
@@ -59,14 +59,13 @@ def report(*given):
 
 def test_the_best_epoch_with_chance_and_pictures_of_the_checkpoint(run, tmp_path):
     report(run, "-o", tmp_path / "out.html")
-    source = (tmp_path / "out.html").read_text(encoding="utf-8")
-    page = Page(source)
-    assert "25.0% Text finds image, R@1 chance 12.5%" in words(page)
-    assert "12.5% Image finds text, R@1 chance 12.5%" in words(page)
-    assert "val, epoch 2 Text finds image, R@1 25 12.5" in words(page).replace("2Text", "2 Text")
-    assert "Mean of all recalls 30" in words(page)
-    assert "What each word sees" in words(page) and "set run.panel_every" not in words(page)
-    assert "Captions whose own image ranks lowest" in words(page)
+    page = Page(tmp_path / "out.html")
+    assert "25.0% Text finds image, R@1 chance 12.5%" in page.words
+    assert "12.5% Image finds text, R@1 chance 12.5%" in page.words
+    assert "val, epoch 2 Text finds image, R@1 25 12.5" in page.words.replace("2Text", "2 Text")
+    assert "Mean of all recalls 30" in page.words
+    assert "What each word sees" in page.words and "set run.panel_every" not in page.words
+    assert "Captions whose own image ranks lowest" in page.words
     assert 2 <= page.tags.count("img") <= 2 * MISSES
 
 
@@ -75,8 +74,8 @@ def test_kept_pictures_are_shown_instead(run, tmp_path):
     (tmp_path / "run" / "masks").mkdir()
     shutil.copy(run / "photos" / "0.png", tmp_path / "run" / "masks" / "step_1.png")
     report(tmp_path / "run")
-    page = Page((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
-    assert "What each word sees" not in words(page) and "After step 1" in words(page)
+    page = Page(tmp_path / "run" / "report.html")
+    assert "What each word sees" not in page.words and "After step 1" in page.words
 
 
 @pytest.mark.parametrize(
@@ -91,8 +90,8 @@ def test_what_is_missing_is_named(run, tmp_path, missing, message):
     config = (run / "config.yaml").read_text().replace(str(run), str(tmp_path / "run"))
     (tmp_path / "run" / "config.yaml").write_text(config)
     report(tmp_path / "run")
-    page = Page((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
-    assert message in words(page) and "Mean of all recalls 30" in words(page)
+    page = Page(tmp_path / "run" / "report.html")
+    assert message in page.words and "Mean of all recalls 30" in page.words
 
 
 @pytest.mark.parametrize("scoring", ["itm", "itm+itc"])
@@ -118,8 +117,8 @@ def test_several_runs_side_by_side(run, tmp_path, monkeypatch):
     config = (run / "config.yaml").read_text().replace("k_test: 4", "k_test: 6")
     (tmp_path / "other" / "config.yaml").write_text(config)
     report(run, "other")
-    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
-    squeezed = words(page).replace(" ", "")
+    page = Page(tmp_path / "report.html")
+    squeezed = page.words.replace(" ", "")
     assert "MetricA:val,epoch2B:val,epoch2Textfindsimage,R@12512.52512.5" in squeezed
     assert "run.k_test46" in squeezed and str(run) in squeezed
 

@@ -40,15 +40,11 @@ def write(folder, records):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
 
 
-def words(page):
-    return " ".join(page.text.split())
-
-
 def test_a_finished_run(folder, capsys):
     assert cli.main(["report", str(folder)]) == 0
     assert str(folder / "report.html") in capsys.readouterr().out
-    page = Page((folder / "report.html").read_text(encoding="utf-8"))
-    text = words(page)
+    page = Page(folder / "report.html")
+    text = page.words
     assert "softmask_retrieval 20260101-000000-abcd" in text
     assert "step 20, in epoch 2 of 2" in text
     assert "20 steps, 100 pairs/s, 3 steps skipped" in text
@@ -75,7 +71,7 @@ def test_the_summary_says_how_far_the_run_is(folder, tmp_path, records, summary)
         (folder / file).unlink()
     write(folder, records)
     path = report_run(folder, tmp_path / "new" / "out.html")
-    assert summary in words(Page(path.read_text(encoding="utf-8")))
+    assert summary in Page(path).words
 
 
 def test_a_run_that_was_killed(folder):

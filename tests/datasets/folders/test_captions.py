@@ -22,6 +22,7 @@ from lavis.tasks.retrieval import RetrievalTask
 from omegaconf import OmegaConf
 from PIL import Image, ImageFile
 from torch.utils.data import DataLoader
+from toy_folders import write
 
 from softmask_plugin.datasets import skip_log
 from softmask_plugin.datasets.skip_log import SkipLog
@@ -55,14 +56,6 @@ def output_dir(tmp_path, monkeypatch):
 def build(*options: str) -> dict:
     small = (f"vis_processor.{mode}.image_size=8" for mode in ("train", "eval"))
     return toy_builders.build("captions_folder", *small, *options)
-
-
-def write(path: Path, content: str | bytes | list | dict) -> Path:
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return path
 
 
 # ---- parsing
