@@ -108,17 +108,21 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[str] = []
         self.links: list[str] = []
-        self.text = ""
+        self.attributes: set[str] = set()
+        self.text = self.title = ""
         self.source = path.read_text(encoding="utf-8")
         self.feed(self.source)
         self.words = " ".join(self.text.split())
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
+        self.attributes |= {name for name, _ in attrs}
         self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href", "srcset")]
 
     def handle_data(self, data):
         self.text += data
+        if self.lasttag == "title" and not self.title:
+            self.title = data
 
 
 RECALLS = {"txt_r1": 11.0, "txt_r5": 22.0, "txt_r10": 33.0, "img_r1": 44.0, "img_r5": 55.0}
