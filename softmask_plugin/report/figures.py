@@ -9,6 +9,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from softmask_plugin.runners.meter import numbers_of
 from softmask_plugin.style import COLOURS, MUTED, STYLE
 
 CURVES = {
@@ -75,15 +76,6 @@ def validation_curves(*runs: Sequence[Mapping[str, Any]]) -> list[Figure]:
         for title, points in series.items()
         if any(len(each) > 1 for each in points.values())
     ]
-
-
-def numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics in a line of ``metrics.jsonl``."""
-    return {
-        name: value
-        for name, value in record.items()
-        if name not in ("epoch", "step", "time") and isinstance(value, (int, float))
-    }
 
 
 Series = dict[str, dict[int, list[tuple[float, float]]]]  # points (step, value) by title and run

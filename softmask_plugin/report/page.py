@@ -18,8 +18,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from softmask_plugin.errors import UserError
-from softmask_plugin.report.figures import METRICS, loss_curves, numbers_of, validation_curves
+from softmask_plugin.report.figures import METRICS, loss_curves, validation_curves
 from softmask_plugin.report.pairs import GALLERY, Miss
+from softmask_plugin.runners.meter import numbers_of
 from softmask_plugin.style import COLOURS, INK
 
 

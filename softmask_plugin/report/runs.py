@@ -22,10 +22,10 @@ from softmask_plugin.explain.trained import load_trained
 from softmask_plugin.files.checkpoint import SHIPPED
 from softmask_plugin.host.environment import noted_environments
 from softmask_plugin.models.aligned import AlignedBase
-from softmask_plugin.report.figures import numbers_of
 from softmask_plugin.report.page import write_report
 from softmask_plugin.report.pairs import build_datasets, draw_pairs, worst_retrievals
 from softmask_plugin.report.records import chance_of, read_metrics
+from softmask_plugin.runners.meter import numbers_of
 
 PICTURES = 8  # most pictures of the masks: the first, the last, and some in between
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from softmask_plugin.models.aligned import AlignedBase
-from softmask_plugin.report.figures import numbers_of
 from softmask_plugin.report.records import chance_of, read_metrics
+from softmask_plugin.runners.meter import numbers_of
 
 
 def run_summary(runner: Any, results: Mapping[str, Mapping[str, Any] | None] | None) -> str:

@@ -13,9 +13,9 @@ from PIL import Image
 
 from softmask_plugin.config.run_options import setting
 from softmask_plugin.errors import UserError
+from softmask_plugin.runners.meter import numbers_of
 
 PROJECT = "softmask"  # on Weights & Biases, unless run.wandb names one
-NO_NUMBERS = ("split", "epoch", "step", "time")  # keys of a record that are no measurements
 
 
 class Boards:
@@ -47,11 +47,8 @@ class Boards:
         """Show the numbers of a line of metrics.jsonl under the name of its split."""
         self._open()
         step = record.get("step") or 0
-        numbers = {
-            f"{record['split']}/{name}": float(value)
-            for name, value in record.items()
-            if name not in NO_NUMBERS and isinstance(value, (int, float, np.number))
-        }
+        found = numbers_of(record).items()
+        numbers = {f"{record['split']}/{name}": value for name, value in found}
         if self._writer is not None:
             for name, value in numbers.items():
                 self._writer.add_scalar(name, value, step)

@@ -149,6 +149,15 @@ def queue_statistics(model: nn.Module, entered: int) -> dict[str, float]:
     return found
 
 
+def numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """The measurements in a line of ``metrics.jsonl``."""
+    return {
+        name: value
+        for name, value in record.items()
+        if name not in ("epoch", "step", "time") and isinstance(value, (int, float))
+    }
+
+
 def _add_up(totals: Totals, more: Mapping[str, tuple[float, int]]) -> None:
     for name, (value, count) in more.items():
         known_value, known_count = totals.get(name, (0.0, 0))
