@@ -22,6 +22,7 @@ from softmask_plugin.explain.trained import Trained
 from softmask_plugin.models.rerank import Reranker, progress_bar
 
 CANDIDATES = 32  # most similar images (ITC) that the matching head (ITM) scores for a text
+BATCH = 64  # images encoded at once
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -46,10 +47,10 @@ class Hit:
 class Gallery:
     """Images, encoded once in batches, to be searched by any number of texts."""
 
-    def __init__(self, trained: Trained, images: Iterable[Image.Image], batch: int = 64) -> None:
+    def __init__(self, trained: Trained, images: Iterable[Image.Image]) -> None:
         self.trained, self.reranker = trained, Reranker(trained.model)
         with torch.no_grad():
-            batches = ({"image": each} for each in _batches(trained, images, batch))
+            batches = ({"image": each} for each in _batches(trained, images))
             states, self.features = self.reranker.encode_images(batches)
         self.states = torch.stack([*states.values()])
 
@@ -153,7 +154,7 @@ def readable_images(folder: Path, limit: int | None = None) -> tuple[list[Path],
     return good, len(files) - len(good)
 
 
-def _batches(trained: Trained, images: Iterable[Image.Image], size: int = 64) -> Iterator[Tensor]:
+def _batches(trained: Trained, images: Iterable[Image.Image]) -> Iterator[Tensor]:
     processed = map(trained.image_processor, images)
-    while batch := list(islice(processed, size)):
+    while batch := list(islice(processed, BATCH)):
         yield torch.stack(batch)

@@ -198,9 +198,10 @@ def test_a_folder_is_searched(tmp_path):
         readable_images(tmp_path / "none", 9)
 
 
-def test_search_finds_the_scene_that_is_described():
+def test_search_finds_the_scene_that_is_described(monkeypatch):
+    monkeypatch.setattr("softmask_plugin.explain.gallery.BATCH", 16)
     scenes = make_scenes("test", 40)
-    gallery = Gallery(load_trained(), (render(scene, 60) for scene in scenes), batch=16)
+    gallery = Gallery(load_trained(), (render(scene, 60) for scene in scenes))
     for wanted in (0, 17, 39):
         hits = gallery.search(captions(scenes[wanted])[0].text, count=3)
         assert hits[0].index == wanted and hits[0].rank == 1 and len(hits) == 3
