@@ -142,8 +142,10 @@ def explain_image(
         UserError: The image or the checkpoint cannot be loaded, the model has no matching head, the
             caption has no word or not the ones to explain, or a score is NaN or infinite.
     """
-    file = isinstance(image, (str, Path))
-    picture = open_rgb(image) if file else ImageEvalProcessor.picture(image)
+    if isinstance(image, (str, Path)):
+        picture = open_rgb(image)
+    else:
+        picture = ImageEvalProcessor.picture(image)
     if model is None or isinstance(model, (str, Path)):
         model = load_trained(model, arch, model_type)
     elif not isinstance(model, Trained):
