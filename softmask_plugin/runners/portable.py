@@ -14,7 +14,7 @@ from lavis.common.dist_utils import get_world_size, is_dist_avail_and_initialize
 from lavis.common.registry import registry
 from lavis.datasets.data_utils import apply_to_sample
 from lavis.runners.runner_base import RunnerBase
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -218,11 +218,7 @@ class PortableRunner(RunnerBase):
 
     def to_device(self, samples: Any) -> Any:
         """Copy a batch's tensors to the device without waiting for them."""
-
-        def copy(tensor: Tensor) -> Tensor:
-            return tensor.to(self.device, non_blocking=True)
-
-        return apply_to_sample(copy, samples)
+        return apply_to_sample(lambda tensor: tensor.to(self.device, non_blocking=True), samples)
 
 
 def _ratios(given: Any, datasets: list[str]) -> list[float] | None:
