@@ -16,7 +16,8 @@ from softmask_plugin.datasets.scenes import grammar, tasks
 from softmask_plugin.datasets.scenes.grammar import MAX_OBJECTS, Box, Composition, Scene
 from softmask_plugin.datasets.scenes.render import render_item
 from softmask_plugin.datasets.scenes.tasks import Item
-from softmask_plugin.errors import UserError
+from softmask_plugin.datasets.tables.phrases import TEXTS
+from softmask_plugin.errors import UserError, suggest
 from softmask_plugin.registry import register
 
 
@@ -131,14 +132,24 @@ class ScenesVQABuilder(ScenesBuilder):
 
 @register("builder", "scenes_grounding")
 class ScenesGroundingBuilder(ScenesBuilder):
-    """Scenes with a referring expression each: val and test, for ``softmask_grounding``."""
+    """Scenes with expressions, or words of captions, and the boxes of what they refer to: val and
+    test, for ``softmask_grounding``."""
 
     OBJECTS = (2, MAX_OBJECTS)
     DATASET_CONFIG_DICT = {"default": shipped("datasets/scenes/grounding.yaml")}
     eval_dataset_cls = data.GroundingDataset
 
     def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> list[Item]:
-        return [{"group": split, **tasks.refer(scene)} for scene in scenes]
+        text, known = self.config.text, ("expression", *TEXTS)
+        if text not in known:
+            raise UserError(f"{self.place}.text is {text!r}: {suggest(text, known)}")
+        if text == "expression":
+            return [{"group": split, **tasks.refer(scene)} for scene in scenes]
+        return [
+            {"image": f"scene {i}", **item}
+            for i, scene in enumerate(scenes)
+            for item in tasks.name_things(scene, alone=text == "phrase")
+        ]
 
 
 @register("builder", "scenes_foils")

@@ -101,6 +101,37 @@ def refer(scene: Scene) -> Item:
     return {"scenes": (scene,), "text": meant.text, "box": meant.thing.box, "boxes": boxes}
 
 
+def name_things(scene: Scene, alone: bool) -> list[Item]:
+    """Name the things of a scene by colour and shape: in its first caption, or each ``alone``.
+
+    Returns for each text ``text``, ``boxes`` of all things, and ``phrases``, one for each word that
+    is a colour or shape: ``words`` (its number in the text), ``box`` of what it names (a list) and
+    ``group`` (``colour`` or ``shape``, a list).
+    """
+    boxes = [thing.box for thing in scene.things]
+    if alone:
+        texts = [
+            (_a(" ".join(thing.composition)), [(1, thing.box, "colour"), (2, thing.box, "shape")])
+            for thing in scene.things
+        ]
+    else:
+        first = grammar.captions(scene)[0]
+        texts = [(first.text, first.boxes)]
+    return [
+        {
+            "scenes": (scene,),
+            "text": text,
+            "boxes": boxes,
+            "phrases": [
+                {"words": [word], "box": [box], "group": [role]}
+                for word, box, role in named
+                if role in ("colour", "shape")
+            ],
+        }
+        for text, named in texts
+    ]
+
+
 def entail(scene: Scene, pool: Sequence[Composition]) -> Item:
     """State the colour or shape of one thing, and hide one thing behind a curtain.
 
