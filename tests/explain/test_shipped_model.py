@@ -12,12 +12,15 @@ import pytest
 import torch
 from lavis.models import load_model_and_preprocess
 from safetensors import safe_open
+from toy_builders import build_scenes
 
+from softmask_plugin import launch
 from softmask_plugin.datasets.scenes.builders import SceneRetrievalDataset
 from softmask_plugin.datasets.scenes.grammar import make_scenes
 from softmask_plugin.datasets.scenes.render import render_item
 from softmask_plugin.datasets.scenes.tasks import describe
 from softmask_plugin.errors import UserError
+from softmask_plugin.explain.scenes import pointing
 from softmask_plugin.files.checkpoint import ASSETS, SHIPPED, open_checkpoint
 from softmask_plugin.models.rerank import Reranker
 
@@ -91,6 +94,23 @@ print(float(model.itm_head.weight.detach().sum()))
     assert done.returncode == 0, done.stderr[-2000:]
     weight = open_checkpoint(f"{SHIPPED}scenes_tiny").state["itm_head.weight"].float()
     assert float(done.stdout.split()[-1]) == pytest.approx(weight.sum().item())
+
+
+@pytest.mark.parametrize(("text", "name"), [("caption", "in a caption"), ("phrase", "alone")])
+def test_its_maps_point_at_the_named_thing(text, name, tmp_path):
+    """Counted by the grounding task, and from the maps one by one."""
+    given = ["model.model_type=scenes_tiny", f"datasets.scenes_grounding.text={text}"]
+    given += ["datasets.scenes_grounding.num.test=40", f"run.output_dir={tmp_path}"]
+    runner, results = launch.run("scenes/eval/grounding_tiny", given, evaluate=True)
+    data = build_scenes("scenes_retrieval", 40)["test"]
+    named = pointing(runner.unwrap_dist_model(runner.model), data)["named"][name]
+    found = results["test"]
+    for metric, key in (("pointing", "own"), ("pointing_other", "other"), ("pointing_gap", "gap")):
+        assert found[metric] == pytest.approx(100 * named[key])
+    assert found["pointing"] > 85 > 15 > found["pointing_other"]
+    assert found["pointing"] == pytest.approx(
+        (found["pointing/colour"] + found["pointing/shape"]) / 2
+    )
 
 
 @pytest.mark.parametrize("name", ["scene_tiny", "../assets/scenes_tiny"])
