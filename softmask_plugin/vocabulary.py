@@ -17,6 +17,7 @@ from softmask_plugin.datasets.tables.questions import parse_questions
 from softmask_plugin.datasets.tables.rows import SUFFIXES, one_text, parse_table
 from softmask_plugin.errors import UserError, reason_of
 from softmask_plugin.files.download import from_hub
+from softmask_plugin.files.packages import PACKAGED, packaged_file
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 SCENES_VOCABULARY = PACKAGE / "assets" / "scenes_vocab.txt"
@@ -27,9 +28,10 @@ def build_tokenizer(source: str | list[str] | None, vocab_size: int = 8192) -> B
 
     Args:
         source: The tokens by id; ``scenes`` (the shipped vocabulary of the rendered scenes); a
-            ``vocab.txt``; a file of captions, questions or statements, from which the same
-            vocabulary is made at every call (from the train split of a file in Karpathy's layout);
-            or a BERT on the Hugging Face hub or in a local folder.
+            ``vocab.txt``; ``package:NAME`` (that of an installed package); a file of captions,
+            questions or statements, from which the same vocabulary is made at every call (from the
+            train split of a file in Karpathy's layout); or a BERT on the Hugging Face hub or in a
+            local folder.
         vocab_size: Largest size of a vocabulary made from texts.
 
     Raises:
@@ -45,6 +47,8 @@ def build_tokenizer(source: str | list[str] | None, vocab_size: int = 8192) -> B
             file = Path(folder, "vocab.txt")
             file.write_text("\n".join(source) + "\n", encoding="utf-8")
             return build_tokenizer(str(file))
+    if source.startswith(PACKAGED):
+        source = str(packaged_file(source, "vocab.txt"))
     path = SCENES_VOCABULARY if source == "scenes" else Path(source).expanduser()
     table = _table_options(source) or (PLAIN if path.suffix in SUFFIXES else None)
     is_list = path.suffix == ".txt" and table is None

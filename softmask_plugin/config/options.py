@@ -31,6 +31,11 @@ class VitOptions:
     depth: int = ranged(12, 1)  # number of blocks
     heads: int = 12  # attention heads
     mlp_ratio: float = ranged(4.0, 0)  # hidden width of the MLP, as a multiple of width
+    backbone: str | None = None  # a convolutional model of timm whose feature maps, interpolated to
+    # the grid of patches, replace their pixels; vit_weights are its weights
+    backbone_layers: list[int] = field(default_factory=lambda: [3, 4])  # its feature maps to join;
+    # most models have 0 to 4, of strides 2, 4, 8, 16, 32
+    backbone_frozen: bool = True  # false: train it too
 
 
 @dataclass
@@ -100,8 +105,10 @@ class ModelOptions:
     load_finetuned: bool = False  # load `finetuned` instead, as LAVIS does for evaluation
     finetuned: str | None = None  # checkpoint of a fine-tuned model: a path, URL or "shipped:NAME"
     trust_checkpoint: bool = False  # true: unpickle arbitrary objects, which can run any code
-    vit_weights: str | None = None  # "deit" (downloaded), a path or a URL; null: random
-    bert_weights: str | None = None  # name of a BERT on the Hub, or a local folder; null: random
+    vit_weights: str | None = None  # "deit" (downloaded), "package:NAME" (an installed package), a
+    # path or a URL; null: random
+    bert_weights: str | None = None  # name of a BERT on the Hub, "package:NAME", or a local folder;
+    # null: random
 
     # Encoders
     image_size: int = ranged(256, 1)  # pixels; must equal the image processors' image_size
@@ -111,9 +118,10 @@ class ModelOptions:
     vit_layer_norm_epsilon: float = ranged(1e-6, 0)  # epsilon of the image encoder's layer norms
     vit_grad_ckpt: bool = False  # recompute image blocks in the backward pass, to save memory
     bert: BertOptions = field(default_factory=BertOptions)  # text and fusion encoder
-    tokenizer: str | None = "bert-base-uncased"  # name on the Hub, "scenes", a vocab.txt, a
-    # tokenizer's folder, or a file of captions, questions or statements to build a vocabulary from;
-    # a checkpoint that has its vocabulary, as this plugin's have, takes precedence
+    tokenizer: str | None = "bert-base-uncased"  # name on the Hub, "scenes", a vocab.txt, that of
+    # "package:NAME", a tokenizer's folder, or a file of captions, questions or statements to build
+    # a vocabulary from; a checkpoint that has its vocabulary, as this plugin's have, takes
+    # precedence
     max_txt_len: int = 30  # tokens, including [CLS] and [SEP]; 3 to bert.max_positions
     sep_token: bool | None = None  # end texts with [SEP]; null: as the checkpoint was trained, so
     # not with ALBEF's own files
@@ -157,6 +165,8 @@ class AlignedOptions(ModelOptions):
     embed_dim: int = ranged(256, 1)  # size of the features that ITC compares
     temp: float = ranged(0.07, 0.001, 0.5)  # temperature of their similarities; initial value if
     # it is learned
+    text_pool: str = choice("cls", "mean")  # what ITC compares of a text: its [CLS], as in ALBEF,
+    # or the mean of its tokens
 
 
 @dataclass
@@ -221,6 +231,8 @@ class ContrastOptions(AlignedOptions, MomentumOptions):
     learn_temp: bool = True  # learn temp; learning rates far above 1e-4 drive it to its limit
     alpha_epochs: float = ranged(2.0, 0)  # epochs in which alpha rises from 0; original ALBEF: 1
     itm_weight: float = ranged(1.0, 0)  # weight of the matching loss
+    itm_hard_steps: int = ranged(0, 0)  # steps in which its negatives turn from random to hard;
+    # 0: hard from the start, as in ALBEF
     itm_words: bool = False  # also match each image with its caption after one word was changed
     soft_mask: SoftMaskOptions = field(default_factory=SoftMaskOptions)  # masks images for ITM
     itc: ItcOptions = field(default_factory=ItcOptions)  # contrasts images with texts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import inf, isfinite, nan
 from typing import Any, NamedTuple, get_args
 
@@ -61,6 +61,14 @@ folder = must_be("the path of a folder", lambda value: isinstance(value, str))
 names = must_be(
     "a list of names, such as [val]",
     lambda value: isinstance(value, ListConfig) and all(isinstance(name, str) for name in value),
+)
+
+factors = must_be(
+    "a section of numbers above 0, such as {text_encoder: 0.3}",
+    lambda value: (
+        value is None
+        or (isinstance(value, Mapping) and all(_number(each) > 0 for each in value.values()))
+    ),
 )
 
 
@@ -131,6 +139,13 @@ RUN: dict[str, Key] = {
     ),
     "warmup_steps": Key(0, "optimizer steps of the warm-up", whole(0)),
     "lr_decay_rate": Key(None, "factor per epoch of `linear_warmup_step_lr`", amount),
+    "lr_scale": Key(
+        None,
+        "factor of the learning rate for each part of the model, by a name in its parameters' "
+        "names, such as `{text_encoder: 0.3, crossattention: 1}`: of several in a name, the "
+        "innermost counts; null: one rate for all",
+        factors,
+    ),
     "weight_decay": Key(NEEDED_TO_TRAIN, "weight decay of matrices; others have none", amount),
     "beta2": Key(0.999, "AdamW's beta2", amount),
     "accum_grad_iters": Key(1, "batches per optimizer step; gradients are averaged", whole(1)),

@@ -20,11 +20,13 @@ from softmask_plugin.config.check import valid_yaml
 from softmask_plugin.config.paths import PACKAGE
 from softmask_plugin.errors import UserError, reason_of, suggest
 from softmask_plugin.files.download import fetch
+from softmask_plugin.files.packages import PACKAGED, packaged_file
 
 StateDict = dict[str, Tensor]
 ASSETS = PACKAGE / "assets"
 SHIPPED = "shipped:"  # prefix of the weights that come with the package
 BEST = "checkpoint_best.pth"
+WEIGHTS = (".pth", ".pt", ".bin", ".safetensors")  # endings of files of weights
 TOKEN_TYPES = "embeddings.token_type_embeddings.weight"  # in the files of ALBEF's own code
 OWN_FIELDS = ("model", "config", "vocabulary")  # entries of a file that are fields of a Checkpoint
 GROWTH = 4  # times its size that a file's content may unfold to; tied weights count twice
@@ -70,7 +72,8 @@ def open_checkpoint(
 
     Args:
         source: A file, the folder of a run (its best checkpoint, or else the furthest), a URL
-            (downloaded once), or ``shipped:NAME`` for bundled weights.
+            (downloaded once), ``shipped:NAME`` for bundled weights, or ``package:NAME`` for those
+            of an installed package.
         trusted: Load any pickled object, which can run any code, of any size; only for files that
             you trust.
         device: Where the tensors go.
@@ -126,6 +129,8 @@ def require_sound(state: Mapping[str, Tensor], source: object) -> None:
 def _locate(source: str) -> Path:
     if is_url(source):
         return fetch(source)
+    if source.startswith(PACKAGED):
+        return packaged_file(source, *WEIGHTS)
     if not source.startswith(SHIPPED):
         path = Path(source).expanduser()
         if path.is_dir():

@@ -15,6 +15,7 @@ from softmask_plugin.config.options import MatchingOptions, ModelOptions
 from softmask_plugin.files.checkpoint import Checkpoint
 from softmask_plugin.models.base import SoftMaskBase
 from softmask_plugin.models.rerank import Reranker
+from softmask_plugin.nn.tokens import Tokens
 
 
 class AlignedBase(SoftMaskBase):
@@ -53,6 +54,10 @@ class AlignedBase(SoftMaskBase):
     def text_features(self, states: Tensor, suffix: str = "") -> Tensor:
         """Unit vectors for ITC: text states (..., width) -> (..., embed_dim), float32."""
         return F.normalize(self.part("text_proj", suffix)(states).float(), dim=-1)
+
+    def pooled(self, text: Tokens) -> Tensor:
+        """The state of each of N captions that ITC compares, (N, width); see ``text_pool``."""
+        return text.mean if self.options.text_pool == "mean" else text.cls
 
     def match(self, cls: Tensor) -> Tensor:
         """Matching logits (N, 2) of multi-modal [CLS] states (N, width): [no match, match]."""

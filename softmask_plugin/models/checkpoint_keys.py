@@ -35,7 +35,7 @@ def adapt(state: StateDict, own: Iterable[str], fusion_layer: int) -> StateDict:
     """
     own = list(own)
     plain = {_plain(key): tensor for key, tensor in state.items()}
-    if _depth(own) > _depth(plain) > 0:
+    if _depth(own) == 2 * _depth(plain) - fusion_layer:
         plain = _double_fusion(plain, fusion_layer)
     for suffix in SUFFIXES:
         encoder, decoder = f"text_encoder{suffix}.", f"text_decoder{suffix}."

@@ -30,7 +30,7 @@ class SoftMaskClassification(DistilledBase):
     ``albef_classification``."""
 
     OPTIONS = ClassificationOptions
-    PRETRAINED_MODEL_CONFIG_DICT = shipped_types("softmask_classification", "ve", "tiny")
+    PRETRAINED_MODEL_CONFIG_DICT = shipped_types("softmask_classification", "ve", "small", "tiny")
 
     def __init__(self, options: ClassificationOptions) -> None:
         super().__init__(options)
@@ -48,7 +48,8 @@ class SoftMaskClassification(DistilledBase):
                 ``label`` (B,) int64 or a list, and ``epoch``, ``iters``, ``num_iters_per_epoch``
                 from LAVIS's tasks.
         """
-        images, captions = self.images(samples), self.tokenize(samples["text_input"])
+        images = self.visual_encoder.shared(self.images(samples))
+        captions = self.tokenize(samples["text_input"])
         logits, teacher, alpha = self.logits(images, captions), None, 0.0
         if self.options.use_distill:
             _, alpha = self.progress(samples)

@@ -102,11 +102,12 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         return self.encode(images, ids, packing, "_m")
 
     def encode(self, images: Tensor, ids: Tensor, packing: Packing, suffix: str = "") -> Features:
-        """Encode images (B, 3, H, W) and captions (N, T), the first B of them for ITC."""
+        """Encode B images, as the image encoder takes them, and captions (N, T), of which the first
+        B are for ITC."""
         image = self.part("visual_encoder", suffix)(images)
         text = bert_of(self.part("text_encoder", suffix)).encode(ids, packing)
         image_feat = self.image_features(image[:, 0], suffix)
-        text_feat = self.text_features(text.cls[: len(images)], suffix)
+        text_feat = self.text_features(self.pooled(text)[: len(images)], suffix)
         return Features(image, text, image_feat, text_feat)
 
     # ---- ITC
@@ -260,8 +261,10 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
     def negatives(self, similarity: Similarity, draws: Draws) -> tuple[Tensor, Tensor]:
         """Draw a hard negative image for each caption, and a hard negative caption per image."""
         i2t, t2i, same = similarity
-        stream = draws.stream("negatives", same.device)
-        return sample_negatives(t2i, same, stream), sample_negatives(i2t, same, stream)
+        stream, steps = draws.stream("negatives", same.device), self.options.itm_hard_steps
+        hardness = min(1.0, draws.step / steps) if steps else 1.0
+        image = sample_negatives(hardness * t2i, same, stream)
+        return image, sample_negatives(hardness * i2t, same, stream)
 
     def matching_losses(
         self, fused: dict[str, Tokens], similarity: Similarity, changed: Tensor

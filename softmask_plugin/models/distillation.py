@@ -43,7 +43,7 @@ class MomentumDistillation(SoftMaskBase):
     def load_encoders(self) -> None:
         """As in the base class; the momentum encoders then start as copies."""
         super().load_encoders()
-        self.momentum.update(0)
+        self.momentum.restart()
 
     def progress(self, samples: dict[str, Any]) -> tuple[int, float]:
         """Index of the step in the run, and the weight alpha of the soft targets."""
@@ -88,7 +88,8 @@ class DistilledBase(MomentumDistillation):
         """Multi-modal states of the ``wanted`` tokens (None: all) of B captions; with suffix "_m",
         those of the momentum model.
 
-        Images are (B, 3, H, W), or (2B, 3, H, W) for two per caption, all first ones first.
+        Images are B, or 2B for two per caption, all first ones first, as the image encoder takes
+        them.
         """
         bert = bert_of(self.part("text_encoder", suffix))
         states = self.part("visual_encoder", suffix)(images)

@@ -25,14 +25,14 @@ class SoftMaskFeatureExtractor(AlignedBase):
     OPTIONS = MatchingOptions
     PREDICTS_WORDS = True
     PRETRAINED_MODEL_CONFIG_DICT = shipped_types(
-        "softmask_feature_extractor", "base", "tiny", "scenes_tiny"
+        "softmask_feature_extractor", "base", "small", "tiny", "scenes_tiny"
     )
 
     @torch.no_grad()
     def extract_features(
         self, samples: dict[str, Any], mode: str | Sequence[str] = "multimodal"
     ) -> AlbefOutputFeatures:
-        """Compute features of every token; the first is [CLS], whose projections ITC compares.
+        """Compute features of every token, the first of which is [CLS].
 
         Args:
             samples: ``image`` (B, 3, H, W) and ``text_input`` (list of N texts; N = B for
@@ -42,7 +42,8 @@ class SoftMaskFeatureExtractor(AlignedBase):
         Returns:
             ``image_embeds`` (B, 1 + patches, width), ``text_embeds`` and ``multimodal_embeds``
             (N, T, width), and unit vectors ``image_embeds_proj`` and ``text_embeds_proj``
-            (..., embed_dim); None if not asked for, zero for padding.
+            (..., embed_dim); None if not asked for, zero for padding. ITC compares the first unit
+            vectors; with ``text_pool: mean`` a text's first is that of its mean.
 
         Raises:
             UserError: Unknown mode, no image or text, or a NaN or infinite feature.
@@ -60,7 +61,9 @@ class SoftMaskFeatureExtractor(AlignedBase):
             captions = self.tokenize(self._needed(samples, "text_input", modes))
             text, pad = self.bert.encode(captions.ids, captions.packing), captions.packing.pad
             features["text_embeds"] = pad(text.states)
-            features["text_embeds_proj"] = pad(self.text_features(text.states))
+            projected = pad(self.text_features(text.states))
+            projected[:, 0] = self.text_features(self.pooled(text))
+            features["text_embeds_proj"] = projected
         if both:
             fused = self.bert.fuse(text, self.bert.remember(image))
             features["multimodal_embeds"] = pad(fused.states)

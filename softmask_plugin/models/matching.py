@@ -22,7 +22,7 @@ class SoftMaskImageTextMatching(AlignedBase):
 
     OPTIONS = MatchingOptions
     PRETRAINED_MODEL_CONFIG_DICT = shipped_types(
-        "softmask_image_text_matching", "base", "coco", "flickr", "tiny", "scenes_tiny"
+        "softmask_image_text_matching", "base", "coco", "flickr", "small", "tiny", "scenes_tiny"
     )
 
     def forward(self, samples: dict[str, Any], match_head: str = "itm") -> Tensor:
@@ -42,7 +42,7 @@ class SoftMaskImageTextMatching(AlignedBase):
         image = self.visual_encoder(samples["image"])
         text = self.bert.encode(captions.ids, captions.packing)
         if match_head == "itc":
-            scores = self.image_features(image[:, 0]) @ self.text_features(text.cls).T
+            scores = self.image_features(image[:, 0]) @ self.text_features(self.pooled(text)).T
         else:
             memory, cls_only = self.bert.remember(image), captions.packing.cls_only
             scores = self.match(self.bert.fuse(text, memory, wanted=cls_only).cls)

@@ -40,7 +40,7 @@ class SoftMaskNlvr(TwoImageBase, SoftMaskClassification):
     """
 
     OPTIONS = NlvrOptions
-    PRETRAINED_MODEL_CONFIG_DICT = shipped_types("softmask_nlvr", "nlvr", "tiny")
+    PRETRAINED_MODEL_CONFIG_DICT = shipped_types("softmask_nlvr", "nlvr", "small", "tiny")
 
     def images(self, samples: dict[str, Any]) -> Tensor:
         """Take ``image0``, then ``image1``, from the samples: (2B, 3, H, W)."""
@@ -58,7 +58,7 @@ class SoftMaskNlvrPretrain(TwoImageBase):
     """
 
     OPTIONS = AlignedOptions
-    PRETRAINED_MODEL_CONFIG_DICT = shipped_types("softmask_nlvr_pretrain", "base", "tiny")
+    PRETRAINED_MODEL_CONFIG_DICT = shipped_types("softmask_nlvr_pretrain", "base", "small", "tiny")
 
     def __init__(self, options: AlignedOptions) -> None:
         super().__init__(options)

@@ -65,7 +65,7 @@ class SoftMaskPretrain(ContrastiveBase):
     OPTIONS = PretrainOptions
     PREDICTS_WORDS = True
     PRETRAINED_MODEL_CONFIG_DICT = shipped_types(
-        "softmask_pretrain", "base", "grounded", "tiny", "scenes_tiny"
+        "softmask_pretrain", "base", "grounded", "small", "tiny", "scenes_tiny"
     )
 
     def __init__(self, options: PretrainOptions) -> None:
@@ -79,7 +79,7 @@ class SoftMaskPretrain(ContrastiveBase):
             samples: ``image`` (B, 3, H, W), ``text_input`` (list of B captions), and ``epoch``,
                 ``iters``, ``num_iters_per_epoch`` from LAVIS's tasks.
         """
-        images, option = samples["image"], self.options
+        images, option = self.visual_encoder.shared(samples["image"]), self.options
         step, alpha = self.progress(samples)
         draws = Draws(torch.initial_seed(), step)
         text = self.tokenize_masked(samples["text_input"], draws)

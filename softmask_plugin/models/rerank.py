@@ -75,12 +75,12 @@ class Reranker:
 
     def encode_texts(self, texts: list[str]) -> tuple[Tokens, Tensor]:
         """Encode N captions: text states, and unit features (N, embed_dim)."""
-        batches = []
+        batches, feats = [], []
         for start in range(0, len(texts), self.text_batch):
             captions = self.model.tokenize(texts[start : start + self.text_batch])
             batches.append(self.model.bert.encode(captions.ids, captions.packing))
-        encoded = Tokens.cat(batches)
-        return encoded, self.model.text_features(encoded.cls)
+            feats.append(self.model.text_features(self.model.pooled(batches[-1])))
+        return Tokens.cat(batches), torch.cat(feats)
 
     def encode_images(self, data_loader: Any) -> tuple[dict[int, Tensor], Tensor]:
         """Encode M images: this rank's share of their states (S, width), by index and on the CPU,

@@ -27,7 +27,7 @@ class SoftMaskRetrieval(ContrastiveBase):
 
     OPTIONS = RetrievalOptions
     PRETRAINED_MODEL_CONFIG_DICT = shipped_types(
-        "softmask_retrieval", "coco", "flickr", "tiny", "scenes_tiny"
+        "softmask_retrieval", "coco", "flickr", "small", "tiny", "scenes_tiny"
     )
 
     def __init__(self, options: RetrievalOptions) -> None:
@@ -42,7 +42,8 @@ class SoftMaskRetrieval(ContrastiveBase):
             samples: ``image`` (B, 3, H, W), ``text_input`` (list of B captions), ``image_id`` (B,)
                 int64, and ``epoch``, ``iters``, ``num_iters_per_epoch`` from LAVIS's tasks.
         """
-        images, content_only = samples["image"], self.options.soft_mask.words == "content"
+        images = self.visual_encoder.shared(samples["image"])
+        content_only = self.options.soft_mask.words == "content"
         ids = torch.as_tensor(samples["image_id"], device=self.device)
         step, alpha = self.progress(samples)
         clean = self.caption_tokenizer.tokenize(samples["text_input"])

@@ -57,7 +57,7 @@ class SoftMaskVqa(DistilledBase):
     """
 
     OPTIONS = VqaOptions
-    PRETRAINED_MODEL_CONFIG_DICT = shipped_types("softmask_vqa", "vqav2", "tiny")
+    PRETRAINED_MODEL_CONFIG_DICT = shipped_types("softmask_vqa", "vqav2", "small", "tiny")
 
     def __init__(self, options: VqaOptions) -> None:
         super().__init__(options)
@@ -85,7 +85,8 @@ class SoftMaskVqa(DistilledBase):
                 question, ``weight`` (answers,), and ``epoch``, ``iters``, ``num_iters_per_epoch``
                 from LAVIS's tasks.
         """
-        images, captions = samples["image"], self.tokenize(samples["text_input"])
+        images = self.visual_encoder.shared(samples["image"])
+        captions = self.tokenize(samples["text_input"])
         tokenized, device = self.answer_tokenizer.tokenize(samples["answer"]), self.device
         answers = Answers.of(tokenized.ids, tokenized.mask, device)
         counts = torch.as_tensor(samples["n_answers"], device=device)

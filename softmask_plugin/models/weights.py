@@ -22,7 +22,10 @@ from softmask_plugin.files.checkpoint import (
     require_sound,
 )
 from softmask_plugin.files.download import from_hub
+from softmask_plugin.files.packages import PACKAGED, packaged_file
+from softmask_plugin.models.backbones import load_backbone
 from softmask_plugin.models.checkpoint_keys import adapt, fold_token_types
+from softmask_plugin.nn.hybrid import HybridEmbed
 
 BERT_FILES = ("pytorch_model.bin", "model.safetensors")
 # Tensors of the encoders, without the MLM head and the position ids, which are no weights
@@ -129,24 +132,40 @@ def initialise(model: nn.Module, vit: str | None, bert: str | None) -> None:
 
     Args:
         model: The model.
-        vit: ``deit`` (downloaded), or the path or URL of a ViT's checkpoint; None: random weights.
-        bert: Name or folder of a BERT; None: random weights.
+        vit: ``deit`` (downloaded), ``package:NAME``, or the path or URL of a checkpoint of a ViT
+            or, if the image encoder has one, of its backbone; None: random weights.
+        bert: Name or folder of a BERT, or ``package:NAME``; None: random weights.
 
     Raises:
-        UserError: The weights are not available.
+        UserError: The weights are not available, or those of another model.
     """
     if vit is not None:
-        state = open_checkpoint(DEIT_URL if vit == "deit" else vit).state
-        encoder = model.get_submodule("visual_encoder")
-        if "pos_embed" in state:
-            where = f"{vit}: 'pos_embed'"
-            state["pos_embed"] = _resized(state["pos_embed"], encoder, where)
-        _load_matching(encoder, state, vit)
+        _initialise_vision(model.get_submodule("visual_encoder"), vit)
     if bert is not None:
         state = open_bert(bert)
         for name in ("text_encoder", "text_decoder"):
-            if (text := getattr(model, name, None)) is not None:
-                _load_matching(text, bert_keys(state, text), bert)
+            if hasattr(model, name):
+                _initialise_text(model, name, state, bert)
+
+
+def _initialise_vision(encoder: Any, source: str) -> None:
+    state = open_checkpoint(DEIT_URL if source == "deit" else source).state
+    if isinstance(encoder.patch_embed, HybridEmbed):
+        load_backbone(encoder.patch_embed, state, source)
+        return
+    if "pos_embed" in state:
+        where = f"{source}: 'pos_embed'"
+        state["pos_embed"] = _resized(state["pos_embed"], encoder, where)
+    _load_matching(encoder, state, source)
+
+
+def _initialise_text(model: Any, name: str, state: StateDict, source: str) -> None:
+    encoder, prefix = model.get_submodule(name), f"{name}."
+    own = [prefix + key for key in encoder.state_dict()]
+    state = {prefix + key: tensor for key, tensor in state.items()}
+    state = adapt(state, own, model.text_encoder.shape.fusion_layer)
+    state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+    _load_matching(encoder, state, source)
 
 
 def open_bert(name: str) -> StateDict:
@@ -156,21 +175,25 @@ def open_bert(name: str) -> StateDict:
     transformers does not open the file, since its older versions run code that it may hold.
 
     Args:
-        name: A model on the Hugging Face hub, or a local folder.
+        name: A model on the Hugging Face hub, a local folder, or ``package:NAME``.
 
     Raises:
         UserError: There is no such model, or its file holds objects other than tensors.
     """
+    path = packaged_file(name, *BERT_FILES) if name.startswith(PACKAGED) else _from_hub(name)
+    state = {_modern(key): tensor for key, tensor in open_checkpoint(path).state.items()}
+    return fold_token_types(state, path)
+
+
+def _from_hub(name: str) -> str:
     what = f"no BERT '{name}' (model.bert_weights)"
     try:
-        path = from_hub(what, name, _first_file)
+        return str(from_hub(what, name, _first_file))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{what} in a local folder, on the Hugging Face hub or in its cache: null starts from "
             "random weights"
         ) from error
-    state = {_modern(key): tensor for key, tensor in open_checkpoint(path).state.items()}
-    return fold_token_types(state, path)
 
 
 def _first_file(name: str, **options: bool) -> str:
@@ -185,13 +208,6 @@ def _modern(key: str) -> str:
     """Today's name of a key from BERT's first release, or from a BERT without an MLM head."""
     key = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", key))
     return key if key.startswith(("bert.", "cls.")) else f"bert.{key}"
-
-
-def bert_keys(state: StateDict, encoder: nn.Module) -> StateDict:
-    """Rename a hub's BERT to the keys of an encoder with or without an MLM head."""
-    if hasattr(encoder, "bert"):
-        return state
-    return {key.removeprefix("bert."): tensor for key, tensor in state.items()}
 
 
 def _resized(embedding: Tensor, encoder: nn.Module, name: str) -> Tensor:
@@ -211,12 +227,25 @@ def _require_position(pointer: int, queue: Tensor, source: object) -> None:
 
 def _load_matching(module: nn.Module, state: StateDict, name: str) -> None:
     own = module.state_dict()
-    fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    fitting = {k: v for k, v in state.items() if k in own and not k.endswith("position_ids")}
     if not fitting:
         raise UserError(f"{name} has no tensor that fits the encoder it is for")
+    for key, tensor in fitting.items():
+        if tensor.shape != own[key].shape:
+            raise UserError(
+                f"{name}: '{key}' is {tuple(tensor.shape)} in the file, {tuple(own[key].shape)} in "
+                "the model: set model.vit, model.bert and model.tokenizer as the file has them"
+            )
     require_sound(fitting, name)
     module.load_state_dict(fitting, strict=False)
-    logging.info("%s: %d of %d tensors of the encoder", name, len(fitting), len(own))
+    logging.info(
+        "%s: %d of %d tensors of the encoder%s%s",
+        name,
+        len(fitting),
+        len(own),
+        _listed("; new: ", {k.removeprefix("bert.") for k in own.keys() - state.keys()}),
+        _listed("; not used: ", {k.removeprefix("bert.") for k in state.keys() - own.keys()}),
+    )
 
 
 def _listed(label: str, keys: set[str]) -> str:

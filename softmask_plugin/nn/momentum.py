@@ -10,22 +10,39 @@ import torch
 from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
+_FROZEN = "is_frozen"
 
 
 def momentum_copy(online: Module) -> Module:
     """Copy ``online``, with buffers under the same names in place of its parameters.
 
-    Buffers take no part in gradients, optimizers and gradient exchange. LAVIS's runner saves them;
-    it drops frozen parameters from its checkpoints.
+    Frozen modules, see :func:`freeze`, are shared: they have nothing to average.
     """
-    momentum = copy.deepcopy(online)
-    buffers: dict[int, Tensor] = {}  # tied parameters stay tied
-    for module in momentum.modules():
-        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            delattr(module, name)
-            buffer = buffers.setdefault(id(parameter), parameter.detach().clone())
-            module.register_buffer(name, buffer)
+    shared = {id(each): each for each in online.modules() if is_frozen(each)}
+    momentum = copy.deepcopy(online, shared)
+    _parameters_to_buffers(momentum)
     return momentum
+
+
+def freeze(module: nn.Module) -> None:
+    """Make buffers of a module's parameters, in place, so that it never changes."""
+    setattr(module, _FROZEN, True)
+    _parameters_to_buffers(module)
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether a module itself, not one around it, was given to :func:`freeze`."""
+    return getattr(module, _FROZEN, False)
+
+
+def _parameters_to_buffers(module: nn.Module) -> None:
+    """Buffers take no part in gradients, optimizers and gradient exchange. LAVIS's runner saves
+    them; it drops frozen parameters from its checkpoints."""
+    buffers: dict[int, Tensor] = {}  # tied parameters stay tied
+    for each in module.modules():
+        for name, parameter in list(each.named_parameters(recurse=False, remove_duplicate=False)):
+            delattr(each, name)
+            each.register_buffer(name, buffers.setdefault(id(parameter), parameter.detach()))
 
 
 class MomentumPairs:
@@ -33,6 +50,11 @@ class MomentumPairs:
 
     def __init__(self, pairs: Sequence[tuple[nn.Module, nn.Module]]) -> None:
         self.pairs = list(pairs)
+
+    def restart(self) -> None:
+        """momentum = online, buffers included."""
+        for online, momentum in self.pairs:
+            momentum.load_state_dict(online.state_dict())
 
     @torch.no_grad()
     def update(self, rate: float) -> None:

@@ -98,6 +98,12 @@ class Tokens:
         first = self.packing.cls_only.cells_in(self.packing.mask.shape[1])
         return self.states.index_select(0, self.packing.rows_of(first))
 
+    @property
+    def mean(self) -> Tensor:
+        """Mean state of each caption's tokens, [CLS] and [SEP] included, (N, width)."""
+        mask = self.packing.mask[..., None]
+        return (self.packing.pad(self.states) * mask).sum(dim=1) / mask.sum(dim=1)
+
     def only(self, wanted: Packing) -> Tokens:
         """Select tokens; ``wanted`` packs the first columns of the same captions."""
         if wanted is self.packing:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from softmask_plugin.nn.hybrid import HybridEmbed
 from softmask_plugin.nn.recompute import recompute
 
 
@@ -26,6 +30,8 @@ class VisionTransformer(nn.Module):
         width, depth, heads: Channels of a token, number of blocks, and their attention heads, which
             divide ``width``.
         mlp_ratio: Width of the MLP's inner layer over ``width``.
+        backbone, backbone_layers, backbone_frozen: A network whose feature maps replace the pixels
+            of the patches, see ``HybridEmbed``; None: patches are cut from the images.
         drop_path: Stochastic-depth rate of the last block; grows linearly from 0 at the first.
         norm_eps: Epsilon of the layer norms.
         checkpointing: Recompute blocks in the backward pass to save memory.
@@ -39,6 +45,9 @@ class VisionTransformer(nn.Module):
         depth: int = 12,
         heads: int = 12,
         mlp_ratio: float = 4.0,
+        backbone: str | None = None,
+        backbone_layers: Sequence[int] = (3, 4),
+        backbone_frozen: bool = True,
         drop_path: float = 0.0,
         norm_eps: float = 1e-6,
         checkpointing: bool = False,
@@ -48,7 +57,11 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"image size {image_size} is not a multiple of the patch {patch_size}")
         self.image_size, self.vision_width, self.checkpointing = image_size, width, checkpointing
         self.grid = image_size // patch_size
-        self.patch_embed = PatchEmbed(patch_size, width, self.grid**2)
+        self.patch_embed: Any = (
+            PatchEmbed(patch_size, width, self.grid**2)
+            if backbone is None
+            else HybridEmbed(backbone, backbone_layers, backbone_frozen, self.grid, width)
+        )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, width))
         rates = (drop_path * i / max(depth - 1, 1) for i in range(depth))
@@ -57,24 +70,31 @@ class VisionTransformer(nn.Module):
         for parameter in (self.cls_token, self.pos_embed):
             nn.init.trunc_normal_(parameter, std=0.02)
         std = initial_std(width)
-        for module in self.modules():
+        for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=std)
                 nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Encode images (B, 3, H, W) into tokens (B, 1 + patches, width); ValueError if H or W is
-        not ``image_size``."""
+        """Encode images (B, 3, H, W), or what ``shared`` made of them, into tokens
+        (B, 1 + patches, width); ValueError if H or W is not ``image_size``."""
+        patches = self.patch_embed(self.shared(images))
+        x = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1) + self.pos_embed
+        for block in self.blocks:
+            x = recompute(block, x) if self.checkpointing and self.training else block(x)
+        return self.norm(x)
+
+    def shared(self, images: Tensor) -> Tensor:
+        """What this encoder and its momentum copy compute alike from images (B, 3, H, W): a frozen
+        backbone's features, (B, patches, channels); without one, the images themselves."""
+        if images.shape[1:-1] == (self.grid**2,):  # is features
+            return images
         if images.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
                 f"images are {images.shape[-2]}x{images.shape[-1]} but the model is for "
                 f"{self.image_size}x{self.image_size}: set image_size of model and processors alike"
             )
-        patches = self.patch_embed(images)
-        x = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1) + self.pos_embed
-        for block in self.blocks:
-            x = recompute(block, x) if self.checkpointing and self.training else block(x)
-        return self.norm(x)
+        return self.patch_embed.shared(images)
 
 
 class PatchEmbed(nn.Module):
@@ -88,6 +108,10 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, patches, width)."""
         return self.proj(images).flatten(2).transpose(1, 2)
+
+    def shared(self, images: Tensor) -> Tensor:
+        """What momentum copies share: nothing but the images."""
+        return images
 
 
 class Block(nn.Module):

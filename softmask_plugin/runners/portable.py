@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from softmask_plugin.config.run_options import check_values, positive, setting
 from softmask_plugin.errors import UserError
 from softmask_plugin.runners.loaders import TrainLoader, eval_loader, train_loader
+from softmask_plugin.runners.lr_scale import scale_groups
 from softmask_plugin.runners.run_folder import AUTO, claim
 
 
@@ -33,6 +34,7 @@ class PortableRunner(RunnerBase):
 
     _model: nn.Module
     _wrapped_model: nn.Module | None
+    _optimizer: torch.optim.Optimizer | None
     _scaler: torch.amp.GradScaler | None
     _lr_sched: Any
 
@@ -101,7 +103,10 @@ class PortableRunner(RunnerBase):
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """LAVIS's AdamW in its fused form: one pass over memory instead of a dozen."""
+        is_new, scales = self._optimizer is None, setting(self.config.run_cfg, "lr_scale")
         optimizer: torch.optim.Optimizer = super().optimizer
+        if is_new and scales:
+            scale_groups(optimizer, self._model, scales)
         for group in optimizer.param_groups:
             group["fused"] = True
         return optimizer

@@ -24,7 +24,8 @@ from softmask_plugin.runners.checkpoint_files import load_trained_state
 from softmask_plugin.runners.peers import from_main_process
 from softmask_plugin.vocabulary import vocabulary_of
 
-APPLIED = ("weight_decay", "betas")  # optimizer settings that a resumed run takes from its YAML
+# Settings of the optimizer that a resumed run takes from its YAML
+APPLIED = ("weight_decay", "betas", "lr_scale")
 # Options of a run that say where it runs, not how
 PLACES = "output_dir resume_ckpt_path rank gpu world_size distributed dist_backend dist_url".split()
 
@@ -117,7 +118,9 @@ def restore_optimizer(
     Raises:
         UserError: They belong to other parameters.
     """
-    given = [{key: group[key] for key in APPLIED} for group in optimizer.param_groups]
+    given = [
+        {key: group[key] for key in APPLIED if key in group} for group in optimizer.param_groups
+    ]
     try:
         optimizer.load_state_dict(checkpoint.training["optimizer"])
         if scaler.is_enabled() and checkpoint.training.get("scaler"):

@@ -30,6 +30,8 @@ from softmask_plugin.runners.bad_steps import BadSteps, gradient_norm
 from softmask_plugin.runners.boards import Boards
 from softmask_plugin.runners.checkpoint_files import CheckpointFiles, trained_state
 from softmask_plugin.runners.logs import RunLog, require_finite
+from softmask_plugin.runners.lr_scale import KEY as LR_SCALE
+from softmask_plugin.runners.lr_scale import apply_scales
 from softmask_plugin.runners.meter import LossMeter, queue_statistics
 from softmask_plugin.runners.panels import MaskPanels
 from softmask_plugin.runners.peers import any_process, from_main_process, peers_needed
@@ -201,6 +203,7 @@ class SoftmaskRunner(PortableRunner):
         iters = group.start // self.accum_grad_iters  # counts optimizer steps, as the schedule does
         place = {"epoch": epoch, "iters": iters, "num_iters_per_epoch": self.steps_per_epoch}
         self.lr_scheduler.step(cur_epoch=epoch, cur_step=iters)
+        apply_scales(self.optimizer)
         taken = []
         with self.meter.watch(self._model):
             for i in group:
@@ -259,7 +262,8 @@ class SoftmaskRunner(PortableRunner):
 
     @property
     def _lr(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
+        group = self.optimizer.param_groups[0]
+        return float(group["lr"]) / group.get(LR_SCALE, 1.0)
 
     def _log_training(self, epoch: int, means: dict[str, float], pairs_per_s: float) -> None:
         record = {"epoch": epoch, "step": self.step, "lr": self._lr, **means}
