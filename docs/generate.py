@@ -184,7 +184,10 @@ def field_default(kind: ast.expr, value: ast.expr) -> str:
         return literal(value)
     if value.args:  # ranged(default, ...) or choice(default, ...)
         return literal(value.args[0])
-    factory = value.keywords[0].value  # field(default_factory=Class, or lambda: Class(key=other))
+    # field(default_factory=Class, or lambda: Class(key=other), or lambda: [a list])
+    factory = value.keywords[0].value
+    if isinstance(factory, ast.Lambda) and isinstance(factory.body, ast.List):
+        return literal(factory.body)
     others = factory.body.keywords if isinstance(factory, ast.Lambda) else []
     return ", ".join(
         [section_link(kind), *(f"`{each.arg}`: {literal(each.value)}" for each in others)]

@@ -136,6 +136,12 @@ class ModelOptions:
         _multiple("vit.width", vit.width, "vit.heads", vit.heads)
         _multiple("bert.width", bert.width, "bert.heads", bert.heads)
         _multiple("image_size", self.image_size, "vit.patch_size", vit.patch_size)
+        layers = vit.backbone_layers
+        if not layers or min(layers) < 0 or layers != sorted(set(layers)):
+            raise UserError(
+                f"model.vit.backbone_layers is {layers}: it must list numbers of feature maps, "
+                "from 0 and in ascending order"
+            )
 
     @property
     def checkpoint(self) -> str | None:

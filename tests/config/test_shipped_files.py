@@ -36,8 +36,8 @@ SMALL = {
 
 
 def for_trial(name):
-    """On a CPU; the tiny models' evaluation needs weights that no file ships."""
-    without = ["model.load_pretrained=false"] if "/eval/" in name and "_tiny" in name else []
+    """On a CPU; evaluation of small models needs weights that no file ships."""
+    without = ["model.load_pretrained=false"] if re.search("/eval/.*_(tiny|small)", name) else []
     return ["run.device=cpu", *without]
 
 

