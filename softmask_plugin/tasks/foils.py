@@ -111,7 +111,7 @@ class FoilsTask(BaseTask):
         else:
             seed = int(samples["index"][0])
             logits = self._masked(model, memory, texts, tokenized, text, seed).double()
-        features = model.text_features(text.cls).unflatten(0, (-1, 2))
+        features = model.text_features(model.pooled(text)).unflatten(0, (-1, 2))
         itc = (features @ model.image_features(states[:, 0])[:, :, None]).squeeze(2)
         itm = (logits[:, 1] - logits[:, 0]).view(-1, 2)
         require_finite_scores("a match or a similarity", itm, itc)

@@ -95,7 +95,9 @@ def evaluate(task, model, dataset, batch_size=3):
 
 
 @torch.no_grad()
-def test_scores_equal_those_of_lavis_modules(model, images, dataset, albef_twin):
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_scores_equal_those_of_lavis_modules(make_model, images, dataset, albef_twin, pool):
+    model = make_model(text_pool=pool).eval()
     twin = albef_twin(model).eval()
     results = evaluate(task_of(), model, dataset)
     assert json.loads(json.dumps(results)) == results
@@ -108,8 +110,9 @@ def test_scores_equal_those_of_lavis_modules(model, images, dataset, albef_twin)
             tokens = model.caption_tokenizer.tokenize([text])
             logits = matching_logits(twin, tokens, state)[0]
             assert row["itm"][side] == pytest.approx((logits[1] - logits[0]).item(), abs=1e-5)
-            words = model.bert.encode(tokens.ids, tokens.packing)
-            cosine = (feature @ model.text_features(words.cls)[0]).item()
+            words = model.bert.encode(tokens.ids, tokens.packing).states
+            words = words.mean(dim=0) if pool == "mean" else words[0]
+            cosine = (feature @ model.text_features(words)).item()
             assert row["itc"][side] == pytest.approx(cosine, abs=1e-5)
 
 
