@@ -282,7 +282,7 @@ def test_doctor_finds_no_problem_here_and_knows_the_plugin(capsys, tmp_path, mon
     assert report["ok"]
     found = {finding["name"]: finding["value"] for finding in report["findings"]}
     assert found["torch"] == torch.__version__
-    assert "softmask_pretrain (base, small, tiny, scenes_tiny)" in found["model"]
+    assert "softmask_pretrain (base, grounded, small, tiny, scenes_tiny)" in found["model"]
     assert "scenes_retrieval" in found["builder"]
     assert "softmask_image_train" in found["processor"]
     assert found["loss"] == "focal_itc"
