@@ -109,14 +109,12 @@ def name_things(scene: Scene, alone: bool) -> list[Item]:
     ``group`` (``colour`` or ``shape``, a list).
     """
     boxes = [thing.box for thing in scene.things]
+    texts = [(each.text, each.boxes) for each in grammar.captions(scene)[:1]]
     if alone:
         texts = [
-            (_a(" ".join(thing.composition)), [(1, thing.box, "colour"), (2, thing.box, "shape")])
+            (_a(" ".join(thing.composition)), ((1, thing.box, "colour"), (2, thing.box, "shape")))
             for thing in scene.things
         ]
-    else:
-        first = grammar.captions(scene)[0]
-        texts = [(first.text, first.boxes)]
     return [
         {
             "scenes": (scene,),
