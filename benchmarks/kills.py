@@ -196,7 +196,7 @@ def obey(folder: Path, board: Board, train: Callable[[Path], None]) -> None:
         shown = [
             (SoftmaskRunner, "train_step", "step"),
             (SoftmaskRunner, "eval_epoch", "evaluation"),
-            (checkpoint_files, "_serialize", "checkpoint"),
+            (torch, "save", "checkpoint"),
             (checkpoint_files, "write_whole", "renaming"),
         ]
         for owner, name, phase in shown:
