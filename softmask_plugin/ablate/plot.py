@@ -23,7 +23,7 @@ def draw(table: Sequence[Row], metrics: Sequence[str], baseline: str) -> Figure:
     shown = [row for row in table if row.metrics]
     down = -(-len(metrics) // COLUMNS)
     across = -(-len(metrics) // down)
-    size = (1.6 + 2.6 * across, 0.6 + (0.7 + 0.3 * len(shown)) * down)  # inches
+    size = (1.6 + 2.6 * across, 0.6 + (0.9 + 0.3 * len(shown)) * down)  # inches
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplots(down, across, sharey=True, squeeze=False).ravel()
@@ -31,7 +31,7 @@ def draw(table: Sequence[Row], metrics: Sequence[str], baseline: str) -> Figure:
             unused.remove()
         for axes, metric in zip(panels, metrics, strict=False):
             against = base.metrics.get(metric)
-            axes.set_title(f"{metric}, {baseline}: {against.mean:.3g}" if against else metric)
+            axes.set_title(f"{metric}\n{baseline}: {against.mean:.3g}" if against else metric)
             axes.axvline(0, color=MUTED, linewidth=1)
             for place, row in enumerate(shown):
                 measured = row.metrics.get(metric)

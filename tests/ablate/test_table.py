@@ -104,7 +104,7 @@ def test_the_plot_shows_differences_with_their_intervals():
     rows = rows_of(albef=[40, 42, 41], soft=[44, 43, 42], clear=[50, 52, 51.3], late=[])
     (axes,) = plot.draw(rows, ["r1"], "albef").axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["albef", "soft", "clear"]
-    assert axes.get_title(loc="left") == "r1, albef: 41"
+    assert axes.get_title(loc="left") == "r1\nalbef: 41"
     soft, clear = axes.containers
     for bar, row in ((soft, rows[1]), (clear, rows[2])):
         dot, _, (line,) = bar
