@@ -119,8 +119,7 @@ class Job:
     def has_to_time(self) -> bool:
         """Whether to measure the cost: it is up to the first seed, and 1 for the baseline."""
         first = self.seed == self.plan.seeds[0]
-        first = first and self.variant not in (self.plan.baseline, TRUNK)
-        return first and not self.cost
+        return first and self.variant not in (self.plan.baseline, TRUNK) and not self.cost
 
     @property
     def is_done(self) -> bool:

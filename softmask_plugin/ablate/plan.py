@@ -61,9 +61,7 @@ class Stage:
     options: tuple[str, ...] = ()  # overrides; PRETRAINED/x is x in the pretraining run's folder
     metrics: tuple[str, ...] = ()  # of its task, to keep
     train: bool = False  # whether to fine-tune before testing
-    pretrained: bool = (
-        True  # whether model.pretrained is the checkpoint of the stage it starts from
-    )
+    pretrained: bool = True  # whether it starts from an earlier stage, by model.pretrained
 
 
 @dataclass(frozen=True)

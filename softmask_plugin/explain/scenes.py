@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from softmask_plugin.datasets.scenes.builders import SceneRetrievalDataset
-from softmask_plugin.datasets.scenes.grammar import Box, article
+from softmask_plugin.datasets.scenes.grammar import Box
+from softmask_plugin.datasets.scenes.tasks import name_things
 from softmask_plugin.explain.maps import word_maps
 from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.pointing import own_and_other, pointing_game
@@ -41,9 +42,9 @@ def pointing(model: AlignedBase, scenes: SceneRetrievalDataset) -> dict[str, Any
     phrases: list[Item] = []
     for image, entry in enumerate(scenes.annotation):
         captions.append((image, entry["caption"][0], entry["word_boxes"][0]))
-        for thing in entry["scenes"][0].things:
-            text = f"{article(thing.colour)} {thing.colour} {thing.shape}"
-            phrases.append((image, text, [(1, thing.box, "colour"), (2, thing.box, "shape")]))
+        for item in name_things(entry["scenes"][0], alone=True):
+            boxes = [(*each["words"], *each["box"], *each["group"]) for each in item["phrases"]]
+            phrases.append((image, item["text"], boxes))
     words = {
         name: list(_map(model, scenes, items))
         for name, items in {"in a caption": captions, "alone": phrases}.items()

@@ -7,17 +7,11 @@ seen through the mask of the word that is false, which tells whether a mask give
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Sequence
 from difflib import SequenceMatcher
-from pathlib import Path
 from typing import Any
 
 import torch
-from lavis.common.dist_utils import is_main_process
-from lavis.common.registry import registry
-from lavis.tasks.base_task import BaseTask
 from torch import Tensor
 
 from softmask_plugin.config.run_options import setting
@@ -29,11 +23,12 @@ from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.nn.image_memory import ImageMemory, View
 from softmask_plugin.nn.tokens import Tokens
 from softmask_plugin.registry import register
+from softmask_plugin.tasks.items import ItemTask
 from softmask_plugin.tokenization import FUNCTION_WORDS, Captions
 
 
 @register("task", "softmask_foils")
-class FoilsTask(BaseTask):
+class FoilsTask(ItemTask):
     """Tell the caption of an image from a foil.
 
     ``run.foil_mask``, a kind of mask, shows the image through the mask of what is false: for the
@@ -62,6 +57,8 @@ class FoilsTask(BaseTask):
         UserError: ``foil_mask`` is unknown, the model has no matching head, the data set has no
             foils, or a score is NaN or infinite.
     """
+
+    KIND = "foils"
 
     def __init__(self, mask: Any) -> None:
         super().__init__()
@@ -145,25 +142,9 @@ class FoilsTask(BaseTask):
         maps = phrase_maps(found).flatten(1)
         return match_through(model, memory, encoded, images, maps, self.mask, seed=seed)[1]
 
-    def after_evaluation(
-        self, val_result: list[dict[str, Any]], split_name: str, **_: Any
-    ) -> dict[str, float] | None:
-        """Merge the results of all processes; metrics on the main process, None on the others."""
-        file = self.save_result(
-            val_result,
-            result_dir=registry.get_path("result_dir"),
-            filename=f"{split_name}_foils",
-            remove_duplicate=self.inst_id_key,
-        )
-        if not is_main_process():
-            return None
-        metrics = foil_metrics(json.loads(Path(file).read_text(encoding="utf-8")))
-        logging.info("foils: %s", metrics)
-        # Where LAVIS's own tasks write theirs
-        file = Path(registry.get_path("output_dir"), "evaluate.txt")
-        with file.open("a", encoding="utf-8") as log:
-            log.write(json.dumps(metrics) + "\n")
-        return metrics
+    def metrics(self, results: list[dict[str, Any]]) -> dict[str, float]:
+        """Metrics of the results of all items, see above."""
+        return foil_metrics(results)
 
 
 def changed_words(texts: Sequence[Sequence[str]]) -> list[list[int]]:

@@ -6,18 +6,12 @@ ALBEF's evaluation on RefCOCO+ (arXiv 2107.07651, 4.4) and the pointing game (Zh
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lavis.common.dist_utils import is_main_process
-from lavis.common.registry import registry
-from lavis.tasks.base_task import BaseTask
 from torch import Tensor
 from torchvision.ops.boxes import box_iou
 
@@ -27,6 +21,7 @@ from softmask_plugin.explain.maps import phrase_maps, word_maps
 from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.pointing import Box, energy_inside, group_suffixes, hits
 from softmask_plugin.registry import register
+from softmask_plugin.tasks.items import ItemTask
 
 POINTING = ("pointing", "pointing_chance", "pointing_center", "pointing_other", "pointing_gap")
 METRICS = ("acc", "acc_chance", *POINTING)
@@ -35,7 +30,7 @@ TIED = 1 - 1e-9  # scores that differ by rounding alone are equal
 
 
 @register("task", "softmask_grounding")
-class GroundingTask(BaseTask):
+class GroundingTask(ItemTask):
     """Find the object that an expression refers to, by the maps of its words.
 
     ``run.grounding_alpha`` weighs size: a candidate box scores the map's mass inside it divided by
@@ -72,6 +67,8 @@ class GroundingTask(BaseTask):
         UserError: ``grounding_alpha`` is not a number >= 0, the model has no matching head, the
             data set has no boxes, or a map is NaN or infinite.
     """
+
+    KIND = "grounding"
 
     def __init__(self, alpha: float) -> None:
         super().__init__()
@@ -146,26 +143,9 @@ class GroundingTask(BaseTask):
             for result, item, own in zip(results, items, scores, strict=True)
         ]
 
-    def after_evaluation(
-        self, val_result: list[dict[str, Any]], split_name: str, **_: Any
-    ) -> dict[str, float] | None:
-        """Merge the results of all processes; metrics on the main process, None on the others."""
-        file = self.save_result(
-            val_result,
-            result_dir=registry.get_path("result_dir"),
-            filename=f"{split_name}_grounding",
-            remove_duplicate=self.inst_id_key,
-        )
-        if not is_main_process():
-            return None
-        results = json.loads(Path(file).read_text(encoding="utf-8"))
-        metrics = grounding_metrics(results, self.items)
-        logging.info("grounding: %s", metrics)
-        # Where LAVIS's own tasks write theirs
-        file = Path(registry.get_path("output_dir"), "evaluate.txt")
-        with file.open("a", encoding="utf-8") as log:
-            log.write(json.dumps(metrics) + "\n")
-        return metrics
+    def metrics(self, results: list[dict[str, Any]]) -> dict[str, float]:
+        """Metrics of the results of all items, see above."""
+        return grounding_metrics(results, self.items)
 
 
 def box_scores(maps: np.ndarray, boxes: Sequence[Sequence[Box]], alpha: float) -> list[np.ndarray]:

@@ -21,7 +21,7 @@ from softmask_plugin.compare import compare
 from softmask_plugin.errors import UserError
 from softmask_plugin.explain.pairs import explain
 from softmask_plugin.foil_metrics import foil_metrics
-from softmask_plugin.tasks import foils
+from softmask_plugin.tasks import items
 from softmask_plugin.tasks.foils import FoilsTask, changed_words
 
 # (caption, foil, index of the changed word)
@@ -250,7 +250,7 @@ def test_each_item_counts_once_and_metrics_are_written(model, dataset, folders):
 
 def test_other_processes_report_nothing(model, dataset, folders, monkeypatch):
     results = evaluate(task_of(), model, dataset)
-    monkeypatch.setattr(foils, "is_main_process", lambda: False)
+    monkeypatch.setattr(items, "is_main_process", lambda: False)
     assert task_of().after_evaluation(val_result=results, split_name="test") is None
 
 

@@ -21,7 +21,7 @@ from softmask_plugin.compare import compare
 from softmask_plugin.errors import UserError
 from softmask_plugin.explain.maps import phrase_maps, word_maps
 from softmask_plugin.explain.pairs import explain
-from softmask_plugin.tasks import grounding
+from softmask_plugin.tasks import grounding, items
 from softmask_plugin.tasks.grounding import GroundingTask, box_scores, grounding_metrics
 
 RAGGED = ["a small red circle above a large blue star", "", "circlestar ring", "a black heart"]
@@ -335,7 +335,7 @@ def test_processes_share_the_work(model, dataset, folders, monkeypatch):
     for rank, share in ((1, results[1::2]), (0, results[::2])):
         monkeypatch.setattr("lavis.tasks.base_task.get_rank", lambda rank=rank: rank)
         monkeypatch.setattr("lavis.tasks.base_task.is_main_process", lambda rank=rank: rank == 0)
-        monkeypatch.setattr(grounding, "is_main_process", lambda rank=rank: rank == 0)
+        monkeypatch.setattr(items, "is_main_process", lambda rank=rank: rank == 0)
         metrics = task.after_evaluation(val_result=share, split_name="test", epoch=0)
         assert (metrics is None) == (rank == 1)
     assert metrics == pytest.approx(grounding_metrics(results, dataset.annotation))
