@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softmask_plugin.errors import UserError
+from softmask_plugin.nn.attention import attend
 from softmask_plugin.nn.image_memory import ImageMemory, LayerMemory, View
 from softmask_plugin.nn.tokens import Packing, Tokens
 from softmask_plugin.nn.vision import initial_std
@@ -246,9 +247,7 @@ class Attention(nn.Module):
         mask = tokens.packing.mask[:, None, None, :]
         if self.causal:
             mask = mask & mask.new_ones(query.shape[2], key.shape[2]).tril()
-        context = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=self.current_dropout
-        )
+        context = attend(query, key, value, mask, self.current_dropout)
         return self.merge_heads(context, queries)
 
     def remember(self, image_states: Tensor, mask: Tensor | None = None) -> LayerMemory:

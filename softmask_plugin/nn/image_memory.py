@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from softmask_plugin.nn.attention import attend
 from softmask_plugin.nn.recompute import recompute
 
 
@@ -61,12 +62,11 @@ class LayerMemory:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def attend_view(self, query: Tensor, view: View, dropout: float) -> Tensor:
-        """Attend with queries (n, H, T, d) through one view, by torch's fused kernel if it can."""
-        # On a CPU the fused kernel has no dropout, and its fallback would copy K to scale it.
-        if view.keep is not None or (dropout > 0 and query.device.type == "cpu"):
+        """Attend with queries (n, H, T, d) through one view."""
+        if view.keep is not None:
             return self.attend_with_probabilities(query, view, dropout)[0]
         key, value, mask = self.of(view.images)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        return attend(query, key, value, mask, dropout)
 
     def of(self, images: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Key, value and mask of each of these images; None: of each image once."""

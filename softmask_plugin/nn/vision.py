@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from softmask_plugin.nn.attention import attend
 from softmask_plugin.nn.hybrid import HybridEmbed
 from softmask_plugin.nn.recompute import recompute
 
@@ -153,8 +154,7 @@ class Attention(nn.Module):
         """Normalise tokens (B, N, width), then let them attend to each other."""
         qkv = recompute(lambda x: self.qkv(norm(x)), x)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
