@@ -237,8 +237,8 @@ class ContrastOptions(AlignedOptions, MomentumOptions):
     learn_temp: bool = True  # learn temp; learning rates far above 1e-4 drive it to its limit
     alpha_epochs: float = ranged(2.0, 0)  # epochs in which alpha rises from 0; original ALBEF: 1
     itm_weight: float = ranged(1.0, 0)  # weight of the matching loss
-    itm_hard_steps: int = ranged(0, 0)  # steps in which its negatives turn from random to hard;
-    # 0: hard from the start, as in ALBEF
+    itm_hard_steps: int = ranged(0, 0)  # steps, from the first with ITM, in which its negatives
+    # turn from random to hard; 0: hard from the start, as in ALBEF
     itm_words: bool = False  # also match each image with its caption after one word was changed
     soft_mask: SoftMaskOptions = field(default_factory=SoftMaskOptions)  # masks images for ITM
     itc: ItcOptions = field(default_factory=ItcOptions)  # contrasts images with texts
@@ -260,6 +260,7 @@ class PretrainOptions(ContrastOptions):
     mlm_weight: float = ranged(1.0, 0)  # weight of the masked-word loss
     local_weight: float = ranged(0.0, 0)  # weight of the contrast of words with patches (SPARC),
     # which ties words to places
+    itc_steps: int = ranged(0, 0)  # first steps, in which only ITC and that contrast are trained
     text: TextOptions = field(default_factory=TextOptions)  # masks captions
 
 

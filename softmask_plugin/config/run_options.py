@@ -117,6 +117,12 @@ RUN: dict[str, Key] = {
         "sampling weight of each data set, such as `{coco: 2, mine: 1}`: the items of a step all "
         "come from one of them; null: each item once per epoch",
     ),
+    "keep_features": Key(
+        False,
+        "compute a frozen `model.vit.backbone`'s features of each image once, without "
+        "distortions, and keep them in memory",
+        flag,
+    ),
     # Training
     "max_epoch": Key(None, "passes over the training data; needed unless `max_steps` is", whole(0)),
     "max_steps": Key(

@@ -86,6 +86,11 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         self.itc_loss = get_loss_class(options.itc.loss)(options.itc.gamma)
 
     @property
+    def first_match(self) -> int:
+        """The first step with ITM."""
+        return 0
+
+    @property
     def map_layer(self) -> int:
         """BERT layer whose cross-attention gives the maps of words."""
         return self.options.soft_mask.layer
@@ -262,7 +267,7 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         """Draw a hard negative image for each caption, and a hard negative caption per image."""
         i2t, t2i, same = similarity
         stream, steps = draws.stream("negatives", same.device), self.options.itm_hard_steps
-        hardness = min(1.0, draws.step / steps) if steps else 1.0
+        hardness = min(1.0, (draws.step - self.first_match) / steps) if steps else 1.0
         image = sample_negatives(hardness * t2i, same, stream)
         return image, sample_negatives(hardness * i2t, same, stream)
 
@@ -303,15 +308,17 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         self,
         mask: SoftMask,
         itc: Tensor,
-        itm: Tensor,
-        soft: Tensor | None,
+        itm: Tensor | None = None,
+        soft: Tensor | None = None,
         mlm: Tensor | None = None,
         mlm_soft: Tensor | None = None,
         local: Tensor | None = None,
     ) -> ContrastiveOutput:
         """Sum the losses with their weights; None: not computed."""
         option = self.options
-        loss = option.itc.weight * itc + option.itm_weight * itm
+        loss = option.itc.weight * itc
+        if itm is not None:
+            loss = loss + option.itm_weight * itm
         if mlm is not None:
             loss = loss + option.mlm_weight * mlm
         if soft is not None:

@@ -72,6 +72,11 @@ class SoftMaskPretrain(ContrastiveBase):
         super().__init__(options)
         self.add_momentum("visual_encoder", "text_encoder", "vision_proj", "text_proj")
 
+    @property
+    def first_match(self) -> int:
+        """The first step with ITM and MLM."""
+        return self.options.itc_steps
+
     def forward(self, samples: dict[str, Any]) -> ContrastiveOutput:
         """Compute a step's losses; in training mode, also update momentum encoders and queues.
 
@@ -87,12 +92,14 @@ class SoftMaskPretrain(ContrastiveBase):
         # Encode: each image once, each caption once
         online = self.encode(images, text.ids, text.packing)
         momentum = self.encode_momentum(images, text.ids, text.packing)
-        memory = self.bert.remember(online.image)
         caption, masked_caption = text.versions(online.text)
 
         # Contrast
         loss_itc, similarity = self.contrast(online, momentum, alpha)
         loss_local = self.contrast_words(online.image, caption) if option.local_weight > 0 else None
+        if step < self.first_match:
+            return self.output(SoftMask(), loss_itc, local=loss_local)
+        memory = self.bert.remember(online.image)
 
         # Mask: what a word of the caption means to the match or, hidden, to its own prediction
         pairs, mask, logits = Pairs(), SoftMask(), None

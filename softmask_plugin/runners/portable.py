@@ -79,10 +79,14 @@ class PortableRunner(RunnerBase):
                 if (encoder := getattr(self._model, name, None)) is not None:
                     encoder.compile(backend=self.compile_backend)
             if self.use_distributed:
+                later = (
+                    getattr(self._model, "first_match", 0) > 0
+                )  # ITM's parts are unused at first
+                unused = later or setting(self.config.run_cfg, "find_unused_parameters")
                 self._wrapped_model = DistributedDataParallel(
                     self._model,
                     device_ids=[torch.cuda.current_device()] if self.cuda_enabled else None,
-                    find_unused_parameters=setting(self.config.run_cfg, "find_unused_parameters"),
+                    find_unused_parameters=unused,
                 )
         return self._wrapped_model
 

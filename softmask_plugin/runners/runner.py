@@ -29,6 +29,7 @@ from softmask_plugin.registry import register
 from softmask_plugin.runners.bad_steps import BadSteps, gradient_norm
 from softmask_plugin.runners.boards import Boards
 from softmask_plugin.runners.checkpoint_files import CheckpointFiles, trained_state
+from softmask_plugin.runners.kept_features import keep_features
 from softmask_plugin.runners.logs import RunLog, require_finite
 from softmask_plugin.runners.lr_scale import KEY as LR_SCALE
 from softmask_plugin.runners.lr_scale import apply_scales
@@ -135,6 +136,8 @@ class SoftmaskRunner(PortableRunner):
             self.loader(split)  # find mistakes before training, not after it
         if "test" in self.datasets and "test" not in self.test_splits:
             logging.info("the 'test' split is not tested: add run.test_splits=[test] to do so")
+        if setting(self.config.run_cfg, "keep_features"):
+            self._keep_features()
         self._resume()
         self._note_setup()
         with self.log.progress(self.step, self.total_steps):
@@ -150,6 +153,20 @@ class SoftmaskRunner(PortableRunner):
         # The other processes wait here for the main one's last checkpoint
         best = from_main_process(lambda: self.progress.best_epoch)
         return self._test(self.max_epoch - 1 if best is None else "best")
+
+    def _keep_features(self) -> None:
+        run, encoder = self.config.run_cfg, getattr(self._model, "visual_encoder", None)
+        if setting(run, "panel_every"):
+            raise UserError("run.keep_features leaves no pixels to draw: remove run.panel_every")
+        splits = {*self.train_splits, *self.valid_splits, *self.test_splits}
+        keep_features(
+            [self.loader(split).dataset for split in sorted(splits)],
+            encoder,
+            self.autocast(),
+            self.device,
+            batch_size=int(run.batch_size_eval),
+            num_workers=int(run.num_workers),
+        )
 
     @property
     def _finished(self) -> bool:

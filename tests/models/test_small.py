@@ -416,6 +416,30 @@ def test_matching_features_and_retrieval_compare_the_same_means(make_other, make
     assert not torch.allclose(matching.text_features(text.cls), features.text_embeds_proj[:, 0])
 
 
+def test_the_first_steps_contrast_alone(make_other, make_batch, monkeypatch):
+    """Then comes the step of a model without such a beginning."""
+    options = {"local_weight": 0.5, "bert": {"dropout": 0.0, "attention_dropout": 0.0}}
+    model = make_other(SoftMaskPretrain, itc_steps=2, **options).train()
+    plain = make_other(SoftMaskPretrain, **options).train()
+    plain.load_state_dict(model.state_dict())
+    batch = {**make_batch(4), "epoch": 0, "num_iters_per_epoch": 9}
+    expected, fuse = plain({**batch, "iters": 1}), type(model.bert).fuse
+    monkeypatch.setattr(type(model.bert), "fuse", None)
+    found = model({**batch, "iters": 1})
+    assert found.loss_itm is None and found.loss_mlm is None and found.loss_soft is None
+    torch.testing.assert_close(found.loss_itc, expected.loss_itc)
+    torch.testing.assert_close(found.loss, found.loss_itc + 0.5 * found.loss_local)
+    found.loss.backward()
+    assert (
+        model.visual_encoder.cls_token.grad.abs().sum() > 0 and model.itm_head.weight.grad is None
+    )
+    monkeypatch.setattr(type(model.bert), "fuse", fuse)
+    plain.load_state_dict(model.state_dict())
+    own, other = (each({**batch, "iters": 2}) for each in (model, plain))
+    assert own.loss_itm is not None
+    torch.testing.assert_close(own.loss, other.loss)
+
+
 def test_negatives_turn_from_random_to_hard(make_other):
     """At step 0 each is as likely, halfway in proportion to half the logits, at the end to all."""
     model, size = make_other(SoftMaskPretrain, itm_hard_steps=100), 3

@@ -1,0 +1,97 @@
+"""A frozen backbone's features of all images, computed once and kept for every epoch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from softmask_plugin.datasets.task_datasets import ItemDataset
+from softmask_plugin.errors import UserError
+from softmask_plugin.models.rerank import progress_bar
+from softmask_plugin.nn.momentum import is_frozen
+from softmask_plugin.processors.image import ImageEvalProcessor, ImageTrainProcessor
+
+ON = "run.keep_features is true, but "
+
+
+class _Images(Dataset[Tensor]):
+    """The processed images of some items of a data set."""
+
+    def __init__(self, dataset: ItemDataset, items: list[int]) -> None:
+        self.dataset, self.items = dataset, items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Tensor:
+        _, (image,) = self.dataset.open(self.items[index])
+        return self.dataset.vis_processor(image)
+
+
+def keep_features(
+    datasets: Iterable[Any],
+    encoder: Any,
+    autocast: AbstractContextManager[Any],
+    device: torch.device,
+    **loading: Any,
+) -> None:
+    """Let data sets give features in place of their images, which are processed as for evaluation.
+
+    Args:
+        datasets: Map-style data sets of single images, or several joined; changed in place.
+        encoder: The image encoder; its backbone must be frozen.
+        autocast: The precision to compute in and to keep.
+        device: Where to compute; features are kept in main memory.
+        loading: Options of the loader.
+
+    Raises:
+        UserError: Nothing is frozen, or a data set has no single images.
+    """
+    if not is_frozen(getattr(encoder.patch_embed, "backbone", encoder)):
+        raise UserError(f"{ON}no backbone is frozen: set model.vit.backbone, or remove the key")
+    for dataset in chain(*(getattr(each, "datasets", [each]) for each in datasets)):
+        if not isinstance(dataset, ItemDataset) or len(dataset.open(0)[1]) != 1:
+            raise UserError(f"{ON}{type(dataset).__name__} has no single images: remove the key")
+        distorting = dataset.vis_processor
+        if isinstance(distorting, ImageTrainProcessor):
+            size, mean, std = distorting.image_size, distorting.mean, distorting.std
+            dataset.vis_processor = ImageEvalProcessor(size, mean, std)
+        rows: dict[Any, int] = {}  # several items may share an image
+        firsts = []
+        for number, item in enumerate(dataset.annotation):
+            if rows.setdefault(_image_of(item), len(rows)) == len(firsts):
+                firsts.append(number)
+        features = []
+        images = DataLoader(_Images(dataset, firsts), **loading)
+        with torch.no_grad(), autocast:
+            for batch in progress_bar(images, desc="features", unit="batch"):
+                features.append(encoder.shared(batch.to(device)).cpu())
+        kept = torch.cat(features)
+        logging.info("features of %d images kept: %d MB", len(kept), kept.nbytes // 10**6)
+        dataset.open_images = _Kept(kept, rows)
+        dataset.vis_processor = _as_it_is
+
+
+class _Kept:
+    """Opens the features of an item's image."""
+
+    def __init__(self, features: Tensor, rows: dict[Any, int]) -> None:
+        self.features, self.rows = features, rows
+
+    def __call__(self, item: dict[str, Any], _: int | None) -> list[Tensor]:
+        return [self.features[self.rows[_image_of(item)]]]
+
+
+def _image_of(item: dict[str, Any]) -> Any:
+    return item.get("image", item["instance_id"])  # a rendered item has no file
+
+
+def _as_it_is(features: Tensor) -> Tensor:
+    return features
