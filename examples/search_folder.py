@@ -1,9 +1,9 @@
-"""Search a folder of images by text: encode all images once, then one product per query.
+"""Search a folder of images by text: ITC proposes images, ITM ranks the best of them.
 
     python examples/search_folder.py [--images FOLDER] [--query "a red circle"] [--checkpoint FILE]
 
 The defaults are the bundled model and 200 rendered scenes, in files named after what they show.
-Prints the five most similar images with their cosines, best first.
+Prints five images, best first, with the probability of a match.
 """
 
 from __future__ import annotations
@@ -13,20 +13,16 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import softmask_plugin  # noqa: F401  (first: registers the models, and lets LAVIS import)
-
-# isort: split
-import torch
-from lavis.models import load_model_and_preprocess
-
+from softmask_plugin import load_trained
 from softmask_plugin.datasets.images import open_rgb
 from softmask_plugin.datasets.scenes import captions, make_scenes, render
+from softmask_plugin.explain.gallery import Gallery
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--images", type=Path)
-    parser.add_argument("--query", default="a red circle above a blue star")
+    parser.add_argument("--query", default="a large blue circle above a small red diamond")
     parser.add_argument("--checkpoint", default="shipped:scenes_tiny")
     given = parser.parse_args()
 
@@ -39,24 +35,12 @@ def main() -> None:
 
 
 def search(folder: Path, query: str, checkpoint: str) -> None:
-    model, vis, txt = load_model_and_preprocess("softmask_feature_extractor", "tiny", is_eval=True)
-    model.load_checkpoint(checkpoint)
-
     files = sorted(f for f in folder.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if not files:
         sys.exit(f"no .jpg, .jpeg or .png in {folder}")
-    batches = [files[i : i + 64] for i in range(0, len(files), 64)]
-    features = []
-    for batch in batches:
-        images = torch.stack([vis["eval"](open_rgb(file)) for file in batch])
-        extracted = model.extract_features({"image": images}, mode="image")
-        features.append(extracted.image_embeds_proj[:, 0])  # unit vectors of [CLS]
-    text = model.extract_features({"text_input": [txt["eval"](query)]}, mode="text")
-    cosines = torch.cat(features) @ text.text_embeds_proj[0, 0]
-
-    best = cosines.topk(min(5, len(files)))
-    for cosine, i in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-        print(f"{cosine:+.3f}  {files[i].name}")
+    gallery = Gallery(load_trained(checkpoint), map(open_rgb, files))  # encodes each image once
+    for hit in gallery.search(query, count=5):
+        print(f"{hit.match:.3f}  {files[hit.index].name}")
 
 
 def save_scenes(folder: Path) -> None:

@@ -92,8 +92,8 @@ def test_score_pairs(checkpoint, tmp_path):
 def test_search_folder(checkpoint, tmp_path):
     query = ("--query", "a red circle")
     lines = example("search_folder", tmp_path, "--checkpoint", checkpoint, *query)[-5:]
-    cosines = [float(line.split()[0]) for line in lines]
-    assert cosines == sorted(cosines, reverse=True)
+    matches = [float(line.split()[0]) for line in lines]
+    assert matches == sorted(matches, reverse=True)
     assert all(re.fullmatch(r"an? .+\.png", line.split(maxsplit=1)[1]) for line in lines)
 
 
