@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import SequenceMatcher
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from softmask_plugin.config.run_options import setting
-from softmask_plugin.errors import UserError, require_finite_scores
+from softmask_plugin.errors import require_finite_scores
 from softmask_plugin.explain.maps import map_words, phrase_maps
 from softmask_plugin.explain.pairs import match_through, words_of
 from softmask_plugin.foil_metrics import foil_metrics
@@ -59,33 +60,20 @@ class FoilsTask(ItemTask):
     """
 
     KIND = "foils"
+    NEEDED = ("foils", "scenes_foils")
 
     def __init__(self, mask: Any) -> None:
         super().__init__()
         self.mask = mask
-        self.annotation: list[dict[str, Any]] = []
 
     @classmethod
     def setup_task(cls, cfg: Any) -> FoilsTask:
         """Build the task from the ``run:`` section of a YAML."""
         return cls(setting(cfg.run_cfg, "foil_mask"))
 
-    def before_evaluation(self, model: Any, dataset: Any, **rest: Any) -> None:
-        """Keep the items of the data set that is evaluated next."""
-        if not isinstance(model, AlignedBase):
-            raise UserError(
-                f"run.task softmask_foils cannot evaluate {type(model).__name__}, which has no "
-                "matching head: use softmask_pretrain, softmask_retrieval or "
-                "softmask_image_text_matching"
-            )
-        annotation = getattr(dataset, "annotation", None)
-        if not annotation or not {"image", "caption", "foil", "group"} <= annotation[0].keys():
-            raise UserError(
-                f"run.task softmask_foils cannot evaluate {type(dataset).__name__}, which has no "
-                "foils: use a data set made for it, such as scenes_foils"
-            )
-        self.annotation = annotation
-        super().before_evaluation(model, dataset, **rest)
+    def is_suitable(self) -> bool:
+        """Whether the items have foils."""
+        return {"image", "caption", "foil", "group"} <= {*chain(*self.annotation[:1])}
 
     @torch.no_grad()
     def valid_step(self, model: AlignedBase, samples: dict[str, Any]) -> list[dict[str, Any]]:

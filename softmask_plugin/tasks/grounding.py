@@ -7,7 +7,7 @@ ALBEF's evaluation on RefCOCO+ (arXiv 2107.07651, 4.4) and the pointing game (Zh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -69,13 +69,13 @@ class GroundingTask(ItemTask):
     """
 
     KIND = "grounding"
+    NEEDED = ("boxes", "refcoco_plus_grounding")
 
     def __init__(self, alpha: float) -> None:
         super().__init__()
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha >= 0:
             raise UserError(f"run.grounding_alpha is {alpha!r}: it must be a number >= 0")
         self.alpha = alpha
-        self.annotation: list[dict[str, Any]] = []
         self.items: list[dict[str, Any]] = []  # what each map has to find
 
     @classmethod
@@ -83,24 +83,11 @@ class GroundingTask(ItemTask):
         """Build the task from the ``run:`` section of a YAML."""
         return cls(setting(cfg.run_cfg, "grounding_alpha"))
 
-    def before_evaluation(self, model: Any, dataset: Any, **rest: Any) -> None:
-        """Keep the boxes of the data set that is evaluated next."""
-        if not isinstance(model, AlignedBase):
-            raise UserError(
-                f"run.task softmask_grounding cannot evaluate {type(model).__name__}, which has no "
-                "matching head to explain: use softmask_pretrain, softmask_retrieval or "
-                "softmask_image_text_matching"
-            )
-        annotation = getattr(dataset, "annotation", None) or []
-        self.items = [item for entry in annotation for item in _items(entry)]
-        if not self.items or not {"box", "boxes", "group"} <= self.items[0].keys():
-            raise UserError(
-                f"run.task softmask_grounding cannot evaluate {type(dataset).__name__}, which has "
-                "no boxes: use a data set made for it, such as refcoco_plus_grounding"
-            )
-        self.annotation = annotation
-        self.starts = [0, *accumulate(len(_items(entry)) for entry in annotation)]
-        super().before_evaluation(model, dataset, **rest)
+    def is_suitable(self) -> bool:
+        """Number the expressions or phrases of all items; whether these have boxes."""
+        self.items = [item for entry in self.annotation for item in _items(entry)]
+        self.starts = [0, *accumulate(len(_items(entry)) for entry in self.annotation)]
+        return {"box", "boxes", "group"} <= {*chain(*self.items[:1])}
 
     def valid_step(self, model: Any, samples: dict[str, Any]) -> list[dict[str, Any]]:
         """Score one batch.

@@ -11,11 +11,48 @@ from lavis.common.dist_utils import is_main_process
 from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
 
+from softmask_plugin.errors import UserError
+from softmask_plugin.models.aligned import AlignedBase
+
 
 class ItemTask(BaseTask):
-    """A task whose ``valid_step`` gives a result for each item."""
+    """A task whose ``valid_step`` gives a result for each item.
+
+    Attributes:
+        annotation: The items of the data set that is evaluated.
+    """
 
     KIND = ""  # of its results, in the name of their file and in the log
+    NEEDED = ("", "")  # what its data sets have, and one of them
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.annotation: list[dict[str, Any]] = []
+
+    def before_evaluation(self, model: Any, dataset: Any, **rest: Any) -> None:
+        """Keep the items of the data set that is evaluated next.
+
+        Raises:
+            UserError: The model has no matching head, or the data set is of another kind.
+        """
+        cannot = f"run.task softmask_{self.KIND} cannot evaluate"
+        if not isinstance(model, AlignedBase):
+            raise UserError(
+                f"{cannot} {type(model).__name__}, which has no matching head: use "
+                "softmask_pretrain, softmask_retrieval or softmask_image_text_matching"
+            )
+        self.annotation = getattr(dataset, "annotation", None) or []
+        if not self.is_suitable():
+            what, example = self.NEEDED
+            raise UserError(
+                f"{cannot} {type(dataset).__name__}, which has no {what}: use a data set made for "
+                f"it, such as {example}"
+            )
+        super().before_evaluation(model, dataset, **rest)
+
+    def is_suitable(self) -> bool:
+        """Whether the task can evaluate these items."""
+        raise NotImplementedError
 
     def metrics(self, results: list[dict[str, Any]]) -> dict[str, float]:
         """Metrics of the results of all items."""
