@@ -206,7 +206,9 @@ RUN: dict[str, Key] = {
     "gpu": Key(None, "number of the process's device; set by the command"),
     # Retrieval
     "k_test": Key(
-        128, "candidates per query that ITC proposes and ITM re-ranks", whole(1, null=False)
+        128,
+        "candidates per query that ITC proposes and ITM re-ranks; 0: ITC alone",
+        whole(0, null=False),
     ),
     "rerank_scoring": Key(
         "itm+itc",

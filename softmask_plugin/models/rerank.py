@@ -47,6 +47,9 @@ class Reranker:
     def scores(self, data_loader: Any) -> tuple[np.ndarray, np.ndarray]:
         """Score (images, texts) and (texts, images); UserError if a score is NaN or infinite, so
         that ranks would mean nothing."""
+        if self.k_test == 0:
+            cosines = self.similarity(data_loader).cpu().numpy()
+            return cosines, cosines.T
         texts, text_feats = self.encode_texts(data_loader.dataset.text)
         images, image_feats = self.encode_images(data_loader)
         similarity = (image_feats @ text_feats.T).cpu()

@@ -105,6 +105,8 @@ def test_without_a_matching_head_the_scores_are_those_of_itc(make_model, gallery
     similarity = Reranker(model).similarity(gallery).numpy()
     assert np.abs(similarity).max() <= 1 + 1e-6
     np.testing.assert_allclose(ours(model, gallery, 9)[0], similarity, rtol=0, atol=1e-6)
+    for found, expected in zip(ours(model, gallery, 0), (similarity, similarity.T), strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("where", ["itm_head.bias", "vision_proj.weight", "text_proj.bias"])
@@ -154,7 +156,7 @@ def test_a_gallery_smaller_than_k_is_a_warning(make_model, gallery, caplog):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"k_test": 0}, "k_test"),
+        ({"k_test": -1}, "k_test"),
         ({"k_test": True}, "k_test is True: it must be a whole number"),
         ({"k_test": 2.5}, "k_test is 2.5: it must be a whole number"),
         ({"rerank_scoring": "itc"}, "rerank_scoring"),

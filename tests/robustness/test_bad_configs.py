@@ -91,7 +91,7 @@ VALUES = {
     "run.lr_scale=0.5": "run.lr_scale is 0.5: it must be a section of numbers above 0",
     "run.lr_scale.text_encoder=0": "run.lr_scale is {'text_encoder': 0}: it must be a section",
     "run.weight_decay=inf": "run.weight_decay is 'inf'",
-    "run.k_test=0": "run.k_test is 0",
+    "run.k_test=-1": "run.k_test is -1",
     "run.panel_every=0": "run.panel_every is 0: it must be a whole number of at least 1",
     # things that do not exist
     "model.soft_mask.layer=99": "model.soft_mask.layer is 99: choose from ",
