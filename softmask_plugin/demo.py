@@ -53,7 +53,7 @@ def main(output_dir: str | Path = "outputs/demo", options: Sequence[str] = ()) -
     texts = [each[0] for each in scenes.img2txt.values()][:PANELS]
     images = torch.stack([scenes[scenes.txt2img[text]]["image"] for text in texts])
     explained = explain(model, images, [scenes.text[text] for text in texts])
-    cosines = Reranker(model).similarity(loader).cpu().numpy()
+    cosines = Reranker(model).similarity(loader).numpy()
     metrics = {
         "retrieval": {
             "chance": report.retrieval_chance(scenes.img2txt),

@@ -48,11 +48,11 @@ class Reranker:
         """Score (images, texts) and (texts, images); UserError if a score is NaN or infinite, so
         that ranks would mean nothing."""
         if self.k_test == 0:
-            cosines = self.similarity(data_loader).cpu().numpy()
-            return cosines, cosines.T
+            similarity = self.similarity(data_loader)
+            return similarity.numpy(), similarity.T.numpy()
         texts, text_feats = self.encode_texts(data_loader.dataset.text)
         images, image_feats = self.encode_images(data_loader)
-        similarity = (image_feats @ text_feats.T).cpu()
+        similarity = cosines(image_feats, text_feats)
         for gallery, count in zip(("images", "texts"), similarity.shape, strict=True):
             if self.k_test > count:
                 what = "run.k_test is %d, but there are %d %s: all are candidates"
@@ -69,12 +69,12 @@ class Reranker:
 
     @torch.no_grad()
     def similarity(self, data_loader: Any) -> Tensor:
-        """Cosine of every image with every text, (images, texts): the ranking by ITC alone;
-        UserError as for ``scores``."""
+        """Cosine of every image with every text, (images, texts), on the CPU: the ranking by ITC
+        alone; UserError as for ``scores``."""
         _, texts = self.encode_texts(data_loader.dataset.text)
-        cosines = self.encode_images(data_loader)[1] @ texts.T
-        require_finite_scores("a retrieval score", cosines)
-        return cosines
+        similarity = cosines(self.encode_images(data_loader)[1], texts)
+        require_finite_scores("a retrieval score", similarity)
+        return similarity
 
     def encode_texts(self, texts: list[str]) -> tuple[Tokens, Tensor]:
         """Encode N captions: text states, and unit features (N, embed_dim)."""
@@ -144,6 +144,13 @@ def candidates(similarity: Tensor, k: int) -> Tensor:
     """True for the k most similar entries of each row, (rows, columns)."""
     best = similarity.topk(min(int(k), similarity.shape[1]), dim=1).indices
     return torch.zeros_like(similarity, dtype=torch.bool).scatter_(1, best, True)
+
+
+def cosines(images: Tensor, texts: Tensor) -> Tensor:
+    """Cosines (M, N) of unit features (M, d) and (N, d), on the CPU; in float32 under autocast too,
+    since bf16 would tie what ranks tell apart."""
+    with torch.autocast(images.device.type, enabled=False):
+        return (images @ texts.T).cpu()
 
 
 def progress_bar(items: Any = None, **options: Any) -> Any:

@@ -109,6 +109,20 @@ def test_without_a_matching_head_the_scores_are_those_of_itc(make_model, gallery
         np.testing.assert_array_equal(found, expected)
 
 
+@torch.no_grad()
+def test_cosines_keep_their_digits_in_half_precision(make_model, gallery):
+    model = make_model().eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        reranker = Reranker(model, {"k_test": 0})
+        found, _ = reranker.scores(gallery)
+        images, texts = (
+            reranker.encode_images(gallery)[1],
+            reranker.encode_texts(gallery.dataset.text)[1],
+        )
+    np.testing.assert_array_equal(found, (images @ texts.T).numpy())
+    assert len(np.unique(found)) == found.size
+
+
 @pytest.mark.parametrize("where", ["itm_head.bias", "vision_proj.weight", "text_proj.bias"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_broken_weights_raise_an_error(make_model, gallery, where, value):
