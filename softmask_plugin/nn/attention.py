@@ -25,7 +25,7 @@ def attend(
 
 def _fused_is_slow(query: Tensor, dropout: float) -> bool:
     """Whether torch's fused attention loses on a CPU. It has no dropout there, and its fallback
-    copies the keys to scale them; its backward pass in bf16 takes 1.5 to 14 times as long."""
+    copies the keys to scale them; its backward pass in bf16 is several times as slow."""
     if query.device.type != "cpu":
         return False
     return dropout > 0 or (torch.is_grad_enabled() and query.dtype != torch.float32)
