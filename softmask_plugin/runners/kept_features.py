@@ -64,7 +64,7 @@ def keep_features(
             size, mean, std = distorting.image_size, distorting.mean, distorting.std
             dataset.vis_processor = ImageEvalProcessor(size, mean, std)
         rows: dict[Any, int] = {}  # several items may share an image
-        firsts = []
+        firsts: list[int] = []
         for number, item in enumerate(dataset.annotation):
             if rows.setdefault(_image_of(item), len(rows)) == len(firsts):
                 firsts.append(number)
@@ -85,7 +85,7 @@ class _Kept:
     def __init__(self, features: Tensor, rows: dict[Any, int]) -> None:
         self.features, self.rows = features, rows
 
-    def __call__(self, item: dict[str, Any], _: int | None) -> list[Tensor]:
+    def __call__(self, item: dict[str, Any], _: int | None) -> list[Any]:
         return [self.features[self.rows[_image_of(item)]]]
 
 
