@@ -51,7 +51,7 @@ def timed_steps(runner: SoftmaskRunner) -> Iterator[float]:
     followed, which would take longer than they do.
     """
     runner.model.train()
-    loader, last = runner.train_loader, runner.max_epoch - 1
+    loader, last = runner.train_loader, max(runner.max_epoch - 1, 0)
     batches = itertools.chain.from_iterable(loader.batches(i, 0) for i in itertools.count())
     while True:
         began = now()

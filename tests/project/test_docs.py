@@ -243,8 +243,8 @@ def test_the_summary_of_the_ablation_follows_from_its_record():
             told = record[column][name]
             if name != "no_mask" and "±" in value:
                 told = told.partition("(")[2]  # the difference
-            if value == "–":
-                assert told == ""
+            if value == "–":  # not measured, or with too few seeds for an interval
+                assert "±" not in told.partition("(")[2]
             elif (name, value) != ("no_mask", "1"):
                 assert value and told.startswith(value), (name, value, told)
 
