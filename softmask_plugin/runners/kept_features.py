@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from softmask_plugin.datasets.task_datasets import ItemDataset
+from softmask_plugin.datasets.task_datasets import ItemDataset, NLVRDataset
 from softmask_plugin.errors import UserError
 from softmask_plugin.models.rerank import progress_bar
 from softmask_plugin.nn.momentum import is_frozen
@@ -57,7 +57,7 @@ def keep_features(
     if not is_frozen(getattr(encoder.patch_embed, "backbone", encoder)):
         raise UserError(f"{ON}no backbone is frozen: set model.vit.backbone, or remove the key")
     for dataset in chain(*(getattr(each, "datasets", [each]) for each in datasets)):
-        if not isinstance(dataset, ItemDataset) or len(dataset.open(0)[1]) != 1:
+        if not isinstance(dataset, ItemDataset) or isinstance(dataset, NLVRDataset):
             raise UserError(f"{ON}{type(dataset).__name__} has no single images: remove the key")
         distorting = dataset.vis_processor
         if isinstance(distorting, ImageTrainProcessor):
