@@ -107,6 +107,43 @@ def local_contrast(words: Tensor, patches: Tensor, mask: Tensor, temp: Tensor | 
     return -(own.mean(dim=0) * mask).sum() / mask.sum().clamp_min(1)
 
 
+def local_contrast_across(
+    words: Tensor, patches: Tensor, caption: Tensor, counts: Tensor, temp: Tensor | float
+) -> Tensor:
+    r"""Contrast captions with the images of a batch, by what each word finds in each image.
+
+    After Gupta et al. 2020 (arXiv 2006.09920, section 3.1), without learned keys and values. For
+    the unit vectors t of the T tokens of caption c and v of the patches of image b,
+
+    .. math::
+        a_{ij} = \operatorname{softmax}_j(t_i v_j / \tau), \qquad
+        s_{cb} = \frac{1}{T} \sum_i \cos(t_i, \sum_j a_{ij} v_j)
+
+    and each caption must find its own image by ``s / temp``, and the reverse. It takes words for
+    what tells images apart, so it needs a batch of different images. Memory grows with M B P.
+
+    Args:
+        words, patches: Unit vectors: the captions' tokens, packed, (M, d), and (B, P, d).
+        caption: Index of each token's caption, (M,), int64.
+        counts: True for the tokens that count, (M,).
+        temp: Temperature.
+
+    Returns:
+        Cross-entropy, averaged over captions with a token and both directions; 0 if there is none.
+    """
+    similarity = words @ patches.transpose(1, 2)  # (B, M, P)
+    weight = (similarity / temp).softmax(dim=-1)
+    # The norm of the weighted patches from their products: they never exist for every word
+    norm = ((weight @ (patches @ patches.transpose(1, 2))) * weight).sum(dim=-1).sqrt()
+    found = (weight * similarity).sum(dim=-1) / norm.clamp_min(1e-6)
+    zeros = found.new_zeros(len(patches), len(patches))
+    tokens = zeros[0].index_add(0, caption, counts.to(found.dtype))
+    score = zeros.index_add(1, caption, found * counts) / tokens.clamp_min(1)
+    logits = score / temp  # (images, captions)
+    own = torch.stack([logits.log_softmax(dim).diagonal() for dim in (0, 1)]).mean(dim=0)
+    return -(own * (tokens > 0)).sum() / (tokens > 0).sum().clamp_min(1)
+
+
 def distilled_cross_entropy(
     logits: Tensor,
     labels: Tensor,

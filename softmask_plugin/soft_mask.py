@@ -11,6 +11,10 @@ word that the caption hides:
     G[w,i] = relu(d log p(w | caption without w, m * v) / dm_i) at m = 1        mask_effect
 
 so to first order it is what the mask takes from the word's log-probability, in all layers together.
+Where training contrasts words with patches, their similarity is a map too (``similarity``, ours),
+without a pass through the fusion layers; t and v are unit vectors from ITC's projections:
+
+    G[k,i] = softmax_i(t_k v_i / temp)                       similarity_map
 
 Shapes: B pairs, H heads, T tokens, P patches; S = 1 + P image tokens, the first of which is [CLS].
 """
@@ -76,6 +80,19 @@ def mask_effect(score: Tensor, keep: Tensor) -> Tensor:
 def word_score(logits: Tensor, targets: Tensor) -> Tensor:
     """log p of each masked word: logits (M, vocabulary), ids (M,) -> (M,), float32."""
     return -torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def similarity_map(words: Tensor, patches: Tensor, temp: Tensor | float) -> Tensor:
+    """How much more like a token each patch is than the others of its image.
+
+    Args:
+        words, patches: Unit vectors, (B, T, d) and (B, P, d).
+        temp: Temperature.
+
+    Returns:
+        G, (B, T, P), in [0, 1], float32.
+    """
+    return (words.float() @ patches.float().transpose(1, 2) / temp).softmax(dim=-1)
 
 
 def pick_words(

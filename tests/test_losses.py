@@ -9,7 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from softmask_plugin.errors import UserError
-from softmask_plugin.losses import FocalITCLoss, focal_cross_entropy, local_contrast
+from softmask_plugin.losses import (
+    FocalITCLoss,
+    focal_cross_entropy,
+    local_contrast,
+    local_contrast_across,
+)
 from softmask_plugin.registry import get_loss_class, list_losses, register_loss
 
 
@@ -150,6 +155,26 @@ def local_contrast_in_loops(words, patches, mask, temp):
     return torch.stack(terms).mean()
 
 
+def local_contrast_across_in_loops(words, patches, mask, temp):
+    """Gupta et al.'s equations, word by word and image by image."""
+    scores = torch.zeros(len(words), len(patches), dtype=words.dtype)
+    for c, (caption, real) in enumerate(zip(words, mask, strict=True)):
+        for b, image in enumerate(patches):
+            found = [(image @ word / temp).softmax(0) @ image for word in caption[real]]
+            scores[c, b] = F.cosine_similarity(caption[real], torch.stack(found)).mean()
+    own = torch.arange(len(words))
+    return sum(F.cross_entropy(each / temp, own) for each in (scores, scores.T)) / 2
+
+
+def across(words, patches, mask, temp):
+    """``local_contrast_across`` of the grid's tokens, packed."""
+    rows = torch.arange(len(mask))[:, None].expand_as(mask)
+    return local_contrast_across(words.flatten(0, 1), patches, rows.flatten(), mask.flatten(), temp)
+
+
+EQUATIONS = {local_contrast: local_contrast_in_loops, across: local_contrast_across_in_loops}
+
+
 def unit(*shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
@@ -161,29 +186,33 @@ def pairs():
     return unit(3, 5, 8), unit(3, 9, 8, seed=1), mask
 
 
-def test_local_contrast_equals_its_equations(pairs):
+@pytest.mark.parametrize("contrast", EQUATIONS)
+def test_local_contrast_equals_its_equations(pairs, contrast):
     words, patches, mask = pairs
-    got = local_contrast(words, patches, mask, 0.1)
-    torch.testing.assert_close(got, local_contrast_in_loops(words, patches, mask, 0.1))
+    got = contrast(words, patches, mask, 0.1)
+    torch.testing.assert_close(got, EQUATIONS[contrast](words, patches, mask, 0.1))
 
 
-def test_local_contrast_has_exact_gradients(pairs):
+@pytest.mark.parametrize("contrast", EQUATIONS)
+def test_local_contrast_has_exact_gradients(pairs, contrast):
     words, patches, mask = (each[:2, :4].requires_grad_(each.is_floating_point()) for each in pairs)
-    assert torch.autograd.gradcheck(lambda w, p: local_contrast(w, p, mask, 0.5), (words, patches))
+    assert torch.autograd.gradcheck(lambda w, p: contrast(w, p, mask, 0.5), (words, patches))
 
 
-def test_padding_takes_no_part_in_local_contrast(pairs):
+@pytest.mark.parametrize("contrast", EQUATIONS)
+def test_padding_takes_no_part_in_local_contrast(pairs, contrast):
     words, patches, mask = pairs
     other = torch.where(mask[..., None], words, unit(3, 5, 8, seed=2))
-    same = (local_contrast(each, patches, mask, 0.1) for each in (words, other))
+    same = (contrast(each, patches, mask, 0.1) for each in (words, other))
     torch.testing.assert_close(*same)
-    assert local_contrast(words, patches, torch.zeros_like(mask), 0.1) == 0
+    assert contrast(words, patches, torch.zeros_like(mask), 0.1) == 0
 
 
-def test_local_contrast_of_equal_patches_is_finite(pairs):
+@pytest.mark.parametrize("contrast", EQUATIONS)
+def test_local_contrast_of_equal_patches_is_finite(pairs, contrast):
     words, patches, mask = pairs
     flat = patches[:, :1].expand(-1, 9, -1).clone().requires_grad_()
-    loss = local_contrast(words, flat, mask, 0.1)
+    loss = contrast(words, flat, mask, 0.1)
     loss.backward()
     assert loss.isfinite() and flat.grad.isfinite().all()
 
@@ -194,3 +223,11 @@ def test_words_that_lie_on_their_patches_cost_little(pairs):
     right = local_contrast(words, words, mask, 0.01)
     wrong = local_contrast(words, words[:, :1].expand(-1, 5, -1), mask, 0.01)
     assert right < 0.01 < 0.5 < wrong
+
+
+def test_across_the_batch_a_caption_finds_the_image_that_shows_its_words():
+    things = torch.eye(8, dtype=torch.float64)
+    words, mask = things.view(4, 2, 8), torch.ones(4, 2, dtype=torch.bool)
+    patches = torch.cat([words.flip(1), things[:1].expand(4, 3, -1)], dim=1)  # in any order
+    right, wrong = (across(words, each, mask, 0.01) for each in (patches, patches.roll(1, dims=0)))
+    assert right < 0.01 < 10 < wrong

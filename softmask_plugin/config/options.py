@@ -60,8 +60,9 @@ class SoftMaskOptions:
     """Innovation 1: the text-driven soft mask for ITM."""
 
     enabled: bool = True  # whether ITM also sees masked images
-    score: str = choice("match", "word")  # what the map explains: the pair's match, as in the
-    # paper, or the picked word's own log-probability where MLM masks it
+    score: str = choice("match", "word", "similarity")  # what the map shows: what the pair's match
+    # depends on, as in the paper; or the picked word's own log-probability, where MLM masks it; or
+    # which patches are like the word
     layer: int | None = None  # BERT layer whose cross-attention gives the map; null: the third
     # with cross-attention, at most the last but one. Of the last, ITM uses [CLS] alone, so words
     # have no gradient there.
@@ -180,7 +181,7 @@ class MatchingOptions(AlignedOptions):
     """``softmask_image_text_matching`` and ``softmask_feature_extractor``."""
 
     map_layer: int | None = None  # BERT layer that gives the word maps; null: as soft_mask.layer
-    map_score: str = choice("match", "word")  # what they explain, as soft_mask.score
+    map_score: str = choice("match", "word", "similarity")  # what they explain, as soft_mask.score
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -246,10 +247,10 @@ class ContrastOptions(AlignedOptions, MomentumOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.soft_mask.layer = self.checked_map_layer("soft_mask.layer", self.soft_mask.layer)
-        if self.soft_mask.score == "word" and self.soft_mask.words == "energy":
+        if self.soft_mask.score != "match" and self.soft_mask.words == "energy":
             raise UserError(
-                "model.soft_mask.words is energy, which picks words by the maps of all: with "
-                "soft_mask.score word, each has its own pass, so choose uniform or content"
+                "model.soft_mask.words is energy, which goes by the sums of maps, and those of "
+                f"soft_mask.score {self.soft_mask.score} do not compare: choose uniform or content"
             )
 
 
@@ -258,8 +259,10 @@ class PretrainOptions(ContrastOptions):
     """``softmask_pretrain``: all three innovations on."""
 
     mlm_weight: float = ranged(1.0, 0)  # weight of the masked-word loss
-    local_weight: float = ranged(0.0, 0)  # weight of the contrast of words with patches (SPARC),
-    # which ties words to places
+    local_weight: float = ranged(0.0, 0)  # weight of the contrast of words with patches, which ties
+    # words to places
+    local_negatives: str = choice("pair", "batch")  # of a word: its caption's other words, as in
+    # SPARC, or the other images of the batch
     itc_steps: int = ranged(0, 0)  # first steps, in which only ITC and that contrast are trained
     text: TextOptions = field(default_factory=TextOptions)  # masks captions
 

@@ -16,6 +16,7 @@ from softmask_plugin.files.checkpoint import Checkpoint
 from softmask_plugin.models.base import SoftMaskBase
 from softmask_plugin.models.rerank import Reranker
 from softmask_plugin.nn.tokens import Tokens
+from softmask_plugin.soft_mask import similarity_map
 
 
 class AlignedBase(SoftMaskBase):
@@ -36,7 +37,7 @@ class AlignedBase(SoftMaskBase):
 
     @property
     def map_score(self) -> str:
-        """What the maps of words explain: "match" or "word", see ``soft_mask.score``."""
+        """What the maps of words show, see ``soft_mask.score``."""
         return self.options.map_score
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
@@ -58,6 +59,14 @@ class AlignedBase(SoftMaskBase):
     def pooled(self, text: Tokens) -> Tensor:
         """The state of each of N captions that ITC compares, (N, width); see ``text_pool``."""
         return text.mean if self.options.text_pool == "mean" else text.cls
+
+    @torch.no_grad()
+    def similarity_maps(self, image: Tensor, text: Tokens) -> Tensor:
+        """Maps of the tokens of B captions by their similarity to the patches of image states
+        (B, S, width): (B, T, P), float32."""
+        words = text.packing.pad(self.text_features(text.states))
+        with torch.autocast(image.device.type, enabled=False):
+            return similarity_map(words, self.image_features(image[:, 1:]), self.temp)
 
     def match(self, cls: Tensor) -> Tensor:
         """Matching logits (N, 2) of multi-modal [CLS] states (N, width): [no match, match]."""

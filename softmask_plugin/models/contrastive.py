@@ -182,6 +182,17 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         """Whether the soft mask is on at a step."""
         return self.options.soft_mask.enabled and step >= self.options.soft_mask.start_iter
 
+    def draw_similarity_mask(
+        self, image: Tensor, caption: Tokens, words: Tensor, draws: Draws
+    ) -> SoftMask:
+        """Mask the patches of image states (B, S, width) that are like a word of the caption;
+        ``words`` as for ``draw_soft_mask``."""
+        cam = self.similarity_maps(image, caption)
+        word = pick_words(
+            cam, words, self.options.soft_mask.words, draws.stream("word", words.device)
+        )
+        return self.mask_of(word_map(cam, words, word), word, draws)
+
     def draw_soft_mask(
         self, caption: Tokens, words: Tensor, scored: Packing, memory: ImageMemory, draws: Draws
     ) -> tuple[Tokens, SoftMask]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from softmask_plugin.config.options import PretrainOptions
-from softmask_plugin.losses import distilled_cross_entropy, local_contrast
+from softmask_plugin.losses import distilled_cross_entropy, local_contrast, local_contrast_across
 from softmask_plugin.models.base import shipped_types
 from softmask_plugin.models.contrastive import (
     ContrastiveBase,
@@ -101,11 +101,14 @@ class SoftMaskPretrain(ContrastiveBase):
             return self.output(SoftMask(), loss_itc, local=loss_local)
         memory = self.bert.remember(online.image)
 
-        # Mask: what a word of the caption means to the match or, hidden, to its own prediction
+        # Mask: what a word of the caption means to the match or, hidden, to its own prediction, or
+        # what is like it
         pairs, mask, logits = Pairs(), SoftMask(), None
         if self.masks_at(step) and option.soft_mask.score == "word":
             fused, logits, mask = self.draw_word_mask(masked_caption, text, memory, draws)
             pairs.fused["positive" if option.text.shared else "words"] = fused
+        elif self.masks_at(step) and option.soft_mask.score == "similarity":
+            mask = self.draw_similarity_mask(online.image, caption, text.words, draws)
         elif self.masks_at(step):
             fused, mask = self.draw_soft_mask(caption, text.words, text.scored, memory, draws)
             pairs.fused["positive"] = fused
@@ -166,12 +169,16 @@ class SoftMaskPretrain(ContrastiveBase):
         ).to(self.device)
 
     def contrast_words(self, image: Tensor, caption: Tokens) -> Tensor:
-        """Contrast each caption's tokens, but [CLS], with the patches of its image."""
-        packing = caption.packing
-        words = packing.pad(self.text_features(caption.states))[:, 1:]
+        """Contrast each caption's tokens, but [CLS], with patches, as ``local_negatives`` says."""
+        packing, words = caption.packing, self.text_features(caption.states)
         patches = self.image_features(image[:, 1:])
         with torch.autocast(image.device.type, enabled=False):
-            return local_contrast(words, patches, packing.mask[:, 1:], self.temp)
+            if self.options.local_negatives == "pair":
+                grid = packing.pad(words)[:, 1:]
+                return local_contrast(grid, patches, packing.mask[:, 1:], self.temp)
+            columns = packing.mask.shape[1]
+            rows, is_word = packing.index // columns, packing.index % columns > 0
+            return local_contrast_across(words, patches, rows, is_word, self.temp)
 
     def draw_word_mask(
         self, caption: Tokens, text: Text, memory: ImageMemory, draws: Draws

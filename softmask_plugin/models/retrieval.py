@@ -58,7 +58,9 @@ class SoftMaskRetrieval(ContrastiveBase):
 
         memory = self.bert.remember(online.image)
         caption, scored, pairs, mask = online.text, text.packing.cls_only, Pairs(), SoftMask()
-        if self.masks_at(step):
+        if self.masks_at(step) and self.options.soft_mask.score == "similarity":
+            mask = self.draw_similarity_mask(online.image, caption, text.words, draws)
+        elif self.masks_at(step):
             fused, mask = self.draw_soft_mask(caption, text.words, scored, memory, draws)
             pairs.fused["positive"] = fused
         self.add_pairs(pairs, caption, mask, scored, similarity, draws)

@@ -35,6 +35,7 @@ from softmask_plugin.models.pretrain import SoftMaskPretrain
         ({"soft_mask": {"kind": "soft-ish"}}, "did you mean 'soft'"),
         ({"soft_mask": {"score": "words"}}, "did you mean 'word'"),
         ({"soft_mask": {"score": "word", "words": "energy"}}, "choose uniform or content"),
+        ({"soft_mask": {"score": "similarity", "words": "energy"}}, "choose uniform or content"),
         ({"soft_mask": {"strength": 1.01}}, r"model.soft_mask.strength is 1.01: .*\[0, 1\]"),
         ({"text": {"mask_prob": -0.1}}, "model.text.mask_prob is -0.1"),
         ({"momentum": 2}, "model.momentum is 2"),

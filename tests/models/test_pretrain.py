@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from toy_models import CAPTIONS
 
 from benchmarks.ranks import on_ranks
+from softmask_plugin.losses import local_contrast, local_contrast_across
 from softmask_plugin.nn.sampling import Draws
 
 
@@ -215,7 +216,7 @@ def test_special_and_masked_tokens_are_never_picked(make_model, make_batch, monk
 # ---- edges
 
 
-@pytest.mark.parametrize("score", ["match", "word"])
+@pytest.mark.parametrize("score", ["match", "word", "similarity"])
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize(
     ("captions", "mask_prob"),
@@ -359,7 +360,7 @@ def test_nothing_of_a_step_stays_on_the_modules(make_model, make_batch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("score", ["match", "word"])
+@pytest.mark.parametrize("score", ["match", "word", "similarity"])
 @pytest.mark.parametrize("shared", [True, False])
 def test_half_precision_is_near_full_precision(make_model, make_batch, dtype, shared, score):
     changes = {
@@ -426,3 +427,22 @@ def train_and_retrieve(model, rank):
     alone = model.compute_sim_matrix(loader, task)
     for a, b in zip(together, alone, strict=True):
         torch.testing.assert_close(torch.from_numpy(a), torch.from_numpy(b))
+
+
+@pytest.mark.parametrize("negatives", ["pair", "batch"])
+def test_local_negatives_choose_the_contrast(make_model, make_batch, negatives):
+    model = make_model(local_weight=0.1, local_negatives=negatives, text={"shared": False}).eval()
+    batch = make_batch(4)
+    got = model(batch).loss_local
+    with torch.no_grad():
+        captions = model.tokenize(batch["text_input"])
+        states = model.bert.encode(captions.ids, captions.packing).states
+        words = captions.packing.pad(model.text_features(states))[:, 1:]
+        patches = model.image_features(model.visual_encoder(batch["image"])[:, 1:])
+    mask = captions.mask[:, 1:]
+    if negatives == "pair":
+        expected = local_contrast(words, patches, mask, model.temp)
+    else:
+        rows = mask.nonzero()[:, 0]
+        expected = local_contrast_across(words[mask], patches, rows, rows >= 0, model.temp)
+    torch.testing.assert_close(got, expected)

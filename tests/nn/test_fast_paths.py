@@ -161,7 +161,13 @@ def test_layers_without_a_map_are_refused(pair):
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize(
     ("negatives", "score", "image_cls"),
-    [(True, "match", True), (False, "match", False), (True, "word", True), (False, "word", False)],
+    [
+        (True, "match", True),
+        (False, "match", False),
+        (True, "word", True),
+        (False, "word", False),
+        (True, "similarity", True),
+    ],
 )
 def test_a_whole_step_equals_separate_passes(
     make_model, make_batch, albef_twin, size, shared, negatives, score, image_cls
@@ -219,6 +225,9 @@ def test_a_whole_step_equals_separate_passes(
         torch.testing.assert_close(keep, expected, rtol=1e-3, atol=1e-4)
     else:
         assert (word >= 0).all()
+    if score == "similarity":
+        expected = similarity_mask(ours, twin, states, image, text.words, word)
+        torch.testing.assert_close(keep, expected, rtol=1e-3, atol=1e-4)
 
     encoded_m, momentum = seen["encode_momentum"], ours.text_encoder_m
     _, words_m = text.versions(encoded_m.text)
@@ -251,6 +260,20 @@ def test_a_whole_step_equals_separate_passes(
             torch.testing.assert_close(
                 got, parameter.grad, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
             )
+
+
+def similarity_mask(ours, twin, states, image, words, word):
+    """The soft mask of each picked word by the cosines of its tokens with the patches, in loops."""
+    rows = []
+    for i, picked in enumerate(word.tolist()):
+        maps = []
+        for token in states[i][words[i] == picked]:
+            near = F.cosine_similarity(twin.text_proj(token), twin.vision_proj(image[i, 1:]))
+            maps.append((near / ours.temp).softmax(dim=0))
+        mean = torch.stack(maps).mean(dim=0)
+        hidden = (mean - mean.min()) / (mean.max() - mean.min())
+        rows.append(torch.cat([torch.ones(1), 1 - hidden]))
+    return torch.stack(rows).detach()
 
 
 def own_mask(fuse, twin, states, mask, image, text, word):
