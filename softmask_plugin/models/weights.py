@@ -31,6 +31,7 @@ BERT_FILES = ("pytorch_model.bin", "model.safetensors")
 # Tensors of the encoders, without the MLM head and the position ids, which are no weights
 _ENCODER = re.compile(r"(visual_encoder|text_(en|de)coder)(_m)?\.(?!cls\.)(?!.*position_ids$)")
 _LAYER = ".layer."
+_NUMBER = re.compile(r"(.*\.layer\.)(\d+)(\..*)")
 _SMALL = 10_000  # weights that a tensor counts for beside its own: modules take memory too
 DEIT_URL = "https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth"
 
@@ -127,14 +128,15 @@ def _require_encoders(state: StateDict, own: StateDict, source: object) -> None:
             )
 
 
-def initialise(model: nn.Module, vit: str | None, bert: str | None) -> None:
+def initialise(model: Any, vit: str | None, bert: str | None) -> None:
     """Start the encoders from pretrained weights, as ALBEF does.
 
     Args:
         model: The model.
         vit: ``deit`` (downloaded), ``package:NAME``, or the path or URL of a checkpoint of a ViT
             or, if the image encoder has one, of its backbone; None: random weights.
-        bert: Name or folder of a BERT, or ``package:NAME``; None: random weights.
+        bert: Name or folder of a BERT, or ``package:NAME``; None: random weights. If it has fewer
+            layers than the model, the others start as copies of its last ones.
 
     Raises:
         UserError: The weights are not available, or those of another model.
@@ -142,7 +144,7 @@ def initialise(model: nn.Module, vit: str | None, bert: str | None) -> None:
     if vit is not None:
         _initialise_vision(model.get_submodule("visual_encoder"), vit)
     if bert is not None:
-        state = open_bert(bert)
+        state = deepen(open_bert(bert), model.options.bert.layers)
         for name in ("text_encoder", "text_decoder"):
             if hasattr(model, name):
                 _initialise_text(model, name, state, bert)
@@ -166,6 +168,18 @@ def _initialise_text(model: Any, name: str, state: StateDict, source: str) -> No
     state = adapt(state, own, model.text_encoder.shape.fusion_layer)
     state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
     _load_matching(encoder, state, source)
+
+
+def deepen(state: StateDict, layers: int) -> StateDict:
+    """Let layers that a BERT lacks start as copies of its last ones, in their order."""
+    numbered = [(_NUMBER.fullmatch(key), tensor) for key, tensor in state.items()]
+    depth = 1 + max((int(match[2]) for match, _ in numbered if match), default=-1)
+    deeper = dict(state)
+    for match, tensor in numbered:
+        if match:
+            for layer in range(layers - 1 - (depth - 1 - int(match[2])), depth - 1, -depth):
+                deeper[f"{match[1]}{layer}{match[3]}"] = tensor
+    return deeper
 
 
 def open_bert(name: str) -> StateDict:

@@ -192,6 +192,33 @@ def test_text_states_are_those_of_the_packaged_bert(make_other, site, cls):
         assert torch.equal(layer.output.dense.weight, source.output.dense.weight)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("cls", EVERY_MODEL)
+def test_layers_beyond_a_bert_start_as_copies_of_its_last(make_other, site, cls):
+    twin = with_bert(site, make_other(SoftMaskPretrain).text_encoder.shape)
+    layers = len(twin.encoder.layer)
+    model = make_other(cls, bert={"layers": layers + 3, "fusion_layer": layers}).eval()
+    weights.initialise(model, None, BERT)
+    copies = len(model.bert.fusion_layers) // 3
+    for i, layer in enumerate(model.bert.fusion_layers):
+        source = twin.encoder.layer[layers - 3 + i // copies]
+        assert torch.equal(layer.output.dense.weight, source.output.dense.weight)
+    captions, own = text_states(model)
+    theirs = twin(captions.ids, attention_mask=captions.mask.long()).last_hidden_state
+    torch.testing.assert_close(own[captions.mask], theirs[captions.mask], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("layers", "sources"),
+    [(2, [0, 1]), (3, [0, 1, 1]), (4, [0, 1, 0, 1]), (7, [0, 1] + [1, 0, 1, 0, 1])],
+)
+def test_a_bert_is_deepened_in_order(layers, sources):
+    state = {f"bert.encoder.layer.{i}.x": torch.tensor(i) for i in range(2)}
+    deeper = weights.deepen(state | {"bert.y": torch.tensor(9)}, layers)
+    assert deeper.pop("bert.y") == 9
+    assert [int(deeper[f"bert.encoder.layer.{i}.x"]) for i in range(len(deeper))] == sources
+
+
 def test_a_bert_of_another_shape_is_refused(make_other, site):
     with_bert(site, make_other(SoftMaskPretrain).text_encoder.shape)
     with pytest.raises(UserError, match="in the file, .* in the model: set .*model.bert"):
