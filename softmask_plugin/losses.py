@@ -119,8 +119,9 @@ def local_contrast_across(
         a_{ij} = \operatorname{softmax}_j(t_i v_j / \tau), \qquad
         s_{cb} = \frac{1}{T} \sum_i \cos(t_i, \sum_j a_{ij} v_j)
 
-    and each caption must find its own image by ``s / temp``, and the reverse. It takes words for
-    what tells images apart, so it needs a batch of different images. Memory grows with M B P.
+    and each caption must find its own image by ``2 s / temp``, and the reverse: a mean of cosines
+    varies less than one does. It takes words for what tells images apart, so it needs a batch of
+    different images. Memory grows with M B P.
 
     Args:
         words, patches: Unit vectors: the captions' tokens, packed, (M, d), and (B, P, d).
@@ -139,7 +140,7 @@ def local_contrast_across(
     zeros = found.new_zeros(len(patches), len(patches))
     tokens = zeros[0].index_add(0, caption, counts.to(found.dtype))
     score = zeros.index_add(1, caption, found * counts) / tokens.clamp_min(1)
-    logits = score / temp  # (images, captions)
+    logits = 2 * score / temp  # (images, captions)
     own = torch.stack([logits.log_softmax(dim).diagonal() for dim in (0, 1)]).mean(dim=0)
     return -(own * (tokens > 0)).sum() / (tokens > 0).sum().clamp_min(1)
 

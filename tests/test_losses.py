@@ -163,7 +163,7 @@ def local_contrast_across_in_loops(words, patches, mask, temp):
             found = [(image @ word / temp).softmax(0) @ image for word in caption[real]]
             scores[c, b] = F.cosine_similarity(caption[real], torch.stack(found)).mean()
     own = torch.arange(len(words))
-    return sum(F.cross_entropy(each / temp, own) for each in (scores, scores.T)) / 2
+    return sum(F.cross_entropy(2 * each / temp, own) for each in (scores, scores.T)) / 2
 
 
 def across(words, patches, mask, temp):
