@@ -328,6 +328,15 @@ def test_doctor_on_cuda_builds_and_drivers(monkeypatch, cuda, driver, action):
     assert bool(finding.advice) == bool(action)
 
 
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux lists what its CPU can do")
+def test_doctor_says_whether_the_cpu_has_fast_bf16(monkeypatch):
+    monkeypatch.setattr(doctor, "_with_lavis", lambda: [])
+    (finding,) = (finding for finding in doctor.examine() if finding.name == "cpu")
+    flags = Path("/proc/cpuinfo").read_text().split()
+    has = "avx512_bf16" in flags or "amx_bf16" in flags
+    assert finding.value.endswith(f"use run.amp={'bf16' if has else 'false'}")
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(["--version"])

@@ -84,7 +84,10 @@ def _installed() -> Iterator[tuple[str, ...]]:
 
 def _devices() -> Iterator[tuple[str, ...]]:
     capability = torch.backends.cpu.get_cpu_capability()
-    yield "cpu", f"{torch.get_num_threads()} threads on {os.cpu_count()} cores, {capability}"
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    bf16 = "fast bf16: use run.amp=bf16" if fast else "no fast bf16: use run.amp=false"
+    threads = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores"
+    yield "cpu", f"{threads}, {capability}, {bf16}"
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         bf16 = "bf16" if card.major >= 8 else "no bf16: use run.amp=fp16"
