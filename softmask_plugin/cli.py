@@ -16,7 +16,7 @@ from typing import Any
 
 import softmask_plugin
 from softmask_plugin.config.paths import find_file, shipped_configs, shipped_plans, summary
-from softmask_plugin.errors import UserError, advice_on, reason_of, suggest
+from softmask_plugin.errors import StartAgain, UserError, advice_on, reason_of, suggest
 from softmask_plugin.host import stack
 
 Command = Callable[..., int | None]
@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 if the doctor finds a problem; 2 for a user error or one of files and
-        networks, 130 for Ctrl-C, each with one line; 141 if nobody reads the output any more.
+        networks, 130 for Ctrl-C, each with one line; 75 if a signal ended a training run that the
+        same command goes on with; 141 if nobody reads the output any more.
         Any other exception keeps its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -63,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()  # fails here, if it must, and not when the interpreter ends
     except UserError as error:
         return _end(2, f"error: {error}")
+    except StartAgain as stop:
+        return stop.code
     except KeyboardInterrupt as stop:
         first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, which all get it
         how = str(stop) or "the same command starts anew"

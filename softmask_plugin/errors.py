@@ -25,6 +25,14 @@ class UserError(Exception):
         super().__init__(one_line(message))
 
 
+class StartAgain(SystemExit):
+    """A signal ended the run, and the same command goes on with it: exit code 75, which sysexits.h
+    calls EX_TEMPFAIL."""
+
+    def __init__(self) -> None:
+        super().__init__(75)
+
+
 def one_line(text: str) -> str:
     r"""Escape what a terminal would obey or not show, so that the text is one line.
 

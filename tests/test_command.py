@@ -14,11 +14,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from forks import FORK, be_another_process
 
 import softmask_command
 from softmask_plugin import cli, launch
 from softmask_plugin.config.paths import PACKAGE
+from softmask_plugin.errors import StartAgain
 
 SCRIPT = "import sys, softmask_command; sys.exit(softmask_command.main())"
 SCENES = "scenes/train/pretrain_tiny"
@@ -142,6 +144,24 @@ def test_two_processes_say_it_once():
     assert not [file for file in files if "/softmask_plugin/" in file or "/utils/data/" in file]
 
 
+def test_sigterm_to_torchrun_ends_both_processes_after_a_step():
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m"]
+    with open("output", "w") as file:
+        process = subprocess.Popen(
+            [*launcher, "softmask_plugin.train", *LONG_RUN[1:]],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    wait_until(lambda: "step 3/200" in output())
+    process.terminate()
+    assert process.wait(60) != 0  # torchrun has a code of its own
+    (line,) = (line for line in output().splitlines() if "ended after step" in line)
+    step = int(re.search(r"ended after step (\d+) by SIGTERM", line)[1])
+    (file,) = Path("my runs").glob(f"*/checkpoint_*_{step}.pth")
+    assert torch.load(file, weights_only=True)["progress"]["step_items"] == 16
+
+
 def test_an_interrupted_ablation_leaves_no_process_and_no_traceback():
     """Its processes, which import for seconds, would each print one."""
     process = started("ablate", "--plan", "small", "--output-dir", "out", "--jobs", "2")
@@ -180,6 +200,15 @@ def test_what_ctrl_c_means_for_a_run(monkeypatch, capsys, stop, evaluate, messag
     monkeypatch.setenv("RANK", "1")
     assert cli.main([name, "--cfg-path", SCENES]) == 130
     assert capsys.readouterr().err == ""
+
+
+def test_the_code_of_a_run_that_a_signal_ended(monkeypatch, capsys):
+    def run(**_):
+        raise StartAgain
+
+    monkeypatch.setattr(launch, "run", run)
+    assert cli.main(["train", "--cfg-path", SCENES]) == 75
+    assert capsys.readouterr().err == ""  # the run's log has its line
 
 
 # ---- output that nobody reads, disks without room, text

@@ -87,7 +87,7 @@ def work(
                     yield job, message
     finally:
         for _, _, process in running.values():
-            process.terminate()
+            process.kill()  # a signal that a run notes would let it end its step first
             process.join()
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from lavis.datasets.data_utils import apply_to_sample
+from torch import Tensor, nn
 
 from softmask_plugin.errors import UserError, reason_of
 from softmask_plugin.files.checkpoint import BEST, StateDict, furthest_first, require_sound
@@ -50,7 +52,8 @@ class CheckpointFiles:
     """The checkpoints of a run's folder, under LAVIS's names.
 
     ``checkpoint_<epoch>.pth`` after an epoch, ``checkpoint_<epoch>_<step>.pth`` within one (the
-    step counts over the whole run), and ``checkpoint_best.pth``.
+    step counts over the whole run), and ``checkpoint_best.pth``. A thread writes them, one at a
+    time, from a copy in the host's memory.
 
     Args:
         folder: The run's folder.
@@ -59,14 +62,27 @@ class CheckpointFiles:
 
     def __init__(self, folder: Path, keep: int | None) -> None:
         self.folder, self.keep = folder, keep
+        self._written: Future[None] | None = None
 
     def save(self, content: dict[str, Any], epoch: int, step: int | None, is_best: bool) -> None:
-        """Write a checkpoint, also as the best one if it is; then remove those beyond ``keep``.
+        """Copy a checkpoint, and begin to write it, also as the best one if it is; then those
+        beyond ``keep`` are removed. Waits for the one before, as :meth:`finish` does.
 
         The best one comes first: a run killed in between repeats the epoch and writes it again.
-        UserError if the file cannot be written; earlier checkpoints then stay as they were.
         """
+        self.finish()
         path = self.folder / f"checkpoint_{epoch}{'' if step is None else f'_{step}'}.pth"
+        thread = ThreadPoolExecutor(1)
+        self._written = thread.submit(self._write, _in_memory(content), path, is_best)
+        thread.shutdown(wait=False)
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is written; UserError if it cannot be, from then on each
+        time. Earlier ones then stay as they were."""
+        if self._written is not None:
+            self._written.result()
+
+    def _write(self, content: dict[str, Any], path: Path, is_best: bool) -> None:
         try:
             for half in self.folder.glob(LEFTOVERS):  # of a process that was killed
                 half.unlink()
@@ -90,6 +106,20 @@ class CheckpointFiles:
             return False
         write_whole(self.folder / BEST, lambda temporary: _link(folder / BEST, temporary))
         return True
+
+
+def _in_memory(content: dict[str, Any]) -> dict[str, Any]:
+    """Copy the tensors to the host's memory; those that share theirs (tied weights) still do."""
+    copies: dict[Any, Tensor] = {}
+
+    def copy(tensor: Tensor) -> Tensor:
+        place = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+        if place not in copies:
+            copies[place] = tensor.detach().to("cpu", copy=True)
+        return copies[place]
+
+    copied: dict[str, Any] = apply_to_sample(copy, content)
+    return copied
 
 
 def _link(source: Path, path: Path) -> None:

@@ -18,6 +18,7 @@ Totals = dict[str, tuple[float, int]]  # by name: sum and count
 
 class LossMeter:
     """Means of scalars, which are summed on their device; only fold, drain and drop wait for it.
+    In float64, in which a sum hardly depends on where :meth:`fold` divides it.
 
     Added values belong to the current step until :meth:`keep` or :meth:`drop` ends it.
     """
@@ -31,7 +32,7 @@ class LossMeter:
 
     def add(self, name: str, value: Tensor) -> None:
         """Add a 0-dim tensor to the mean called ``name``."""
-        self._step.append((name, value.detach().float()))
+        self._step.append((name, value.detach().float().double()))
 
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[None]:

@@ -23,6 +23,7 @@ from softmask_plugin.errors import UserError
 from softmask_plugin.runners.loaders import TrainLoader, eval_loader, train_loader
 from softmask_plugin.runners.lr_scale import scale_groups
 from softmask_plugin.runners.run_folder import AUTO, claim
+from softmask_plugin.runners.stop_signals import spare_workers
 
 
 class PortableRunner(RunnerBase):
@@ -166,6 +167,7 @@ class PortableRunner(RunnerBase):
                 "num_workers": int(num_workers),
                 "collate_fn": collate_fn,
                 "pin_memory": self.cuda_enabled,
+                "worker_init_fn": spare_workers,
             }
             if is_train:
                 loaders.append(train_loader(dataset, int(run.seed), ratios, **options))

@@ -38,6 +38,7 @@ class Progress:
     epoch: int = 0  # the current one
     taken: int = 0  # items of it that were trained on, over all processes
     step_items: int = 0  # items per batch, over all processes
+    unvalidated: bool = False  # all steps of it are done, but its validation is not
     best_epoch: int | None = None  # with the best validation so far
     best_score: float = -math.inf
     seconds: float = 0.0  # training time

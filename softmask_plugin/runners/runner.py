@@ -6,10 +6,10 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lavis.common.dist_utils import get_rank, is_main_process
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from softmask_plugin.config.run_options import setting
-from softmask_plugin.errors import UserError
+from softmask_plugin.errors import StartAgain, UserError
 from softmask_plugin.files.checkpoint import BEST
 from softmask_plugin.files.whole import write_whole
 from softmask_plugin.host.environment import note_environment
@@ -45,6 +45,7 @@ from softmask_plugin.runners.resume import (
     restore_optimizer,
 )
 from softmask_plugin.runners.run_folder import AUTO, release
+from softmask_plugin.runners.stop_signals import StopSignals
 from softmask_plugin.vocabulary import vocabulary_of
 
 
@@ -67,6 +68,7 @@ class SoftmaskRunner(PortableRunner):
         meter: Losses of the current epoch.
         bad_steps: Counts skipped steps.
         files: Checkpoints of the run's folder.
+        signals: SIGTERM and SIGUSR1, which end the run early.
         log: metrics.jsonl, boards and progress bar.
         panels: Pictures of what the soft mask attenuates.
     """
@@ -86,6 +88,7 @@ class SoftmaskRunner(PortableRunner):
         self.bad_steps = BadSteps(limit=setting(run, "max_bad_steps"))
         self.files = CheckpointFiles(self.output_dir, setting(run, "keep_checkpoints"))
         boards = Boards(self.output_dir, self.resolved_config)
+        self.signals = StopSignals(self.output_dir, self.device)
         self.log = RunLog(self.output_dir, boards)
         self.panels = MaskPanels(
             self.output_dir / "masks", setting(run, "panel_every"), model, boards
@@ -105,9 +108,11 @@ class SoftmaskRunner(PortableRunner):
                 write_whole(vocabulary, lambda path: path.write_text(words, "utf-8"))
 
     def _close(self) -> None:
-        """Close the boards and leave the folder to other processes."""
-        self.log.close()
-        release(self.output_dir)
+        """Close the boards, finish the last checkpoint and leave the folder to other processes."""
+        with ExitStack() as last_first:  # the error of a checkpoint comes after one of the boards
+            last_first.callback(release, self.output_dir)
+            last_first.callback(self.files.finish)
+            last_first.callback(self.log.close)
 
     # ---- Train
 
@@ -121,12 +126,13 @@ class SoftmaskRunner(PortableRunner):
         Raises:
             UserError: Too many steps in a row were skipped, a checkpoint cannot be loaded or
                 written, or another process of the job is gone.
+            StartAgain: A signal ended the run after a step or a validation, which it has saved.
         """
         if self.evaluate_only:
             self.log_config()
             return self.evaluate(skip_reload=True)
         try:
-            with peers_needed():
+            with peers_needed(), self.signals.noted():
                 return self._train()
         finally:
             self._close()
@@ -145,12 +151,15 @@ class SoftmaskRunner(PortableRunner):
                 epoch = self.progress.epoch
                 self.log_stats(self.train_epoch(epoch), "train")
                 improved = self._validate(epoch)
+                self.progress.unvalidated = False
                 cut = self.train_loader.left(self.progress.taken) > 0  # by run.max_steps
                 if not cut:
                     self.progress.epoch, self.progress.taken = epoch + 1, 0
                     self.meter = LossMeter()
                 self._save_checkpoint(epoch, improved, self.step if cut else None)
-        # The other processes wait here for the main one's last checkpoint
+                if self.signals.agreed():
+                    self._end_early()
+        self._finish_saving()
         best = from_main_process(lambda: self.progress.best_epoch)
         return self._test(self.max_epoch - 1 if best is None else "best")
 
@@ -170,7 +179,8 @@ class SoftmaskRunner(PortableRunner):
 
     @property
     def _finished(self) -> bool:
-        return self.progress.epoch >= self.max_epoch or self.step >= self.total_steps
+        done = self.progress.epoch >= self.max_epoch or self.step >= self.total_steps
+        return done and not self.progress.unvalidated
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """Train for the rest of an epoch, or of the run.
@@ -198,8 +208,12 @@ class SoftmaskRunner(PortableRunner):
                 pairs, clock = 0, now
             self.panels.after(self._model, self.step, epoch_ends=is_last)
             save_every = setting(self.config.run_cfg, "save_every_steps")
-            if save_every and self.step % save_every == 0 and not is_last:
+            ends = self.signals.agreed(None if is_last else self.step)
+            if ends or (save_every and self.step % save_every == 0 and not is_last):
+                progress.unvalidated = is_last
                 self._save_checkpoint(epoch, step=self.step)
+            if ends:
+                self._end_early()
         return {"lr": self._lr, **self.meter.means()}
 
     def train_step(
@@ -319,6 +333,21 @@ class SoftmaskRunner(PortableRunner):
             if (tokenizer := getattr(self._model, "tokenizer", None)) is not None:
                 content["vocabulary"] = vocabulary_of(tokenizer)
             self.files.save(content, cur_epoch, step, is_best)
+
+    def _end_early(self) -> NoReturn:
+        """End a saved run because of a signal."""
+        self._finish_saving()
+        logging.info(
+            "ended after step %d by %s: the same command with run.resume_ckpt_path=auto goes on "
+            "from there, as the exit code 75 asks for",
+            self.step,
+            self.signals.caught or "a signal to another process",
+        )
+        raise StartAgain
+
+    def _finish_saving(self) -> None:
+        """Wait for the main process's last checkpoint."""
+        from_main_process(self.files.finish)
 
     def _resume(self) -> None:
         """Resume from the checkpoint that ``run.resume_ckpt_path`` asks for, or start."""

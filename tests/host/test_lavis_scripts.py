@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 
 import pytest
@@ -11,7 +12,8 @@ from lavis.common.registry import registry
 
 import softmask_plugin.__main__ as script_runner
 from softmask_plugin import launch
-from softmask_plugin.runners import run_folder
+from softmask_plugin.errors import StartAgain
+from softmask_plugin.runners import SoftmaskRunner, run_folder
 
 SCRIPT = """
 import argparse, random
@@ -88,6 +90,22 @@ def test_train_loads_the_weights_of_a_type_among_the_options(run, tmp_path):
     found = torch.load(file, weights_only=True)["model"]["vision_proj.weight"]
     bundled = launch.open_checkpoint("shipped:scenes_tiny").state["vision_proj.weight"]
     torch.testing.assert_close(found, bundled.float())
+
+
+def test_train_ends_by_a_signal_as_the_command_does(run, tmp_path, monkeypatch, caplog):
+    step = SoftmaskRunner.train_step
+
+    def signalled(*args):
+        signal.raise_signal(signal.SIGTERM)
+        step(*args)
+
+    monkeypatch.setattr(SoftmaskRunner, "train_step", signalled)
+    with caplog.at_level("INFO"), pytest.raises(StartAgain) as stop:
+        run("train.py", TRAIN, "run.resume_ckpt_path=auto")
+    assert stop.value.code == 75
+    (line,) = (text for text in caplog.messages if text.startswith("ended after step 1"))
+    assert "by SIGTERM: the same command with run.resume_ckpt_path=auto goes on from" in line
+    assert list((tmp_path / "runs").glob("*/checkpoint_0_1.pth"))
 
 
 @pytest.mark.parametrize(
