@@ -8,7 +8,7 @@ help:
 	@echo "make demo         pretrain a tiny SoftMask++ on rendered scenes, write a report"
 	@echo "make bench        speed and memory against LAVIS's own classes (BENCH=--small: a trial)"
 	@echo "make tasks        pretrain, then fine-tune and test every downstream task on scenes (20 to 30 minutes)"
-	@echo "make soak         kill runs, compare processes, stream for long (20 minutes)"
+	@echo "make soak         end runs by signals, compare processes, stream for long (25 minutes)"
 	@echo "make assets       train the model that ships with the package anew (8 minutes)"
 	@echo "make docs         the docs site, into site/"
 	@echo "make test         lint, types and tests"
@@ -48,6 +48,7 @@ tasks: .venv/.installed
 
 soak: .venv/.installed
 	@.venv/bin/python -m benchmarks.kills
+	@.venv/bin/python -m benchmarks.kills --by TERM USR1
 	@.venv/bin/python -m benchmarks.workers
 	@.venv/bin/python -m benchmarks.stream_memory
 

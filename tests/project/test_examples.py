@@ -6,8 +6,10 @@ import json
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -178,6 +180,43 @@ def test_custom_loss(tmp_path):
     losses = [float(line.rpartition(" ")[2]) for line in lines if ": loss_itc " in line]
     assert [line.partition(":")[0] for line in lines[-2:]] == ["step 5", "step 10"]
     assert len(losses) == 2 and losses[1] < losses[0]
+
+
+SRUN = """#!/usr/bin/env bash
+SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_NTASKS=16 exec "$@"
+"""
+PYTHON = """#!/usr/bin/env bash
+trap 'echo USR1 >> signals; exit 75' USR1
+echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR:$MASTER_PORT $*" > started
+for _ in {1..200}; do [ -e code ] && exit "$(cat code)"; sleep 0.05; done
+"""
+SCONTROL = """#!/usr/bin/env bash
+[ "$1" = show ] && printf 'first\\nsecond\\n' || echo "$*" >> requeued
+"""
+
+
+@pytest.mark.parametrize(("code", "again"), [(None, True), (75, True), (0, False), (2, False)])
+def test_slurm(tmp_path, code, again):
+    """With stand-ins for Slurm's commands: a signal (None), or a run that ends by itself."""
+    for name, text in {"srun": SRUN, "python": PYTHON, "scontrol": SCONTROL}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    environment = {"PATH": path, "SLURM_JOB_NODELIST": "nodes", "SLURM_JOB_ID": "7"}
+    script = ["bash", str(EXAMPLES / "slurm.sh"), "run.seed=3"]
+    job = subprocess.Popen(script, cwd=tmp_path, env=environment)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.2)  # for the job's own trap
+    job.send_signal(signal.SIGUSR1) if code is None else (tmp_path / "code").write_text(str(code))
+    assert job.wait(30) == (75 if code is None else code)
+    requeued = tmp_path / "requeued"
+    assert (requeued.read_text() if requeued.exists() else "") == "requeue 7\n" * again
+    assert (tmp_path / "signals").exists() == (code is None)
+    started = (tmp_path / "started").read_text()
+    assert started.startswith("3 1 16 first:29500 -m softmask_plugin.train --cfg-path lavis_configs")
+    assert started.endswith("run.resume_ckpt_path=auto run.save_every_steps=1000 run.seed=3\n")
 
 
 def test_without_a_checkpoint_the_bundled_model_is_used(tmp_path, monkeypatch, capsys):
