@@ -346,6 +346,24 @@ def _compare(first: str, second: str, split: str) -> None:
 
 
 @command(
+    "export",
+    "write a trained model as a folder to share: weights, configuration, vocabulary, model card",
+    argument("trained", metavar="RUN", help="a run's folder, or a checkpoint of one"),
+    argument("folder", metavar="FOLDER", help="new folder"),
+    argument("--license", metavar="NAME", help="license of the weights, such as apache-2.0"),
+    argument(
+        "--layout",
+        choices=("lavis", "albef"),
+        help="write a plain .pth for LAVIS's or ALBEF's own code instead, momentum included",
+    ),
+)
+def _export(**args: Any) -> None:
+    from softmask_plugin.export import export
+
+    print(f"Model: {export(**args)}")
+
+
+@command(
     "ablate",
     "train the variants of a plan over several seeds at equal budget, and compare them",
     argument("--plan", required=True, help=FILE),

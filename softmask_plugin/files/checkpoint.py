@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from lavis.common.utils import is_url
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -19,13 +20,15 @@ from torch import Tensor
 from softmask_plugin.config.check import valid_yaml
 from softmask_plugin.config.paths import PACKAGE
 from softmask_plugin.errors import UserError, reason_of, suggest
-from softmask_plugin.files.download import fetch
+from softmask_plugin.files.download import fetch, from_hub
 from softmask_plugin.files.packages import PACKAGED, packaged_file
 
 StateDict = dict[str, Tensor]
 ASSETS = PACKAGE / "assets"
 SHIPPED = "shipped:"  # prefix of the weights that come with the package
+HUB = "hub:"  # prefix of the name of an export on the Hugging Face hub
 BEST = "checkpoint_best.pth"
+EXPORTED = ("model.safetensors", "config.yaml", "vocab.txt")  # files of softmask export
 WEIGHTS = (".pth", ".pt", ".bin", ".safetensors")  # endings of files of weights
 TOKEN_TYPES = "embeddings.token_type_embeddings.weight"  # in the files of ALBEF's own code
 OWN_FIELDS = ("model", "config", "vocabulary")  # entries of a file that are fields of a Checkpoint
@@ -71,9 +74,10 @@ def open_checkpoint(
     """Open a checkpoint of this plugin, LAVIS, ALBEF or any other PyTorch model.
 
     Args:
-        source: A file, the folder of a run (its best checkpoint, or else the furthest), a URL
-            (downloaded once), ``shipped:NAME`` for bundled weights, or ``package:NAME`` for those
-            of an installed package.
+        source: A file, the folder of a run (its best checkpoint, or else the furthest) or of
+            ``softmask export``, a URL (downloaded once), ``hub:OWNER/NAME`` for such an export on
+            the Hugging Face hub, ``shipped:NAME`` for bundled weights, or ``package:NAME`` for
+            those of an installed package.
         trusted: Load any pickled object, which can run any code, of any size; only for files that
             you trust.
         device: Where the tensors go.
@@ -131,17 +135,31 @@ def _locate(source: str) -> Path:
         return fetch(source)
     if source.startswith(PACKAGED):
         return packaged_file(source, *WEIGHTS)
+    if source.startswith(HUB):
+        return _from_hub(source.removeprefix(HUB))
     if not source.startswith(SHIPPED):
         path = Path(source).expanduser()
         if path.is_dir():
-            best = path / BEST
-            path = best if best.is_file() else next(iter(furthest_first(path)), best)
+            found = [path / BEST, *furthest_first(path), path / EXPORTED[0]]
+            path = next((file for file in found if file.is_file()), found[0])
         return path
     name = source.removeprefix(SHIPPED)
     shipped = {file.stem: file for file in ASSETS.glob("*.safetensors")}
     if name not in shipped:
         raise UserError(f"no weights '{name}' are shipped: {suggest(name, shipped)}")
     return shipped[name]
+
+
+def _from_hub(name: str) -> Path:
+    def load(name: str, **how: Any) -> list[str]:
+        return [hf_hub_download(name, file, **how) for file in EXPORTED]
+
+    try:
+        return Path(from_hub(f"no model '{name}'", name, load)[0])
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the Hugging Face hub has no export of this plugin called '{name}': {reason_of(error)}"
+        ) from error
 
 
 def _load(path: Path, trusted: bool, device: torch.device | str) -> Any:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, cast
 
+from lavis.common.registry import registry
 from lavis.models.base_model import BaseModel
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
@@ -16,12 +19,14 @@ from transformers.utils import ModelOutput
 from softmask_plugin.config.options import ModelOptions, read_options
 from softmask_plugin.config.paths import load_inherited, shipped
 from softmask_plugin.errors import UserError, suggest
-from softmask_plugin.files.checkpoint import Checkpoint, open_checkpoint
+from softmask_plugin.files.checkpoint import HUB, Checkpoint, open_checkpoint
 from softmask_plugin.models import weights
 from softmask_plugin.nn.bert import BertForMaskedLM, BertModel, BertShape
 from softmask_plugin.nn.vision import VisionTransformer
 from softmask_plugin.tokenization import Captions, CaptionTokenizer
 from softmask_plugin.vocabulary import build_tokenizer
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass
@@ -86,6 +91,34 @@ class SoftMaskBase(BaseModel):
             raise UserError(f"unknown type '{model_type}' of {cls.__name__}: {hint}")
         path = super().default_config_path(model_type)
         return io.StringIO(OmegaConf.to_yaml(load_inherited(path)))
+
+    @classmethod
+    def from_pretrained(cls, model_type: str) -> SoftMaskBase:
+        """Build a trained model, in evaluation mode unless it is of a type.
+
+        Args:
+            model_type: One of the model's types, as LAVIS has it; the folder of ``softmask export``
+                or of a run, or a checkpoint that records its configuration; or the name OWNER/NAME
+                of an export on the Hugging Face hub, downloaded once.
+
+        Raises:
+            UserError: There is no such type or checkpoint, or it is one of another model.
+        """
+        source = str(model_type)
+        if source in cls.PRETRAINED_MODEL_CONFIG_DICT or not (
+            "/" in source or Path(source).exists()
+        ):
+            return super().from_pretrained(source)  # type: ignore[no-any-return]
+        if _HUB_NAME.fullmatch(source) and not Path(source).exists():
+            source = HUB + source
+        checkpoint = open_checkpoint(source)
+        section = {**(checkpoint.config or {"model": {}})["model"], "trust_checkpoint": False}
+        own = registry.get_model_class(arch) if (arch := section.get("arch")) else None
+        if own is None or not issubclass(own, cls):
+            what = f"is a {own.__name__}" if own else "does not say which model it is of"
+            raise UserError(f"{checkpoint.path} {what}, and {cls.__name__} was asked for")
+        model = own.from_checkpoint(read_options(own.OPTIONS, section), checkpoint)
+        return cast(SoftMaskBase, model.eval())
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> SoftMaskBase:

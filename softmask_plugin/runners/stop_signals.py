@@ -83,7 +83,7 @@ class StopSignals:
 
 
 def spare_workers(_: int) -> None:
-    """Let a data loader's worker obey its parent alone: whoever signals the run may reach it too."""
+    """Let a data loader's worker obey its parent alone: a signal to the run may reach it too."""
     if not hasattr(signal, "sigwaitinfo"):  # which macOS and Windows lack
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

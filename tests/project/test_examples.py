@@ -215,7 +215,9 @@ def test_slurm(tmp_path, code, again):
     assert (requeued.read_text() if requeued.exists() else "") == "requeue 7\n" * again
     assert (tmp_path / "signals").exists() == (code is None)
     started = (tmp_path / "started").read_text()
-    assert started.startswith("3 1 16 first:29500 -m softmask_plugin.train --cfg-path lavis_configs")
+    assert started.startswith(
+        "3 1 16 first:29500 -m softmask_plugin.train --cfg-path lavis_configs"
+    )
     assert started.endswith("run.resume_ckpt_path=auto run.save_every_steps=1000 run.seed=3\n")
 
 

@@ -35,7 +35,9 @@ def test_a_step_waits_for_the_copy_alone(tmp_path, slow):
 def test_tied_weights_stay_tied(tmp_path):
     files, weight = CheckpointFiles(tmp_path, keep=None), torch.rand(50, 4).t()
     state = {"words": weight, "decoder": weight.detach(), "other": weight.clone()}
-    files.save({"model": state, "optimizer": {"betas": (0.9, 0.99), "state": [weight]}}, 0, 5, False)
+    files.save(
+        {"model": state, "optimizer": {"betas": (0.9, 0.99), "state": [weight]}}, 0, 5, False
+    )
     files.finish()
     found = torch.load(tmp_path / "checkpoint_0_5.pth")
     words, decoder, other = found["model"].values()

@@ -326,7 +326,8 @@ def test_killed_at_random_moments_a_real_run_ends_as_if_it_was_not():
     done = forked(kills.main, ["--kills", "20", "--workers", "0"])
     assert done.returncode == 0, done.stdout + done.stderr
     killed, ended, differing = map(
-        int, re.match(r"(\d+) times SIGKILL .*?; (\d+) runs ended, (\d+) diff", done.stdout).groups()
+        int,
+        re.match(r"(\d+) times SIGKILL .*?; (\d+) runs ended, (\d+) diff", done.stdout).groups(),
     )
     assert killed >= 20 and ended >= 1 and differing == 0
     assert all(phase in done.stdout for phase in ("step", "evaluation", "checkpoint"))
