@@ -203,7 +203,7 @@ def watched(
             time.sleep(0 if late else 0.001)
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
-    return code, phase if code < 0 or code == StartAgain().code else None, board.steps
+    return code, phase if code < 0 or code == StartAgain.CODE else None, board.steps
 
 
 def obey(folder: Path, board: Board, train: Callable[[Path], None]) -> None:
@@ -223,8 +223,8 @@ def obey(folder: Path, board: Board, train: Callable[[Path], None]) -> None:
             patch.object(owner, name, board.show(phase, getattr(owner, name))).start()
         train(folder)
         code = 0
-    except StartAgain as stop:
-        code = stop.code
+    except StartAgain:
+        code = StartAgain.CODE
     except BaseException as error:
         os.write(2, f"{type(error).__name__}: {error}\n".encode())
     finally:

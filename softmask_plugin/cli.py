@@ -64,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()  # fails here, if it must, and not when the interpreter ends
     except UserError as error:
         return _end(2, f"error: {error}")
-    except StartAgain as stop:
-        return stop.code
+    except StartAgain:
+        return StartAgain.CODE
     except KeyboardInterrupt as stop:
         first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, which all get it
         how = str(stop) or "the same command starts anew"

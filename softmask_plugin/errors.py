@@ -29,8 +29,10 @@ class StartAgain(SystemExit):
     """A signal ended the run, and the same command goes on with it: exit code 75, which sysexits.h
     calls EX_TEMPFAIL."""
 
+    CODE = 75
+
     def __init__(self) -> None:
-        super().__init__(75)
+        super().__init__(self.CODE)
 
 
 def one_line(text: str) -> str:

@@ -31,8 +31,10 @@ from softmask_plugin.runners.resume import Progress
 LAYOUTS = ("lavis", "albef")
 PLAIN = "model.pth"  # the weights in one of these
 # Keys of a model's section that name the exporter's files, or decide whether those may run code
-_OWN = ("pretrained", "finetuned", "load_pretrained", "load_finetuned", "vit_weights")
-_OWN += ("bert_weights", "tokenizer", "trust_checkpoint")
+_OWN = {
+    *("pretrained", "finetuned", "load_pretrained", "load_finetuned", "vit_weights"),
+    *("bert_weights", "tokenizer", "trust_checkpoint"),
+}
 _TRAINING = re.compile(r"\w+_m\.|\w*queue\w*$")  # momentum copies and queues
 
 CARD = """\

@@ -108,7 +108,7 @@ class SoftMaskBase(BaseModel):
         if source in cls.PRETRAINED_MODEL_CONFIG_DICT or not (
             "/" in source or Path(source).exists()
         ):
-            return super().from_pretrained(source)  # type: ignore[no-any-return]
+            return super().from_pretrained(source)
         if _HUB_NAME.fullmatch(source) and not Path(source).exists():
             source = HUB + source
         checkpoint = open_checkpoint(source)

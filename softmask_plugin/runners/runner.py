@@ -339,9 +339,10 @@ class SoftmaskRunner(PortableRunner):
         self._finish_saving()
         logging.info(
             "ended after step %d by %s: the same command with run.resume_ckpt_path=auto goes on "
-            "from there, as the exit code 75 asks for",
+            "from there, as the exit code %d asks for",
             self.step,
             self.signals.caught or "a signal to another process",
+            StartAgain.CODE,
         )
         raise StartAgain
 
