@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import ModelCardData
@@ -28,13 +27,9 @@ from softmask_plugin.report.records import read_metrics
 from softmask_plugin.runners.meter import numbers_of
 from softmask_plugin.runners.resume import Progress
 
-LAYOUTS = ("lavis", "albef")
-PLAIN = "model.pth"  # the weights in one of these
-# Keys of a model's section that name the exporter's files, or decide whether those may run code
-_OWN = {
-    *("pretrained", "finetuned", "load_pretrained", "load_finetuned", "vit_weights"),
-    *("bert_weights", "tokenizer", "trust_checkpoint"),
-}
+# Keys of a model's section that name files of its run, or say whether those may run code
+_OWN = "pretrained finetuned load_pretrained load_finetuned vit_weights bert_weights".split()
+_OWN += ["tokenizer", "trust_checkpoint"]
 _TRAINING = re.compile(r"\w+_m\.|\w*queue\w*$")  # momentum copies and queues
 
 CARD = """\
@@ -44,31 +39,19 @@ CARD = """\
 
 # {name}
 
-A `{arch}` of type `{type}`, {count:,} weights, exported by
-[softmask_plugin](https://arxiv.org/abs/2304.00719), which adds SoftMask++ to Salesforce LAVIS.
-{data_sets}{license}
-
-## Use
+A `{arch}` of type `{type}`, exported by softmask_plugin, which adds
+[SoftMask++](https://arxiv.org/abs/2304.00719) to Salesforce LAVIS. Data: {data_sets}. License:
+{license}.
 
 {use}
 {metrics}"""
 USE = """\
-Put the hub's name in place of `FOLDER`, or the path of this folder:
-
-```python
-from softmask_plugin.models import {model}
-
-model = {model}.from_pretrained("FOLDER")
-```
-
-The commands and YAML files of softmask_plugin take the path, or `hub:` and the hub's name, as a
-checkpoint.
-"""
+`softmask_plugin.models.{model}.from_pretrained` loads it by the path of this folder or by its name
+on the hub. Commands and YAML files take the path, or `hub:` and the name, as a checkpoint."""
 USE_PLAIN = """\
-`{file}` holds `{{"model": state_dict}}` with the keys of {layout}, momentum encoders and queues
-included; `vocab.txt` is the vocabulary. Captions were trained {sep} a [SEP] at their end, which
-LAVIS's tokenizers add and ALBEF's leave out.
-"""
+`model.pth` holds `{{"model": state_dict}}` with the keys of {layout}'s own classes, momentum
+encoders and queues included. Captions were trained {sep} [SEP] at their end: LAVIS adds it, ALBEF
+does not."""
 
 
 def export(
@@ -76,19 +59,19 @@ def export(
 ) -> Path:
     """Write weights, ``config.yaml``, ``vocab.txt`` and a model card, ``README.md``.
 
-    Paths of the machine that trained stay out of it. Without a layout, momentum encoders and queues
-    do as well, and ``SoftMaskBase.from_pretrained`` reads the folder back.
+    Paths of the run stay out of it. Without a layout, momentum encoders and queues do as well, and
+    ``SoftMaskBase.from_pretrained`` reads the folder back.
 
     Args:
-        trained: A run's folder or a checkpoint that records its configuration.
+        trained: A run's folder, or a checkpoint that records its configuration and vocabulary.
         folder: A new or empty folder.
-        license: Name of the weights' license for the card, such as apache-2.0.
+        license: Of the weights, for the card, such as apache-2.0.
         layout: ``lavis``: a ``.pth`` with LAVIS's keys; ``albef``: with those of ALBEF's own code,
             which has token types as well.
 
     Raises:
-        UserError: The folder has files, the checkpoint says not enough about its model, or a weight
-            is NaN or infinite.
+        UserError: The folder has files, the checkpoint does not say which model it is of, or a
+            weight is NaN or infinite.
     """
     checkpoint, folder = open_checkpoint(trained), Path(folder)
     config, words = checkpoint.config, checkpoint.vocabulary
@@ -102,16 +85,34 @@ def export(
     state = _state(checkpoint, layout)
     require_sound(state, checkpoint.path)
     folder.mkdir(parents=True, exist_ok=True)
-    weights, own_config, vocabulary = EXPORTED
+    weights, shared, vocabulary = (folder / name for name in EXPORTED)
     if layout is None:
-        write_whole(folder / weights, lambda path: save_file(state, path, {"format": "pt"}))
+        write_whole(weights, lambda path: save_file(state, path, {"format": "pt"}))
     else:
-        write_whole(folder / PLAIN, lambda path: torch.save({"model": state}, path))
-    OmegaConf.save(OmegaConf.create(_shared_config(config, checkpoint)), folder / own_config)
-    (folder / vocabulary).write_text("\n".join([*words, ""]), "utf-8")
-    (folder / "README.md").write_text(
-        _card(checkpoint, config, folder.name, state, license, layout), "utf-8"
+        write_whole(folder / "model.pth", lambda path: torch.save({"model": state}, path))
+    model = {key: value for key, value in config["model"].items() if key not in _OWN}
+    processors = {
+        name: {slot: value for slot, value in section.items() if slot.endswith("_processor")}
+        for name, section in (config.get("datasets") or {}).items()
+    }
+    sections = {"model": {**model, "sep_token": checkpoint.sep_token}, "datasets": processors}
+    OmegaConf.save(OmegaConf.create(sections), shared)
+    vocabulary.write_text("\n".join([*words, ""]), "utf-8")
+    card = CARD.format(
+        data=ModelCardData(license=license, library_name="softmask_plugin", tags=["softmask"]),
+        name=folder.name,
+        arch=model["arch"],
+        type=model.get("model_type"),
+        data_sets=", ".join(processors) or "not recorded",
+        license=license or "none given",
+        use=(USE if layout is None else USE_PLAIN).format(
+            model=registry.get_model_class(model["arch"]).__name__,
+            layout={"lavis": "LAVIS", "albef": "ALBEF"}.get(str(layout)),
+            sep="with" if checkpoint.sep_token else "without",
+        ),
+        metrics=_metrics(checkpoint),
     )
+    (folder / "README.md").write_text(card, "utf-8")
     return folder
 
 
@@ -127,59 +128,18 @@ def _state(checkpoint: Checkpoint, layout: str | None) -> StateDict:
     return state
 
 
-def _shared_config(config: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
-    """The model and the processors, without data and places."""
-    model = {key: value for key, value in config["model"].items() if key not in _OWN}
-    slots = ("vis_processor", "text_processor")
-    datasets = {
-        name: {slot: section[slot] for slot in slots if section.get(slot)}
-        for name, section in (config.get("datasets") or {}).items()
-    }
-    return {"model": {**model, "sep_token": checkpoint.sep_token}, "datasets": datasets}
-
-
-def _card(
-    checkpoint: Checkpoint,
-    config: dict[str, Any],
-    name: str,
-    state: StateDict,
-    license: str | None,
-    layout: str | None,
-) -> str:
-    arch, tags = config["model"]["arch"], ["softmask", "albef", "vision-language"]
-    if layout is None:
-        use = USE.format(model=registry.get_model_class(arch).__name__)
-    else:
-        code = {"lavis": "LAVIS's ALBEF", "albef": "ALBEF's own code"}[layout]
-        sep = "with" if checkpoint.sep_token else "without"
-        use = USE_PLAIN.format(file=PLAIN, layout=code, sep=sep)
-    names = ", ".join(f"`{each}`" for each in config.get("datasets") or ())
-    return CARD.format(
-        data=ModelCardData(license=license, library_name="softmask_plugin", tags=tags),
-        name=name,
-        arch=arch,
-        type=config["model"].get("model_type"),
-        count=sum(tensor.numel() for tensor in state.values()),
-        data_sets=f"Trained on {names}. " if names else "",
-        license=f"License: {license}." if license else "No license is given.",
-        use=use.rstrip(),
-        metrics=_metrics(checkpoint),
-    )
-
-
 def _metrics(checkpoint: Checkpoint) -> str:
-    """A table of what the run measured with these weights, if it is beside them."""
+    """A table of what the run measured with these weights, if that is beside them."""
     folder, training = checkpoint.path.parent, checkpoint.training
     if not (folder / "metrics.jsonl").is_file() or "progress" not in training:
         return ""
     progress = Progress.of(training)
     whole = progress.epoch - 1 if progress.taken == 0 else None
     epoch = progress.best_epoch if checkpoint.path.name == BEST else whole
-    records = [each for each in read_metrics(folder) if each["split"] != "train"]
-    found = {each["split"]: numbers_of(each) for each in records if each.get("epoch") == epoch}
-    if epoch is None or not found:
-        return ""
-    rows = [f"| {s} | {name} | {v:.4g} |" for s, each in found.items() for name, v in each.items()]
-    return "\n".join(
-        ["", "## Metrics", "", "| split | metric | value |", "|---|---|---|", *rows, ""]
-    )
+    rows = [
+        f"| {record['split']} | {name} | {value:.4g} |\n"
+        for record in read_metrics(folder)
+        if record["split"] != "train" and record["epoch"] == epoch is not None
+        for name, value in numbers_of(record).items()
+    ]
+    return "".join(["\n| split | metric | value |\n|---|---|---|\n", *rows]) if rows else ""

@@ -136,7 +136,7 @@ def test_albef_layout_has_token_types_that_add_nothing(checkpoint, model, tmp_pa
     theirs = bert.bert(tokens.ids, output_hidden_states=True).hidden_states
     torch.testing.assert_close(own, theirs[model.bert.shape.fusion_layer][0], atol=1e-5, rtol=0)
     assert same(scores(SoftMaskPretrain.from_pretrained(str(folder / "model.pth"))), scores(model))
-    assert "trained with a [SEP]" in (folder / "README.md").read_text()
+    assert "trained with [SEP]" in (folder / "README.md").read_text()
 
 
 def test_a_run_is_exported_with_its_metrics(tmp_path, capsys):
@@ -150,7 +150,7 @@ def test_a_run_is_exported_with_its_metrics(tmp_path, capsys):
     assert cli.main(["export", str(trained.output_dir), str(folder)]) == 0
     assert capsys.readouterr().out.endswith(f"Model: {folder}\n")
     card = (folder / "README.md").read_text()
-    assert "license:" not in card and "No license is given." in card
+    assert "license:" not in card and "License:\nnone given." in card
     for split in ("val", "test"):
         (found,) = (each for each in read_metrics(trained.output_dir) if each["split"] == split)
         assert f"| {split} | txt_r1 | {found['txt_r1']:.4g} |" in card

@@ -94,24 +94,18 @@ class SoftMaskBase(BaseModel):
 
     @classmethod
     def from_pretrained(cls, model_type: str) -> SoftMaskBase:
-        """Build a trained model, in evaluation mode unless it is of a type.
+        """Build a trained model; UserError if there is none or it is of another class.
 
         Args:
-            model_type: One of the model's types, as LAVIS has it; the folder of ``softmask export``
-                or of a run, or a checkpoint that records its configuration; or the name OWNER/NAME
-                of an export on the Hugging Face hub, downloaded once.
-
-        Raises:
-            UserError: There is no such type or checkpoint, or it is one of another model.
+            model_type: A type, as LAVIS has it; or, for a model in evaluation mode, the folder of
+                ``softmask export`` or of a run, a checkpoint that records its configuration, or the
+                name OWNER/NAME of an export on the Hugging Face hub.
         """
-        source = str(model_type)
-        if source in cls.PRETRAINED_MODEL_CONFIG_DICT or not (
-            "/" in source or Path(source).exists()
-        ):
+        source, exists = str(model_type), Path(model_type).exists()
+        if source in cls.PRETRAINED_MODEL_CONFIG_DICT or not (exists or "/" in source):
             return super().from_pretrained(source)
-        if _HUB_NAME.fullmatch(source) and not Path(source).exists():
-            source = HUB + source
-        checkpoint = open_checkpoint(source)
+        on_hub = not exists and _HUB_NAME.fullmatch(source)
+        checkpoint = open_checkpoint(HUB + source if on_hub else source)
         section = {**(checkpoint.config or {"model": {}})["model"], "trust_checkpoint": False}
         own = registry.get_model_class(arch) if (arch := section.get("arch")) else None
         if own is None or not issubclass(own, cls):

@@ -159,7 +159,7 @@ class SoftmaskRunner(PortableRunner):
                 self._save_checkpoint(epoch, improved, self.step if cut else None)
                 if self.signals.agreed():
                     self._end_early()
-        self._finish_saving()
+        from_main_process(self.files.finish)  # the others wait for the main one's last checkpoint
         best = from_main_process(lambda: self.progress.best_epoch)
         return self._test(self.max_epoch - 1 if best is None else "best")
 
@@ -336,7 +336,7 @@ class SoftmaskRunner(PortableRunner):
 
     def _end_early(self) -> NoReturn:
         """End a saved run because of a signal."""
-        self._finish_saving()
+        from_main_process(self.files.finish)
         logging.info(
             "ended after step %d by %s: the same command with run.resume_ckpt_path=auto goes on "
             "from there, as the exit code %d asks for",
@@ -345,10 +345,6 @@ class SoftmaskRunner(PortableRunner):
             StartAgain.CODE,
         )
         raise StartAgain
-
-    def _finish_saving(self) -> None:
-        """Wait for the main process's last checkpoint."""
-        from_main_process(self.files.finish)
 
     def _resume(self) -> None:
         """Resume from the checkpoint that ``run.resume_ckpt_path`` asks for, or start."""

@@ -23,14 +23,12 @@ ONCE = 1.0  # seconds; a launcher may pass on what its processes have been sent 
 
 
 class StopSignals:
-    """Notes the first signal; a second one, if it is not the same event, ends the process at once.
+    """Notes the first signal in ``caught``, its name; a second one, if it is not the same event,
+    ends the process at once.
 
     Args:
         folder: The run's folder, the same on every process.
         device: Where processes can compare numbers.
-
-    Attributes:
-        caught: Name of the signal that this process got; None: it got none.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -87,11 +85,11 @@ def spare_workers(_: int) -> None:
     if not hasattr(signal, "sigwaitinfo"):  # which macOS and Windows lack
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    threading.Thread(target=_obey_parent, daemon=True).start()
 
+    def obey() -> None:
+        while True:
+            info = signal.sigwaitinfo(SIGNALS)
+            if info.si_signo == signal.SIGTERM and info.si_pid == os.getppid():
+                os._exit(0)
 
-def _obey_parent() -> None:
-    while True:
-        info = signal.sigwaitinfo(SIGNALS)
-        if info.si_signo == signal.SIGTERM and info.si_pid == os.getppid():
-            os._exit(0)
+    threading.Thread(target=obey, daemon=True).start()
