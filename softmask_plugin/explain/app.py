@@ -139,7 +139,7 @@ def _explained(weights: Weights, image: Image.Image, caption: str) -> Explanatio
 def _gallery(weights: Weights, images: str | None) -> tuple[Gallery, list[Path], int]:
     trained = _trained(weights)
     if images is None:
-        size = trained.model.options.image_size
+        size = trained.matcher.image_size
         return Gallery(trained, (render(scene, size) for scene in _scenes())), [], 0
     files, left_out = readable_images(Path(images), SEARCHED)
     return Gallery(trained, map(open_rgb, files)), files, left_out
@@ -178,7 +178,7 @@ def _scene(weights: Weights) -> tuple[Image.Image, Image.Image]:
     number.number_input("Scene", 1, SCENES, key="scene", on_change=_set_caption)
     more.button("Next scene", on_click=_next_scene, width="stretch")
     scene = _scenes()[st.session_state.scene - 1]
-    return render(scene, _trained(weights).model.options.image_size), render(scene, SHOWN)
+    return render(scene, _trained(weights).matcher.image_size), render(scene, SHOWN)
 
 
 def _uploaded(weights: Weights) -> tuple[Image.Image | None, Image.Image | None]:

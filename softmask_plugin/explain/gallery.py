@@ -19,6 +19,7 @@ from softmask_plugin.datasets.images import UnreadableImageError, open_rgb
 from softmask_plugin.datasets.scenes.grammar import COLOURS, Scene, captions
 from softmask_plugin.errors import UserError, require_finite_scores
 from softmask_plugin.explain.trained import Trained
+from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.models.rerank import Reranker, progress_bar
 
 CANDIDATES = 32  # most similar images (ITC) that the matching head (ITM) scores for a text
@@ -48,7 +49,7 @@ class Gallery:
     """Images, encoded once in batches, to be searched by any number of texts."""
 
     def __init__(self, trained: Trained, images: Iterable[Image.Image]) -> None:
-        self.trained, self.reranker = trained, Reranker(trained.model)
+        self.trained, self.reranker = trained, Reranker(_searching(trained))
         with torch.no_grad():
             batches = ({"image": each} for each in _batches(trained, images))
             states, self.features = self.reranker.encode_images(batches)
@@ -88,11 +89,12 @@ def save_features(trained: Trained, images: Path, output: Path) -> tuple[int, in
         UserError: There is no such folder, no image in it can be read, or a feature is NaN or
             infinite.
     """
+    model = _searching(trained)
     files, left_out = readable_images(images)
     opened = map(open_rgb, progress_bar(files, desc="images", unit="image"))
     with torch.no_grad():
-        states = map(trained.model.visual_encoder, _batches(trained, opened))
-        features = torch.cat([trained.model.image_features(each[:, 0]) for each in states])
+        states = map(model.visual_encoder, _batches(trained, opened))
+        features = torch.cat([model.image_features(each[:, 0]) for each in states])
     require_finite_scores("a feature", features)
     names = [file.relative_to(images).as_posix() for file in files]
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +114,7 @@ def search_features(
         UserError: The text has no word, the file is another kind or of another model, or an image
             has changed.
     """
-    cleaned = trained.text_processor(text)
+    model, cleaned = _searching(trained), trained.text_processor(text)
     if not cleaned or count < 1:
         raise UserError("give a text with a word, and --count 1 or more")
     try:
@@ -120,7 +122,7 @@ def search_features(
         with opened, NpzFile(opened, allow_pickle=False) as stored:
             features = torch.from_numpy(stored["features"])
             paths = [Path(str(stored["folder"]), name) for name in stored["names"].tolist()]
-        _, wanted = Reranker(trained.model).encode_texts([cleaned])
+        _, wanted = Reranker(model).encode_texts([cleaned])
         nearest = (features @ wanted[0]).topk(min(CANDIDATES, len(paths))).indices.tolist()
     except FileNotFoundError as error:
         raise UserError(f"no file {file}: make it with softmask features") from error
@@ -152,6 +154,15 @@ def readable_images(folder: Path, limit: int | None = None) -> tuple[list[Path],
     if not good:
         raise UserError(f"no readable image in {folder} ({', '.join(SUFFIXES)})")
     return good, len(files) - len(good)
+
+
+def _searching(trained: Trained) -> AlignedBase:
+    if not isinstance(trained.model, AlignedBase):
+        raise UserError(
+            f"a {type(trained.model).__name__} can be explained, but not searched with: load its "
+            "checkpoint into a model of this plugin, such as softmask_image_text_matching"
+        )
+    return trained.model
 
 
 def _batches(trained: Trained, images: Iterable[Image.Image]) -> Iterator[Tensor]:

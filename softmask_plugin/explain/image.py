@@ -19,7 +19,6 @@ from softmask_plugin.datasets.tables.layouts import TableOptions
 from softmask_plugin.errors import UserError, suggest
 from softmask_plugin.explain.pairs import Explanation, explain, words_of
 from softmask_plugin.explain.trained import Trained, load_trained
-from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.models.rerank import progress_bar
 from softmask_plugin.processors.image import ImageEvalProcessor
 from softmask_plugin.processors.text import CaptionProcessor
@@ -118,7 +117,7 @@ class ImageExplanation(Explanation):
 def explain_image(
     image: str | Path | Image.Image | np.ndarray,
     caption: str,
-    model: Trained | AlignedBase | str | Path | None = None,
+    model: Any = None,
     words: Sequence[str] | str | None = None,
     arch: str | None = None,
     model_type: str | None = None,
@@ -132,8 +131,8 @@ def explain_image(
     Args:
         image: A file, a PIL image, or a uint8 array (H, W, 3) or (H, W).
         caption: Any text; the model's text processor cleans it.
-        model: A checkpoint (file or URL), a model with a matching head, or for many calls the
-            result of :func:`load_trained`; None: the bundled tiny model.
+        model: A checkpoint (file or URL), a model with a matching head, of this plugin or of LAVIS,
+            or for many calls the result of :func:`load_trained`; None: the bundled tiny model.
         words: The word or words to explain, at every place in the caption; None: all.
         arch, model_type: The model of a checkpoint that does not name one, such as
             ``softmask_image_text_matching`` and ``base`` for ALBEF.pth.
@@ -152,17 +151,17 @@ def explain_image(
         model = Trained.of(model)
     processor = model.text_processor
     cleaned = processor(caption)
-    (found,) = explain(model.model, model.image_processor(picture)[None], [cleaned])
+    (found,) = explain(model.matcher, model.image_processor(picture)[None], [cleaned])
     if not found.words:
         raise UserError(f"the caption '{caption}' has no word to explain: say what the image shows")
-    limit = f"model.max_txt_len is {model.model.options.max_txt_len}"
+    limit = f"model.max_txt_len is {model.matcher.caption_tokenizer.max_length}"
     if isinstance(processor, CaptionProcessor):
         if found.kept == cleaned:  # only the processor can have cut it
             limit = f"its text processor's max_words is {processor.max_words}"
         found = replace(found, caption=" ".join(processor.words(caption)))
     if found.cut:
         logging.getLogger(__name__).warning("%s (%s)", found.cut, limit)
-    known = model.model.tokenizer.get_vocab()
+    known = model.matcher.caption_tokenizer.tokenizer.get_vocab()
     if model.bundled and not (_is_scene(picture) and known.keys() >= set(found.words)):
         logging.getLogger(__name__).warning(FOREIGN)
     if words is not None:
@@ -233,7 +232,7 @@ def _select(found: Explanation, model: Trained, words: Sequence[str]) -> Explana
     """Keep only these words, each cleaned and split as the caption was."""
     wanted: set[str] = set()
     for word in words:
-        parts = words_of(model.model, model.text_processor(word))
+        parts = words_of(model.matcher, model.text_processor(word))
         if not parts or not set(parts) <= set(found.words):
             raise UserError(f"the cleaned caption lacks '{word}': {suggest(word, found.words)}")
         wanted.update(parts)

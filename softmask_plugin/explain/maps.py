@@ -1,22 +1,28 @@
-"""Heat maps of the words of captions, as the soft mask trains with, for whole batches."""
+"""Heat maps of the words of captions, by default as the soft mask trains with, for batches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from softmask_plugin.nn.image_memory import ImageMemory, View
-from softmask_plugin.nn.tokens import Packing, Tokens
-from softmask_plugin.soft_mask import grad_cam, mask_effect, word_map, word_score
+from softmask_plugin.errors import UserError, suggest
+from softmask_plugin.explain.matcher import (
+    Matcher,
+    Pairs,
+    Target,
+    match_logit,
+    match_probability,
+    matcher_of,
+)
+from softmask_plugin.explain.occlusion import occlusion_maps
+from softmask_plugin.soft_mask import mask_effect, word_map, word_score
 from softmask_plugin.tokenization import Captions, as_list
 
-if TYPE_CHECKING:
-    from softmask_plugin.models.aligned import AlignedBase
-
+Method = Literal["gradcam", "attention", "word", "occlusion"]
 Phrases = Sequence[tuple[int, Sequence[int]]]  # of each: its caption's index, its words' numbers
 
 
@@ -29,123 +35,114 @@ class WordMaps:
             ``real`` is False.
         real: True where a caption has a word that was mapped, (B, W).
         score: Probability of a match, (B,), float32.
-        text, memory: The captions' states, and the images' keys and values, to match the pairs
-            again through masks.
+        pairs: The encoded pairs, to be matched again through masks.
     """
 
     maps: Tensor
     real: Tensor
     score: Tensor
-    text: Tokens
-    memory: ImageMemory
+    pairs: Pairs
 
 
 def word_maps(
-    model: AlignedBase,
+    model: Any,
     images: Tensor,
     captions: Sequence[str],
     owners: Tensor | None = None,
     phrases: Phrases | None = None,
+    method: Method | None = None,
+    layer: int | None = None,
+    target: Target = match_logit,
 ) -> WordMaps:
-    """Map every word of every caption, as the model's ``map_score`` says: what it means to the
-    match, or what the image means to its own prediction once it is hidden.
+    """Map every word of every caption.
+
+    ``method`` says how, for word w and patch i:
+
+    - ``gradcam``: the paper's map (arXiv 2304.00719, 3.2), ``grad_cam`` of the target at the word's
+      tokens; for BLIP-2 composed through the queries, see ``lavis_models``;
+    - ``attention``: the same without gradients, the plain attention of a layer;
+    - ``word``: ``mask_effect`` of the word's own log-probability once [MASK] hides it, for models
+      with an MLM head;
+    - ``occlusion``: how much less the word adds to the target when patch i has the image's mean
+      colour, ``relu((s(v, t) - s(v, t - w)) - (s(v - i, t) - s(v - i, t - w)))`` with [MASK] in
+      place of the word in t - w. It needs no gradient, but patches times words passes.
 
     Args:
-        model: A model with a matching head. Its mode is kept, and dropout would blur the maps.
+        model: A model with a matching head, of this plugin or of LAVIS. Its mode is kept, and
+            dropout would blur the maps.
         images: Processed images, (N, 3, H, W), each encoded once.
         captions: B processed captions.
         owners: Index of each caption's image, (B,), int64; None: caption i has image i.
         phrases: The words to map; others count as missing. None: all.
+        method: See above; None: as the model's soft mask trains, ``gradcam`` or ``word``.
+        layer: BERT layer, from 0, of ``gradcam`` and ``attention``; None: the model's own.
+        target: Which score of the matching logits ``gradcam`` and ``occlusion`` explain.
 
     Returns:
         Maps and scores on the model's device, detached.
 
     Raises:
-        ValueError: Images or, if given, ``owners`` do not pair with captions.
+        ValueError: Images or, if given, ``owners`` do not pair with captions, or the layer has no
+            cross-attention.
+        UserError: The model has no matching head, or cannot do this method.
     """
-    captions = as_list(captions)
+    captions, matcher = as_list(captions), matcher_of(model)
     if (count := len(images if owners is None else owners)) != len(captions):
         raise ValueError(f"{count} images do not pair with {len(captions)} captions")
-    with torch.no_grad():  # no map needs the graph of the encoders
-        tokenized = model.tokenize(captions)
-        text = model.bert.encode(tokenized.ids, tokenized.packing)
-        memory = model.bert.remember(model.visual_encoder(images.to(model.device)))
-    return map_words(model, memory, tokenized, text, owners, phrases)
+    pairs = matcher.encode(images, matcher.tokenize(captions), owners)
+    if method != "occlusion":
+        return map_words(matcher, pairs, phrases, method, layer, target)
+    with torch.no_grad():
+        logits = matcher.match(pairs)
+        real = _real(pairs.captions, phrases)
+        maps = occlusion_maps(matcher, images, pairs, real, target)
+    return _found(pairs, real, logits, maps)
 
 
 def map_words(
-    model: AlignedBase,
-    memory: ImageMemory,
-    captions: Captions,
-    text: Tokens,
-    owners: Tensor | None = None,
+    matcher: Matcher,
+    pairs: Pairs,
     phrases: Phrases | None = None,
+    method: Method | None = None,
+    layer: int | None = None,
+    target: Target = match_logit,
 ) -> WordMaps:
-    """As ``word_maps``, from what is encoded already.
-
-    Args:
-        model: A model with a matching head.
-        memory, captions, text: Keys and values of the images; tokens and states of B captions.
-        owners, phrases: As for ``word_maps``.
-    """
-    rows, count = len(captions.ids), int(captions.words.max()) + 1
-    words = torch.arange(count, device=captions.words.device).expand(rows, count)
-    real = captions.words.amax(dim=1, keepdim=True) >= words
-    if phrases is not None:
-        real = _words_of(phrases, real)
-    view, cls = View(images=owners), text.packing.cls_only
-    if model.map_score == "word":
+    """As ``word_maps``, from what is encoded already; any method but ``occlusion``."""
+    method = method or ("word" if matcher.score == "word" else "gradcam")
+    if method not in get_args(Method):
+        raise UserError(f"method is '{method}': {suggest(method, get_args(Method))}")
+    captions, real = pairs.captions, _real(pairs.captions, phrases)
+    if method == "word":
         with torch.no_grad():
-            logits = model.match(model.bert.fuse(text, memory, (view,), cls).cls)
-        maps = own_maps(model, memory, captions, real, owners)
+            logits = matcher.match(pairs)
+        maps = own_maps(matcher, pairs, real)
     else:
-        with torch.enable_grad():
-            fused, attention = model.bert.fuse_with_attention(
-                text, memory, model.map_layer, cls, view
-            )
-            logits = model.match(fused.cls)
-            cam = grad_cam(logits[:, 1], attention, model.bert.first_patch)
+        plain = method == "attention"
+        logits, cam = matcher.token_maps(pairs, target, layer, plain)
+        words = torch.arange(real.shape[1], device=real.device).expand_as(real)
         each = torch.vmap(word_map, in_dims=(None, None, 1), out_dims=1)
         maps = each(cam, captions.words, words) * real[:, :, None]
-    side = model.visual_encoder.grid
-    return WordMaps(
-        maps=maps.reshape(rows, count, side, side),
-        real=real,
-        score=logits.detach().float().softmax(dim=-1)[:, 1],
-        text=text,
-        memory=memory,
-    )
+    return _found(pairs, real, logits, maps)
 
 
 @torch.enable_grad()
-def own_maps(
-    model: AlignedBase,
-    memory: ImageMemory,
-    captions: Captions,
-    real: Tensor,
-    owners: Tensor | None = None,
-) -> Tensor:
+def own_maps(matcher: Matcher, pairs: Pairs, real: Tensor) -> Tensor:
     """Hide each word of each caption in turn, and map what its prediction depends on.
 
     Args:
-        model: A model with an MLM head.
-        memory: Keys and values of the images.
-        captions: B tokenized captions.
+        matcher: Of a model with an MLM head.
+        pairs: B captions and their images.
         real: True for the words to map, (B, W).
-        owners: As for ``word_maps``.
 
     Returns:
         ``mask_effect`` of each word's log-probability, (B, W, patches).
     """
     rows, words = real.nonzero(as_tuple=True)
-    hidden = captions.words[rows] == words[:, None]
-    ids, mask_id = captions.ids[rows], model.tokenizer.mask_token_id
-    texts = model.bert.encode(ids.masked_fill(hidden, mask_id), Packing.of(captions.mask[rows]))
-    patches = model.visual_encoder.grid**2
-    keep = torch.ones(len(rows), 1 + patches, device=ids.device, requires_grad=True)
-    views = (View(images=rows if owners is None else owners[rows], keep=keep),)
-    fused = model.bert.fuse(texts, memory, views, wanted=Packing.of(hidden))
-    score = word_score(model.text_encoder(fused.states), ids[hidden])
+    hidden = pairs.captions.words[rows] == words[:, None]
+    patches = pairs.side**2
+    keep = torch.ones(len(rows), 1 + patches, device=real.device, requires_grad=True)
+    logits = matcher.predict(matcher.hide(pairs, hidden, rows), hidden, keep)
+    score = word_score(logits, pairs.captions.ids[rows][hidden])
     maps = keep.new_zeros(*real.shape, patches)
     return maps.index_put((rows, words), mask_effect(score, keep)).detach()
 
@@ -161,6 +158,18 @@ def phrase_maps(words: WordMaps, phrases: Phrases | None = None) -> Tensor:
         phrases = [(i, range(words.real.shape[1])) for i in range(len(words.real))]
     chosen = [words.maps[_words_of([phrase], words.real)] for phrase in phrases]
     return torch.stack([maps.sum(dim=0) / max(len(maps), 1) for maps in chosen])
+
+
+def _found(pairs: Pairs, real: Tensor, logits: Tensor, maps: Tensor) -> WordMaps:
+    maps = maps.unflatten(-1, (pairs.side, pairs.side))
+    return WordMaps(maps, real, match_probability(logits.detach().float()), pairs)
+
+
+def _real(captions: Captions, phrases: Phrases | None) -> Tensor:
+    """True for the words to map, (B, W)."""
+    last = captions.words.amax(dim=1, keepdim=True)
+    real = last >= torch.arange(int(last.max()) + 1, device=last.device)
+    return real if phrases is None else _words_of(phrases, real)
 
 
 def _words_of(phrases: Phrases, real: Tensor) -> Tensor:

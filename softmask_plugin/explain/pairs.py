@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from softmask_plugin.config.options import SoftMaskOptions
 from softmask_plugin.errors import require_finite_scores
-from softmask_plugin.explain.maps import WordMaps, word_maps
-from softmask_plugin.nn.image_memory import ImageMemory, View
-from softmask_plugin.nn.tokens import Tokens
+from softmask_plugin.explain.maps import word_maps
+from softmask_plugin.explain.matcher import Matcher, Pairs, match_probability, matcher_of
 from softmask_plugin.soft_mask import Kind, keep_factors, normalize
 from softmask_plugin.tokenization import FUNCTION_WORDS, as_list
-
-if TYPE_CHECKING:
-    from softmask_plugin.models.aligned import AlignedBase
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,7 +62,7 @@ class Explanation:
         return [i for i, word in enumerate(self.words) if word not in FUNCTION_WORDS]
 
 
-def explain(model: AlignedBase, images: Tensor, captions: Sequence[str]) -> list[Explanation]:
+def explain(model: Any, images: Tensor, captions: Sequence[str]) -> list[Explanation]:
     """Explain pairs with the maps and the masks of training.
 
     Masks have the kind and strength of the model's ``soft_mask`` options, or those of the paper
@@ -74,7 +70,7 @@ def explain(model: AlignedBase, images: Tensor, captions: Sequence[str]) -> list
     every call.
 
     Args:
-        model: A model with a matching head; its mode is restored.
+        model: A model with a matching head, of this plugin or of LAVIS; its mode is restored.
         images: Processed images, (B, 3, H, W).
         captions: B processed captions.
 
@@ -84,90 +80,76 @@ def explain(model: AlignedBase, images: Tensor, captions: Sequence[str]) -> list
     Raises:
         UserError: A map or a score is NaN or infinite.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    matcher = matcher_of(model)
+    with evaluating(matcher.model):
         return [
-            _explain_one(model, image[None], caption)
+            _explain_one(matcher, image[None], caption)
             for image, caption in zip(images, as_list(captions), strict=True)
         ]
-    finally:
-        model.train(was_training)
 
 
-def _explain_one(model: AlignedBase, image: Tensor, caption: str) -> Explanation:
-    found = word_maps(model, image, [caption])
-    mask: Any = getattr(model.options, "soft_mask", None)
-    if mask is None or not mask.enabled:
-        mask = SoftMaskOptions()
-    keep, masked_scores = match_masked(model, found, mask.kind, mask.strength)
+def _explain_one(matcher: Matcher, image: Tensor, caption: str) -> Explanation:
+    found, mask = word_maps(matcher, image, [caption]), matcher.mask
+    cams = found.maps[0].flatten(1)
+    same = torch.zeros(len(cams), dtype=torch.long, device=cams.device)
+    keep, logits = match_through(matcher, found.pairs, cams, mask.kind, mask.strength, rows=same)
+    masked_scores = match_probability(logits)
     require_finite_scores("a heat map or its score", found.maps, found.score, masked_scores)
     return Explanation(
         caption=caption,
-        words=words_of(model, caption),
+        words=words_of(matcher, caption),
         cams=found.maps[0].cpu(),
         masks=(1 - keep[:, 1:]).view_as(found.maps[0]).cpu(),
         score=found.score.item(),
         masked_scores=masked_scores.cpu(),
         kind=mask.kind,
         strength=mask.strength,
-        kept=model.caption_tokenizer.truncate(caption),
+        kept=matcher.caption_tokenizer.truncate(caption),
     )
 
 
 @torch.no_grad()
-def match_masked(
-    model: AlignedBase, pair: WordMaps, kind: Kind, strength: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Match one pair again, with the mask of each word in turn.
-
-    Masks of the kind ``random`` are the same draw at every call.
-
-    Returns:
-        Factor for each image token, (words, 1 + h * w), and the probability of a match, (words,),
-        float32; on the model's device.
-    """
-    cams = pair.maps[0].flatten(1)
-    same = torch.zeros(len(cams), dtype=torch.long, device=cams.device)
-    copies = pair.text.take(same, trim=True)
-    keep, logits = match_through(model, pair.memory, copies, same, cams, kind, strength)
-    return keep, logits.softmax(dim=-1)[:, 1]
-
-
-@torch.no_grad()
 def match_through(
-    model: AlignedBase,
-    memory: ImageMemory,
-    texts: Tokens,
-    images: Tensor,
+    matcher: Matcher,
+    pairs: Pairs,
     cams: Tensor,
     kind: Kind,
     strength: float = 1.0,
     seed: int = 0,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Match N texts with images, each seen through the mask of a map.
+    """Match captions with their images, each seen through the mask of a map.
 
     Args:
-        model, memory, texts: A model with a matching head, images and texts as it encodes them.
-        images: Index of each text's image, (N,), int64.
-        cams: Maps, (N, patches), >= 0; a constant one hides nothing.
+        cams: Maps, (n, patches), >= 0; a constant one hides nothing.
         kind, strength: As in the ``soft_mask`` options.
-        seed: Of the masks of the kind ``random``.
+        seed: Of the masks of the kind ``random``, which are the same draw at every call.
+        rows: The caption of each map, (n,), int64; None: all in turn.
 
     Returns:
-        Factor for each image token, (N, 1 + patches), and the matching logits, (N, 2), float32.
+        Factor for each image token, (n, 1 + patches), and the matching logits, (n, 2), float32.
     """
     generator = torch.Generator(cams.device).manual_seed(seed)
     keep = keep_factors(normalize(cams), kind, strength, generator)
-    view = View(images=images, keep=keep)
-    fused = model.bert.fuse(texts, memory, (view,), texts.packing.cls_only)
-    return keep, model.match(fused.cls).float()
+    return keep, matcher.match(pairs, rows, keep).float()
 
 
-def words_of(model: AlignedBase, text: str) -> list[str]:
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and each of its modules back into its own."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def words_of(matcher: Matcher, text: str) -> list[str]:
     """The words of a processed text, as the model's tokenizer splits it."""
-    tokenized = model.caption_tokenizer.tokenize([text])
-    tokens = model.tokenizer.convert_ids_to_tokens(tokenized.ids[0].tolist())
+    tokenized = matcher.caption_tokenizer.tokenize([text])
+    tokens = matcher.caption_tokenizer.tokenizer.convert_ids_to_tokens(tokenized.ids[0].tolist())
     words: dict[int, str] = {}
     for token, word in zip(tokens, tokenized.words[0].tolist(), strict=True):
         if word >= 0:

@@ -12,7 +12,6 @@ from softmask_plugin.datasets.scenes.builders import SceneRetrievalDataset
 from softmask_plugin.datasets.scenes.grammar import Box
 from softmask_plugin.datasets.scenes.tasks import name_things
 from softmask_plugin.explain.maps import word_maps
-from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.pointing import own_and_other, pointing_game
 
 BATCH = 50  # texts; each of their words takes a pass of its own with map_score word
@@ -29,7 +28,7 @@ class Word(NamedTuple):
     others: list[Box]
 
 
-def pointing(model: AlignedBase, scenes: SceneRetrievalDataset) -> dict[str, Any]:
+def pointing(model: Any, scenes: SceneRetrievalDataset) -> dict[str, Any]:
     """Play the pointing game on scenes.
 
     Returns:
@@ -64,7 +63,7 @@ def pointing(model: AlignedBase, scenes: SceneRetrievalDataset) -> dict[str, Any
 
 
 def _map(
-    model: AlignedBase, scenes: SceneRetrievalDataset, items: Sequence[Item]
+    model: Any, scenes: SceneRetrievalDataset, items: Sequence[Item]
 ) -> Iterator[Word]:
     for start in range(0, len(items), BATCH):
         batch = items[start : start + BATCH]

@@ -8,18 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from lavis.common.registry import registry
+from lavis.models.albef_models.albef_pretrain import AlbefPretrain
+from lavis.models.blip_models.blip_pretrain import BlipPretrain
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
 
 from softmask_plugin.config.check import parse_options
 from softmask_plugin.config.options import read_options
-from softmask_plugin.errors import UserError, suggest
+from softmask_plugin.errors import UserError, advice_on, reason_of, suggest
+from softmask_plugin.explain.lavis_models import with_head
+from softmask_plugin.explain.matcher import Matcher, matcher_of
 from softmask_plugin.files.checkpoint import SHIPPED, Checkpoint, open_checkpoint
 from softmask_plugin.models.aligned import AlignedBase
 
 # (model.arch, model.model_type) of the bundled model, the default
 DEFAULT = ("softmask_image_text_matching", "scenes_tiny")
+PRETRAINED = (AlbefPretrain, BlipPretrain)  # LAVIS builds these without any weights
+LAVIS_PROCESSORS = {
+    "vis_processor": {"eval": {"name": "blip_image_eval"}},
+    "text_processor": {"eval": {"name": "blip_caption"}},
+}
 
 
 @dataclass(frozen=True)
@@ -27,30 +36,32 @@ class Trained:
     """A model with a matching head and its processors.
 
     Attributes:
-        model: In evaluation mode, on the CPU.
+        model: One of this plugin or of LAVIS, in evaluation mode, on the CPU.
         image_processor: Turns a PIL image into a tensor (3, H, W).
         text_processor: Cleans a caption.
         bundled: Whether the weights are those that come with the package.
     """
 
-    model: AlignedBase
+    model: Any
     image_processor: Callable[[Image.Image], Tensor]
     text_processor: Callable[[str], str]
     bundled: bool = False
 
+    @property
+    def matcher(self) -> Matcher:
+        """The model as maps and explanations use it."""
+        return matcher_of(self.model)
+
     @classmethod
-    def of(cls, model: AlignedBase) -> Trained:
-        """Pair a model with the default processors.
+    def of(cls, model: Any) -> Trained:
+        """Pair a model with its default processors: this plugin's, or BLIP's for one of LAVIS.
 
         Raises:
-            UserError: It is not a model of this plugin with a matching head.
+            UserError: It is no model with a matching head.
         """
-        if not isinstance(model, AlignedBase):
-            raise UserError(
-                f"a {type(model).__name__} cannot be explained: give one of the models with a "
-                f"matching head, {', '.join(_with_head())}"
-            )
-        return cls(model, *_processors({}, model.options.image_size))
+        image_size = matcher_of(model).image_size
+        preprocess = {} if isinstance(model, AlignedBase) else LAVIS_PROCESSORS
+        return cls(model, *_processors(preprocess, image_size))
 
 
 def load_trained(
@@ -79,21 +90,29 @@ def load_trained(
     overrides = parse_options(options, sections=("model", "preprocess"))
     if checkpoint is None:
         config: Any = OmegaConf.merge(_config_of_type(arch, model_type), overrides)
-        if not (config.model.get("pretrained") or config.model.get("finetuned")):
+        model_class = _model_class(arch)
+        known = config.model.get("pretrained") or config.model.get("finetuned")
+        if not known or issubclass(model_class, PRETRAINED):
+            like = f" such as {known}" if known else ""
             raise UserError(
                 f"the type '{model_type}' of {arch} comes without weights: name a checkpoint of it"
+                + like
             )
-        model = _model_class(config.model.arch).from_config(config.model)
+        model = _build(model_class, config.model)
     else:
         trusted = bool(OmegaConf.select(overrides, "model.trust_checkpoint"))
         opened = open_checkpoint(checkpoint, trusted)
         described = _config_of(opened) if arch is None else _config_of_type(arch, model_type)
         config = OmegaConf.merge(described, overrides)
-        model_class = _model_class(config.model.arch)
+        model_class = _model_class(arch or config.model.arch)
         if not any("itm_head." in key for key in opened.state):  # it would stay random
             raise UserError(f"{opened.path} has no matching head (itm_head): it scores no pair")
-        model = model_class.from_checkpoint(read_options(model_class.OPTIONS, config.model), opened)
-    processors = _processors(config.get("preprocess") or {}, model.options.image_size)
+        if issubclass(model_class, AlignedBase):
+            options = read_options(model_class.OPTIONS, config.model)
+            model = model_class.from_checkpoint(options, opened)
+        else:
+            model = _build(model_class, config.model, opened)
+    processors = _processors(config.get("preprocess") or {}, matcher_of(model).image_size)
     weights = config.model.get("pretrained") if checkpoint is None else checkpoint
     return Trained(model.eval(), *processors, bundled=str(weights).startswith(SHIPPED))
 
@@ -114,20 +133,44 @@ def _config_of(checkpoint: Checkpoint) -> DictConfig:
 
 
 def _config_of_type(arch: Any, model_type: str | None) -> DictConfig:
-    config: Any = OmegaConf.load(_model_class(arch).default_config_path(model_type))
+    model_class = _model_class(arch)
+    if model_type not in (types := model_class.PRETRAINED_MODEL_CONFIG_DICT):
+        raise UserError(f"unknown type '{model_type}' of {arch}: {suggest(str(model_type), types)}")
+    config: Any = OmegaConf.load(model_class.default_config_path(model_type))
     return config
 
 
 def _model_class(arch: Any) -> Any:
-    fitting = _with_head()
+    fitting = with_head()
     if arch not in fitting:
         raise UserError(f"no model '{arch}' with a matching head: {suggest(str(arch), fitting)}")
     return fitting[arch]
 
 
-def _with_head() -> dict[str, type[AlignedBase]]:
-    classes = {name: registry.get_model_class(name) for name in registry.list_models()}
-    return {name: each for name, each in classes.items() if issubclass(each, AlignedBase)}
+def _build(model_class: Any, config: DictConfig, checkpoint: Checkpoint | None = None) -> Any:
+    """A model with its type's weights or, if it is one of LAVIS, those of a checkpoint."""
+    if checkpoint is not None:
+        file = str(checkpoint.path)
+        config = OmegaConf.merge(config, {"load_finetuned": True, "finetuned": file})
+    try:
+        model = model_class.from_config(config)
+        if checkpoint is not None and isinstance(model, PRETRAINED):  # from_config loaded nothing
+            renaming = {"rename_text_keys": False} if isinstance(model, AlbefPretrain) else {}
+            model.load_from_pretrained(file, **renaming)
+    except OSError as error:  # LAVIS's models load a tokenizer and weights from the network
+        raise UserError(f"cannot build {model_class.__name__}: {advice_on(error)}") from error
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        raise UserError(f"the weights do not fit: {reason_of(error)}") from error
+    if checkpoint is not None:  # LAVIS would only log what it lacks; it saves no frozen weights
+        trained = {name for name, each in model.named_parameters() if each.requires_grad}
+        if missing := sorted(trained - checkpoint.state.keys()):
+            raise UserError(
+                f"{file} is not of {model_class.__name__}: it lacks {len(missing)} of its tensors, "
+                f"such as {missing[0]}; name its model with --model and --type"
+            )
+    return model
 
 
 def _processors(preprocess: Any, image_size: int) -> tuple[Any, Any]:

@@ -18,14 +18,14 @@ from torch import Tensor
 from softmask_plugin.config.run_options import setting
 from softmask_plugin.errors import require_finite_scores
 from softmask_plugin.explain.maps import map_words, phrase_maps
+from softmask_plugin.explain.matcher import AlignedMatcher, Pairs
 from softmask_plugin.explain.pairs import match_through, words_of
 from softmask_plugin.foil_metrics import foil_metrics
 from softmask_plugin.models.aligned import AlignedBase
-from softmask_plugin.nn.image_memory import ImageMemory, View
-from softmask_plugin.nn.tokens import Tokens
+from softmask_plugin.nn.image_memory import View
 from softmask_plugin.registry import register
 from softmask_plugin.tasks.items import ItemTask
-from softmask_plugin.tokenization import FUNCTION_WORDS, Captions
+from softmask_plugin.tokenization import FUNCTION_WORDS
 
 
 @register("task", "softmask_foils")
@@ -94,8 +94,10 @@ class FoilsTask(ItemTask):
             fused = model.bert.fuse(text, memory, (view,), text.packing.cls_only)
             logits = model.match(fused.cls).double()
         else:
+            owners = torch.arange(len(texts), device=model.device) // 2
+            pairs = Pairs(tokenized, text, memory, model.visual_encoder.grid, owners)
             seed = int(samples["index"][0])
-            logits = self._masked(model, memory, texts, tokenized, text, seed).double()
+            logits = self._masked(AlignedMatcher(model), pairs, texts, seed).double()
         features = model.text_features(model.pooled(text)).unflatten(0, (-1, 2))
         itc = (features @ model.image_features(states[:, 0])[:, :, None]).squeeze(2)
         itm = (logits[:, 1] - logits[:, 0]).view(-1, 2)
@@ -115,20 +117,12 @@ class FoilsTask(ItemTask):
         ]
 
     def _masked(
-        self,
-        model: AlignedBase,
-        memory: ImageMemory,
-        texts: Sequence[str],
-        tokenized: Captions,
-        encoded: Tokens,
-        seed: int,
+        self, matcher: AlignedMatcher, pairs: Pairs, texts: Sequence[str], seed: int
     ) -> Tensor:
         """Matching logits (2 B, 2) of captions and foils in turn, each through its own mask."""
-        images = torch.arange(len(texts), device=model.device) // 2
-        changed = [*enumerate(changed_words([words_of(model, text) for text in texts]))]
-        found = map_words(model, memory, tokenized, encoded, images, changed)
-        maps = phrase_maps(found).flatten(1)
-        return match_through(model, memory, encoded, images, maps, self.mask, seed=seed)[1]
+        changed = [*enumerate(changed_words([words_of(matcher, text) for text in texts]))]
+        maps = phrase_maps(map_words(matcher, pairs, changed)).flatten(1)
+        return match_through(matcher, pairs, maps, self.mask, seed=seed)[1]
 
     def metrics(self, results: list[dict[str, Any]]) -> dict[str, float]:
         """Metrics of the results of all items, see above."""

@@ -17,8 +17,9 @@ from torchvision.ops.boxes import box_iou
 
 from softmask_plugin.config.run_options import setting
 from softmask_plugin.errors import UserError, require_finite_scores
+from softmask_plugin.explain.lavis_models import WITH_HEAD
 from softmask_plugin.explain.maps import phrase_maps, word_maps
-from softmask_plugin.models.aligned import AlignedBase
+from softmask_plugin.explain.matcher import matcher_of
 from softmask_plugin.pointing import Box, energy_inside, group_suffixes, hits
 from softmask_plugin.registry import register
 from softmask_plugin.tasks.items import ItemTask
@@ -70,6 +71,7 @@ class GroundingTask(ItemTask):
 
     KIND = "grounding"
     NEEDED = ("boxes", "refcoco_plus_grounding")
+    MODELS = WITH_HEAD
 
     def __init__(self, alpha: float) -> None:
         super().__init__()
@@ -185,20 +187,20 @@ def _items(entry: dict[str, Any]) -> list[dict[str, Any]]:
     return [{**entry, **phrase} for phrase in entry.get("phrases", [entry])]
 
 
-def _maps(model: AlignedBase, samples: dict[str, Any], entries: list[dict[str, Any]]) -> Tensor:
+def _maps(model: Any, samples: dict[str, Any], entries: list[dict[str, Any]]) -> Tensor:
     """The maps of all items of a batch, (N, h, w)."""
     images, texts = samples["image"], samples["text_input"]
     if "phrases" not in entries[0]:
         return phrase_maps(word_maps(model, images, texts))
-    phrases = []
+    phrases, matcher = [], matcher_of(model)
     for row, (text, entry) in enumerate(zip(texts, entries, strict=True)):
-        split = model.caption_tokenizer.split_words(text)
+        split = matcher.caption_tokenizer.split_words(text)
         for phrase in entry["phrases"]:
             phrases.append((row, [number for n in phrase["words"] for number in split[n]]))
     names = [entry["image"] for entry in entries]
     _, first, owners = np.unique(names, return_index=True, return_inverse=True)
     owners = torch.as_tensor(owners, device=model.device)
-    words = word_maps(model, images[torch.as_tensor(first)], texts, owners, phrases)
+    words = word_maps(matcher, images[torch.as_tensor(first)], texts, owners, phrases)
     return phrase_maps(words, phrases)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lavis.common.dist_utils import is_main_process
 from lavis.common.registry import registry
@@ -24,6 +24,7 @@ class ItemTask(BaseTask):
 
     KIND = ""  # of its results, in the name of their file and in the log
     NEEDED = ("", "")  # what its data sets have, and one of them
+    MODELS: ClassVar[tuple[type, ...]] = (AlignedBase,)  # that it can evaluate
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +37,7 @@ class ItemTask(BaseTask):
             UserError: The model has no matching head, or the data set is of another kind.
         """
         cannot = f"run.task softmask_{self.KIND} cannot evaluate"
-        if not isinstance(model, AlignedBase):
+        if not isinstance(model, self.MODELS):
             raise UserError(
                 f"{cannot} {type(model).__name__}, which has no matching head: use "
                 "softmask_pretrain, softmask_retrieval or softmask_image_text_matching"
