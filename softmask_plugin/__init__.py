@@ -28,6 +28,7 @@ elif not _problems:
     compat.patch()
 
     from softmask_plugin import datasets, models, processors, runners, tasks  # noqa: F401
+    from softmask_plugin.explain.cam import WordCam
     from softmask_plugin.explain.image import ImageExplanation, explain_image
     from softmask_plugin.explain.trained import load_trained
     from softmask_plugin.losses import FocalITCLoss
@@ -36,6 +37,7 @@ elif not _problems:
     __all__ = [
         "FocalITCLoss",
         "ImageExplanation",
+        "WordCam",
         "explain_image",
         "get_loss_class",
         "list_losses",

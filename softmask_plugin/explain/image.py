@@ -16,8 +16,8 @@ from PIL import Image
 from softmask_plugin.datasets.images import UnreadableImageError, open_rgb
 from softmask_plugin.datasets.tables.captions import parse_captions
 from softmask_plugin.datasets.tables.layouts import TableOptions
-from softmask_plugin.errors import UserError, suggest
-from softmask_plugin.explain.pairs import Explanation, explain, words_of
+from softmask_plugin.errors import UserError
+from softmask_plugin.explain.pairs import Explanation, explain, numbers_of, words_of
 from softmask_plugin.explain.trained import Trained, load_trained
 from softmask_plugin.models.rerank import progress_bar
 from softmask_plugin.processors.image import ImageEvalProcessor
@@ -229,14 +229,12 @@ def _is_scene(picture: Image.Image) -> bool:
 
 
 def _select(found: Explanation, model: Trained, words: Sequence[str]) -> Explanation:
-    """Keep only these words, each cleaned and split as the caption was."""
-    wanted: set[str] = set()
+    """Keep only these words or phrases, each cleaned and split as the caption was."""
+    wanted: set[int] = set()
     for word in words:
-        parts = words_of(model.matcher, model.text_processor(word))
-        if not parts or not set(parts) <= set(found.words):
-            raise UserError(f"the cleaned caption lacks '{word}': {suggest(word, found.words)}")
-        wanted.update(parts)
-    kept = [i for i, word in enumerate(found.words) if word in wanted]
+        parts = words_of(model.matcher, model.text_processor(word)) or [word]
+        wanted.update(numbers_of(found.words, parts))
+    kept = sorted(wanted)
     return replace(
         found,
         words=[found.words[i] for i in kept],

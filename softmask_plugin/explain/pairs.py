@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softmask_plugin.errors import require_finite_scores
+from softmask_plugin.errors import UserError, require_finite_scores, suggest
 from softmask_plugin.explain.maps import word_maps
 from softmask_plugin.explain.matcher import Matcher, Pairs, match_probability, matcher_of
 from softmask_plugin.soft_mask import Kind, keep_factors, normalize
@@ -155,3 +155,17 @@ def words_of(matcher: Matcher, text: str) -> list[str]:
         if word >= 0:
             words[word] = words.get(word, "") + token.removeprefix("##")
     return list(words.values())
+
+
+def numbers_of(words: Sequence[str], phrase: Sequence[str]) -> list[int]:
+    """Numbers of a phrase's words at every place where a text, given as words, has it.
+
+    Raises:
+        UserError: It has it nowhere.
+    """
+    size = len(phrase)
+    starts = [i for i in range(len(words)) if list(words[i : i + size]) == list(phrase)]
+    if not phrase or not starts:
+        name = " ".join(phrase)
+        raise UserError(f"the cleaned caption lacks '{name}': {suggest(name, words)}")
+    return sorted({i + k for i in starts for k in range(size)})

@@ -62,9 +62,7 @@ def pointing(model: Any, scenes: SceneRetrievalDataset) -> dict[str, Any]:
     }
 
 
-def _map(
-    model: Any, scenes: SceneRetrievalDataset, items: Sequence[Item]
-) -> Iterator[Word]:
+def _map(model: Any, scenes: SceneRetrievalDataset, items: Sequence[Item]) -> Iterator[Word]:
     for start in range(0, len(items), BATCH):
         batch = items[start : start + BATCH]
         images = torch.stack([scenes[image]["image"] for image, _, _ in batch])
