@@ -64,20 +64,20 @@ def lavis_model(cls: Any, monkeypatch: Any, image: int = 32, patch: int = 8, hea
         queries = torch.nn.Parameter(torch.randn(1, 6, width))
         monkeypatch.setattr(cls, "init_vision_encoder", lambda *_: (vit, LayerNorm(48)))
         monkeypatch.setattr(cls, "init_Qformer", lambda *_: (BertLMHeadModel(config), queries))
-        return shake(cls(img_size=image)).eval()
+        return shake(cls(img_size=image), 0.7).eval()
     vit = VisionTransformerEncoder(image, patch, embed_dim=48, depth=2, num_heads=3)
     vit.vision_width = 48
     pretrain = cls is AlbefPretrain
     text = BertForMaskedLM(config) if pretrain else XBertEncoder(config, add_pooling_layer=False)
     queue = {} if cls is BlipITM else {"queue_size": 0}
-    return shake(cls(vit, text, **queue)).eval()
+    return shake(cls(vit, text, **queue), 1.5).eval()
 
 
-def shake(model: Any) -> Any:
-    """Make weights large enough for words and patches to matter."""
+def shake(model: Any, gain: float) -> Any:
+    """Scale weights so that words and patches matter, but not wildly."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "visual" not in name:
-                parameter.mul_(1.5)
+                parameter.mul_(gain)
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model

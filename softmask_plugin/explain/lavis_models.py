@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers import BertTokenizerFast
 from transformers.convert_slow_tokenizer import convert_slow_tokenizer
 
-from softmask_plugin.explain.matcher import Matcher, Pairs, Target, attention_maps
+from softmask_plugin.errors import UserError
+from softmask_plugin.explain.matcher import Matcher, Pairs, Target, attention_maps, effect_maps
 from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.models.base import bert_of
 from softmask_plugin.tokenization import Captions, CaptionTokenizer
@@ -119,7 +120,21 @@ class FusionMatcher(LavisMatcher):
 
 
 class QformerMatcher(LavisMatcher):
-    """BLIP-2: queries look at the image, and share self-attention with the caption."""
+    """BLIP-2: queries look at the image, and words meet them in self-attention.
+
+    So no attention leads from a word to a patch. The plain map sums over queries q and layers::
+
+        attention[w,i] = sum_q (sum_l self_l[q,w]) (sum_l cross_l[q,i])          mean over heads
+
+    It finds what the queries look at, whatever the word, and weighing both factors by gradients, as
+    Chefer et al. do (arXiv 2103.15679), does not change that; nor does their rule for whole layers.
+    Words differ in what they add to the match, and patches in what they give to that. So ::
+
+        gradcam[w,i] = relu( d (s(m v, t) - s(m v, t - w)) / dm_i ) at m = 1
+
+    is Grad-CAM at the image's features v, through all layers and queries, of what the match gains
+    by word w: the score s of the caption t less that with [MASK] in place of w.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -147,6 +162,36 @@ class QformerMatcher(LavisMatcher):
         """The mean over the queries."""
         return self.model.itm_head(states).mean(dim=1)
 
+    def maps(
+        self, pairs: Pairs, real: Tensor, target: Target, layer: int | None, plain: bool
+    ) -> tuple[Tensor, Tensor]:
+        """As ``Matcher.maps``, with the equations above."""
+        if layer is not None:
+            raise UserError("a word map of BLIP-2 comes from all layers: leave out the layer")
+        if plain:
+            return super().maps(pairs, real, target, layer, plain)
+
+        def added(without: Pairs, _: Tensor, rows: Tensor, keep: Tensor) -> Tensor:
+            whole, less = self.match(pairs, rows, keep), self.match(without, None, keep)
+            return target(whole) - target(less)
+
+        with torch.no_grad():
+            logits = self.match(pairs)
+        return logits, effect_maps(self, pairs, real, added)
+
+    def token_maps(
+        self, pairs: Pairs, target: Target, layer: int | None, plain: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The plain maps of tokens."""
+        crossing = [each.crossattention for each in self.layers if each.has_cross_attention]
+        shared = [each.attention for each in self.layers]
+        with torch.no_grad(), attention_of(*shared) as own, attention_of(*crossing) as seen:
+            logits = self.match(pairs)
+        count = seen[0].shape[2]  # queries, which come before the caption
+        reads = sum(each.mean(dim=1)[:, :count, count:] for each in own)
+        looks = sum(each.mean(dim=1)[:, :, 1:] for each in seen)
+        return logits, (reads.mT @ looks).float()
+
 
 @contextmanager
 def attention_of(*modules: Any) -> Iterator[list[Tensor]]:
@@ -155,7 +200,7 @@ def attention_of(*modules: Any) -> Iterator[list[Tensor]]:
     found: list[Tensor] = []
 
     def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if not inputs[0].requires_grad:  # all weights are frozen
+        if torch.is_grad_enabled() and not inputs[0].requires_grad:  # all weights are frozen
             inputs[0].requires_grad_()
         found.append(inputs[0])
 

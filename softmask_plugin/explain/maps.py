@@ -14,12 +14,13 @@ from softmask_plugin.explain.matcher import (
     Matcher,
     Pairs,
     Target,
+    effect_maps,
     match_logit,
     match_probability,
     matcher_of,
 )
 from softmask_plugin.explain.occlusion import occlusion_maps
-from softmask_plugin.soft_mask import mask_effect, word_map, word_score
+from softmask_plugin.soft_mask import word_score
 from softmask_plugin.tokenization import Captions, as_list
 
 Method = Literal["gradcam", "attention", "word", "occlusion"]
@@ -59,7 +60,7 @@ def word_maps(
     ``method`` says how, for word w and patch i:
 
     - ``gradcam``: the paper's map (arXiv 2304.00719, 3.2), ``grad_cam`` of the target at the word's
-      tokens; for BLIP-2 composed through the queries, see ``lavis_models``;
+      tokens; for BLIP-2, whose words see no patch, see ``QformerMatcher``;
     - ``attention``: the same without gradients, the plain attention of a layer;
     - ``word``: ``mask_effect`` of the word's own log-probability once [MASK] hides it, for models
       with an MLM head;
@@ -111,40 +112,28 @@ def map_words(
     method = method or ("word" if matcher.score == "word" else "gradcam")
     if method not in get_args(Method):
         raise UserError(f"method is '{method}': {suggest(method, get_args(Method))}")
-    captions, real = pairs.captions, _real(pairs.captions, phrases)
+    real = _real(pairs.captions, phrases)
     if method == "word":
         with torch.no_grad():
             logits = matcher.match(pairs)
         maps = own_maps(matcher, pairs, real)
     else:
-        plain = method == "attention"
-        logits, cam = matcher.token_maps(pairs, target, layer, plain)
-        words = torch.arange(real.shape[1], device=real.device).expand_as(real)
-        each = torch.vmap(word_map, in_dims=(None, None, 1), out_dims=1)
-        maps = each(cam, captions.words, words) * real[:, :, None]
+        logits, maps = matcher.maps(pairs, real, target, layer, plain=method == "attention")
     return _found(pairs, real, logits, maps)
 
 
-@torch.enable_grad()
 def own_maps(matcher: Matcher, pairs: Pairs, real: Tensor) -> Tensor:
-    """Hide each word of each caption in turn, and map what its prediction depends on.
-
-    Args:
-        matcher: Of a model with an MLM head.
-        pairs: B captions and their images.
-        real: True for the words to map, (B, W).
+    """Hide each ``real`` word (B, W) in turn, and map what its prediction depends on.
 
     Returns:
         ``mask_effect`` of each word's log-probability, (B, W, patches).
     """
-    rows, words = real.nonzero(as_tuple=True)
-    hidden = pairs.captions.words[rows] == words[:, None]
-    patches = pairs.side**2
-    keep = torch.ones(len(rows), 1 + patches, device=real.device, requires_grad=True)
-    logits = matcher.predict(matcher.hide(pairs, hidden, rows), hidden, keep)
-    score = word_score(logits, pairs.captions.ids[rows][hidden])
-    maps = keep.new_zeros(*real.shape, patches)
-    return maps.index_put((rows, words), mask_effect(score, keep)).detach()
+
+    def log_probability(without: Pairs, hidden: Tensor, rows: Tensor, keep: Tensor) -> Tensor:
+        targets = pairs.captions.ids[rows][hidden]
+        return word_score(matcher.predict(without, hidden, keep), targets)
+
+    return effect_maps(matcher, pairs, real, log_probability)
 
 
 def phrase_maps(words: WordMaps, phrases: Phrases | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from softmask_plugin.errors import UserError
 from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.nn.image_memory import View
 from softmask_plugin.nn.tokens import Packing
-from softmask_plugin.soft_mask import grad_cam
+from softmask_plugin.soft_mask import grad_cam, mask_effect, word_map
 from softmask_plugin.tokenization import Captions, CaptionTokenizer
 
 if TYPE_CHECKING:
@@ -127,6 +127,15 @@ class Matcher(ABC):
             Matching logits (B, 2), and maps (B, T, patches), >= 0, float32, detached.
         """
 
+    def maps(
+        self, pairs: Pairs, real: Tensor, target: Target, layer: int | None, plain: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Where each ``real`` word (B, W) looks: the mean over its tokens, (B, W, patches)."""
+        logits, cam = self.token_maps(pairs, target, layer, plain)
+        words = torch.arange(real.shape[1], device=real.device).expand_as(real)
+        each = torch.vmap(word_map, in_dims=(None, None, 1), out_dims=1)
+        return logits, each(cam, pairs.captions.words, words) * real[:, :, None]
+
     def predict(self, pairs: Pairs, wanted: Tensor, keep: Tensor) -> Tensor:
         """Vocabulary logits (M, vocabulary) of the ``wanted`` tokens, (B, T), through ``keep``.
 
@@ -192,6 +201,30 @@ class AlignedMatcher(Matcher):
         packing = Packing.of(wanted)
         fused = self.model.bert.fuse(pairs.texts, pairs.images, (view,), packing)
         return self.model.text_encoder(fused.states)
+
+
+@torch.enable_grad()
+def effect_maps(
+    matcher: Matcher,
+    pairs: Pairs,
+    real: Tensor,
+    score: Callable[[Pairs, Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Hide each word of each caption in turn, and map what a score then owes to each patch.
+
+    Args:
+        real: True for the words to map, (B, W).
+        score: Given the n captions without their words, which tokens these are (n, T), the n
+            captions' rows among the B, and factors of image tokens (n, 1 + patches), all ones.
+
+    Returns:
+        ``mask_effect`` of the scores, (B, W, patches).
+    """
+    rows, words = real.nonzero(as_tuple=True)
+    hidden = pairs.captions.words[rows] == words[:, None]
+    keep = torch.ones(len(rows), 1 + pairs.side**2, device=real.device, requires_grad=True)
+    effect = mask_effect(score(matcher.hide(pairs, hidden, rows), hidden, rows, keep), keep)
+    return effect.new_zeros(*real.shape, pairs.side**2).index_put((rows, words), effect)
 
 
 @torch.enable_grad()

@@ -170,7 +170,8 @@ def test_frozen_weights_and_shared_images_change_nothing(model, images):
 
 def test_a_caption_s_maps_do_not_depend_on_its_batch(model, images):
     both, alone = word_maps(model, images, CAPTIONS), word_maps(model, images[1:], CAPTIONS[1:])
-    torch.testing.assert_close(both.maps[1:, :3], alone.maps, rtol=1e-4, atol=1e-6)
+    atol = 1e-6 * float(alone.maps.max())
+    torch.testing.assert_close(both.maps[1:, :3], alone.maps, rtol=1e-3, atol=atol)
 
 
 @pytest.mark.parametrize("method", ["gradcam", "attention", "word", "occlusion"])
@@ -314,3 +315,75 @@ def test_the_grounding_task_scores_lavis_models(model, images, monkeypatch, tmp_
         assert [row["hit"] for row in rows] == hit.tolist()
         metrics = task.after_evaluation(rows, "test")
         assert metrics["pointing"] == pytest.approx(100 * hit.mean())
+
+
+# ---- BLIP-2
+
+
+@pytest.fixture
+def blip2(monkeypatch):
+    return lavis_model(Blip2ITM, monkeypatch)
+
+
+def test_the_map_of_blip_2_is_the_slope_of_what_a_word_adds(blip2, images, monkeypatch):
+    """Finite differences of LAVIS's own forward passes; its tokenizer knows [MASK]."""
+    got = word_maps(blip2, images[:1], CAPTIONS[:1]).maps[0]
+    encode, keep, words = blip2.ln_vision.forward, torch.ones(1, 17, 1), CAPTIONS[0].split()
+    monkeypatch.setattr(blip2.ln_vision, "forward", lambda x: encode(x) * keep)
+
+    @torch.no_grad()
+    def adds(word):
+        less = " ".join("[MASK]" if i == word else each for i, each in enumerate(words))
+        whole, without = (score(blip2, images[:1], [text]) for text in (CAPTIONS[0], less))
+        return float(whole[0, 1] - without[0, 1])
+
+    for word in (1, 3, 8):
+        for patch in range(0, 16, 3):
+            sides = []
+            for factor in (1.01, 0.99):
+                keep[0, 1 + patch] = factor
+                sides.append(adds(word))
+            keep[0, 1 + patch] = 1
+            slope = max(0, (sides[0] - sides[1]) / 0.02)
+            assert got[word].flatten()[patch].item() == pytest.approx(slope, abs=1e-3)
+    assert got[[1, 3, 8]].max() > 0.05
+
+
+def test_the_plain_map_of_blip_2_goes_through_the_queries(blip2, images):
+    got = word_maps(blip2, images, CAPTIONS[:1] * 2, method="attention")
+    ids = blip2.tokenizer(CAPTIONS[:1] * 2, return_tensors="pt").input_ids
+    with torch.no_grad():
+        found = blip2.Qformer.bert(
+            ids,
+            query_embeds=blip2.query_tokens.expand(2, -1, -1),
+            encoder_hidden_states=blip2.ln_vision(blip2.visual_encoder(images)),
+            output_attentions=True,
+            return_dict=True,
+        )
+    reads = sum(each.mean(dim=1) for each in found.attentions)
+    looks = sum(each.mean(dim=1) for each in found.cross_attentions[::2])  # layers 0, 2 and 4
+    for word in range(9):
+        expected = sum(
+            reads[:, query, 6 + 1 + word, None] * looks[:, query, 1:] for query in range(6)
+        )
+        torch.testing.assert_close(got.maps[:, word].flatten(1), expected)
+
+
+def test_blip_2_has_no_layer_of_its_own(blip2, images):
+    with pytest.raises(UserError, match="BLIP-2 comes from all layers"):
+        word_maps(blip2, images, CAPTIONS, layer=2)
+
+
+def test_maps_of_blip_2_foretell_what_painting_over_a_patch_costs(blip2):
+    """Deletion of one patch at a time: closer to it than plain attention and than chance."""
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    texts = [*CAPTIONS, "a green square", "there is a ring"]
+    cost = word_maps(blip2, images, texts, method="occlusion")
+
+    def agreement(maps):
+        pairs = zip(maps[cost.real].flatten(1), cost.maps[cost.real].flatten(1), strict=True)
+        return float(torch.tensor([torch.corrcoef(torch.stack(p))[0, 1] for p in pairs]).nanmean())
+
+    ours, plain = (word_maps(blip2, images, texts, method=m).maps for m in ("gradcam", "attention"))
+    chance = torch.rand(ours.shape, generator=torch.Generator().manual_seed(0))
+    assert agreement(ours) > 0.4 > 0.2 > max(agreement(plain), agreement(chance))
