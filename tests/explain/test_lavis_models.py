@@ -17,7 +17,7 @@ from lavis.models.blip_models.blip_retrieval import BlipRetrieval
 from lavis.processors.blip_processors import BlipCaptionProcessor, BlipImageEvalProcessor
 from omegaconf import OmegaConf
 from PIL import Image
-from toy_lavis import LAVIS, lavis_model
+from toy_lavis import LAVIS, toy
 from toy_models import matching_logits
 
 from softmask_plugin import cli
@@ -40,8 +40,8 @@ FUSING = [cls for cls in LAVIS if cls is not Blip2ITM]  # their tokens attend to
 
 
 @pytest.fixture(params=LAVIS, ids=lambda cls: cls.__name__)
-def model(request, monkeypatch):
-    return lavis_model(request.param, monkeypatch)
+def model(request):
+    return toy(request.param)
 
 
 @pytest.fixture
@@ -76,9 +76,9 @@ def score(model, images, captions):
 
 @pytest.mark.parametrize("cls", FUSING)
 @pytest.mark.parametrize("layer", [2, 3])
-def test_maps_equal_lavis_compute_gradcam(cls, layer, monkeypatch):
+def test_maps_equal_lavis_compute_gradcam(cls, layer):
     """At the one size that it can do: 24 x 24 patches and 12 heads."""
-    model = lavis_model(cls, monkeypatch, image=384, patch=16, heads=12)
+    model = toy(cls, image=384, patch=16, heads=12)
     images = torch.randn(2, 3, 384, 384, generator=torch.Generator().manual_seed(3))
     tokens = model.tokenizer(CAPTIONS, padding="longest", return_tensors="pt")
     expected, logits = compute_gradcam(Door(model), images, CAPTIONS, tokens, block_num=layer)
@@ -101,8 +101,8 @@ def test_maps_equal_lavis_compute_gradcam(cls, layer, monkeypatch):
 
 @pytest.mark.parametrize("cls", FUSING)
 @pytest.mark.parametrize(("image", "patch", "heads"), [(32, 8, 4), (30, 10, 2)])
-def test_maps_of_any_size_equal_lavis_own_gradients(cls, image, patch, heads, monkeypatch):
-    model = lavis_model(cls, monkeypatch, image, patch, heads)
+def test_maps_of_any_size_equal_lavis_own_gradients(cls, image, patch, heads):
+    model = toy(cls, image, patch, heads)
     images = torch.randn(2, 3, image, image, generator=torch.Generator().manual_seed(3))
     layer = matcher_of(model).layer
     attention = Door(model).text_encoder.base_model.base_model.encoder.layer[layer]
@@ -187,9 +187,9 @@ def test_lavis_albef_and_ours_have_the_same_maps(make_model, albef_twin, images,
 
 
 @pytest.mark.parametrize("cls", [AlbefRetrieval, BlipITM, Blip2ITM])
-def test_a_model_that_predicts_no_words_says_so(cls, images, monkeypatch):
+def test_a_model_that_predicts_no_words_says_so(cls, images):
     with pytest.raises(UserError, match=f"{cls.__name__} predicts no masked words"):
-        word_maps(lavis_model(cls, monkeypatch), images, CAPTIONS, method="word")
+        word_maps(toy(cls), images, CAPTIONS, method="word")
 
 
 def test_long_captions_are_cut_as_lavis_cuts_them(model, images):
@@ -211,8 +211,8 @@ def test_a_picture_is_processed_as_lavis_does(model):
     torch.testing.assert_close(got.cams, expected.cams)
 
 
-def test_albef_predicts_words_only_in_pretraining(images, monkeypatch):
-    model = lavis_model(AlbefPretrain, monkeypatch)
+def test_albef_predicts_words_only_in_pretraining(images):
+    model = toy(AlbefPretrain)
     assert word_maps(model, images, CAPTIONS, method="word").maps.max() > 0
 
 
@@ -222,7 +222,7 @@ def test_albef_predicts_words_only_in_pretraining(images, monkeypatch):
 @pytest.fixture
 def blip(monkeypatch, tmp_path):
     """A tiny ``blip_image_text_matching`` whose type ``tiny`` is found by name, and its weights."""
-    made = lavis_model(BlipITM, monkeypatch)
+    made = toy(BlipITM)
     section = {"arch": "blip_image_text_matching", "finetuned": str(tmp_path / "tiny.pth")}
     torch.save({"model": made.state_dict()}, tmp_path / "tiny.pth")
     OmegaConf.save({"model": section, "preprocess": {}}, tmp_path / "tiny.yaml")
@@ -230,7 +230,7 @@ def blip(monkeypatch, tmp_path):
     monkeypatch.setattr(BlipITM, "PRETRAINED_MODEL_CONFIG_DICT", types)
 
     def from_config(cls, config):
-        model = lavis_model(cls, monkeypatch)
+        model = toy(cls)
         torch.nn.init.zeros_(model.itm_head.weight)
         model.load_checkpoint_from_config(config)
         return model
@@ -321,8 +321,8 @@ def test_the_grounding_task_scores_lavis_models(model, images, monkeypatch, tmp_
 
 
 @pytest.fixture
-def blip2(monkeypatch):
-    return lavis_model(Blip2ITM, monkeypatch)
+def blip2():
+    return toy(Blip2ITM)
 
 
 def test_the_map_of_blip_2_is_the_slope_of_what_a_word_adds(blip2, images, monkeypatch):
