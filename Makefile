@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-modern demo bench tasks soak assets docs test test-modern lint format
+.PHONY: help venv venv-modern demo bench tasks soak assets gallery docs test test-modern lint format
 
 help:
 	@echo "make demo         pretrain a tiny SoftMask++ on rendered scenes, write a report"
@@ -10,6 +10,7 @@ help:
 	@echo "make tasks        pretrain, then fine-tune and test every downstream task on scenes (20 to 30 minutes)"
 	@echo "make soak         end runs by signals, compare processes, stream for long (25 minutes)"
 	@echo "make assets       train the model that ships with the package anew (8 minutes)"
+	@echo "make gallery      train LAVIS's own models small on scenes, and draw their maps"
 	@echo "make docs         the docs site, into site/"
 	@echo "make test         lint, types and tests"
 	@echo "make test-modern  the tests with numpy 2 and transformers 4.51 (.venv-modern)"
@@ -54,6 +55,9 @@ soak: .venv/.installed
 
 assets: .venv/.installed
 	@.venv/bin/python scripts/train_scenes_tiny.py
+
+gallery: .venv/.installed
+	@PYTHONPATH=. .venv/bin/python scripts/draw_gallery.py
 
 docs: .venv/.installed
 	@NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true .venv/bin/mkdocs build --strict -d site

@@ -9,6 +9,7 @@ from typing import Any
 
 from lavis.common.registry import registry
 from lavis.models.albef_models.albef_pretrain import AlbefPretrain
+from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
 from lavis.models.blip_models.blip_pretrain import BlipPretrain
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -152,6 +153,8 @@ def _build(model_class: Any, config: DictConfig, checkpoint: Checkpoint | None =
     if checkpoint is not None:
         file = str(checkpoint.path)
         config = OmegaConf.merge(config, {"load_finetuned": True, "finetuned": file})
+    if issubclass(model_class, Blip2Qformer):
+        config = OmegaConf.merge(config, {"vit_precision": "fp32"})  # a CPU cannot run LAVIS's fp16
     try:
         model = model_class.from_config(config)
         if checkpoint is not None and isinstance(model, PRETRAINED):  # from_config loaded nothing

@@ -15,8 +15,11 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 import torch
+from lavis.models.blip2_models.blip2_image_text_matching import Blip2ITM
+from lavis.models.blip_models.blip_image_text_matching import BlipITM
 from omegaconf import OmegaConf
 from PIL import Image
+from toy_lavis import toy
 
 from softmask_plugin import cli
 from softmask_plugin.datasets.scenes.grammar import captions, make_scenes
@@ -24,7 +27,7 @@ from softmask_plugin.datasets.scenes.render import render
 from softmask_plugin.errors import UserError
 from softmask_plugin.explain.gallery import Gallery, readable_images, wrong_caption
 from softmask_plugin.explain.image import explain_image
-from softmask_plugin.explain.trained import load_trained
+from softmask_plugin.explain.trained import Trained, load_trained
 
 pytest.importorskip("streamlit", reason="streamlit is not installed")
 from streamlit.testing.v1 import AppTest
@@ -182,6 +185,16 @@ def test_an_unreadable_upload_is_one_line_and_the_next_one_works(photo_bytes):
     drawn.file_uploader("upload").set_value(("good.png", photo_bytes, "image/png")).run()
     drawn.text_input("caption").set_value("a red ring").run()
     assert not drawn.error and not drawn.exception and drawn.metric
+
+
+@pytest.mark.parametrize("cls", [BlipITM, Blip2ITM])
+def test_lavis_models_show_words_and_say_that_they_cannot_search(monkeypatch, cls):
+    model = toy(cls)
+    monkeypatch.setattr(app, "load_trained", lambda *_: Trained.of(model))
+    drawn = shown(checkpoint=cls.__name__)  # a name of its own, as Streamlit keeps models by it
+    assert len(scores(drawn)) == 2
+    (error,) = drawn.error
+    assert f"a {cls.__name__} can be explained" in error.value.replace("\\", "")
 
 
 def test_a_folder_is_searched(tmp_path):

@@ -283,6 +283,16 @@ def test_the_bundled_model_is_as_good_as_its_page_says():
     ) in page
 
 
+def test_the_gallery_quotes_its_measurements():
+    found = json.loads((DOCS / "gallery" / "gallery.json").read_text())
+    rows = [cells(line) for line in table(DOCS / "gallery.md", "| model | map |")[2:]]
+    assert len(rows) == sum(len(each) - 2 for name, each in found.items() if name != "steps")
+    for model, name, *values in rows:
+        measured = found[model.lower().replace("-", "")][name.strip("`").removesuffix(" order")]
+        own, other, *areas = measured.values()
+        assert values == [f"{own:.0%}", f"{other:.0%}", *(f"{area:.2f}" for area in areas)]
+
+
 def test_make_docs_builds_although_a_folder_has_its_name():
     command = ["make", "-n", "-o", ".venv/.installed", "docs"]
     assert "mkdocs build" in subprocess.check_output(command, cwd=ROOT, text=True)
