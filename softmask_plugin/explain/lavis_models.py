@@ -104,9 +104,14 @@ class FusionMatcher(LavisMatcher):
         self, pairs: Pairs, target: Target, layer: int | None, plain: bool
     ) -> tuple[Tensor, Tensor]:
         """As ``Matcher.token_maps``: LAVIS's ``compute_gradcam``, for any size."""
-        block = self.layers[self.layer if layer is None else layer]
-        if not hasattr(block, "crossattention"):
-            raise ValueError(f"layer {layer} has no cross-attention")
+        crossing = [i for i, each in enumerate(self.layers) if hasattr(each, "crossattention")]
+        layer = self.layer if layer is None else layer
+        if layer not in crossing:
+            raise ValueError(
+                f"layer {layer} has no cross-attention: choose one from {crossing[0]} to "
+                f"{crossing[-1]}"
+            )
+        block = self.layers[layer]
         with torch.enable_grad(), attention_of(block.crossattention) as seen:
             logits = self.match(pairs)
             score = target(logits)

@@ -20,7 +20,8 @@ from PIL import Image
 from toy_lavis import LAVIS, toy
 from toy_models import matching_logits
 
-from softmask_plugin import cli
+from softmask_plugin import cli, launch
+from softmask_plugin.config.paths import shipped
 from softmask_plugin.errors import UserError
 from softmask_plugin.explain import (
     Trained,
@@ -172,6 +173,19 @@ def test_a_caption_s_maps_do_not_depend_on_its_batch(model, images):
     both, alone = word_maps(model, images, CAPTIONS), word_maps(model, images[1:], CAPTIONS[1:])
     atol = 1e-6 * float(alone.maps.max())
     torch.testing.assert_close(both.maps[1:, :3], alone.maps, rtol=1e-3, atol=atol)
+
+
+def test_a_caption_without_words_has_only_a_score(model, images):
+    (got,) = explain(model, images[:1], [""])
+    assert got.words == [] and got.masks.shape == (0, 4, 4) and 0 <= got.score <= 1
+    both = word_maps(model, images, ["", "a ring"])
+    assert both.real.tolist() == [[False, False], [True, True]] and (both.maps[0] == 0).all()
+
+
+@pytest.mark.parametrize("layer", [1, 5, -1])
+def test_a_layer_without_cross_attention_is_refused(images, layer):
+    with pytest.raises(ValueError, match=f"layer {layer} has .* choose one from 2 to 4"):
+        word_maps(toy(AlbefRetrieval), images, CAPTIONS, layer=layer)
 
 
 @pytest.mark.parametrize("method", ["gradcam", "attention", "word", "occlusion"])
@@ -387,3 +401,12 @@ def test_maps_of_blip_2_foretell_what_painting_over_a_patch_costs(blip2):
     ours, plain = (word_maps(blip2, images, texts, method=m).maps for m in ("gradcam", "attention"))
     chance = torch.rand(ours.shape, generator=torch.Generator().manual_seed(0))
     assert agreement(ours) > 0.4 > 0.2 > max(agreement(plain), agreement(chance))
+
+
+def test_the_grounding_run_of_a_lavis_model(blip, monkeypatch):
+    monkeypatch.chdir(blip[1])
+    data = "datasets.scenes_grounding"
+    options = ["model.arch=blip_image_text_matching", "model.model_type=tiny", "run.device=cpu"]
+    options += [f"{data}.num.test=4", f"{data}.vis_processor.eval.image_size=32"]
+    _, results = launch.run(shipped("projects/scenes/eval/grounding_tiny.yaml"), options, True)
+    assert results["test"]["pointing_chance"] > 0
