@@ -25,7 +25,8 @@ class WordCam:
 
     Args:
         model: A model with a matching head, of this plugin or of LAVIS.
-        method: ``gradcam``, ``attention``, ``word`` or ``occlusion``, see ``word_maps``.
+        method: ``gradcam``, ``attention``, ``word``, ``similarity`` or ``occlusion``; ``word_maps``
+            has their equations.
         layer: BERT layer of ``gradcam`` and ``attention``; None: the model's own.
         target: Score of the matching logits (N, 2) that is explained, (N,); by default the logit of
             a match.

@@ -15,6 +15,7 @@ from softmask_plugin.explain.matcher import (
     Pairs,
     Target,
     effect_maps,
+    maps_of_words,
     match_logit,
     match_probability,
     matcher_of,
@@ -23,7 +24,8 @@ from softmask_plugin.explain.occlusion import occlusion_maps
 from softmask_plugin.soft_mask import word_score
 from softmask_plugin.tokenization import Captions, as_list
 
-Method = Literal["gradcam", "attention", "word", "occlusion"]
+Method = Literal["gradcam", "attention", "word", "similarity", "occlusion"]
+TRAINED: dict[str, Method] = {"match": "gradcam"}  # methods by other names than ``soft_mask.score``
 Phrases = Sequence[tuple[int, Sequence[int]]]  # of each: its caption's index, its words' numbers
 
 
@@ -64,6 +66,8 @@ def word_maps(
     - ``attention``: the same without gradients, the plain attention of a layer;
     - ``word``: ``mask_effect`` of the word's own log-probability once [MASK] hides it, for models
       with an MLM head;
+    - ``similarity``: ``similarity_map`` of the word's tokens, for models that compare words with
+      patches;
     - ``occlusion``: how much less the word adds to the target when patch i has the image's mean
       colour, ``relu((s(v, t) - s(v, t - w)) - (s(v - i, t) - s(v - i, t - w)))`` with [MASK] in
       place of the word in t - w. It needs no gradient, but patches times words passes.
@@ -75,7 +79,7 @@ def word_maps(
         captions: B processed captions.
         owners: Index of each caption's image, (B,), int64; None: caption i has image i.
         phrases: The words to map; others count as missing. None: all.
-        method: See above; None: as the model's soft mask trains, ``gradcam`` or ``word``.
+        method: See above; None: as the model's soft mask trains.
         layer: BERT layer, from 0, of ``gradcam`` and ``attention``; None: the model's own.
         target: Which score of the matching logits ``gradcam`` and ``occlusion`` explain.
 
@@ -109,14 +113,17 @@ def map_words(
     target: Target = match_logit,
 ) -> WordMaps:
     """As ``word_maps``, from what is encoded already; any method but ``occlusion``."""
-    method = method or ("word" if matcher.score == "word" else "gradcam")
+    method = method or TRAINED.get(matcher.score, matcher.score)  # type: ignore[arg-type]
     if method not in get_args(Method):
         raise UserError(f"method is '{method}': {suggest(method, get_args(Method))}")
     real = _real(pairs.captions, phrases)
-    if method == "word":
+    if method in ("word", "similarity"):
         with torch.no_grad():
             logits = matcher.match(pairs)
-        maps = own_maps(matcher, pairs, real)
+        if method == "word":
+            maps = own_maps(matcher, pairs, real)
+        else:
+            maps = maps_of_words(matcher.similarity_maps(pairs), pairs, real)
     else:
         logits, maps = matcher.maps(pairs, real, target, layer, plain=method == "attention")
     return _found(pairs, real, logits, maps)

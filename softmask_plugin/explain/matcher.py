@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from softmask_plugin.config.options import SoftMaskOptions
 from softmask_plugin.errors import UserError
 from softmask_plugin.models.aligned import AlignedBase
-from softmask_plugin.nn.image_memory import View
+from softmask_plugin.nn.image_memory import ImageMemory, View
 from softmask_plugin.nn.tokens import Packing
 from softmask_plugin.soft_mask import grad_cam, mask_effect, word_map
 from softmask_plugin.tokenization import Captions, CaptionTokenizer
@@ -64,7 +64,7 @@ class Matcher(ABC):
         caption_tokenizer: Splits captions as the model does.
         image_size: Sides of its images, pixels.
         layer: Layer whose cross-attention gives the maps by default.
-        score: What the maps explain by default: ``match``, or ``word``, see ``soft_mask.score``.
+        score: What the maps show by default, see ``soft_mask.score``.
         mask: Kind and strength of the masks that it trains with, or else the paper's.
     """
 
@@ -132,9 +132,18 @@ class Matcher(ABC):
     ) -> tuple[Tensor, Tensor]:
         """Where each ``real`` word (B, W) looks: the mean over its tokens, (B, W, patches)."""
         logits, cam = self.token_maps(pairs, target, layer, plain)
-        words = torch.arange(real.shape[1], device=real.device).expand_as(real)
-        each = torch.vmap(word_map, in_dims=(None, None, 1), out_dims=1)
-        return logits, each(cam, pairs.captions.words, words) * real[:, :, None]
+        return logits, maps_of_words(cam, pairs, real)
+
+    def similarity_maps(self, pairs: Pairs) -> Tensor:
+        """How similar to each token the patches are: ``similarity_map``, (B, T, patches).
+
+        Raises:
+            UserError: The model compares no words with patches.
+        """
+        raise UserError(
+            f"{type(self.model).__name__} compares no words with patches: choose another method, "
+            "such as gradcam"
+        )
 
     def predict(self, pairs: Pairs, wanted: Tensor, keep: Tensor) -> Tensor:
         """Vocabulary logits (M, vocabulary) of the ``wanted`` tokens, (B, T), through ``keep``.
@@ -146,6 +155,13 @@ class Matcher(ABC):
             f"{type(self.model).__name__} predicts no masked words, so it has no score of a word's "
             "own: choose another method, such as gradcam"
         )
+
+
+class Seen(NamedTuple):
+    """Images of a model of this plugin: their states, (N, S, width), and keys and values."""
+
+    states: Tensor
+    memory: ImageMemory
 
 
 class AlignedMatcher(Matcher):
@@ -162,9 +178,9 @@ class AlignedMatcher(Matcher):
             self.mask = mask
 
     def see(self, images: Tensor) -> tuple[Any, int]:
-        """The images' keys and values."""
-        model = self.model
-        return model.bert.remember(model.visual_encoder(images)), model.visual_encoder.grid
+        """The images, as ``Seen``."""
+        states = self.model.visual_encoder(images)
+        return Seen(states, self.model.bert.remember(states)), self.model.visual_encoder.grid
 
     def read(self, captions: Captions) -> Any:
         """The captions' states."""
@@ -176,7 +192,7 @@ class AlignedMatcher(Matcher):
         if rows is not None:
             texts = texts.take(rows, trim=True)
             view = View(images=pairs.images_of(rows), keep=keep)
-        fused = self.model.bert.fuse(texts, pairs.images, (view,), texts.packing.cls_only)
+        fused = self.model.bert.fuse(texts, pairs.images.memory, (view,), texts.packing.cls_only)
         return self.model.match(fused.cls)
 
     def token_maps(
@@ -187,11 +203,18 @@ class AlignedMatcher(Matcher):
         view, cls = View(images=pairs.owners), pairs.texts.packing.cls_only
         with torch.enable_grad():
             fused, attention = self.model.bert.fuse_with_attention(
-                pairs.texts, pairs.images, layer, cls, view
+                pairs.texts, pairs.images.memory, layer, cls, view
             )
             logits = self.model.match(fused.cls)
             score = target(logits)
         return logits.detach(), attention_maps(score, attention, pairs.side, plain)
+
+    def similarity_maps(self, pairs: Pairs) -> Tensor:
+        """As ``Matcher.similarity_maps``."""
+        states = pairs.images.states
+        return self.model.similarity_maps(
+            states if pairs.owners is None else states[pairs.owners], pairs.texts
+        )
 
     def predict(self, pairs: Pairs, wanted: Tensor, keep: Tensor) -> Tensor:
         """As ``Matcher.predict``."""
@@ -199,8 +222,15 @@ class AlignedMatcher(Matcher):
             return super().predict(pairs, wanted, keep)
         view = View(images=pairs.owners, keep=keep)
         packing = Packing.of(wanted)
-        fused = self.model.bert.fuse(pairs.texts, pairs.images, (view,), packing)
+        fused = self.model.bert.fuse(pairs.texts, pairs.images.memory, (view,), packing)
         return self.model.text_encoder(fused.states)
+
+
+def maps_of_words(cam: Tensor, pairs: Pairs, real: Tensor) -> Tensor:
+    """Mean over the tokens of each ``real`` word: (B, T, patches), (B, W) -> (B, W, patches)."""
+    words = torch.arange(real.shape[1], device=real.device).expand_as(real)
+    each = torch.vmap(word_map, in_dims=(None, None, 1), out_dims=1)
+    return each(cam, pairs.captions.words, words) * real[:, :, None]
 
 
 @torch.enable_grad()

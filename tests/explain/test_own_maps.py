@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from toy_models import SMALL
 
 from softmask_plugin.explain.maps import word_maps
@@ -52,6 +53,26 @@ def test_each_word_is_hidden_and_predicted(make_model, albef_twin, images, image
             expected = gradient[0, 1:].clamp_min(0).view(4, 4)
             torch.testing.assert_close(got.maps[row, word], expected, rtol=1e-3, atol=1e-5)
         assert got.real[row].sum() == word + 1 and (got.maps[row, word + 1 :] == 0).all()
+
+
+def test_similarity_maps_are_softmaxes_of_cosines(make_model, albef_twin, images):
+    model = make_model(soft_mask={"score": "similarity"}).eval()
+    twin, owners = albef_twin(model).eval(), [2, 0, 0]
+    got, tokens = word_maps(model, images, CAPTIONS, torch.tensor(owners)), model.tokenize(CAPTIONS)
+    asked = word_maps(
+        make_model().eval(), images, CAPTIONS, torch.tensor(owners), method="similarity"
+    )
+    assert torch.equal(asked.maps, got.maps)
+    with torch.no_grad():
+        for row, image in enumerate(owners):
+            ids, mask = tokens.ids[row : row + 1], tokens.mask[row : row + 1].long()
+            text = twin.text_encoder.bert(ids, attention_mask=mask, return_dict=True, mode="text")
+            patches = twin.vision_proj(twin.visual_encoder(images[image : image + 1])[0, 1:])
+            for word in range(int(tokens.words[row].max()) + 1):
+                states = twin.text_proj(text.last_hidden_state[0, tokens.words[row] == word])
+                near = [F.cosine_similarity(each, patches) / model.temp for each in states]
+                expected = torch.stack([each.softmax(dim=0) for each in near]).mean(dim=0)
+                torch.testing.assert_close(got.maps[row, word], expected.view(4, 4))
 
 
 def test_the_score_is_that_of_the_whole_caption(make_model, images):

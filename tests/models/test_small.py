@@ -312,7 +312,7 @@ def test_maps_and_soft_masks_lie_on_the_grid_of_patches(make_other, make_batch):
     model = make_other(SoftMaskPretrain, **HYBRID).train()
     out = model(make_batch(4, 64))
     assert out.keep.shape == (4, 1 + 16) and out.keep.min() < 1
-    for score in ("match", "word"):
+    for score in ("match", "word", "similarity"):
         model.options.soft_mask.score = score
         maps = word_maps(model.eval(), make_batch(4, 64)["image"], CAPTIONS[:4]).maps
         assert maps.shape[2:] == (4, 4) and maps.amax() > 0

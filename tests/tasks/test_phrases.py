@@ -69,7 +69,7 @@ def dataset():
     return Phrases(images, annotation)
 
 
-@pytest.fixture(params=["match", "word"])
+@pytest.fixture(params=["match", "word", "similarity"])
 def model(request, make_model):
     return make_model(soft_mask={"score": request.param}).eval()
 
