@@ -219,6 +219,14 @@ def _demo(**args: Any) -> None:
     argument("--images", metavar="FOLDER", help="the images of that file"),
     *WEIGHTS,
     argument("--word", action="append", type=utf8, help="explain this word only; may be repeated"),
+    argument(
+        "--box",
+        action="append",
+        metavar="PHRASE=X0,Y0,X1,Y1",
+        type=utf8,
+        help="where a phrase of the caption is, as shares of the image: is its map there? may be "
+        "repeated",
+    ),
     argument("-o", "--output", help="figure (.png, .pdf, .svg); for a file of captions, a folder"),
     argument("--width", type=float, help="figure's width in inches; 3.3 fits a paper's column"),
     argument(
@@ -235,6 +243,7 @@ def _explain(
     captions: str | None,
     images: str | None,
     word: list[str] | None,
+    box: list[str] | None,
     output: str | None,
     width: float | None,
     json: str | None,
@@ -250,7 +259,7 @@ def _explain(
     )
     from softmask_plugin.explain.trained import load_trained
 
-    if captions and images and not any((image, caption, word, width, json)):
+    if captions and images and not any((image, caption, word, box, width, json)):
         output = output or "explanations"
         done, left_out = explain_file(captions, images, output, load_trained(**weights))
         print(f"{done} pairs explained, {left_out} left out: {output}")
@@ -262,7 +271,8 @@ def _explain(
     output = output or "explanation.png"
     require_format(output)
     require_width(width)
-    found = explain_image(image, caption, load_trained(**weights), word)
+    boxes = _boxes(box or [])
+    found = explain_image(image, caption, load_trained(**weights), word, boxes=boxes)
     figure = found.save(output, width)
     if json == "-":
         print(dumps(found.as_dict()))
@@ -270,6 +280,21 @@ def _explain(
     if json is not None:
         Path(json).write_text(dumps(found.as_dict()) + "\n", encoding="utf-8")
     print(f"{found.table()}\n\nFigure: {figure}")
+
+
+def _boxes(given: Sequence[str]) -> dict[str, list[Any]]:
+    """The boxes of each phrase from ``PHRASE=X0,Y0,X1,Y1``."""
+    boxes: dict[str, list[Any]] = {}
+    for each in given:
+        phrase, _, sides = each.rpartition("=")
+        try:
+            x0, y0, x1, y1 = map(float, sides.split(","))
+        except ValueError as error:
+            raise UserError(
+                f"--box '{each}': give a phrase and four numbers, such as 'a dog=0.1,0.2,0.5,0.6'"
+            ) from error
+        boxes.setdefault(phrase, []).append((x0, y0, x1, y1))
+    return boxes
 
 
 @command(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -20,6 +20,7 @@ from softmask_plugin.errors import UserError
 from softmask_plugin.explain.pairs import Explanation, explain, numbers_of, words_of
 from softmask_plugin.explain.trained import Trained, load_trained
 from softmask_plugin.models.rerank import progress_bar
+from softmask_plugin.pointing import Box, hits
 from softmask_plugin.processors.image import ImageEvalProcessor
 from softmask_plugin.processors.text import CaptionProcessor
 
@@ -34,15 +35,25 @@ FOREIGN = (
 )
 
 
+@dataclass(frozen=True)
+class Named:
+    """A phrase of a caption, by the numbers of its words, and the boxes of what it names."""
+
+    phrase: str
+    words: list[int]
+    boxes: Sequence[Box]
+
+
 @dataclass(frozen=True, repr=False)
 class ImageExplanation(Explanation):
-    """An explanation and its picture, (H, W, 3) uint8.
+    """An explanation, its picture, (H, W, 3) uint8, and phrases whose place is known.
 
     The model saw the picture squeezed to a square: the rows and columns of a map divide its height
     and width evenly.
     """
 
     image: np.ndarray
+    named: Sequence[Named] = ()
 
     def figure(self, width: float | None = None) -> Figure:
         """Draw for each word the heat map over the picture, the soft mask, and the scores.
@@ -57,7 +68,23 @@ class ImageExplanation(Explanation):
         from softmask_plugin.explain.figure import Shown, word_panels
 
         require_width(width)
-        return word_panels(Shown(self.image, self, range(len(self.words))), dpi=DPI, width=width)
+        boxes = [(word, each.boxes[0], "") for each in self.named for word in each.words]
+        shown = Shown(self.image, self, range(len(self.words)), boxes)
+        return word_panels(shown, dpi=DPI, width=width)
+
+    def pointing(self) -> dict[str, dict[str, float]]:
+        """For each phrase whose place is known, the share of its map's peaks in its own boxes
+        (``own``) and otherwise in those of other phrases (``other``), and the share of patches in
+        its own (``chance``)."""
+        found = {}
+        for each in self.named:
+            heat = self.cams[each.words].mean(dim=0)[None].numpy()
+            rest = [box for other in self.named if other is not each for box in other.boxes]
+            (own,), (chance,) = hits(heat, [each.boxes])
+            (any_,), _ = hits(heat, [[*each.boxes, *rest]])
+            values = {"own": own, "other": any_ - own, "chance": chance}
+            found[each.phrase] = {name: float(value) for name, value in values.items()}
+        return found
 
     def _repr_png_(self) -> bytes:
         """Notebooks show the figure."""
@@ -102,6 +129,7 @@ class ImageExplanation(Explanation):
                 }
                 for i, word in enumerate(self.words)
             ],
+            **({"pointing": self.pointing()} if self.named else {}),
         }
 
     def table(self) -> str:
@@ -111,6 +139,9 @@ class ImageExplanation(Explanation):
         width = max((len(word) for word in self.words), default=0)
         for word, masked in zip(self.words, self.masked_scores.tolist(), strict=True):
             lines.append(f"  {word:<{width}}  {masked:.3f} when it is masked")
+        for phrase, at in self.pointing().items():
+            where = "its own box" if at["own"] else "another's box" if at["other"] else "no box"
+            lines.append(f"'{phrase}' peaks in {where} (chance {at['chance']:.2f})")
         return "\n".join(lines)
 
 
@@ -121,6 +152,7 @@ def explain_image(
     words: Sequence[str] | str | None = None,
     arch: str | None = None,
     model_type: str | None = None,
+    boxes: Mapping[str, Sequence[Box]] | None = None,
 ) -> ImageExplanation:
     """Explain how a picture matches a caption: where each word looks, and what masking it does.
 
@@ -136,10 +168,13 @@ def explain_image(
         words: The word or words to explain, at every place in the caption; None: all.
         arch, model_type: The model of a checkpoint that does not name one, such as
             ``softmask_image_text_matching`` and ``base`` for ALBEF.pth.
+        boxes: Where phrases of the caption are: boxes ``(x0, y0, x1, y1)`` in [0, 1] of each, which
+            the figure outlines and ``pointing`` compares with the maps.
 
     Raises:
         UserError: The image or the checkpoint cannot be loaded, the model has no matching head, the
-            caption has no word or not the ones to explain, or a score is NaN or infinite.
+            caption has no word or not the ones to explain, a box is empty or not in [0, 1], or a
+            score is NaN or infinite.
     """
     if isinstance(image, (str, Path)):
         picture = open_rgb(image)
@@ -166,7 +201,8 @@ def explain_image(
         logging.getLogger(__name__).warning(FOREIGN)
     if words is not None:
         found = _select(found, model, [words] if isinstance(words, str) else words)
-    return ImageExplanation(**vars(found), image=np.asarray(picture))
+    named = [_named(found, model, phrase, places) for phrase, places in (boxes or {}).items()]
+    return ImageExplanation(**vars(found), image=np.asarray(picture), named=named)
 
 
 def explain_file(
@@ -232,8 +268,7 @@ def _select(found: Explanation, model: Trained, words: Sequence[str]) -> Explana
     """Keep only these words or phrases, each cleaned and split as the caption was."""
     wanted: set[int] = set()
     for word in words:
-        parts = words_of(model.matcher, model.text_processor(word)) or [word]
-        wanted.update(numbers_of(found.words, parts))
+        wanted.update(_numbers(found, model, word))
     kept = sorted(wanted)
     return replace(
         found,
@@ -242,3 +277,20 @@ def _select(found: Explanation, model: Trained, words: Sequence[str]) -> Explana
         masks=found.masks[kept],
         masked_scores=found.masked_scores[kept],
     )
+
+
+def _named(found: Explanation, model: Trained, phrase: str, boxes: Sequence[Box]) -> Named:
+    """Find a phrase, cleaned and split as the caption was, and check its boxes."""
+    for box in boxes:
+        x0, y0, x1, y1 = box
+        if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+            raise UserError(
+                f"the box of '{phrase}' is {', '.join(f'{side:g}' for side in box)}: give left, "
+                "top, right and bottom in [0, 1], as shares of the image"
+            )
+    return Named(phrase, _numbers(found, model, phrase), boxes)
+
+
+def _numbers(found: Explanation, model: Trained, phrase: str) -> list[int]:
+    parts = words_of(model.matcher, model.text_processor(phrase)) or [phrase]
+    return numbers_of(found.words, parts)

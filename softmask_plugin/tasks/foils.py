@@ -18,7 +18,7 @@ from torch import Tensor
 from softmask_plugin.config.run_options import setting
 from softmask_plugin.errors import require_finite_scores
 from softmask_plugin.explain.maps import map_words, phrase_maps
-from softmask_plugin.explain.matcher import AlignedMatcher, Pairs
+from softmask_plugin.explain.matcher import AlignedMatcher, Pairs, Seen
 from softmask_plugin.explain.pairs import match_through, words_of
 from softmask_plugin.foil_metrics import foil_metrics
 from softmask_plugin.models.aligned import AlignedBase
@@ -95,7 +95,8 @@ class FoilsTask(ItemTask):
             logits = model.match(fused.cls).double()
         else:
             owners = torch.arange(len(texts), device=model.device) // 2
-            pairs = Pairs(tokenized, text, memory, model.visual_encoder.grid, owners)
+            seen = Seen(states, memory)
+            pairs = Pairs(tokenized, text, seen, model.visual_encoder.grid, owners)
             seed = int(samples["index"][0])
             logits = self._masked(AlignedMatcher(model), pairs, texts, seed).double()
         features = model.text_features(model.pooled(text)).unflatten(0, (-1, 2))

@@ -287,6 +287,31 @@ def test_json_is_alone_on_standard_output(photo, checkpoint, tmp_path, capsys):
     assert word["word"] == "star"
 
 
+def test_boxes_tell_own_from_other(photo, checkpoint, tmp_path, capsys):
+    plain = softmask_plugin.explain_image(photo, CAPTION, checkpoint)
+    heat = plain.cams[[WORDS.index(word) for word in ("blue", "star")]].mean(dim=0)
+    y, x = divmod(int(heat.argmax()), 4)
+    peak = f"{x / 4},{y / 4},{(x + 1) / 4},{(y + 1) / 4}"
+    away = f"{(x + 1) % 4 / 4},{y / 4},{(x + 1) % 4 / 4 + 0.25},{(y + 1) / 4}"
+    file = tmp_path / "a.json"
+    for own, other, line in ((peak, away, "its own box"), (away, peak, "another's box")):
+        boxes = ["--box", f"blue star={own}", "--box", f"red={other}"]
+        assert (
+            command(photo, checkpoint, "-o", str(tmp_path / "a.png"), *boxes, "--json", str(file))
+            == 0
+        )
+        assert f"'blue star' peaks in {line} (chance 0.06)" in capsys.readouterr().out
+        found = json.loads(file.read_text())["pointing"]["blue star"]
+        assert found == {"own": float(own == peak), "other": float(own != peak), "chance": 1 / 16}
+    for box, message in (
+        ("red=0.5,0,0.2,1", "the box of 'red' is 0.5, 0, 0.2, 1: give left, top"),
+        ("red=0,1", "give a phrase and four numbers"),
+        ("heart=0,0,1,1", "the cleaned caption lacks 'heart'"),
+    ):
+        assert command(photo, checkpoint, "--box", box) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_figure_has_the_given_width(photo, checkpoint, tmp_path, capsys):
     for width, pixels in (("3.3", 990), ("7", 2100)):
         figure = tmp_path / "a.png"
