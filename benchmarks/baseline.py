@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import io
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, TypeVar
 
 import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
@@ -18,7 +19,16 @@ from lavis.models.albef_models.albef_nlvr import AlbefNLVR
 from lavis.models.albef_models.albef_pretrain import AlbefPretrain
 from lavis.models.albef_models.albef_retrieval import AlbefRetrieval
 from lavis.models.albef_models.albef_vqa import AlbefVQA
-from lavis.models.med import BertForMaskedLM, BertLMHeadModel, BertModel, XBertEncoder
+from lavis.models.blip_models.blip import BlipBase
+from lavis.models.blip_models.blip_pretrain import BlipPretrain
+from lavis.models.blip_models.blip_retrieval import BlipRetrieval
+from lavis.models.med import (
+    BertForMaskedLM,
+    BertLMHeadModel,
+    BertModel,
+    XBertEncoder,
+    XBertLMHeadDecoder,
+)
 from lavis.models.vit import VisionTransformerEncoder
 from transformers import BertConfig
 
@@ -59,11 +69,23 @@ def albef_feature_extractor(model: Any) -> AlbefFeatureExtractor:
     return twin(AlbefFeatureExtractor, model, BertForMaskedLM)
 
 
+def blip_retrieval(model: Any) -> BlipRetrieval:
+    """LAVIS's ``blip_retrieval`` with the weights of a model of BLIP's shape."""
+    return twin(BlipRetrieval, model, _blip_encoder)
+
+
+def blip_pretrain(model: Any) -> BlipPretrain:
+    """LAVIS's ``blip_pretrain`` with the weights of a ``softmask_blip_pretrain``."""
+    decoder = XBertLMHeadDecoder(_blip_config(bert_config(model.bert.shape)))
+    with redirect_stdout(io.StringIO()):  # LAVIS prints what it ties
+        return twin(BlipPretrain, model, _blip_encoder, text_decoder=decoder)
+
+
 def twin(cls: Callable[..., Model], model: Any, text: Any, **given: Any) -> Model:
     """LAVIS's class ``cls`` with the model's shape, tokenizer, weights and settings.
 
     Args:
-        cls: One of LAVIS's ALBEF classes.
+        cls: One of LAVIS's ALBEF or BLIP classes.
         model: Our model.
         text: LAVIS's class of the text encoder.
         given: Arguments without an option of the model; options take precedence.
@@ -124,9 +146,21 @@ def same_weights(made: Model, model: Any) -> Model:
 @contextmanager
 def tokenizer_of(model: Any) -> Iterator[None]:
     """Let LAVIS's models use the model's tokenizer; their own would be downloaded."""
-    given = AlbefBase.__dict__["init_tokenizer"]
-    AlbefBase.init_tokenizer = classmethod(lambda cls: model.tokenizer)
+    given = {base: base.__dict__["init_tokenizer"] for base in (AlbefBase, BlipBase)}
+    for base in given:
+        base.init_tokenizer = classmethod(lambda cls: model.tokenizer)
     try:
         yield
     finally:
-        AlbefBase.init_tokenizer = given
+        for base, own in given.items():
+            base.init_tokenizer = own
+
+
+def _blip_encoder(config: BertConfig, **given: Any) -> XBertEncoder:
+    return XBertEncoder(_blip_config(config), **given)
+
+
+def _blip_config(config: BertConfig) -> BertConfig:
+    """Without a first fusion layer, LAVIS's BERT is BLIP's."""
+    del config.fusion_layer
+    return config

@@ -280,9 +280,57 @@ class RetrievalOptions(ContrastOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.soft_mask.in_mlm:
-            raise UserError("model.soft_mask.in_mlm is true: softmask_retrieval has no MLM")
+            raise UserError("model.soft_mask.in_mlm is true: a retrieval model has no MLM")
         if self.soft_mask.score == "word":
-            raise UserError("model.soft_mask.score is 'word': softmask_retrieval has no MLM")
+            raise UserError("model.soft_mask.score is 'word': a retrieval model has no MLM")
+
+
+@dataclass
+class BlipOptions(ContrastOptions):
+    """BLIP's models, all of whose text layers have cross-attention."""
+
+    max_txt_len: int = 35  # tokens, including [CLS] and [SEP]; 3 to bert.max_positions
+    queue_size: int = ranged(57600, 0)  # earlier images, and as many texts, that ITC contrasts with
+    bert: BertOptions = field(
+        default_factory=lambda: BertOptions(fusion_layer=0)
+    )  # text and fusion encoder
+
+    def __post_init__(self) -> None:
+        if self.bert.fusion_layer != 0:
+            raise UserError(
+                f"model.bert.fusion_layer is {self.bert.fusion_layer}: all layers of BLIP have "
+                "cross-attention, so set it to 0"
+            )
+        super().__post_init__()
+
+    def checked_map_layer(self, key: str, layer: int | None) -> int:
+        """As in the base class; None: the eighth, as LAVIS's Grad-CAM of BLIP, or the last that can
+        give any."""
+        return super().checked_map_layer(
+            key, min(7, self.bert.layers - 2) if layer is None else layer
+        )
+
+
+@dataclass
+class BlipRetrievalOptions(BlipOptions, RetrievalOptions):
+    """``softmask_blip_retrieval``: BLIP's fine-tuning; soft mask and focal loss are off."""
+
+    negative_all_rank: bool = False  # draw ITM's negatives from the batches of all processes
+
+
+@dataclass
+class BlipPretrainOptions(BlipOptions):
+    """``softmask_blip_pretrain``: BLIP's pre-training with the soft mask and the focal loss."""
+
+    max_txt_len: int = 30  # tokens, including [CLS] and [SEP]; 3 to bert.max_positions
+    image_size: int = ranged(224, 1)  # pixels; must equal the image processors' image_size
+    lm_weight: float = ranged(1.0, 0)  # weight of the loss of captioning
+    label_smoothing: float = ranged(0.1, 0, 1)  # label smoothing over a caption's words
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.soft_mask.in_mlm:
+            raise UserError("model.soft_mask.in_mlm is true: softmask_blip_pretrain has no MLM")
 
 
 def read_options(schema: type, section: DictConfig | dict[str, Any]) -> Any:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from softmask_plugin.config.options import MatchingOptions, ModelOptions
 from softmask_plugin.files.checkpoint import Checkpoint
-from softmask_plugin.models.base import SoftMaskBase
+from softmask_plugin.models.base import SoftMaskBase, bert_of
 from softmask_plugin.models.rerank import Reranker
-from softmask_plugin.nn.tokens import Tokens
+from softmask_plugin.nn.tokens import Packing, Tokens
 from softmask_plugin.soft_mask import similarity_map
 
 
@@ -55,6 +55,14 @@ class AlignedBase(SoftMaskBase):
     def text_features(self, states: Tensor, suffix: str = "") -> Tensor:
         """Unit vectors for ITC: text states (..., width) -> (..., embed_dim), float32."""
         return F.normalize(self.part("text_proj", suffix)(states).float(), dim=-1)
+
+    def encode_captions(
+        self, ids: Tensor, packing: Packing, suffix: str = ""
+    ) -> tuple[Tokens, Tensor]:
+        """Encode N captions, from their ids (N, T): what ``fuse`` takes, and unit vectors for ITC,
+        (N, embed_dim), float32."""
+        text = bert_of(self.part("text_encoder", suffix)).encode(ids, packing)
+        return text, self.text_features(self.pooled(text), suffix)
 
     def pooled(self, text: Tokens) -> Tensor:
         """The state of each of N captions that ITC compares, (N, width); see ``text_pool``."""

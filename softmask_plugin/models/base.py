@@ -14,6 +14,7 @@ from lavis.common.registry import registry
 from lavis.models.base_model import BaseModel
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
+from transformers import BertTokenizerFast
 from transformers.utils import ModelOutput
 
 from softmask_plugin.config.options import ModelOptions, read_options
@@ -58,7 +59,7 @@ class SoftMaskBase(BaseModel):
         self.asked_sep_token = options.sep_token  # None: follow the checkpoints that are loaded
         sep_token = options.sep_token is not False
         self.options: Any = replace(options, sep_token=sep_token)  # an instance of OPTIONS
-        self.tokenizer = build_tokenizer(options.tokenizer, options.bert.vocab_size or 8192)
+        self.tokenizer = self.build_tokenizer(options)
         self.caption_tokenizer = CaptionTokenizer(self.tokenizer, options.max_txt_len, sep_token)
         self.visual_encoder = VisionTransformer(
             image_size=options.image_size,
@@ -75,6 +76,10 @@ class SoftMaskBase(BaseModel):
     def bert(self) -> BertModel:
         """The text and multi-modal encoder, without the MLM head."""
         return bert_of(self.text_encoder)
+
+    def build_tokenizer(self, options: ModelOptions) -> BertTokenizerFast:
+        """Build the tokenizer."""
+        return build_tokenizer(options.tokenizer, options.bert.vocab_size or 8192)
 
     def build_text_encoder(self, shape: BertShape) -> nn.Module:
         """Build the text and multi-modal encoder."""

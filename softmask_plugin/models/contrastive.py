@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from softmask_plugin.config.options import ContrastOptions
 from softmask_plugin.models.aligned import AlignedBase
-from softmask_plugin.models.base import LossOutput, bert_of
+from softmask_plugin.models.base import LossOutput
 from softmask_plugin.models.distillation import MomentumDistillation
 from softmask_plugin.nn.image_memory import ImageMemory, View
 from softmask_plugin.nn.pairs import Pairs
@@ -35,6 +35,7 @@ class ContrastiveOutput(LossOutput):
     loss_itc: Tensor | None = None
     loss_itm: Tensor | None = None
     loss_mlm: Tensor | None = None
+    loss_lm: Tensor | None = None
     loss_soft: Tensor | None = None
     loss_mlm_soft: Tensor | None = None
     loss_local: Tensor | None = None
@@ -46,17 +47,20 @@ class Features(NamedTuple):
     """A batch, encoded by the online or the momentum encoders."""
 
     image: Tensor  # image states, (B, S, width)
-    text: Tokens  # of N >= B captions, those for ITC first
+    text: Tokens  # of N >= B captions as fusion takes them, those for ITC first
     image_feat: Tensor  # unit vectors, (B, embed_dim), float32
     text_feat: Tensor  # unit vectors, (B, embed_dim), float32
 
 
 class Similarity(NamedTuple):
-    """Logits within a batch, (B, B) each, and which pairs match, bool."""
+    """Logits of a batch against M candidates for negatives, (B, M) each, and which pairs match,
+    bool. Candidates are the batch itself or, with their states, those of all ranks."""
 
     i2t: Tensor
     t2i: Tensor
     same: Tensor
+    images: Tensor | None = None  # (M, S, width)
+    texts: Tokens | None = None  # M captions as fusion takes them
 
 
 class SoftMask(NamedTuple):
@@ -110,10 +114,9 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         """Encode B images, as the image encoder takes them, and captions (N, T), of which the first
         B are for ITC."""
         image = self.part("visual_encoder", suffix)(images)
-        text = bert_of(self.part("text_encoder", suffix)).encode(ids, packing)
+        text, text_feat = self.encode_captions(ids, packing, suffix)
         image_feat = self.image_features(image[:, 0], suffix)
-        text_feat = self.text_features(self.pooled(text)[: len(images)], suffix)
-        return Features(image, text, image_feat, text_feat)
+        return Features(image, text, image_feat, text_feat[: len(images)])
 
     # ---- ITC
 
@@ -243,12 +246,26 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         pairs.add("positive", caption, wanted=scored)
         if mask.keep is not None:
             pairs.add("soft", caption, masked, scored if option.in_mlm else None)
-        if len(similarity.same) > 1:  # a batch of one has no negatives
+        if similarity.same.shape[1] > 1:  # a batch of one has no negatives
             image, other = self.negatives(similarity, draws)
-            pairs.add("negative image", caption, View(images=image))
-            pairs.add("negative text", caption.take(other))
+            if similarity.images is None:
+                pairs.add("negative image", caption, View(images=image))
+            else:
+                memory = self.bert.remember(similarity.images[image])
+                fused = self.bert.fuse(caption, memory, wanted=caption.packing.cls_only)
+                pairs.fused["negative image"] = fused
+            wrong = (caption if similarity.texts is None else similarity.texts).take(other)
+            pairs.add("negative text", wrong)
             if mask.keep is not None and option.negatives:
-                pairs.add("soft negative", caption.take(other), masked)
+                pairs.add("soft negative", wrong, masked)
+
+    def as_matched(self, clean: Captions, draws: Draws) -> tuple[Captions, Tensor]:
+        """Captions that no loss masks, as ITM takes them, on the model's device: words that the
+        soft mask may not pick have index -1. Also their ids with a word changed."""
+        content_only = self.options.soft_mask.words == "content"
+        words = self.caption_tokenizer.pickable(clean, clean.ids, content_only)
+        changed = self.change_words(clean, clean.ids, draws)
+        return replace(clean, words=words).to(self.device), changed.to(self.device)
 
     def change_words(self, captions: Captions, ids: Tensor, draws: Draws) -> Tensor:
         """The ids that ITM sees (B, T), with one word of each caption changed if it can be; as
@@ -276,7 +293,7 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
 
     def negatives(self, similarity: Similarity, draws: Draws) -> tuple[Tensor, Tensor]:
         """Draw a hard negative image for each caption, and a hard negative caption per image."""
-        i2t, t2i, same = similarity
+        i2t, t2i, same, *_ = similarity
         stream, steps = draws.stream("negatives", same.device), self.options.itm_hard_steps
         hardness = min(1.0, (draws.step - self.first_match) / steps) if steps else 1.0
         image = sample_negatives(hardness * t2i, same, stream)
@@ -324,6 +341,7 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         mlm: Tensor | None = None,
         mlm_soft: Tensor | None = None,
         local: Tensor | None = None,
+        lm: Tensor | None = None,
     ) -> ContrastiveOutput:
         """Sum the losses with their weights; None: not computed."""
         option = self.options
@@ -338,7 +356,9 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
             loss = loss + option.soft_mask.weight * option.mlm_weight * mlm_soft
         if local is not None:
             loss = loss + option.local_weight * local
-        return ContrastiveOutput(loss, itc, itm, mlm, soft, mlm_soft, local, *mask)
+        if lm is not None:
+            loss = loss + option.lm_weight * lm
+        return ContrastiveOutput(loss, itc, itm, mlm, lm, soft, mlm_soft, local, *mask)
 
 
 def forget_pointer(model: nn.Module, _: Any) -> None:

@@ -77,12 +77,13 @@ class Reranker:
         return similarity
 
     def encode_texts(self, texts: list[str]) -> tuple[Tokens, Tensor]:
-        """Encode N captions: text states, and unit features (N, embed_dim)."""
+        """Encode N captions: what ``fuse`` takes, and unit features (N, embed_dim)."""
         batches, feats = [], []
         for start in range(0, len(texts), self.text_batch):
             captions = self.model.tokenize(texts[start : start + self.text_batch])
-            batches.append(self.model.bert.encode(captions.ids, captions.packing))
-            feats.append(self.model.text_features(self.model.pooled(batches[-1])))
+            text, features = self.model.encode_captions(captions.ids, captions.packing)
+            batches.append(text)
+            feats.append(features)
         return Tokens.cat(batches), torch.cat(feats)
 
     def encode_images(self, data_loader: Any) -> tuple[dict[int, Tensor], Tensor]:

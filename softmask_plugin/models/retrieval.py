@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,14 +42,11 @@ class SoftMaskRetrieval(ContrastiveBase):
                 int64, and ``epoch``, ``iters``, ``num_iters_per_epoch`` from LAVIS's tasks.
         """
         images = self.visual_encoder.shared(samples["image"])
-        content_only = self.options.soft_mask.words == "content"
         ids = torch.as_tensor(samples["image_id"], device=self.device)
         step, alpha = self.progress(samples)
-        clean = self.caption_tokenizer.tokenize(samples["text_input"])
-        words = self.caption_tokenizer.pickable(clean, clean.ids, content_only)
         draws = Draws(torch.initial_seed(), step)
-        changed = self.change_words(clean, clean.ids, draws).to(self.device)
-        text = replace(clean, words=words).to(self.device)
+        clean = self.caption_tokenizer.tokenize(samples["text_input"])
+        text, changed = self.as_matched(clean, draws)
 
         online = self.encode(images, text.ids, text.packing)
         momentum = self.encode_momentum(images, text.ids, text.packing)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,36 +16,11 @@ from softmask_plugin.models.base import LossOutput, shipped_types
 from softmask_plugin.models.distillation import DistilledBase
 from softmask_plugin.nn.bert import BertForMaskedLM
 from softmask_plugin.nn.image_memory import ImageMemory, View
-from softmask_plugin.nn.tokens import Packing
+from softmask_plugin.nn.tokens import DecoderText
 from softmask_plugin.registry import register
 from softmask_plugin.tokenization import Captions, CaptionTokenizer, as_list
 
 ANSWERS_AT_ONCE = 512  # answers whose distributions over the vocabulary are in memory together
-
-
-@dataclass(frozen=True)
-class Answers:
-    """N answers as a decoder scores them: each token predicts the next."""
-
-    ids: Tensor  # (N, T)
-    packing: Packing
-    predicting: Packing  # all tokens but each answer's last, M in all
-    targets: Tensor  # the tokens that those predict, (M,)
-
-    @classmethod
-    def of(cls, ids: Tensor, mask: Tensor, device: torch.device) -> Answers:
-        """Prepare ids and mask (N, T) on the CPU, where finding the tokens is free."""
-        width = int(mask.any(dim=0).sum())
-        ids, mask = ids[:, :width], mask[:, :width]
-        predicting = Packing.of(mask[:, 1:])
-        targets = ids[:, 1:].flatten()[predicting.index]
-        packing = Packing.of(mask).to(device)
-        return cls(ids.to(device), packing, predicting.to(device), targets.to(device))
-
-    @property
-    def owner(self) -> Tensor:
-        """The answer that each predicting token belongs to, (M,)."""
-        return self.predicting.index // self.predicting.mask.shape[1]
 
 
 @register("model", "softmask_vqa")
@@ -88,7 +63,7 @@ class SoftMaskVqa(DistilledBase):
         images = self.visual_encoder.shared(samples["image"])
         captions = self.tokenize(samples["text_input"])
         tokenized, device = self.answer_tokenizer.tokenize(samples["answer"]), self.device
-        answers = Answers.of(tokenized.ids, tokenized.mask, device)
+        answers = DecoderText.of(tokenized.ids, tokenized.mask, device)
         counts = torch.as_tensor(samples["n_answers"], device=device)
         question = torch.repeat_interleave(counts, output_size=len(answers.ids))
         view, teacher, alpha = View(images=question), None, 0.0
@@ -155,7 +130,7 @@ class SoftMaskVqa(DistilledBase):
     def likely_starts(self, memory: ImageMemory, first: Tensor, questions: int) -> Tensor:
         """Probability, (questions, A), that an answer starts with each of these tokens (A,)."""
         start = torch.full((questions, 2), self.tokenizer.cls_token_id)  # the second has no effect
-        answers = Answers.of(start, torch.ones_like(start, dtype=torch.bool), self.device)
+        answers = DecoderText.of(start, torch.ones_like(start, dtype=torch.bool), self.device)
         logits = self.decode(memory, answers, View())
         return logits.float().softmax(dim=1).index_select(1, first)
 
@@ -164,7 +139,7 @@ class SoftMaskVqa(DistilledBase):
         losses = []
         for places in torch.arange(chosen.numel()).split(ANSWERS_AT_ONCE):
             rows = chosen.flatten().cpu()[places]
-            answers = Answers.of(known.ids[rows], known.mask[rows], self.device)
+            answers = DecoderText.of(known.ids[rows], known.mask[rows], self.device)
             question = places.to(self.device) // chosen.shape[1]
             logits = self.decode(memory, answers, View(images=question))
             words = distilled_cross_entropy(
@@ -179,7 +154,9 @@ class SoftMaskVqa(DistilledBase):
         states, mask = fused.packing.pad(fused.states), fused.packing.mask
         return self.part("text_decoder", suffix).bert.remember(states, mask=mask)
 
-    def decode(self, memory: ImageMemory, answers: Answers, view: View, suffix: str = "") -> Tensor:
+    def decode(
+        self, memory: ImageMemory, answers: DecoderText, view: View, suffix: str = ""
+    ) -> Tensor:
         """Vocabulary logits (M, vocabulary) of the predicting tokens; ``view`` says which question
         each answer belongs to."""
         decoder = self.part("text_decoder", suffix)

@@ -115,7 +115,7 @@ class BertModel(Bert):
     def fuse(
         self,
         tokens: Tokens,
-        memory: ImageMemory,
+        memory: ImageMemory | None,
         views: Sequence[View] = (View(),),
         wanted: Packing | None = None,
     ) -> Tokens:
@@ -123,7 +123,8 @@ class BertModel(Bert):
 
         Args:
             tokens: All N captions, those of the first view first.
-            memory: Keys and values of the images, from ``remember``.
+            memory: Keys and values of the images, from ``remember``. None: no images, so these
+                layers skip cross-attention.
             views: Which image each caption attends to, and through which mask.
             wanted: The tokens to return; the last layer computes no others. None: all.
         """
@@ -156,21 +157,22 @@ class BertModel(Bert):
     def _fuse(
         self,
         tokens: Tokens,
-        memory: ImageMemory,
+        memory: ImageMemory | None,
         views: Sequence[View],
         wanted: Packing | None,
         layer_index: int | None = None,
     ) -> tuple[Tokens, Tensor | None]:
         probabilities, last = None, self.shape.layers - 1
-        layers = zip(self.fusion_layers, memory, strict=True)
+        each: Sequence[LayerMemory | None] = memory or [None] * len(self.fusion_layers)
+        layers = zip(self.fusion_layers, each, strict=True)
         for i, (layer, layer_memory) in enumerate(layers, start=self.shape.fusion_layer):
             packing = wanted if wanted is not None and i == last else tokens.packing
             tokens, cross = layer.attention.attend_self(tokens, packing), layer.crossattention
-            if i == layer_index:
+            if layer_memory is not None and i == layer_index:
                 tokens, probabilities = cross.attend_with_probabilities(
                     tokens, layer_memory, views[0]
                 )
-            else:
+            elif layer_memory is not None:
                 tokens = cross.attend_image(tokens, layer_memory, views)
             tokens = layer.transform(tokens)
         return tokens, probabilities

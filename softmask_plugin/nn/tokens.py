@@ -127,3 +127,28 @@ class Tokens:
         columns = mask.shape[1]
         cells = captions[packing.index // columns] * width + packing.index % columns
         return Tokens(self.states.index_select(0, self.packing.rows_of(cells)), packing)
+
+
+@dataclass(frozen=True)
+class DecoderText:
+    """N texts as a decoder scores them: each token predicts the next."""
+
+    ids: Tensor  # (N, T)
+    packing: Packing
+    predicting: Packing  # all tokens but each text's last, M in all
+    targets: Tensor  # the tokens that those predict, (M,)
+
+    @classmethod
+    def of(cls, ids: Tensor, mask: Tensor, device: torch.device) -> DecoderText:
+        """Prepare ids and mask (N, T) on the CPU, where finding the tokens is free."""
+        width = int(mask.any(dim=0).sum())
+        ids, mask = ids[:, :width], mask[:, :width]
+        predicting = Packing.of(mask[:, 1:])
+        targets = ids[:, 1:].flatten()[predicting.index]
+        packing = Packing.of(mask).to(device)
+        return cls(ids.to(device), packing, predicting.to(device), targets.to(device))
+
+    @property
+    def owner(self) -> Tensor:
+        """The text that each predicting token belongs to, (M,)."""
+        return self.predicting.index // self.predicting.mask.shape[1]

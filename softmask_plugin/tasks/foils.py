@@ -86,7 +86,7 @@ class FoilsTask(ItemTask):
         pairs = zip(samples["caption"], samples["foil"], strict=True)
         texts = [text for pair in pairs for text in pair]
         tokenized = model.tokenize(texts)
-        text = model.bert.encode(tokenized.ids, tokenized.packing)
+        text, features = model.encode_captions(tokenized.ids, tokenized.packing)
         states = model.visual_encoder(samples["image"].to(model.device))
         memory = model.bert.remember(states)
         if self.mask == "none":
@@ -99,7 +99,7 @@ class FoilsTask(ItemTask):
             pairs = Pairs(tokenized, text, seen, model.visual_encoder.grid, owners)
             seed = int(samples["index"][0])
             logits = self._masked(AlignedMatcher(model), pairs, texts, seed).double()
-        features = model.text_features(model.pooled(text)).unflatten(0, (-1, 2))
+        features = features.unflatten(0, (-1, 2))
         itc = (features @ model.image_features(states[:, 0])[:, :, None]).squeeze(2)
         itm = (logits[:, 1] - logits[:, 0]).view(-1, 2)
         require_finite_scores("a match or a similarity", itm, itc)

@@ -12,9 +12,10 @@ from lavis.models.albef_models import compute_sim_matrix
 from lavis.tasks.retrieval import RetrievalTask
 from torch.utils.data import DistributedSampler
 
-from benchmarks.baseline import albef_retrieval
+from benchmarks.baseline import albef_retrieval, blip_retrieval
 from benchmarks.ranks import on_ranks
 from softmask_plugin.errors import UserError
+from softmask_plugin.models import SoftMaskBlipRetrieval
 from softmask_plugin.models.rerank import NOT_A_CANDIDATE, Reranker, candidates
 
 IMAGES = 5
@@ -57,11 +58,17 @@ def ours(model, loader, k):
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
-def test_scores_and_candidates_equal_lavis(make_model, gallery, k, tmp_path, monkeypatch):
-    model = make_model().eval()
+@pytest.mark.parametrize("twin", [albef_retrieval, blip_retrieval])
+def test_scores_and_candidates_equal_lavis(
+    make_model, make_other, gallery, twin, k, tmp_path, monkeypatch
+):
+    if twin is blip_retrieval:
+        model = make_other(SoftMaskBlipRetrieval, bert={"fusion_layer": 0}).eval()
+    else:
+        model = make_model().eval()
     got = ours(model, gallery, k)
     with torch.no_grad():
-        expected = compute_sim_matrix(albef_retrieval(model), gallery, k_test=k)
+        expected = compute_sim_matrix(twin(model).eval(), gallery, k_test=k)
     for a, b, shape in zip(
         got, expected, [(IMAGES, len(TEXTS)), (len(TEXTS), IMAGES)], strict=True
     ):
