@@ -1,4 +1,4 @@
-"""Load weights: checkpoints of this plugin and of ALBEF, or pretrained encoders to start from."""
+"""Load weights: checkpoints of this plugin, ALBEF or BLIP, or pretrained encoders to start from."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 from lavis.models.vit import interpolate_pos_embed
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,7 +65,7 @@ class BoundedBy(TorchDispatchMode):
 
 
 def load(model: nn.Module, checkpoint: Checkpoint, fusion_layer: int) -> None:
-    """Load a checkpoint of this plugin, of LAVIS's ALBEF or of the original ALBEF.
+    """Load a checkpoint of this plugin, of LAVIS's ALBEF or BLIP, or of the original ones.
 
     Position embeddings are interpolated to the model's image size. Momentum encoders that the
     checkpoint lacks start from its online encoders. The encoders must fit. Heads and queues may
@@ -163,9 +164,13 @@ def _initialise_vision(encoder: Any, source: str) -> None:
 
 def _initialise_text(model: Any, name: str, state: StateDict, source: str) -> None:
     encoder, prefix = model.get_submodule(name), f"{name}."
-    own = [prefix + key for key in encoder.state_dict()]
+    own = {prefix + key: tensor for key, tensor in encoder.state_dict().items()}
     state = {prefix + key: tensor for key, tensor in state.items()}
     state = adapt(state, own, model.text_encoder.shape.fusion_layer)
+    added = len(model.tokenizer) - model.tokenizer.vocab_size  # tokens that a BERT lacks
+    for key, tensor in state.items():
+        if added and key in own and own[key].shape == (len(tensor) + added, *tensor.shape[1:]):
+            state[key] = torch.cat([tensor, own[key][-added:]])
     state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
     _load_matching(encoder, state, source)
 

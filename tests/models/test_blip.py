@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
-from toy_models import CAPTIONS
+from toy_models import CAPTIONS, plain_bert
 
 from benchmarks import baseline
 from benchmarks.ranks import on_ranks
+from softmask_plugin.errors import UserError
+from softmask_plugin.explain import word_maps
 from softmask_plugin.models import SoftMaskBlipPretrain, SoftMaskBlipRetrieval
 from softmask_plugin.soft_mask import keep_factors, normalize, word_map
 
@@ -238,3 +243,100 @@ def test_the_soft_mask_equals_its_definition(make_blip, cls, mask):
         torch.testing.assert_close(
             parameter.grad, gradients[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def test_words_are_explained_by_the_same_map(make_blip):
+    ours = make_blip(SoftMaskBlipRetrieval, soft_mask={"enabled": False, "layer": 1}).eval()
+    batch = make_batch([4, 2, 4, 1, 3, 0])
+    plain = Plain(baseline.blip_retrieval(ours).eval(), ours, batch)
+    found = word_maps(ours, batch["image"], batch["text_input"])
+    torch.testing.assert_close(found.score, plain.match(plain.image).softmax(dim=1)[:, 1])
+    cam = plain.match_map(1)
+    for number in range(plain.words.max() + 1):
+        expected = word_map(cam, plain.words, torch.full((6,), number)).view(6, 4, 4)
+        torch.testing.assert_close(found.maps[:, number], expected, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("score", ["match", "word"])
+def test_a_mask_before_it_starts_and_a_batch_of_one_are_fine(make_blip, score):
+    mask = {"enabled": True, "score": score, "start_iter": 5, "negatives": True}
+    ours = make_blip(SoftMaskBlipPretrain, soft_mask=mask, itc={"gamma": 2.0}, itm_words=True)
+    early = ours(make_batch([0, 1], epoch=0))
+    assert early.loss.isfinite() and early.keep is None
+    late = ours(make_batch([0]))
+    assert late.loss.isfinite() and late.loss_soft.isfinite() and late.keep.shape == (1, 17)
+
+
+# ---- options
+
+
+@pytest.mark.parametrize(
+    ("cls", "changes", "message"),
+    [
+        (SoftMaskBlipRetrieval, {"bert": {"fusion_layer": 2}}, "fusion_layer is 2: all layers"),
+        (SoftMaskBlipRetrieval, {"soft_mask": {"score": "word"}}, "score is 'word': .* no MLM"),
+        (SoftMaskBlipRetrieval, {"soft_mask": {"in_mlm": True}}, "in_mlm is true: .* no MLM"),
+        (SoftMaskBlipPretrain, {"soft_mask": {"in_mlm": True}}, "in_mlm is true: .* no MLM"),
+        (SoftMaskBlipPretrain, {"soft_mask": {"layer": 2}}, "layer is 2: choose from 0 to 1"),
+    ],
+)
+def test_an_option_that_blip_does_not_have_is_named(make_blip, cls, changes, message):
+    with pytest.raises(UserError, match=f"^model.*{message}"):
+        make_blip(cls, **changes)
+
+
+@pytest.mark.parametrize(("layers", "layer"), [(12, 7), (9, 7), (8, 6), (3, 1)])
+def test_the_map_layer_is_that_of_lavis_grad_cam_but_never_the_last(make_blip, layers, layer):
+    assert make_blip(SoftMaskBlipRetrieval, bert={"layers": layers}).map_layer == layer
+
+
+# ---- weights
+
+
+@pytest.mark.parametrize("cls", TWINS)
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_lavis_blip_loads_to_the_last_tensor(make_blip, tmp_path, caplog, cls, wrapped):
+    twin = TWINS[cls](make_blip(cls))
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(torch.randn_like(parameter))  # momentum and online differ
+    state = twin.state_dict()
+    torch.save({"model": state} if wrapped else state, tmp_path / "blip.pth")
+    model = make_blip(cls, seed=1)
+    with caplog.at_level(logging.INFO):
+        model.load_checkpoint(str(tmp_path / "blip.pth"))
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    (line,) = [r.getMessage() for r in caplog.records if "loaded" in r.getMessage()]
+    assert f"loaded {len(state)} of {len(state)} tensors" in line and ";" not in line
+
+
+def test_retrieval_starts_from_a_pretrained_model_and_its_vocabulary(make_blip, tmp_path, caplog):
+    donor = make_blip(SoftMaskBlipPretrain)
+    torch.save(donor.state_dict(), tmp_path / "blip.pth")
+    model = make_blip(SoftMaskBlipRetrieval, seed=1)
+    with caplog.at_level(logging.INFO):
+        model.load_checkpoint(str(tmp_path / "blip.pth"))
+    given = donor.state_dict()
+    kept = model.state_dict()
+    assert all(torch.equal(kept[key], given[key]) for key in kept if key != "idx_queue")
+    assert "left as they were: idx_queue; not used: text_decoder" in caplog.text
+
+
+def test_a_bert_lacks_two_tokens_which_stay_new(make_blip, tmp_path):
+    shape = make_blip(SoftMaskBlipPretrain).bert.shape
+    bert = plain_bert(replace(shape, vocab_size=shape.vocab_size - 2))
+    bert.save_pretrained(tmp_path)
+    model = make_blip(SoftMaskBlipPretrain, seed=1, bert_weights=str(tmp_path))
+    new = model.bert.embeddings.word_embeddings.weight[-2:].clone()
+    model.load_encoders()
+    words = model.bert.embeddings.word_embeddings.weight
+    assert torch.equal(words[:-2], bert.bert.embeddings.word_embeddings.weight)
+    assert torch.equal(words[-2:], new)
+    assert model.text_decoder.cls.predictions.decoder.weight is words
+    for own in (model.bert, model.text_decoder.bert, model.text_encoder_m):
+        query = own.encoder.layer[2].attention.self.query.weight
+        assert torch.equal(query, bert.bert.encoder.layer[2].attention.self.query.weight)
+    model.tokenizer.add_tokens("another")
+    with pytest.raises(UserError, match="set model.vit, model.bert and model.tokenizer"):
+        model.load_encoders()
