@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import gpu, overhead, processor, rerank, scaling, step
+from benchmarks import blip, gpu, overhead, processor, rerank, scaling, step
 from benchmarks.harness import Cost, Row, grid, machine, save, table
 
 # Measurements by name, with their numbers of rounds: full and small
 ROWS: dict[str, tuple[Callable[[bool, str | None, int], list[Row]], int, int]] = {
     "step": (step.run, 3, 2),
     "rerank": (rerank.run, 3, 2),
+    "blip": (blip.run, 3, 2),
     "processor": (processor.run, 7, 3),
     "overhead": (overhead.run, 4, 3),
     "gpu": (gpu.run, 10, 2),

@@ -10,10 +10,12 @@ import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
 # isort: split
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
-from softmask_plugin.config.options import PretrainOptions, read_options
+from softmask_plugin.config.options import read_options
 from softmask_plugin.datasets.tables.captions import parse_captions
+from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.models.pretrain import SoftMaskPretrain
 
 # Words per caption in Flickr8k: the middles of twenty equal shares of 5,000 captions
@@ -35,21 +37,24 @@ SMALL: dict[str, Any] = {
 }
 
 
-def build(small: bool, captions: str | None, **changes: Any) -> SoftMaskPretrain:
+def build(
+    small: bool, captions: str | None, cls: Any = SoftMaskPretrain, **changes: Any
+) -> AlignedBase:
     """A model with random weights.
 
     Args:
         small: Whether to build a small model instead of base.
         captions: Caption file whose words make the vocabulary; None: the scenes' vocabulary.
+        cls: Its class.
         changes: Options that differ from the defaults.
     """
     torch.manual_seed(0)
-    given = {"tokenizer": captions or "scenes", **(SMALL if small else {}), **changes}
-    return SoftMaskPretrain(read_options(PretrainOptions, given))
+    given: Any = {"tokenizer": captions or "scenes", **(SMALL if small else {})}
+    return cls(read_options(cls.OPTIONS, OmegaConf.merge(given, changes)))
 
 
 def texts(
-    model: SoftMaskPretrain, captions: str | None, count: int, words: int | None = None
+    model: AlignedBase, captions: str | None, count: int, words: int | None = None
 ) -> list[str]:
     """The first captions of a file; without one, random captions.
 
@@ -90,10 +95,11 @@ def write_jpegs(pictures: list[Image.Image], folder: Path) -> list[Path]:
     return paths
 
 
-def batch(model: SoftMaskPretrain, captions: list[str], step: int, device: str = "cpu") -> dict:
-    """A batch with random images, as LAVIS's pretraining task passes it to a model."""
+def batch(model: AlignedBase, captions: list[str], step: int, device: str = "cpu") -> dict:
+    """A batch with random images, as LAVIS's tasks pass it to a model."""
     size = model.options.image_size
     generator = torch.Generator().manual_seed(step)
     images = torch.randn(len(captions), 3, size, size, generator=generator)
     progress = {"epoch": 0, "iters": step, "num_iters_per_epoch": 1000}
-    return {"image": images.to(device), "text_input": captions, **progress}
+    ids = torch.arange(len(captions), device=device)
+    return {"image": images.to(device), "text_input": captions, "image_id": ids, **progress}

@@ -7,6 +7,7 @@ and ours on two images with all their candidates. Both times are scaled to the w
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from typing import Any
 from unittest.mock import patch
@@ -41,16 +42,34 @@ class Gallery(list):
         self.txt2img = {text: text // PER_IMAGE for text in range(len(captions))}
 
 
-class Rivals:
-    """Both re-rankers on one gallery that is encoded once for both."""
+def albef(small: bool, captions: str | None) -> Any:
+    """Ours at 384 px, without a large queue."""
+    return build(small, captions, queue_size=256, **({} if small else {"image_size": 384}))
 
-    def __init__(self, small: bool, captions: str | None, images: int = IMAGES) -> None:
-        size = {} if small else {"image_size": 384}
-        self.model = build(small, captions, queue_size=256, **size).eval()
+
+class Rivals:
+    """Both re-rankers on one gallery that is encoded once for both.
+
+    Args:
+        small, captions: As in ``build``.
+        images: Size of the gallery.
+        make: Function of ``small`` and ``captions`` that builds ours.
+        twin: Function that makes LAVIS's from ours.
+    """
+
+    def __init__(
+        self,
+        small: bool,
+        captions: str | None,
+        images: int = IMAGES,
+        make: Callable[..., Any] = albef,
+        twin: Callable[..., Any] = albef_retrieval,
+    ) -> None:
+        self.model = make(small, captions).eval()
         sentences = texts(self.model, captions, images * PER_IMAGE)
         self.gallery = Gallery(images, self.model.options.image_size, sentences)
         self.ours = Reranker(self.model, {"k_test": min(K, images)})
-        self.lavis = albef_retrieval(self.model).eval()
+        self.lavis = twin(self.model).eval()
         # The encoders' outputs, which LAVIS's function gets from memory while it is timed
         self.image_states: list[torch.Tensor] = []
         self.text_outputs: list[Any] = []
@@ -119,9 +138,9 @@ class Rivals:
         return float((ours - theirs)[scored].abs().max())
 
 
-def recalls_are_identical(images: int) -> bool:
+def recalls_are_identical(images: int, **models: Callable[..., Any]) -> bool:
     """Whether both rank a whole gallery alike with the small model, where LAVIS takes seconds."""
-    rivals = Rivals(small=True, captions=None, images=images)
+    rivals = Rivals(small=True, captions=None, images=images, **models)
     gallery = rivals.gallery
     with torch.no_grad():
         theirs = compute_sim_matrix(rivals.lavis, gallery, k_test=min(K, images))
@@ -133,16 +152,23 @@ def recalls_are_identical(images: int) -> bool:
     return recalls[0] == recalls[1]
 
 
-def run(small: bool, captions: str | None, rounds: int) -> list[Row]:
-    """Measure the row."""
-    rivals = Rivals(small, captions)
+def run(
+    small: bool,
+    captions: str | None,
+    rounds: int,
+    name: str = "retrieval scores: time",
+    **models: Callable[..., Any],
+) -> list[Row]:
+    """Measure the row; ``models`` are those of ``Rivals``."""
+    rivals = Rivals(small, captions, **models)
     encoding = rivals.encode()
     with redirect_stdout(io.StringIO()):  # LAVIS prints progress
         times = alternate({"ours": rivals.match, "lavis": rivals.compute}, rounds, "re-ranking")
-        same = "identical" if recalls_are_identical(TRIAL if small else IMAGES) else "DIFFERENT"
+        trial = TRIAL if small else IMAGES
+        same = "identical" if recalls_are_identical(trial, **models) else "DIFFERENT"
     ours, lavis = (
         [seconds + matching for matching in times[name]]
         for seconds, name in zip(encoding, ("ours", "lavis"), strict=True)
     )
     note = f"scores within {rivals.difference():.0e}, recalls {same}"
-    return [compare("retrieval scores: time", "s", ours, lavis, target=0.12, note=note)]
+    return [compare(name, "s", ours, lavis, target=0.12, note=note)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ class Trainer:
         size: Pairs in a batch.
         device: Device to train on.
         dtype: Type of mixed precision, bf16 or fp16; None: none.
+        make: Function of ``small`` and ``captions`` that builds ours.
+        twin: Function that makes its rival from ours.
     """
 
     def __init__(
@@ -44,11 +47,13 @@ class Trainer:
         size: int,
         device: str = "cpu",
         dtype: torch.dtype | None = None,
+        make: Callable[..., Any] = build,
+        twin: Callable[..., Any] = albef_pretrain,
     ) -> None:
-        model = build(small, captions)
+        model = make(small, captions)
         many = texts(model, captions, 16 * size)
         self.batches = [batch(model, many[i::16], i, device) for i in range(16)]
-        self.model: Any = (model if name == "ours" else albef_pretrain(model)).train().to(device)
+        self.model: Any = (model if name == "ours" else twin(model)).train().to(device)
         self.autocast = torch.autocast(device, dtype, enabled=dtype is not None)
         self.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
         # As the two runners create it

@@ -1,0 +1,48 @@
+"""BLIP's rows: steps with soft masks and focal ITC, and re-ranking, against LAVIS's own classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks import rerank
+from benchmarks.baseline import blip_pretrain, blip_retrieval
+from benchmarks.harness import Row, Worker, alternate, compare
+from benchmarks.material import build
+from benchmarks.step import Trainer
+from softmask_plugin.models.blip import SoftMaskBlipPretrain, SoftMaskBlipRetrieval
+
+SHAPE = {"fusion_layer": 0, "vocab_size": None}  # LAVIS cuts the embedding to the tokenizer
+ON: dict[str, Any] = {"soft_mask": {"enabled": True, "negatives": True}, "itc": {"gamma": 2.0}}
+
+
+def pretrain(small: bool, captions: str | None) -> Any:
+    """A ``softmask_blip_pretrain`` with everything on."""
+    return build(small, captions, SoftMaskBlipPretrain, bert=SHAPE, **ON)
+
+
+def retrieval(small: bool, captions: str | None) -> Any:
+    """A ``softmask_blip_retrieval`` with everything on, at 384 px and without a large queue."""
+    size = {} if small else {"image_size": 384}
+    return build(small, captions, SoftMaskBlipRetrieval, bert=SHAPE, queue_size=256, **ON, **size)
+
+
+def run(small: bool, captions: str | None, rounds: int) -> list[Row]:
+    """Measure the rows of both models."""
+    rows = []
+    for name, pairs, make, twin in (
+        ("BLIP pretraining step", 8, pretrain, blip_pretrain),
+        ("BLIP retrieval step", 4, retrieval, blip_retrieval),
+    ):
+        ours, lavis = (
+            Worker(Trainer, who, small, captions, pairs, "cpu", None, make, twin)
+            for who in ("ours", "lavis")
+        )
+        subjects = {"ours": lambda ours=ours: ours.call("step")}
+        subjects["lavis"] = lambda lavis=lavis: lavis.call("step")
+        times = alternate(subjects, rounds, name)
+        rows.append(compare(f"{name}: time", "s", times["ours"], times["lavis"], target=0.60))
+        rows.append(Row(f"{name}: FLOPs per pair", "G", ours.call("flops"), lavis.call("flops")))
+        ours.close()
+        lavis.close()
+    scores = "BLIP retrieval scores: time"
+    return rows + rerank.run(small, captions, rounds, scores, make=retrieval, twin=blip_retrieval)
