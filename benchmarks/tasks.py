@@ -1,7 +1,8 @@
 """``make tasks``: what pretraining is worth on each downstream task, on rendered scenes.
 
-A tiny model is pretrained; then each task fine-tunes a copy of it and an untrained model alike,
-with LAVIS's own tasks. Grounding needs no training: it uses the word maps of the retrieval models.
+A tiny model is pretrained (for BLIP one of its own); then each task fine-tunes a copy of it and an
+untrained model alike, with LAVIS's own tasks. Grounding needs no training: it uses the word maps of
+the retrieval models.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Task:
     scale: float  # that makes the metric a percentage
     chance: Callable[[Any], float]  # of the test split, in percent
     between: str | None = None  # a second pretraining step before it
+    start: str = "pretrain"  # the first
 
 
 @dataclass
@@ -66,6 +68,9 @@ def retrieval_chance(dataset: Any) -> float:
 
 TASKS = (
     Task("retrieval", "scenes_retrieval", "txt_r1", 1, retrieval_chance),
+    Task(
+        "blip_retrieval", "scenes_retrieval", "txt_r1", 1, retrieval_chance, start="blip_pretrain"
+    ),
     Task("entailment", "scenes_entailment", "acc", 100, most_frequent("label")),
     Task("nlvr", "scenes_nlvr", "acc", 100, most_frequent("label"), between="nlvr_pretrain"),
     Task("vqa", "scenes_vqa", "agg_metrics", 1, most_frequent("answer")),
@@ -77,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tasks", description=__doc__)
     parser.add_argument("names", nargs="*", help="tasks, default: all")
     parser.add_argument("--small", action="store_true", help="a few steps, a trial of a minute")
-    parser.add_argument("--pretrained", help="use this checkpoint instead of pretraining one")
+    parser.add_argument("--pretrained", help="use this ALBEF instead of pretraining one")
     folder = Path("outputs/tasks")
     parser.add_argument("--output", type=Path, default=folder, help="default: %(default)s")
     given = parser.parse_args()
@@ -87,11 +92,13 @@ def main() -> None:
             parser.error(f"there is no task '{name}': choose from {', '.join(known)}")
 
     began = time.perf_counter()
-    weights = given.pretrained or pretrain("pretrain", [], given.output, given.small)
+    weights = {"pretrain": given.pretrained} if given.pretrained else {}
     results = []
     for task in TASKS:
         if not given.names or task.name in given.names:
-            results += compare(task, weights, given.output, given.small)
+            if task.start not in weights:
+                weights[task.start] = pretrain(task.start, [], given.output, given.small)
+            results += compare(task, weights[task.start], given.output, given.small)
     print(table(results))
     seconds, rows = time.perf_counter() - began, [asdict(result) for result in results]
     file = given.output / "tasks.json"

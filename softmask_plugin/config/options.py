@@ -61,11 +61,11 @@ class SoftMaskOptions:
 
     enabled: bool = True  # whether ITM also sees masked images
     score: str = choice("match", "word", "similarity")  # what the map shows: what the pair's match
-    # depends on, as in the paper; or the picked word's own log-probability, where MLM masks it; or
-    # which patches are like the word
+    # depends on, as in the paper; or the picked word's own log-probability, where MLM masks it
+    # (BLIP: in its captioning); or which patches are like the word
     layer: int | None = None  # BERT layer whose cross-attention gives the map; null: the third
-    # with cross-attention, at most the last but one. Of the last, ITM uses [CLS] alone, so words
-    # have no gradient there.
+    # with cross-attention (BLIP: 7), at most the last but one. Of the last, ITM uses [CLS] alone,
+    # so words have no gradient there.
     words: str = choice("uniform", "content", "energy")  # how the word to mask for is picked
     kind: str = choice("soft", "hard", "random", "uniform")  # all but soft are for ablations
     strength: float = ranged(1.0, 0, 1)  # share of a patch hidden where the map peaks
