@@ -164,9 +164,12 @@ def distilled_cross_entropy(
         reduction: "mean" or "none", as in torch.
 
     Returns:
-        ``(1 - alpha) CE(logits, labels) + alpha CE(logits, softmax(teacher))``: a scalar, or (N,).
+        ``(1 - alpha) CE(logits, labels) + alpha CE(logits, softmax(teacher))``: a scalar, 0 if
+        there are no rows, or (N,).
     """
     logits = logits.float()
+    if len(logits) == 0 and reduction == "mean":
+        return logits.sum()
     loss = F.cross_entropy(logits, labels, reduction=reduction, label_smoothing=label_smoothing)
     if teacher is None:
         return loss

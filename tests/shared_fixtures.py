@@ -16,7 +16,7 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from PIL import Image
 from toy_folders import COLOURS
-from toy_models import CAPTIONS, SMALL
+from toy_models import BLIP, CAPTIONS, SMALL
 from toy_shards import write_shards
 
 from benchmarks.baseline import albef_pretrain
@@ -52,6 +52,8 @@ def make_other():
         torch.manual_seed(seed)
         known = {field.name for field in fields(cls.OPTIONS)}
         small = {key: value for key, value in SMALL.items() if key in known}
+        if cls in BLIP:
+            small["bert"] = {**SMALL["bert"], "fusion_layer": 0}
         model = cls(read_options(cls.OPTIONS, OmegaConf.merge(small, changes)))
         shake(model)
         return model

@@ -35,6 +35,7 @@ CAPTIONS = [
     "a black heart",
     "a small green square to the right of a yellow triangle",
 ]
+BLIP = [models.SoftMaskBlipRetrieval, models.SoftMaskBlipPretrain]
 TRAINED = [
     models.SoftMaskPretrain,
     models.SoftMaskRetrieval,

@@ -17,6 +17,7 @@ CURVES = {
     "loss_itc": "Contrast (ITC)",
     "loss_itm": "Matching (ITM)",
     "loss_mlm": "Masked words (MLM)",
+    "loss_lm": "Captioning (LM)",
     "loss_soft": "Soft-masked matching",
     "grad_norm": "Gradient norm",
     "temp": "Temperature",

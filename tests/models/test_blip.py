@@ -41,7 +41,7 @@ def make_blip(make_other):
     """Build a small model of BLIP's shape, all innovations off: ``make_blip(cls, ...)``."""
 
     def make(cls, **changes):
-        bert = {"fusion_layer": 0, "layers": 3, **changes.pop("bert", {})}
+        bert = {"layers": 3, **changes.pop("bert", {})}
         return make_other(cls, **{**OFF, **changes}, bert=bert)
 
     return make
@@ -265,6 +265,15 @@ def test_a_mask_before_it_starts_and_a_batch_of_one_are_fine(make_blip, score):
     assert early.loss.isfinite() and early.keep is None
     late = ours(make_batch([0]))
     assert late.loss.isfinite() and late.loss_soft.isfinite() and late.keep.shape == (1, 17)
+
+
+@pytest.mark.parametrize("score", ["match", "word"])
+def test_a_batch_without_a_word_to_write_is_finite(make_blip, score):
+    ours = make_blip(SoftMaskBlipPretrain, soft_mask={"enabled": True, "score": score}).train()
+    ours.caption_tokenizer.sep_token = False
+    found = ours({**make_batch([0, 1, 2]), "text_input": ["", "", ""]})
+    assert found.loss.isfinite() and found.loss_lm == 0 and (found.keep == 1).all()
+    found.loss.backward()
 
 
 # ---- options

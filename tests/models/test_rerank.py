@@ -63,7 +63,7 @@ def test_scores_and_candidates_equal_lavis(
     make_model, make_other, gallery, twin, k, tmp_path, monkeypatch
 ):
     if twin is blip_retrieval:
-        model = make_other(SoftMaskBlipRetrieval, bert={"fusion_layer": 0}).eval()
+        model = make_other(SoftMaskBlipRetrieval).eval()
     else:
         model = make_model().eval()
     got = ours(model, gallery, k)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy_models import TRAINED
+from toy_models import BLIP, TRAINED
 
 from softmask_plugin.errors import UserError, require_finite_scores
 from softmask_plugin.explain.pairs import explain
@@ -48,9 +48,9 @@ def batch_of(size: int, image_id: int | None = None) -> dict:
     [(1, None), (1, 7), (2, 7), (5, 7), (5, None), (25, None)],  # of a queue of 24
     ids=["one", "one of an id", "two of an id", "all of an id", "not dividing", "above the queue"],
 )
-@pytest.mark.parametrize("cls", TRAINED, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [*TRAINED, *BLIP], ids=lambda cls: cls.__name__)
 def test_a_step_stays_finite(make_other, cls, size, image_id):
-    changes = {"soft_mask": {"enabled": True}} if cls is SoftMaskRetrieval else {}
+    changes = {"soft_mask": {"enabled": True}} if issubclass(cls, SoftMaskRetrieval) else {}
     model = make_other(cls, **changes).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     for _ in range(2):  # the second reads the queues that the first wrote
@@ -64,9 +64,9 @@ def test_a_step_stays_finite(make_other, cls, size, image_id):
         assert int(model.queue_ptr) == 2 * min(size, 24) % 24
 
 
-@pytest.mark.parametrize("cls", TRAINED, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [*TRAINED, *BLIP], ids=lambda cls: cls.__name__)
 def test_no_text_at_all_stays_finite(make_other, cls):
-    changes = {"soft_mask": {"enabled": True}} if cls is SoftMaskRetrieval else {}
+    changes = {"soft_mask": {"enabled": True}} if issubclass(cls, SoftMaskRetrieval) else {}
     batch = {**batch_of(3), "text_input": ["", "", ""]}
     assert make_other(cls, **changes).train()(batch)["loss"].isfinite()
 

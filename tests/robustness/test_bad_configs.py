@@ -12,6 +12,7 @@ from lavis.common.config import create_runner_config_validator
 from softmask_plugin import cli
 from softmask_plugin.config import check as config_check
 from softmask_plugin.config.options import (
+    BlipPretrainOptions,
     MatchingOptions,
     NlvrOptions,
     PretrainOptions,
@@ -166,7 +167,15 @@ def test_every_key_that_lavis_lists_is_known():
 
 
 @pytest.mark.parametrize(
-    "schema", [PretrainOptions, RetrievalOptions, MatchingOptions, NlvrOptions, VqaOptions]
+    "schema",
+    [
+        PretrainOptions,
+        RetrievalOptions,
+        MatchingOptions,
+        NlvrOptions,
+        VqaOptions,
+        BlipPretrainOptions,
+    ],
 )
 def test_every_number_of_the_options_has_a_range(schema):
     """Neither NaN nor an infinite or hugely negative value gets through anywhere."""

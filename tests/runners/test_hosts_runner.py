@@ -9,7 +9,7 @@ import torch
 from lavis.common.registry import registry
 from lavis.runners.runner_base import RunnerBase
 from lavis.tasks.base_task import BaseTask
-from toy_models import EVERY_MODEL
+from toy_models import BLIP, EVERY_MODEL
 from toys import RUN, ToyConfig
 
 from softmask_plugin.models import (
@@ -88,7 +88,7 @@ def test_a_run_of_the_hosts_goes_on_from_its_checkpoint(
         assert torch.equal(tensor, expected[name]), name
 
 
-@pytest.mark.parametrize("cls", EVERY_MODEL)
+@pytest.mark.parametrize("cls", [*EVERY_MODEL, *BLIP])
 def test_the_hosts_checkpoint_holds_every_model_whole(make_other, tmp_path, cls):
     model, other = make_other(cls), make_other(cls, seed=1)
     host(tmp_path, model, [])._save_checkpoint(0)
