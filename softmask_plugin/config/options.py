@@ -301,6 +301,10 @@ class BlipOptions(ContrastOptions):
                 f"model.bert.fusion_layer is {self.bert.fusion_layer}: all layers of BLIP have "
                 "cross-attention, so set it to 0"
             )
+        if self.soft_mask.score == "similarity":
+            raise UserError(
+                "model.soft_mask.score is 'similarity': BLIP does not compare words with patches"
+            )
         super().__post_init__()
 
     def checked_map_layer(self, key: str, layer: int | None) -> int:

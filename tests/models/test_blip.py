@@ -286,6 +286,11 @@ def test_a_batch_without_a_word_to_write_is_finite(make_blip, score):
         (SoftMaskBlipRetrieval, {"soft_mask": {"score": "word"}}, "score is 'word': .* no MLM"),
         (SoftMaskBlipRetrieval, {"soft_mask": {"in_mlm": True}}, "in_mlm is true: .* no MLM"),
         (SoftMaskBlipPretrain, {"soft_mask": {"in_mlm": True}}, "in_mlm is true: .* no MLM"),
+        (
+            SoftMaskBlipPretrain,
+            {"soft_mask": {"score": "similarity"}},
+            "score is 'similarity': BLIP",
+        ),
         (SoftMaskBlipPretrain, {"soft_mask": {"layer": 2}}, "layer is 2: choose from 0 to 1"),
     ],
 )
