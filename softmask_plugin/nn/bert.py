@@ -1,7 +1,7 @@
 """ALBEF's text and multi-modal encoder: one BERT, cut in two, with LAVIS's state-dict keys.
 
 Layers below ``fusion_layer`` encode text. The others also attend to an image, whose keys and values
-come from an ``ImageMemory`` that every pass shares.
+come from an ``ImageMemory`` that every pass shares; without one they encode text too, as in BLIP.
 """
 
 from __future__ import annotations
