@@ -193,8 +193,8 @@ class QformerMatcher(LavisMatcher):
         with torch.no_grad(), attention_of(*shared) as own, attention_of(*crossing) as seen:
             logits = self.match(pairs)
         count = seen[0].shape[2]  # queries, which come before the caption
-        reads = sum(each.mean(dim=1)[:, :count, count:] for each in own)
-        looks = sum(each.mean(dim=1)[:, :, 1:] for each in seen)
+        reads = torch.stack([each.mean(dim=1)[:, :count, count:] for each in own]).sum(dim=0)
+        looks = torch.stack([each.mean(dim=1)[:, :, 1:] for each in seen]).sum(dim=0)
         return logits, (reads.mT @ looks).float()
 
 

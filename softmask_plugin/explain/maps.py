@@ -25,7 +25,7 @@ from softmask_plugin.soft_mask import word_score
 from softmask_plugin.tokenization import Captions, as_list
 
 Method = Literal["gradcam", "attention", "word", "similarity", "occlusion"]
-TRAINED: dict[str, Method] = {"match": "gradcam"}  # methods by other names than ``soft_mask.score``
+TRAINED = {"match": "gradcam"}  # methods by other names than ``soft_mask.score``
 Phrases = Sequence[tuple[int, Sequence[int]]]  # of each: its caption's index, its words' numbers
 
 
@@ -113,19 +113,19 @@ def map_words(
     target: Target = match_logit,
 ) -> WordMaps:
     """As ``word_maps``, from what is encoded already; any method but ``occlusion``."""
-    method = method or TRAINED.get(matcher.score, matcher.score)  # type: ignore[arg-type]
-    if method not in get_args(Method):
-        raise UserError(f"method is '{method}': {suggest(method, get_args(Method))}")
+    how: str = method or TRAINED.get(matcher.score, matcher.score)
+    if how not in get_args(Method):
+        raise UserError(f"method is '{how}': {suggest(how, get_args(Method))}")
     real = _real(pairs.captions, phrases)
-    if method in ("word", "similarity"):
+    if how in ("word", "similarity"):
         with torch.no_grad():
             logits = matcher.match(pairs)
-        if method == "word":
+        if how == "word":
             maps = own_maps(matcher, pairs, real)
         else:
             maps = maps_of_words(matcher.similarity_maps(pairs), pairs, real)
     else:
-        logits, maps = matcher.maps(pairs, real, target, layer, plain=method == "attention")
+        logits, maps = matcher.maps(pairs, real, target, layer, plain=how == "attention")
     return _found(pairs, real, logits, maps)
 
 

@@ -148,7 +148,7 @@ def _model_class(arch: Any) -> Any:
     return fitting[arch]
 
 
-def _build(model_class: Any, config: DictConfig, checkpoint: Checkpoint | None = None) -> Any:
+def _build(model_class: Any, config: Any, checkpoint: Checkpoint | None = None) -> Any:
     """A model with its type's weights or, if it is one of LAVIS, those of a checkpoint."""
     if checkpoint is not None:
         file = str(checkpoint.path)

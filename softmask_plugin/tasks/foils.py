@@ -83,8 +83,8 @@ class FoilsTask(ItemTask):
             For each item its ``instance_id``; ``itm``, the log-odds of a match of the caption and
             of the foil; ``itc``, their cosines with the image; and what the annotation says of it.
         """
-        pairs = zip(samples["caption"], samples["foil"], strict=True)
-        texts = [text for pair in pairs for text in pair]
+        both = zip(samples["caption"], samples["foil"], strict=True)
+        texts = [text for pair in both for text in pair]
         tokenized = model.tokenize(texts)
         text, features = model.encode_captions(tokenized.ids, tokenized.packing)
         states = model.visual_encoder(samples["image"].to(model.device))
