@@ -49,7 +49,7 @@ tasks: .venv/.installed
 
 soak: .venv/.installed
 	@.venv/bin/python -m benchmarks.kills
-	@.venv/bin/python -m benchmarks.kills --by TERM USR1
+	@.venv/bin/python -m benchmarks.kills --by TERM USR1 --kills 100
 	@.venv/bin/python -m benchmarks.workers
 	@.venv/bin/python -m benchmarks.stream_memory
 

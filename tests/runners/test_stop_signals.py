@@ -128,10 +128,10 @@ def test_a_signal_to_one_process_of_two(tmp_path, after):
 
 
 def test_signals_at_random_moments_of_real_runs():
-    """Six times at least: nothing is lost, and no step is taken twice."""
-    done = forked(kills.main, ["--kills", "6", "--workers", "1", "--by", "TERM", "USR1"])
+    """Four times at least: nothing is lost, and no step is taken twice."""
+    done = forked(kills.main, ["--kills", "4", "--workers", "0", "--by", "TERM", "USR1"])
     assert done.returncode == 0, done.stdout + done.stderr
     ended = re.match(
-        r"[67] times SIGTERM or SIGUSR1 .*; \d+ runs ended, 0 differences", done.stdout
+        r"[45] times SIGTERM or SIGUSR1 .*; \d+ runs ended, 0 differences", done.stdout
     )
     assert ended and "step" in done.stdout
