@@ -80,21 +80,17 @@ class FusionMatcher(LavisMatcher):
         super().__init__(model)
         self.layers = bert_of(model.text_encoder).encoder.layer
         first = getattr(model.text_encoder.config, "fusion_layer", None)
+        half, last = len(self.layers) // 2, len(self.layers) - 2
         # The defaults of ALBEF's authors and of LAVIS's compute_gradcam: 8 and 6 of 12
-        self.layer = (
-            len(self.layers) // 2 if first is None else min(first + 2, len(self.layers) - 2)
-        )
+        self.layer = half if first is None else min(first + 2, last)
 
     def fuse(self, ids: Tensor, mask: Tensor, image: Tensor) -> Tensor:
         """As ``LavisMatcher.fuse``."""
-        if isinstance(self.model, BLIP):
-            ids = ids.index_fill(
-                1, ids.new_zeros(1), self.model.tokenizer.enc_token_id
-            )  # [ENC] in place of [CLS]
-        bert = bert_of(self.model.text_encoder)
-        return bert(
-            ids, attention_mask=mask, encoder_hidden_states=image, return_dict=True
-        ).last_hidden_state
+        if isinstance(self.model, BLIP):  # [ENC] in place of [CLS]
+            ids = ids.index_fill(1, ids.new_zeros(1), self.model.tokenizer.enc_token_id)
+        encode = bert_of(self.model.text_encoder)
+        found = encode(ids, attention_mask=mask, encoder_hidden_states=image, return_dict=True)
+        return found.last_hidden_state
 
     def logits(self, states: Tensor) -> Tensor:
         """As ``LavisMatcher.logits``."""
@@ -131,9 +127,9 @@ class QformerMatcher(LavisMatcher):
 
         attention[w,i] = sum_q (sum_l self_l[q,w]) (sum_l cross_l[q,i])          mean over heads
 
-    It finds what the queries look at, whatever the word, and weighing both factors by gradients, as
-    Chefer et al. do (arXiv 2103.15679), does not change that; nor does their rule for whole layers.
-    Words differ in what they add to the match, and patches in what they give to that. So ::
+    It finds what the queries look at, whatever the word. Weighing both factors by gradients, after
+    Chefer et al. (arXiv 2103.15679), did not change that on scenes. Words differ in what they add
+    to the match, and patches in what they give to that. So ::
 
         gradcam[w,i] = relu( d (s(m v, t) - s(m v, t - w)) / dm_i ) at m = 1
 
