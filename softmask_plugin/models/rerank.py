@@ -61,11 +61,15 @@ class Reranker:
         for_text = candidates(similarity.T, self.k_test).T
         score = self.match(images, texts, for_image | for_text)
         require_finite_scores("a retrieval score", similarity, score)
-        if self.scoring == "itm+itc":
-            score += similarity
+        score += self.itc_part(similarity)
         i2t = score.masked_fill(~for_image, NOT_A_CANDIDATE)
         t2i = score.masked_fill(~for_text, NOT_A_CANDIDATE).T
         return i2t.numpy(), t2i.numpy()
+
+    def itc_part(self, cosines: Tensor) -> Tensor:
+        """What ITC adds to the matching logit, from cosines of any shape."""
+        weight = {"itm": 0.0, "itm+itc": 1.0, "itm+logit": 1 / float(self.model.temp)}
+        return weight[self.scoring] * cosines
 
     @torch.no_grad()
     def similarity(self, data_loader: Any) -> Tensor:

@@ -97,8 +97,7 @@ def worst_retrievals(
     again = candidates(scores, min(reranker.k_test, RERANKED))
     proposed = {i: gallery.states[i] for i in again.any(dim=0).nonzero().flatten().tolist()}
     matches = reranker.match(proposed, texts, again.T).T
-    if reranker.scoring == "itm+itc":
-        matches += scores
+    matches += reranker.itc_part(scores)
     scores[again] = matches[again] - matches[again].min() + 2  # above all cosines
     own = scores.gather(1, torch.tensor(owners)[:, None])
     ranks = (scores > own).sum(dim=1) + 1

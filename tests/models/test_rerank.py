@@ -151,6 +151,18 @@ def test_scores_by_matching_alone(make_model, gallery):
         np.testing.assert_allclose((logits + cosine)[chosen], sum_of_two[chosen], atol=1e-5)
 
 
+def test_scores_by_the_logits_of_both(make_model, gallery):
+    model = make_model(temp=0.05).eval()
+    scored = (
+        model.compute_sim_matrix(gallery, {"k_test": 3, "rerank_scoring": scoring})
+        for scoring in ("itm", "itm+itc", "itm+logit")
+    )
+    for alone, with_cosine, with_logit in zip(*scored, strict=True):
+        chosen = alone != NOT_A_CANDIDATE
+        expected = alone + (with_cosine - alone) / 0.05
+        np.testing.assert_allclose(with_logit[chosen], expected[chosen], rtol=1e-4, atol=1e-4)
+
+
 def test_less_memory_means_smaller_chunks_and_the_same_scores(make_model, gallery, monkeypatch):
     model, sizes = make_model().eval(), []
     match_image = Reranker.match_image

@@ -94,7 +94,7 @@ def test_what_is_missing_is_named(run, tmp_path, missing, message):
     assert message in page.words and "Mean of all recalls 30" in page.words
 
 
-@pytest.mark.parametrize("scoring", ["itm", "itm+itc"])
+@pytest.mark.parametrize("scoring", ["itm", "itm+itc", "itm+logit"])
 def test_ranks_are_those_of_the_evaluation(run, scoring):
     trained = load_trained(run)
     (data,) = build_datasets(OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))).values()
