@@ -213,8 +213,8 @@ RUN: dict[str, Key] = {
     "rerank_scoring": Key(
         "itm+itc",
         "score that ranks the candidates: the matching logit plus ITC's cosine (`itm+itc`, as in "
-        "LAVIS) or its logit, the cosine over the temperature (`itm+logit`), or alone (`itm`, as in "
-        "ALBEF)",
+        "LAVIS) or plus ITC's logit, the cosine over the temperature (`itm+logit`), or alone "
+        "(`itm`, as in ALBEF)",
         one_of("itm+itc", "itm+logit", "itm"),
     ),
     "rerank_memory": Key(1.0, "device memory for the pairs that are scored at once, GiB", positive),
