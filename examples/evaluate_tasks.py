@@ -21,6 +21,7 @@ YAML = "lavis_configs/projects/scenes/eval/{}_tiny.yaml"
 # Task, metric and scale: LAVIS reports some metrics as shares, some in percent
 TASKS = (
     ("retrieval", "txt_r1", 1),
+    ("blip_retrieval", "txt_r1", 1),
     ("entailment", "acc", 100),
     ("nlvr", "acc", 100),
     ("vqa", "agg_metrics", 1),
@@ -43,8 +44,8 @@ def main() -> None:
         runner, results = launch.run(YAML.format(task), options, evaluate=True)
         metrics: Any = results["test"] if results else {}
         guess = chance(task, runner.dataloaders["test"].dataset, metrics)
-        rows.append(f"{task:12}{metric:14}{scale * metrics[metric]:6.1f}{guess:10.1f}")
-    print(f"{'task':12}{'metric':14}{'':4}%    chance", *rows, sep="\n")
+        rows.append(f"{task:16}{metric:14}{scale * metrics[metric]:6.1f}{guess:10.1f}")
+    print(f"{'task':16}{'metric':14}{'':4}%    chance", *rows, sep="\n")
 
 
 def trained_model(models: Path, task: str) -> Path:
@@ -57,7 +58,7 @@ def trained_model(models: Path, task: str) -> Path:
 
 
 def chance(task: str, dataset: Any, metrics: dict[str, float]) -> float:
-    if task == "retrieval":
+    if task.endswith("retrieval"):
         return report.retrieval_chance(dataset.img2txt)["txt_r1"]
     if task == "grounding":
         return metrics["acc_chance"]

@@ -286,7 +286,6 @@ def test_doctor_finds_no_problem_here_and_knows_the_plugin(capsys, tmp_path, mon
     assert "scenes_retrieval" in found["builder"]
     assert "softmask_image_train" in found["processor"]
     assert found["loss"] == "focal_itc"
-    assert "blip" not in str(found)
     assert (
         found["step"].startswith("scenes/train/pretrain_tiny on ") and "loss_itc" in found["step"]
     )

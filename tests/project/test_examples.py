@@ -152,7 +152,7 @@ def test_finetune_own_folder_renders_data(tmp_path, monkeypatch):
 
 def test_evaluate_tasks(trained, tmp_path):
     names = [task.name for task in tasks.TASKS] + ["grounding"]
-    lines = example("evaluate_tasks", tmp_path, "--models", trained)[-6:]
+    lines = example("evaluate_tasks", tmp_path, "--models", trained)[-7:]
     assert lines[0].split() == ["task", "metric", "%", "chance"]
     cells = [line.split() for line in lines[1:]]
     assert [task for task, *_ in cells] == names
