@@ -26,7 +26,7 @@ from benchmarks.material import build, texts
 from softmask_plugin.models.rerank import NOT_A_CANDIDATE, Reranker, candidates
 
 IMAGES, PER_IMAGE, K = 64, 5, 64
-TRIAL = 32  # images for LAVIS to rank in full, in a trial
+TRIAL = 16  # images for LAVIS to rank in full, in a trial
 
 
 class Gallery(list):

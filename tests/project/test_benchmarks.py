@@ -24,7 +24,7 @@ def test_every_measurement_runs(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "2"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "bench.json").read_text())
