@@ -99,6 +99,17 @@ def shards(tmp_path_factory):
 
 
 @pytest.fixture
+def same_negatives(monkeypatch):
+    """LAVIS draws negatives from the global generator: let both take those at the 0.3 quantile."""
+
+    def quantile(weights, n, generator=None):
+        assert n == 1
+        return (weights.cumsum(-1) < 0.3 * weights.sum(-1, keepdim=True)).sum(-1, keepdim=True)
+
+    monkeypatch.setattr(torch, "multinomial", quantile)
+
+
+@pytest.fixture
 def as_rank(monkeypatch):
     """Let the process pass for one of several: ``as_rank(rank, world)``."""
 

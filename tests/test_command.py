@@ -125,7 +125,8 @@ def test_an_interrupted_run_names_the_command_that_goes_on(times):
     assert line == f"softmask: interrupted: {again} goes on from {saved}"
 
 
-def test_two_processes_say_it_once():
+def two_processes():
+    """Start a long run under torchrun, in a session of its own, and let it take three steps."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m"]
     with open("output", "w") as file:
         process = subprocess.Popen(
@@ -136,6 +137,11 @@ def test_two_processes_say_it_once():
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
     wait_until(lambda: "step 3/200" in output())
+    return process
+
+
+def test_two_processes_say_it_once():
+    process = two_processes()
     os.killpg(process.pid, signal.SIGINT)
     process.wait(60)
     (line,) = (line for line in output().splitlines() if "interrupted" in line)
@@ -146,15 +152,7 @@ def test_two_processes_say_it_once():
 
 
 def test_sigterm_to_torchrun_ends_both_processes_after_a_step():
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m"]
-    with open("output", "w") as file:
-        process = subprocess.Popen(
-            [*launcher, "softmask_plugin.train", *LONG_RUN[1:]],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-    wait_until(lambda: "step 3/200" in output())
+    process = two_processes()
     process.terminate()
     assert process.wait(60) != 0  # torchrun has a code of its own
     (line,) = (line for line in output().splitlines() if "ended after step" in line)

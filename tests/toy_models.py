@@ -67,3 +67,11 @@ def matching_logits(twin, tokens, image_states) -> torch.Tensor:
         mode="fusion",
     )
     return twin.itm_head(fused.last_hidden_state[:, 0])
+
+
+def assert_same_state(ours, theirs):
+    """Equal keys and, but for rounding, tensors."""
+    state = ours.state_dict()
+    assert state.keys() == theirs.state_dict().keys()
+    for name, tensor in theirs.state_dict().items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-6, atol=1e-6, msg=name)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from toy_models import CAPTIONS, plain_bert
+from toy_models import CAPTIONS, assert_same_state, plain_bert
 
 from benchmarks import baseline
 from benchmarks.ranks import on_ranks
@@ -25,15 +25,7 @@ OFF = {"soft_mask": {"enabled": False}, "itc": {"gamma": 0.0}}
 LOSSES = ("loss", "loss_itc", "loss_itm", "loss_lm")
 
 
-@pytest.fixture(autouse=True)
-def same_negatives(monkeypatch):
-    """LAVIS draws negatives from the global generator: let both take those at the 0.3 quantile."""
-
-    def quantile(weights, n, generator=None):
-        assert n == 1
-        return (weights.cumsum(-1) < 0.3 * weights.sum(-1, keepdim=True)).sum(-1, keepdim=True)
-
-    monkeypatch.setattr(torch, "multinomial", quantile)
+pytestmark = pytest.mark.usefixtures("same_negatives")
 
 
 @pytest.fixture
@@ -73,10 +65,7 @@ def assert_same_step(ours, theirs, batch):
         torch.testing.assert_close(
             parameter.grad, gradients[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
-    state = ours.state_dict()
-    assert state.keys() == theirs.state_dict().keys()
-    for name, tensor in theirs.state_dict().items():
-        torch.testing.assert_close(state[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
+    assert_same_state(ours, theirs)
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 4])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from toy_models import CAPTIONS
+from toy_models import CAPTIONS, assert_same_state
 
 from benchmarks import baseline
 from softmask_plugin.models import (
@@ -22,15 +22,7 @@ SIX_FUSION_LAYERS = {"layers": 12, "fusion_layer": 6}
 ANSWERS = ["yes", "no", "red", "a large blue star", "two circles", "green", "a ring"]
 
 
-@pytest.fixture(autouse=True)
-def same_negatives(monkeypatch):
-    """LAVIS draws negatives from the global generator: let both take those at the 0.3 quantile."""
-
-    def quantile(weights, n, generator=None):
-        assert n == 1
-        return (weights.cumsum(-1) < 0.3 * weights.sum(-1, keepdim=True)).sum(-1, keepdim=True)
-
-    monkeypatch.setattr(torch, "multinomial", quantile)
+pytestmark = pytest.mark.usefixtures("same_negatives")
 
 
 def progress(epoch):
@@ -60,13 +52,6 @@ def assert_same_step(ours, theirs, batch):
             msg=lambda m, name=name: f"{name}: {m}",
         )
     assert_same_state(ours, theirs)
-
-
-def assert_same_state(ours, theirs):
-    state = ours.state_dict()
-    assert state.keys() == theirs.state_dict().keys()
-    for name, tensor in theirs.state_dict().items():
-        torch.testing.assert_close(state[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
 
 
 # ---- retrieval
