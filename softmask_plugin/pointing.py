@@ -75,12 +75,18 @@ def own_and_other(samples: Collection[tuple[ArrayLike, Box, Sequence[Box]]]) -> 
 def _score(heat: np.ndarray, box: Box) -> tuple[float, float, float, float]:
     if heat.ndim != 2 or heat.size == 0 or not np.isfinite(heat).all() or heat.min() < 0:
         raise ValueError(f"a heat map must be (h, w), finite and >= 0; got shape {heat.shape}")
-    x0, y0, x1, y1 = box
-    if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+    if not is_box(box):
         raise ValueError(f"a box must be (x0, y0, x1, y1) with 0 <= x0 < x1 <= 1; got {box}")
+    x0, y0, x1, y1 = box
     (hit,), (chance,) = hits(heat[None], [box])
     (energy,) = energy_inside(heat[None], [box])
     return float(hit), float(chance), float(energy), (x1 - x0) * (y1 - y0)
+
+
+def is_box(box: Box) -> bool:
+    """Whether a box covers a part of the image, and nothing outside of it."""
+    x0, y0, x1, y1 = box
+    return 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1
 
 
 def hits(maps: np.ndarray, boxes: Sequence[ArrayLike]) -> tuple[np.ndarray, np.ndarray]:

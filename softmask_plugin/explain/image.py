@@ -20,7 +20,7 @@ from softmask_plugin.errors import UserError
 from softmask_plugin.explain.pairs import Explanation, explain, numbers_of, words_of
 from softmask_plugin.explain.trained import Trained, load_trained
 from softmask_plugin.models.rerank import progress_bar
-from softmask_plugin.pointing import Box, hits
+from softmask_plugin.pointing import Box, hits, is_box
 from softmask_plugin.processors.image import ImageEvalProcessor
 from softmask_plugin.processors.text import CaptionProcessor
 
@@ -282,8 +282,7 @@ def _select(found: Explanation, model: Trained, words: Sequence[str]) -> Explana
 def _named(found: Explanation, model: Trained, phrase: str, boxes: Sequence[Box]) -> Named:
     """Find a phrase, cleaned and split as the caption was, and check its boxes."""
     for box in boxes:
-        x0, y0, x1, y1 = box
-        if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+        if not is_box(box):
             raise UserError(
                 f"the box of '{phrase}' is {', '.join(f'{side:g}' for side in box)}: give left, "
                 "top, right and bottom in [0, 1], as shares of the image"
