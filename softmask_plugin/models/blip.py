@@ -28,7 +28,6 @@ from softmask_plugin.models.contrastive import (
 from softmask_plugin.models.retrieval import SoftMaskRetrieval
 from softmask_plugin.nn.bert import BertForMaskedLM, BertModel, BertShape
 from softmask_plugin.nn.image_memory import ImageMemory, View
-from softmask_plugin.nn.pairs import Pairs
 from softmask_plugin.nn.sampling import Draws
 from softmask_plugin.nn.tokens import DecoderText, Packing, Tokens
 from softmask_plugin.registry import register
@@ -161,17 +160,11 @@ class SoftMaskBlipPretrain(BlipBase):
         loss_itc, similarity = self.contrast(online, momentum, alpha)
         memory = self.bert.remember(online.image)  # the decoder's as well
 
-        caption, scored = online.text, text.packing.cls_only
-        pairs, mask, logits = Pairs(), SoftMask(), None
+        mask, logits = None, None
         if self.masks_at(step) and self.options.soft_mask.score == "word":
             logits, mask = self.draw_word_mask(written, text.words, memory, draws)
-        elif self.masks_at(step):
-            fused, mask = self.draw_soft_mask(caption, text.words, scored, memory, draws)
-            pairs.fused["positive"] = fused
-        self.add_pairs(pairs, caption, mask, scored, similarity, draws)
-        self.add_changed(pairs, changed, text.packing, mask)
-        loss_itm, loss_soft = self.matching_losses(
-            pairs.fuse(self.bert, memory), similarity, (changed != text.ids).any(dim=1)
+        mask, loss_itm, loss_soft = self.match_clean(
+            online, text, changed, memory, similarity, draws, mask
         )
         if logits is None:
             logits = self.decode(written, memory)

@@ -185,6 +185,64 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         """Whether the soft mask is on at a step."""
         return self.options.soft_mask.enabled and step >= self.options.soft_mask.start_iter
 
+    def draw_mask(
+        self,
+        pairs: Pairs,
+        image: Tensor,
+        caption: Tokens,
+        words: Tensor,
+        scored: Packing,
+        memory: ImageMemory,
+        draws: Draws,
+    ) -> SoftMask:
+        """Mask what ``soft_mask.score`` says of a word that the caption shows: its similarity, or
+        what it means to the match, whose pass goes into ``pairs``.
+
+        Args:
+            pairs: Pairs so far.
+            image: Image states, (B, S, width).
+            caption, words, scored, memory, draws: As for ``draw_soft_mask``.
+        """
+        if self.options.soft_mask.score == "similarity":
+            return self.draw_similarity_mask(image, caption, words, draws)
+        pairs.fused["positive"], mask = self.draw_soft_mask(caption, words, scored, memory, draws)
+        return mask
+
+    def match_clean(
+        self,
+        online: Features,
+        text: Captions,
+        changed: Tensor,
+        memory: ImageMemory,
+        similarity: Similarity,
+        draws: Draws,
+        mask: SoftMask | None = None,
+    ) -> tuple[SoftMask, Tensor, Tensor | None]:
+        """Match captions that no loss masks.
+
+        Args:
+            online, memory: Features of the batch, and keys and values of its images.
+            text, changed: The captions, from ``as_matched``.
+            similarity: Decides how hard negatives are drawn.
+            draws: Random streams of the step.
+            mask: The soft mask; None: draw one, if this step has one.
+
+        Returns:
+            The soft mask, and the losses of ``matching_losses``.
+        """
+        pairs, scored = Pairs(), text.packing.cls_only
+        if mask is None and self.masks_at(draws.step):
+            mask = self.draw_mask(
+                pairs, online.image, online.text, text.words, scored, memory, draws
+            )
+        elif mask is None:
+            mask = SoftMask()
+        self.add_pairs(pairs, online.text, mask, scored, similarity, draws)
+        self.add_changed(pairs, changed, text.packing, mask)
+        is_changed = (changed != text.ids).any(dim=1)
+        groups = pairs.fuse(self.bert, memory)
+        return mask, *self.matching_losses(groups, similarity, is_changed)
+
     def draw_similarity_mask(
         self, image: Tensor, caption: Tokens, words: Tensor, draws: Draws
     ) -> SoftMask:

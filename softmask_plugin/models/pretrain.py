@@ -107,11 +107,10 @@ class SoftMaskPretrain(ContrastiveBase):
         if self.masks_at(step) and option.soft_mask.score == "word":
             fused, logits, mask = self.draw_word_mask(masked_caption, text, memory, draws)
             pairs.fused["positive" if option.text.shared else "words"] = fused
-        elif self.masks_at(step) and option.soft_mask.score == "similarity":
-            mask = self.draw_similarity_mask(online.image, caption, text.words, draws)
         elif self.masks_at(step):
-            fused, mask = self.draw_soft_mask(caption, text.words, text.scored, memory, draws)
-            pairs.fused["positive"] = fused
+            mask = self.draw_mask(
+                pairs, online.image, caption, text.words, text.scored, memory, draws
+            )
 
         # Match
         self.add_pairs(pairs, caption, mask, text.scored, similarity, draws)

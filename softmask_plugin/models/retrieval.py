@@ -8,8 +8,7 @@ import torch
 
 from softmask_plugin.config.options import RetrievalOptions
 from softmask_plugin.models.base import shipped_types
-from softmask_plugin.models.contrastive import ContrastiveBase, ContrastiveOutput, SoftMask
-from softmask_plugin.nn.pairs import Pairs
+from softmask_plugin.models.contrastive import ContrastiveBase, ContrastiveOutput
 from softmask_plugin.nn.sampling import Draws
 from softmask_plugin.registry import register
 
@@ -53,15 +52,7 @@ class SoftMaskRetrieval(ContrastiveBase):
         loss_itc, similarity = self.contrast(online, momentum, alpha, ids)
 
         memory = self.bert.remember(online.image)
-        caption, scored, pairs, mask = online.text, text.packing.cls_only, Pairs(), SoftMask()
-        if self.masks_at(step) and self.options.soft_mask.score == "similarity":
-            mask = self.draw_similarity_mask(online.image, caption, text.words, draws)
-        elif self.masks_at(step):
-            fused, mask = self.draw_soft_mask(caption, text.words, scored, memory, draws)
-            pairs.fused["positive"] = fused
-        self.add_pairs(pairs, caption, mask, scored, similarity, draws)
-        self.add_changed(pairs, changed, text.packing, mask)
-        loss_itm, loss_soft = self.matching_losses(
-            pairs.fuse(self.bert, memory), similarity, (changed != text.ids).any(dim=1)
+        mask, loss_itm, loss_soft = self.match_clean(
+            online, text, changed, memory, similarity, draws
         )
         return self.output(mask, loss_itc, loss_itm, loss_soft)
