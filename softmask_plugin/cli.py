@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0; 1 if the doctor finds a problem; 2 for a user error or one of files and
         networks, 130 for Ctrl-C, each with one line; 75 if a signal ended a training run that the
-        same command goes on with; 141 if nobody reads the output any more.
+        same command goes on with; 141 if the output's pipe is closed.
         Any other exception keeps its traceback.
     """
     for stream in (sys.stdout, sys.stderr):

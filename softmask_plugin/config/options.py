@@ -181,7 +181,7 @@ class MatchingOptions(AlignedOptions):
     """``softmask_image_text_matching`` and ``softmask_feature_extractor``."""
 
     map_layer: int | None = None  # BERT layer that gives the word maps; null: as soft_mask.layer
-    map_score: str = choice("match", "word", "similarity")  # what they explain, as soft_mask.score
+    map_score: str = choice("match", "word", "similarity")  # what they show, as soft_mask.score
 
     def __post_init__(self) -> None:
         super().__post_init__()
