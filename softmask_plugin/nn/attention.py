@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from softmask_plugin.nn.dropout import drop
+
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0
@@ -20,7 +22,7 @@ def attend(
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return F.dropout(scores.softmax(dim=-1), dropout, dropout > 0) @ value
+    return drop(scores.softmax(dim=-1), dropout) @ value
 
 
 def _fused_is_slow(query: Tensor, dropout: float) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from softmask_plugin.errors import UserError
 from softmask_plugin.nn.attention import attend
+from softmask_plugin.nn.dropout import Dropout
 from softmask_plugin.nn.image_memory import ImageMemory, LayerMemory, View
 from softmask_plugin.nn.tokens import Packing, Tokens
 from softmask_plugin.nn.vision import initial_std
@@ -199,7 +200,7 @@ class Embeddings(nn.Module):
         )
         self.position_embeddings = nn.Embedding(shape.max_positions, shape.width)
         self.LayerNorm = nn.LayerNorm(shape.width, eps=shape.norm_eps)
-        self.dropout = nn.Dropout(shape.dropout)
+        self.dropout = Dropout(shape.dropout)
         # Unused, but a key of LAVIS's checkpoints.
         self.register_buffer("position_ids", torch.arange(shape.max_positions).expand(1, -1))
 
@@ -302,7 +303,7 @@ class AddNorm(nn.Module):
         super().__init__()
         self.dense = nn.Linear(in_width, shape.width)
         self.LayerNorm = nn.LayerNorm(shape.width, eps=shape.norm_eps)
-        self.dropout = nn.Dropout(shape.dropout)
+        self.dropout = Dropout(shape.dropout)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """(M, in width) and its residual (M, width) -> (M, width)."""

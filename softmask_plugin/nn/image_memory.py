@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from softmask_plugin.nn.attention import attend
+from softmask_plugin.nn.dropout import drop
 from softmask_plugin.nn.recompute import recompute
 
 
@@ -93,7 +93,7 @@ class LayerMemory:
         probabilities = scores.softmax(dim=-1)
         if torch.is_grad_enabled() and not probabilities.requires_grad:  # all encoders are frozen
             probabilities.requires_grad_()
-        weights = F.dropout(probabilities, dropout, dropout > 0)
+        weights = drop(probabilities, dropout)
         if keep is None:
             return weights @ value, probabilities
         masked = (weights * (1 - keep)).sum(dim=-1, keepdim=True)

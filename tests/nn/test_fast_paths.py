@@ -338,10 +338,9 @@ def test_attention_equals_attention_to_masked_keys_and_values(
     images = None if other is None else torch.tensor(other)
     kept = (torch.rand(3, 2, 4, 7) >= dropout) / (1 - dropout)
 
-    def drop(x, p, training):
-        return x * kept if training else x
-
-    monkeypatch.setattr(F, "dropout", drop)
+    for module in ("attention", "image_memory"):
+        path = f"softmask_plugin.nn.{module}.drop"
+        monkeypatch.setattr(path, lambda x, rate: x * kept if rate else x)
     got = memory.attend(query, [View(images=images, keep=keep)], dropout)
 
     rows = torch.arange(3) if images is None else images
