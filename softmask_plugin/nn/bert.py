@@ -256,8 +256,9 @@ class Attention(nn.Module):
     def remember(self, image_states: Tensor, mask: Tensor | None = None) -> LayerMemory:
         """Project image states (B, S, image width) to keys and values."""
         return LayerMemory(
-            self.split_heads(self.self.key(image_states)),
-            self.split_heads(self.self.value(image_states)),
+            # Otherwise every view keeps a contiguous copy of its own for the backward pass
+            self.split_heads(self.self.key(image_states)).contiguous(),
+            self.split_heads(self.self.value(image_states)).contiguous(),
             self.self.key.bias.view(self.heads, -1, 1),
             self.self.value.bias.view(self.heads, 1, -1),
             None if mask is None else mask[:, None, None],

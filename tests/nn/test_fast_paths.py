@@ -92,6 +92,17 @@ def test_a_pass_over_several_views_equals_a_pass_for_each(pair, size):
     torch.testing.assert_close(fused.states, plain, rtol=1e-5, atol=1e-5)
 
 
+def test_the_backward_pass_keeps_keys_and_values_once_for_all_views(pair):
+    ours, _, image, tokens, _ = pair(2)
+    views = [View(keep=torch.rand(2, image.shape[1])) for _ in range(3)]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        memory = ours.bert.remember(image)
+        ours.bert.fuse(Tokens.cat([tokens] * 3), memory, views)
+    storages = {t.data_ptr() for t in kept if t.numel() == memory[0].key.numel()}
+    assert len(storages) == 2 * len(memory), "one of keys, one of values, in each layer"
+
+
 def test_many_captions_of_one_image_share_its_memory(pair):
     ours, twin, image, tokens, captions = pair(6)
     memory = ours.bert.remember(image[:2])
