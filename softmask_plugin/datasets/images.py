@@ -50,7 +50,8 @@ def open_rgb(
                 raise ValueError(f"{size}: it must have 1 to {MAX_PIXELS:,}")
             if min_side is not None:
                 image.draft(None, (min_side, min_side))
-            return to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image)
     except UnidentifiedImageError as error:  # its message may contain an address in memory
         raise UnreadableImageError(f"{path}: no image of a known format") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
@@ -99,7 +100,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     elif image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _unit_range(image: Image.Image) -> np.ndarray:

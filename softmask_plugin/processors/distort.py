@@ -1,4 +1,4 @@
-"""Colour jitter, greyscale, sharpness and blur of an RGB array (H, W, 3), uint8, with OpenCV.
+"""Colour jitter, greyscale, sharpness, blur and flip of an RGB array (H, W, 3), uint8, with OpenCV.
 
 They equal torchvision's up to rounding. Pillow's, which torchvision calls, take seven times as long
 and round more coarsely. LAVIS depends on OpenCV.
@@ -20,7 +20,7 @@ Pixels = np.ndarray
 
 def brightness(pixels: Pixels, factor: float) -> Pixels:
     """Scale all values."""
-    return cv2.addWeighted(pixels, factor, pixels, 0, 0)
+    return cv2.convertScaleAbs(pixels, alpha=factor)
 
 
 def contrast(pixels: Pixels, factor: float) -> Pixels:
@@ -31,14 +31,26 @@ def contrast(pixels: Pixels, factor: float) -> Pixels:
 
 def saturation(pixels: Pixels, factor: float) -> Pixels:
     """Move all pixels away from their own grey (factor > 1) or towards it."""
-    return cv2.addWeighted(pixels, factor, greyscale(pixels), 1 - factor, 0)
+    return cv2.transform(pixels, factor * np.eye(3) + (1 - factor) * _LUMINANCE)
+
+
+_LUMINANCE = np.array([0.299, 0.587, 0.114])  # of red, green and blue
 
 
 def hue(pixels: Pixels, turn: float) -> Pixels:
     """Turn all hues by a share of the colour circle."""
-    hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
-    hsv[..., 0] += np.uint8(round(256 * turn) % 256)  # the circle has 256 steps; uint8 wraps
-    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+    hues, saturations, values = cv2.split(cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL))
+    chroma = cv2.multiply(saturations, values, scale=1 / 255)
+    channels = []
+    for primary in (0, 1 / 3, 2 / 3):
+        # Distance of the hue from a channel's own, in 1/512 of the circle; int8 wraps around it
+        whole, rest = divmod(256 * (turn - primary), 1)
+        moved = (hues + np.uint8(whole % 256)).view(np.int8)
+        distance = cv2.convertScaleAbs(moved, alpha=2, beta=2 * rest)
+        # The channel has all of the chroma up to 1/6 of the circle, none from 1/3 on
+        lack = cv2.addWeighted(distance, 255 * 6 / 512, distance, 0, -255)
+        channels.append(cv2.subtract(values, cv2.multiply(chroma, lack, scale=1 / 255)))
+    return cv2.merge(channels)
 
 
 def greyscale(pixels: Pixels) -> Pixels:
@@ -48,17 +60,22 @@ def greyscale(pixels: Pixels) -> Pixels:
 
 def sharpness(pixels: Pixels, factor: float) -> Pixels:
     """Move all pixels away from the mean of their surroundings (factor > 1) or towards it."""
-    smooth = pixels.copy()  # the outermost pixels do not change
-    smooth[1:-1, 1:-1] = cv2.filter2D(pixels, -1, _SMOOTH)[1:-1, 1:-1]
-    return cv2.addWeighted(pixels, factor, smooth, 1 - factor, 0)
-
-
-_SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # Pillow's kernel
+    # Pillow's surroundings: the mean of 3 x 3 pixels, of which the middle one counts five times
+    share = (1 - factor) * 9 / 13
+    sharp = cv2.addWeighted(pixels, 1 - share, cv2.blur(pixels, (3, 3)), share, 0)
+    for edge in (np.s_[[0, -1]], np.s_[:, [0, -1]]):  # the outermost pixels do not change
+        sharp[edge] = pixels[edge]
+    return sharp
 
 
 def blur(pixels: Pixels, sigma: tuple[float, float]) -> Pixels:
     """Blur with a standard deviation drawn from a range (pixels)."""
     return cv2.GaussianBlur(pixels, (0, 0), torch.empty(()).uniform_(*sigma).item())
+
+
+def flip(pixels: Pixels) -> Pixels:
+    """Swap left and right."""
+    return cv2.flip(pixels, 1)
 
 
 class ColorJitter(transforms.ColorJitter):

@@ -11,12 +11,15 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.functional import interpolate
+from torchvision import transforms
 from torchvision.transforms import InterpolationMode, v2
 
 from softmask_plugin.datasets.images import to_rgb
 from softmask_plugin.errors import suggest
 from softmask_plugin.processors.base import Processor
-from softmask_plugin.processors.distort import ColorJitter, blur, brightness, greyscale, sharpness
+from softmask_plugin.processors.distort import ColorJitter, blur, flip, greyscale
+from softmask_plugin.processors.randaugment import RandAugment
 from softmask_plugin.registry import register
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -32,43 +35,25 @@ SHAPE_OPS = ("Identity", "Sharpness", "ShearX", "ShearY", "TranslateX", "Transla
 COLOUR_OPS = ("AutoContrast", "Equalize", "Brightness")
 
 
-class RandAugment(v2.RandAugment):
-    """torchvision's RandAugment restricted to the operations named ``ops``."""
-
-    def __init__(self, ops: Sequence[str], num_ops: int, magnitude: int, fill: list[int]) -> None:
-        super().__init__(num_ops, magnitude, fill=fill)
-        self.ops = list(ops)
-
-    @property
-    def _AUGMENTATION_SPACE(self) -> dict[str, Any]:
-        # Not an attribute: its lambdas cannot be pickled for a spawned worker
-        return {op: v2.RandAugment._AUGMENTATION_SPACE[op] for op in self.ops}
-
-    def _apply_image_or_video_transform(
-        self, image: Image.Image, transform_id: str, magnitude: float, **rest: Any
-    ) -> Image.Image:
-        if transform_id in _BY_OPENCV:
-            return Image.fromarray(_BY_OPENCV[transform_id](np.asarray(image), 1 + magnitude))
-        return super()._apply_image_or_video_transform(image, transform_id, magnitude, **rest)
-
-
-# Pillow's sharpness takes longer than all other operations together
-_BY_OPENCV = {"Sharpness": sharpness, "Brightness": brightness}
-
-
-class RandomCrop(v2.RandomResizedCrop):
-    """torchvision's crop of a PIL image to an array (size, size, 3).
+class RandomCrop:
+    """torchvision's RandomResizedCrop, with the same draws, of a PIL image to an array.
 
     torch resizes bytes like Pillow, up to one or two levels, in less than half the time.
     """
 
     def __init__(self, size: int, min_scale: float, max_scale: float) -> None:
-        super().__init__(size, (min_scale, max_scale), _ASPECT, InterpolationMode.BICUBIC)
+        self.size, self.scale = size, [min_scale, max_scale]
 
-    def forward(self, image: Image.Image) -> np.ndarray:
-        """Crop one image."""
-        channels = super().forward(torch.from_numpy(np.array(image)).permute(2, 0, 1))
-        return cv2.merge(list(channels.numpy()))
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """Crop one image to (size, size, 3)."""
+        draw = transforms.RandomResizedCrop.get_params
+        top, left, height, width = draw(image, self.scale, list(_ASPECT))
+        # The crop alone, as an array without gaps: torch would copy any other first
+        pixels = np.array(image.crop((left, top, left + width, top + height)))
+        channels = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
+        size = (self.size, self.size)
+        (channels,) = interpolate(channels, size, mode="bicubic", antialias=True)
+        return channels.permute(1, 2, 0).numpy()
 
 
 class ImageProcessor(Processor):
@@ -108,8 +93,8 @@ class ImageProcessor(Processor):
 
     def __call__(self, image: Any) -> torch.Tensor:
         """Process one image."""
-        pixels = torch.from_numpy(np.array(self.transform(self.picture(image)))).permute(2, 0, 1)
-        values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        pixels = np.asarray(self.transform(self.picture(image)))
+        values = torch.from_numpy(np.stack(cv2.split(pixels))).to(torch.float32)
         return values.mul_(self.scale).add_(self.offset)
 
     @classmethod
@@ -191,6 +176,10 @@ class ImageTrainProcessor(ImageProcessor):
             f"blur_sigma needs a least and a greatest value above 0, got {blur_sigma}",
         )
         self.require(
+            isinstance(randaugment_ops, int) and randaugment_ops >= 0,
+            f"randaugment_ops must be a whole number, at least 0, got {randaugment_ops!r}",
+        )
+        self.require(
             0 <= randaugment_magnitude <= 30,
             f"randaugment_magnitude must be in [0, 30], got {randaugment_magnitude}",
         )
@@ -214,9 +203,8 @@ class ImageTrainProcessor(ImageProcessor):
             steps.append(v2.RandomApply([greyscale], grayscale_p))
         if blur_p:
             steps.append(v2.RandomApply([partial(blur, sigma=blur_sigma)], blur_p))
-        steps.append(Image.fromarray)
         if flip_p and not keep_left_right:
-            steps.append(v2.RandomHorizontalFlip(flip_p))
+            steps.append(v2.RandomApply([flip], flip_p))
         if randaugment_ops:
             ops = SHAPE_OPS if keep_colours else SHAPE_OPS + COLOUR_OPS
             fill = [round(255 * channel) for channel in self.mean]  # about zero when normalised

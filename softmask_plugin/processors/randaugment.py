@@ -1,0 +1,103 @@
+"""RandAugment of an RGB array (H, W, 3), uint8, with OpenCV."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import cv2
+import numpy as np
+import torch
+
+from softmask_plugin.processors.distort import Pixels, brightness, sharpness
+
+
+class RandAugment:
+    """torchvision's RandAugment (arXiv:1909.13719), with the same draws and magnitudes, for arrays.
+
+    Args:
+        ops: Names of the operations to draw from, as in torchvision.
+        num_ops: Number of operations in a row.
+        magnitude: Their strength, 0 to 30.
+        fill: Colour of what lies outside the image.
+    """
+
+    def __init__(
+        self, ops: Sequence[str], num_ops: int, magnitude: int, fill: Sequence[int]
+    ) -> None:
+        self.ops, self.num_ops, self.strength, self.fill = ops, num_ops, magnitude / 30, fill
+
+    def __call__(self, pixels: Pixels) -> Pixels:
+        """Change one image."""
+        for _ in range(self.num_ops):
+            op = self.ops[int(torch.randint(len(self.ops), ()))]
+            if op in _PLAIN:
+                pixels = _PLAIN[op](pixels)
+                continue
+            strength = -self.strength if torch.rand(()) <= 0.5 else self.strength
+            if op in _ENHANCE:
+                pixels = _ENHANCE[op](pixels, 1 + 0.9 * strength)
+            else:
+                pixels = _MOVE[op](pixels, strength, self.fill)
+        return pixels
+
+
+def _autocontrast(channel: Pixels) -> Pixels:
+    low, high, *_ = cv2.minMaxLoc(channel)
+    if low == high:
+        return channel
+    scale = 255 / (high - low)
+    return cv2.addWeighted(channel, scale, channel, 0, -scale * low)
+
+
+def _equalize(channel: Pixels) -> Pixels:
+    counts = cv2.calcHist([channel], [0], None, [256], [0, 256]).astype(int).ravel()
+    step = (channel.size - counts[channel.max()]) // 255
+    if step == 0:
+        return channel
+    levels = (counts.cumsum() - counts + step // 2) // step
+    return cv2.LUT(channel, levels.clip(max=255).astype(np.uint8))
+
+
+def _each_channel(change: Callable[[Pixels], Pixels], pixels: Pixels) -> Pixels:
+    return cv2.merge([change(channel) for channel in cv2.split(pixels)])
+
+
+def _shear(pixels: Pixels, strength: float, fill: Sequence[int], axis: int) -> Pixels:
+    shear = 0.3 * strength
+    matrix = np.eye(2, 3)
+    matrix[axis] += shear * np.array([axis, 1 - axis, 0.5])  # from a pixel's edge, not its middle
+    flags = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(pixels, matrix, pixels.shape[1::-1], flags=flags, borderValue=fill)
+
+
+def _translate(pixels: Pixels, strength: float, fill: Sequence[int], axis: int) -> Pixels:
+    shift = int(150 / 331 * pixels.shape[1 - axis] * strength)
+    before, after = max(shift, 0), max(-shift, 0)
+    if axis == 0:
+        inside, border = pixels[:, after : pixels.shape[1] - before], (0, 0, before, after)
+    else:
+        inside, border = pixels[after : pixels.shape[0] - before], (before, after, 0, 0)
+    return cv2.copyMakeBorder(inside, *border, cv2.BORDER_CONSTANT, value=fill)
+
+
+def _rotate(pixels: Pixels, strength: float, fill: Sequence[int]) -> Pixels:
+    height, width = pixels.shape[:2]
+    matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), 30 * strength, 1)
+    flags = cv2.INTER_NEAREST
+    return cv2.warpAffine(pixels, matrix, (width, height), flags=flags, borderValue=fill)
+
+
+_PLAIN = {
+    "Identity": lambda pixels: pixels,
+    "AutoContrast": partial(_each_channel, _autocontrast),
+    "Equalize": partial(_each_channel, _equalize),
+}
+_ENHANCE = {"Brightness": brightness, "Sharpness": sharpness}
+_MOVE = {
+    "ShearX": partial(_shear, axis=0),
+    "ShearY": partial(_shear, axis=1),
+    "TranslateX": partial(_translate, axis=0),
+    "TranslateY": partial(_translate, axis=1),
+    "Rotate": _rotate,
+}
