@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Sequence
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -205,9 +206,9 @@ def test_colours_change_as_in_torchvision(change, amount):
     exact = functional.pil_to_tensor(photo(96, 80)) / 255
     expected = 255 * getattr(functional, f"adjust_{change}")(exact, value).permute(1, 2, 0).numpy()
     error = np.abs(getattr(distort, change)(pixels, value) - expected)
-    # the hue and its turn are rounded to 1/256 of the circle, by which a channel moves by up to 6
-    assert error.max() < (12 if change == "hue" else 0.9)
-    assert error.mean() < (1 if change == "hue" else 0.4)
+    # The hue is rounded to 1/256 of the circle, by which a channel moves by up to 3 levels
+    assert error.max() < (6 if change == "hue" else 0.9)
+    assert error.mean() < 0.4
 
 
 def test_jitter_draws_as_torchvision_does():
@@ -241,7 +242,9 @@ def test_randaugment_changes_as_torchvision_does(op):
         torch.manual_seed(seed)
         given = ours(np.asarray(noise)).astype(int)
         torch.manual_seed(seed)
-        assert np.abs(given - np.asarray(theirs(noise))).max() <= 1
+        error = np.abs(given - np.asarray(theirs(noise))).max(-1)
+        # Halfway between two pixels, Pillow may take the other one
+        assert (error > 1).mean() <= (0.002 if op == "Rotate" else 0)
         assert op == "Identity" or np.abs(given - np.asarray(noise)).mean() > 2
 
 
@@ -276,6 +279,12 @@ def test_blur_is_a_gaussian():
     x = np.arange(41) - 20
     expected = row[20] * np.exp(-(x**2) / (2 * 2**2))
     np.testing.assert_allclose(row, expected, atol=1)
+    image = np.asarray(photo(96, 80))
+    for sigma in (0.1, 0.5, 1, 2):
+        error = distort.blur(image, (sigma, sigma)).astype(int) - cv2.GaussianBlur(
+            image, (0, 0), sigma
+        )
+        assert np.abs(error).max() <= 1 and abs(error.mean()) < 0.05
 
 
 def test_draws_come_from_torch_alone():
