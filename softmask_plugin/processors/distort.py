@@ -1,4 +1,4 @@
-"""Colour jitter, greyscale, sharpness, blur and flip of an RGB array (H, W, 3), uint8, with OpenCV.
+"""Colour jitter, greyscale, sharpness, blur and flip of an RGB array (H, W, 3), uint8, by OpenCV.
 
 They equal torchvision's up to rounding. Pillow's, which torchvision calls, take seven times as long
 and round more coarsely. LAVIS depends on OpenCV.
@@ -63,8 +63,8 @@ def sharpness(pixels: Pixels, factor: float) -> Pixels:
     # Pillow's surroundings: the mean of 3 x 3 pixels, of which the middle one counts five times
     share = (1 - factor) * 9 / 13
     sharp = cv2.addWeighted(pixels, 1 - share, cv2.blur(pixels, (3, 3)), share, 0)
-    for edge in (np.s_[[0, -1]], np.s_[:, [0, -1]]):  # the outermost pixels do not change
-        sharp[edge] = pixels[edge]
+    for edge in (0, -1):  # the outermost pixels do not change
+        sharp[edge], sharp[:, edge] = pixels[edge], pixels[:, edge]
     return sharp
 
 

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn.functional import interpolate
-from torchvision import transforms
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import InterpolationMode, RandomResizedCrop, v2
 
 from softmask_plugin.datasets.images import to_rgb
 from softmask_plugin.errors import suggest
@@ -46,8 +45,7 @@ class RandomCrop:
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """Crop one image to (size, size, 3)."""
-        draw = transforms.RandomResizedCrop.get_params
-        top, left, height, width = draw(image, self.scale, list(_ASPECT))
+        top, left, height, width = RandomResizedCrop.get_params(image, self.scale, list(_ASPECT))
         # The crop alone, as an array without gaps: torch would copy any other first
         pixels = np.array(image.crop((left, top, left + width, top + height)))
         channels = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)

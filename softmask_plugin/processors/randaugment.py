@@ -1,4 +1,4 @@
-"""RandAugment of an RGB array (H, W, 3), uint8, with OpenCV."""
+"""RandAugment of an RGB array (H, W, 3), uint8, by OpenCV."""
 
 from __future__ import annotations
 
@@ -64,28 +64,33 @@ def _each_channel(change: Callable[[Pixels], Pixels], pixels: Pixels) -> Pixels:
 
 
 def _shear(pixels: Pixels, strength: float, fill: Sequence[int], axis: int) -> Pixels:
-    shear = 0.3 * strength
     matrix = np.eye(2, 3)
-    matrix[axis] += shear * np.array([axis, 1 - axis, 0.5])  # from a pixel's edge, not its middle
+    # Measured from the image's edge, which is half a pixel from OpenCV's origin
+    matrix[axis] += 0.3 * strength * np.array([axis, 1 - axis, 0.5])
+    return _warp(pixels, matrix, fill)
+
+
+def _rotate(pixels: Pixels, strength: float, fill: Sequence[int]) -> Pixels:
+    height, width = pixels.shape[:2]
+    centre = (width - 1) / 2, (height - 1) / 2
+    return _warp(pixels, cv2.getRotationMatrix2D(centre, -30 * strength, 1), fill)
+
+
+def _warp(pixels: Pixels, matrix: np.ndarray, fill: Sequence[int]) -> Pixels:
+    """Fetch each pixel from where the matrix maps it to."""
     flags = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
     return cv2.warpAffine(pixels, matrix, pixels.shape[1::-1], flags=flags, borderValue=fill)
 
 
 def _translate(pixels: Pixels, strength: float, fill: Sequence[int], axis: int) -> Pixels:
-    shift = int(150 / 331 * pixels.shape[1 - axis] * strength)
+    size = pixels.shape[1 - axis]
+    shift = int(150 / 331 * size * strength)
     before, after = max(shift, 0), max(-shift, 0)
     if axis == 0:
-        inside, border = pixels[:, after : pixels.shape[1] - before], (0, 0, before, after)
+        inside, border = pixels[:, after : size - before], (0, 0, before, after)
     else:
-        inside, border = pixels[after : pixels.shape[0] - before], (before, after, 0, 0)
+        inside, border = pixels[after : size - before], (before, after, 0, 0)
     return cv2.copyMakeBorder(inside, *border, cv2.BORDER_CONSTANT, value=fill)
-
-
-def _rotate(pixels: Pixels, strength: float, fill: Sequence[int]) -> Pixels:
-    height, width = pixels.shape[:2]
-    matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), 30 * strength, 1)
-    flags = cv2.INTER_NEAREST
-    return cv2.warpAffine(pixels, matrix, (width, height), flags=flags, borderValue=fill)
 
 
 _PLAIN = {
