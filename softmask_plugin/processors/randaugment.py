@@ -93,13 +93,13 @@ def _translate(pixels: Pixels, strength: float, fill: Sequence[int], axis: int) 
     return cv2.copyMakeBorder(inside, *border, cv2.BORDER_CONSTANT, value=fill)
 
 
-_PLAIN = {
+_PLAIN: dict[str, Callable[..., Pixels]] = {
     "Identity": lambda pixels: pixels,
     "AutoContrast": partial(_each_channel, _autocontrast),
     "Equalize": partial(_each_channel, _equalize),
 }
 _ENHANCE = {"Brightness": brightness, "Sharpness": sharpness}
-_MOVE = {
+_MOVE: dict[str, Callable[..., Pixels]] = {
     "ShearX": partial(_shear, axis=0),
     "ShearY": partial(_shear, axis=1),
     "TranslateX": partial(_translate, axis=0),
