@@ -147,9 +147,9 @@ class SoftMaskBlipPretrain(BlipBase):
             samples: ``image`` (B, 3, H, W), ``text_input`` (list of B captions), and ``epoch``,
                 ``iters``, ``num_iters_per_epoch`` from LAVIS's tasks.
         """
-        images = self.visual_encoder.shared(samples["image"])
         step, alpha = self.progress(samples)
         draws = Draws(torch.initial_seed(), step)
+        images = self.visual_encoder.visible(samples["image"], draws)
         clean = self.caption_tokenizer.tokenize(samples["text_input"])
         text, changed = self.as_matched(clean, draws)
         ids = starting_with(self.tokenizer.bos_token_id, clean.ids)
@@ -162,7 +162,7 @@ class SoftMaskBlipPretrain(BlipBase):
 
         mask, logits = None, None
         if self.masks_at(step) and self.options.soft_mask.score == "word":
-            logits, mask = self.draw_word_mask(written, text.words, memory, draws)
+            logits, mask = self.draw_word_mask(online.image, written, text.words, memory, draws)
         mask, loss_itm, loss_soft = self.match_clean(
             online, text, changed, memory, similarity, draws, mask
         )
@@ -187,11 +187,12 @@ class SoftMaskBlipPretrain(BlipBase):
         return decoder(decoder.bert.fuse(tokens, memory, (view,), text.predicting).states)
 
     def draw_word_mask(
-        self, text: DecoderText, words: Tensor, memory: ImageMemory, draws: Draws
+        self, image: Tensor, text: DecoderText, words: Tensor, memory: ImageMemory, draws: Draws
     ) -> tuple[Tensor, SoftMask]:
         """Mask what a word of each caption means to the image, given the words before it.
 
         Args:
+            image: Image states, (B, S, width).
             text, memory: B captions, and keys and values of their images.
             words: Word index per token, (B, T); -1 where the soft mask may not pick.
             draws: Random streams of the step.
@@ -203,8 +204,7 @@ class SoftMaskBlipPretrain(BlipBase):
         word = pick_words(None, words, self.options.soft_mask.words, draws.stream("word", device))
         picked = (words == word[:, None])[:, 1:].flatten()[text.predicting.index]
         with torch.enable_grad():  # the map is a gradient, under no_grad as well
-            keep = torch.ones(len(word), 1 + self.visual_encoder.grid**2, device=device)
-            keep.requires_grad_()
+            keep = torch.ones(image.shape[:2], device=device, requires_grad=True)
             logits = self.decode(text, memory, View(keep=keep))
             maps = mask_effect(picked * word_score(logits, text.targets), keep)
         return logits, self.mask_of(maps, word, draws)

@@ -13,6 +13,8 @@ from softmask_plugin.errors import require_finite_scores
 from softmask_plugin.losses import distilled_cross_entropy
 from softmask_plugin.models.base import LossOutput, shipped_types
 from softmask_plugin.models.distillation import DistilledBase
+from softmask_plugin.nn.sampling import Draws
+from softmask_plugin.nn.vision import Visible
 from softmask_plugin.registry import register
 from softmask_plugin.tokenization import Captions
 
@@ -48,11 +50,12 @@ class SoftMaskClassification(DistilledBase):
                 ``label`` (B,) int64 or a list, and ``epoch``, ``iters``, ``num_iters_per_epoch``
                 from LAVIS's tasks.
         """
-        images = self.visual_encoder.shared(self.images(samples))
+        step, alpha = self.progress(samples)
+        draws = Draws(torch.initial_seed(), step)
+        images = self.visual_encoder.visible(self.images(samples), draws)
         captions = self.tokenize(samples["text_input"])
-        logits, teacher, alpha = self.logits(images, captions), None, 0.0
+        logits, teacher = self.logits(images, captions), None
         if self.options.use_distill:
-            _, alpha = self.progress(samples)
             self.update_momentum()
             with torch.no_grad():
                 teacher = self.logits(images, captions, "_m")
@@ -75,7 +78,7 @@ class SoftMaskClassification(DistilledBase):
         """Class of each pair, (B,); LAVIS after 1.0.2 gives a list."""
         return torch.as_tensor(samples["label"], device=self.device)
 
-    def logits(self, images: Tensor, captions: Captions, suffix: str = "") -> Tensor:
+    def logits(self, images: Tensor | Visible, captions: Captions, suffix: str = "") -> Tensor:
         """Logits (B, classes) of the model or, with suffix "_m", of its momentum copy."""
         fused = self.fuse(images, captions, captions.packing.cls_only, suffix)
         return self.part("cls_head", suffix)(fused.cls)

@@ -20,6 +20,7 @@ from softmask_plugin.nn.pairs import Pairs
 from softmask_plugin.nn.queue import enqueue_, random_queue
 from softmask_plugin.nn.sampling import Draws, sample_negatives
 from softmask_plugin.nn.tokens import Packing, Tokens
+from softmask_plugin.nn.vision import Visible
 from softmask_plugin.registry import get_loss_class
 from softmask_plugin.soft_mask import grad_cam, keep_factors, normalize, pick_words, word_map
 from softmask_plugin.tokenization import Captions
@@ -105,12 +106,14 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         return self.options.soft_mask.score
 
     @torch.no_grad()
-    def encode_momentum(self, images: Tensor, ids: Tensor, packing: Packing) -> Features:
+    def encode_momentum(self, images: Tensor | Visible, ids: Tensor, packing: Packing) -> Features:
         """Encode with the momentum encoders, once they are updated (see ``paced``)."""
         self.update_momentum()
         return self.encode(images, ids, packing, "_m")
 
-    def encode(self, images: Tensor, ids: Tensor, packing: Packing, suffix: str = "") -> Features:
+    def encode(
+        self, images: Tensor | Visible, ids: Tensor, packing: Packing, suffix: str = ""
+    ) -> Features:
         """Encode B images, as the image encoder takes them, and captions (N, T), of which the first
         B are for ITC."""
         image = self.part("visual_encoder", suffix)(images)

@@ -11,6 +11,7 @@ from torch import Tensor
 from softmask_plugin.models.base import SoftMaskBase, bert_of
 from softmask_plugin.nn.momentum import MomentumPairs, momentum_copy
 from softmask_plugin.nn.tokens import Packing, Tokens
+from softmask_plugin.nn.vision import Visible
 from softmask_plugin.tokenization import Captions
 
 
@@ -83,7 +84,7 @@ class DistilledBase(MomentumDistillation):
         super().add_momentum(*(names if self.options.use_distill else ()))
 
     def fuse(
-        self, images: Tensor, captions: Captions, wanted: Packing | None, suffix: str = ""
+        self, images: Tensor | Visible, captions: Captions, wanted: Packing | None, suffix: str = ""
     ) -> Tokens:
         """Multi-modal states of the ``wanted`` tokens (None: all) of B captions; with suffix "_m",
         those of the momentum model.

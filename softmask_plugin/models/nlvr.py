@@ -68,10 +68,10 @@ class SoftMaskNlvrPretrain(TwoImageBase):
     def forward(self, samples: dict[str, Any]) -> LossOutput:
         """Compute the loss of one step from ``image`` (B, 3, H, W) and ``text_input`` (list of B
         captions); the wrong images of a caption come from the batch."""
-        captions = self.tokenize(samples["text_input"])
-        states = self.visual_encoder(samples["image"])
-        features = nn.functional.normalize(self.vision_proj(states[:, 0].detach()).float(), dim=-1)
         draws = Draws(torch.initial_seed(), self.step_of(samples))
+        captions = self.tokenize(samples["text_input"])
+        states = self.visual_encoder(self.visual_encoder.visible(samples["image"], draws))
+        features = nn.functional.normalize(self.vision_proj(states[:, 0].detach()).float(), dim=-1)
         first, second, label = assign(features @ features.T / self.options.temp, draws)
         memory = self.bert.remember(states[first], states[second])
         text, cls_only = self.bert.encode(captions.ids, captions.packing), captions.packing.cls_only

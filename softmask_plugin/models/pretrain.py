@@ -84,9 +84,9 @@ class SoftMaskPretrain(ContrastiveBase):
             samples: ``image`` (B, 3, H, W), ``text_input`` (list of B captions), and ``epoch``,
                 ``iters``, ``num_iters_per_epoch`` from LAVIS's tasks.
         """
-        images, option = self.visual_encoder.shared(samples["image"]), self.options
         step, alpha = self.progress(samples)
-        draws = Draws(torch.initial_seed(), step)
+        option, draws = self.options, Draws(torch.initial_seed(), step)
+        images = self.visual_encoder.visible(samples["image"], draws)
         text = self.tokenize_masked(samples["text_input"], draws)
 
         # Encode: each image once, each caption once
@@ -105,7 +105,9 @@ class SoftMaskPretrain(ContrastiveBase):
         # what is like it
         pairs, mask, logits = Pairs(), SoftMask(), None
         if self.masks_at(step) and option.soft_mask.score == "word":
-            fused, logits, mask = self.draw_word_mask(masked_caption, text, memory, draws)
+            fused, logits, mask = self.draw_word_mask(
+                online.image, masked_caption, text, memory, draws
+            )
             pairs.fused["positive" if option.text.shared else "words"] = fused
         elif self.masks_at(step):
             mask = self.draw_mask(
@@ -180,9 +182,14 @@ class SoftMaskPretrain(ContrastiveBase):
             return local_contrast_across(words, patches, rows, is_word, self.temp)
 
     def draw_word_mask(
-        self, caption: Tokens, text: Text, memory: ImageMemory, draws: Draws
+        self, image: Tensor, caption: Tokens, text: Text, memory: ImageMemory, draws: Draws
     ) -> tuple[Tokens, Tensor, SoftMask]:
         """Mask what a word of each masked caption, itself hidden, means to its own prediction.
+
+        Args:
+            image: Image states, (B, S, width).
+            caption, text, memory: B masked captions, and keys and values of their images.
+            draws: Random streams of the step.
 
         Returns:
             The states of the scored tokens, the logits of the masked words, and the soft mask.
@@ -195,8 +202,7 @@ class SoftMaskPretrain(ContrastiveBase):
         rows = text.masked.index // text.words.shape[1]
         picked = text.words.flatten()[text.masked.index] == word[rows].clamp_min(0)
         with torch.enable_grad():  # the map is a gradient, under no_grad as well
-            keep = torch.ones(len(word), 1 + self.visual_encoder.grid**2, device=device)
-            keep.requires_grad_()
+            keep = torch.ones(image.shape[:2], device=device, requires_grad=True)
             fused = self.bert.fuse(caption, memory, (View(keep=keep),), wanted)
             logits = self.word_logits(fused, text)
             maps = mask_effect(picked * word_score(logits, text.targets), keep)

@@ -40,10 +40,10 @@ class SoftMaskRetrieval(ContrastiveBase):
             samples: ``image`` (B, 3, H, W), ``text_input`` (list of B captions), ``image_id`` (B,)
                 int64, and ``epoch``, ``iters``, ``num_iters_per_epoch`` from LAVIS's tasks.
         """
-        images = self.visual_encoder.shared(samples["image"])
         ids = torch.as_tensor(samples["image_id"], device=self.device)
         step, alpha = self.progress(samples)
         draws = Draws(torch.initial_seed(), step)
+        images = self.visual_encoder.visible(samples["image"], draws)
         clean = self.caption_tokenizer.tokenize(samples["text_input"])
         text, changed = self.as_matched(clean, draws)
 

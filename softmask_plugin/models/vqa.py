@@ -16,7 +16,9 @@ from softmask_plugin.models.base import LossOutput, shipped_types
 from softmask_plugin.models.distillation import DistilledBase
 from softmask_plugin.nn.bert import BertForMaskedLM
 from softmask_plugin.nn.image_memory import ImageMemory, View
+from softmask_plugin.nn.sampling import Draws
 from softmask_plugin.nn.tokens import DecoderText
+from softmask_plugin.nn.vision import Visible
 from softmask_plugin.registry import register
 from softmask_plugin.tokenization import Captions, CaptionTokenizer, as_list
 
@@ -60,16 +62,17 @@ class SoftMaskVqa(DistilledBase):
                 question, ``weight`` (answers,), and ``epoch``, ``iters``, ``num_iters_per_epoch``
                 from LAVIS's tasks.
         """
-        images = self.visual_encoder.shared(samples["image"])
+        step, alpha = self.progress(samples)
+        draws = Draws(torch.initial_seed(), step)
+        images = self.visual_encoder.visible(samples["image"], draws)
         captions = self.tokenize(samples["text_input"])
         tokenized, device = self.answer_tokenizer.tokenize(samples["answer"]), self.device
         answers = DecoderText.of(tokenized.ids, tokenized.mask, device)
         counts = torch.as_tensor(samples["n_answers"], device=device)
         question = torch.repeat_interleave(counts, output_size=len(answers.ids))
-        view, teacher, alpha = View(images=question), None, 0.0
+        view, teacher = View(images=question), None
         logits = self.decode(self.questions(images, captions), answers, view)
         if self.options.use_distill:
-            _, alpha = self.progress(samples)
             self.update_momentum()
             with torch.no_grad():
                 teacher = self.decode(self.questions(images, captions, "_m"), answers, view, "_m")
@@ -148,7 +151,9 @@ class SoftMaskVqa(DistilledBase):
             losses.append(words.new_zeros(len(rows)).index_add_(0, answers.owner, words))
         return torch.cat(losses).view_as(chosen)
 
-    def questions(self, images: Tensor, captions: Captions, suffix: str = "") -> ImageMemory:
+    def questions(
+        self, images: Tensor | Visible, captions: Captions, suffix: str = ""
+    ) -> ImageMemory:
         """Keys and values of the questions' multi-modal states, for each layer of the decoder."""
         fused = self.fuse(images, captions, None, suffix)
         states, mask = fused.packing.pad(fused.states), fused.packing.mask

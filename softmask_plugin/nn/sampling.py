@@ -54,6 +54,23 @@ def mask_tokens(
     return torch.where(randomised, words, ids.masked_fill(replaced, mask_id)), chosen
 
 
+def draw_patches(images: int, patches: int, dropout: float, generator: torch.Generator) -> Tensor:
+    """Draw the patches to keep of each image, any as likely as any other.
+
+    Args:
+        images, patches: Number of images, and of patches of each.
+        dropout: Share of the patches to leave out, in [0, 1).
+        generator: Random stream; its device is that of the result.
+
+    Returns:
+        Indices (images, K), int64, in random order; K is (1 - dropout) * patches, rounded, but at
+        least 1.
+    """
+    kept = max(1, round((1 - dropout) * patches))
+    noise = torch.rand(images, patches, generator=generator, device=generator.device)
+    return noise.topk(kept, dim=1).indices
+
+
 def sample_negatives(
     similarity: Tensor, positives: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:

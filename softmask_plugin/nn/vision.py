@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from softmask_plugin.nn.attention import attend
 from softmask_plugin.nn.hybrid import HybridEmbed
 from softmask_plugin.nn.recompute import recompute
+from softmask_plugin.nn.sampling import Draws, draw_patches
 
 
 def initial_std(width: int) -> float:
@@ -21,6 +23,17 @@ def initial_std(width: int) -> float:
     nothing, and it learns late.
     """
     return 0.02 * (768 / width) ** 0.5
+
+
+@dataclass(frozen=True)
+class Visible:
+    """B images of which the encoder sees some patches only."""
+
+    images: Tensor  # as ``shared`` returns them
+    patches: Tensor  # indices of the patches that it sees of each, (B, K), int64
+
+    def __len__(self) -> int:
+        return len(self.images)
 
 
 class VisionTransformer(nn.Module):
@@ -33,6 +46,8 @@ class VisionTransformer(nn.Module):
         mlp_ratio: Width of the MLP's inner layer over ``width``.
         backbone, backbone_layers, backbone_frozen: A network whose feature maps replace the pixels
             of the patches, see ``HybridEmbed``; None: patches are cut from the images.
+        patch_dropout: Share of an image's patches that training steps leave out, see ``visible``.
+        patch_dropout_steps: First steps that do so; None: all.
         drop_path: Stochastic-depth rate of the last block; grows linearly from 0 at the first.
         norm_eps: Epsilon of the layer norms.
         checkpointing: Recompute blocks in the backward pass to save memory.
@@ -49,6 +64,8 @@ class VisionTransformer(nn.Module):
         backbone: str | None = None,
         backbone_layers: Sequence[int] = (3, 4),
         backbone_frozen: bool = True,
+        patch_dropout: float = 0.0,
+        patch_dropout_steps: int | None = None,
         drop_path: float = 0.0,
         norm_eps: float = 1e-6,
         checkpointing: bool = False,
@@ -57,6 +74,7 @@ class VisionTransformer(nn.Module):
         if image_size % patch_size:
             raise ValueError(f"image size {image_size} is not a multiple of the patch {patch_size}")
         self.image_size, self.vision_width, self.checkpointing = image_size, width, checkpointing
+        self.patch_dropout, self.patch_dropout_steps = patch_dropout, patch_dropout_steps
         self.grid = image_size // patch_size
         self.patch_embed: Any = (
             PatchEmbed(patch_size, width, self.grid**2)
@@ -76,11 +94,15 @@ class VisionTransformer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=std)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Encode images (B, 3, H, W), or what ``shared`` made of them, into tokens
+    def forward(self, images: Tensor | Visible) -> Tensor:
+        """Encode images (B, 3, H, W), or what ``shared`` or ``visible`` made of them, into tokens
         (B, 1 + patches, width); ValueError if H or W is not ``image_size``."""
-        patches = self.patch_embed(self.shared(images))
+        whole = images.images if isinstance(images, Visible) else images
+        patches = self.patch_embed(self.shared(whole))
         x = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1) + self.pos_embed
+        if isinstance(images, Visible):
+            seen = F.pad(images.patches + 1, (1, 0))  # [CLS], then the patches
+            x = x.gather(1, seen[:, :, None].expand(-1, -1, x.shape[2]))
         for block in self.blocks:
             x = recompute(block, x) if self.checkpointing and self.training else block(x)
         return self.norm(x)
@@ -96,6 +118,21 @@ class VisionTransformer(nn.Module):
                 f"{self.image_size}x{self.image_size}: set image_size of model and processors alike"
             )
         return self.patch_embed.shared(images)
+
+    def visible(self, images: Tensor, draws: Draws) -> Tensor | Visible:
+        """What this encoder and its momentum copy see of images in a step: in training with patch
+        dropout, [CLS] and some patches, drawn for each image (FLIP, arXiv 2212.00794); else all.
+
+        Both see the same patches, as ALBEF gives both the same image: a teacher that saw others
+        would ask for what the student cannot see.
+        """
+        shared, steps = self.shared(images), self.patch_dropout_steps
+        if not self.training or not self.patch_dropout:
+            return shared
+        if steps is not None and draws.step >= steps:
+            return shared
+        stream = draws.stream("patch dropout", shared.device)
+        return Visible(shared, draw_patches(len(images), self.grid**2, self.patch_dropout, stream))
 
 
 class PatchEmbed(nn.Module):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from toy_models import CAPTIONS
+from toy_models import CAPTIONS, SMALL
 
 from benchmarks.ranks import on_ranks
 from softmask_plugin.losses import local_contrast, local_contrast_across
@@ -72,8 +72,9 @@ EVERYTHING = {"mask_prob": 0.4}
         {"soft_mask": {"in_mlm": True}},
         {"soft_mask": {"kind": "random"}},
         {"itm_words": True},
+        {"vit": {**SMALL["vit"], "patch_dropout": 0.5}},
     ],
-    ids=["no mask", "no focus", "clean text", "in_mlm", "random", "itm_words"],
+    ids=["no mask", "no focus", "clean text", "in_mlm", "random", "itm_words", "patch dropout"],
 )
 def test_switching_one_innovation_leaves_the_draws_of_the_others(
     make_model, make_batch, monkeypatch, change

@@ -276,7 +276,9 @@ class Pairs(Dataset):
 
 def run(make_other, folder, job_id, **options):
     torch.manual_seed(0)
-    model = make_other(SoftMaskPretrain, **HYBRID, text_pool="mean", itm_hard_steps=3)
+    vit = {"patch_dropout": 0.5, "patch_dropout_steps": 3, **HYBRID["vit"]}
+    hybrid = {**HYBRID, "vit": vit}
+    model = make_other(SoftMaskPretrain, **hybrid, text_pool="mean", itm_hard_steps=3)
     options = {"init_lr": 1e-3, "max_epoch": 2, "keep_checkpoints": None, **options}
     options["lr_scale"] = {"text_encoder": 0.5, "crossattention": 1}
     return build(

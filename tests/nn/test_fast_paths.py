@@ -7,6 +7,7 @@ from functools import partial, partialmethod
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from toy_models import SMALL
 
@@ -171,17 +172,19 @@ def test_layers_without_a_map_are_refused(pair):
 @pytest.mark.parametrize("size", [1, 2, 6])
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize(
-    ("negatives", "score", "image_cls"),
+    ("negatives", "score", "image_cls", "patch_dropout"),
     [
-        (True, "match", True),
-        (False, "match", False),
-        (True, "word", True),
-        (False, "word", False),
-        (True, "similarity", True),
+        (True, "match", True, 0.0),
+        (False, "match", False, 0.5),
+        (True, "word", True, 0.0),
+        (False, "word", False, 0.0),
+        (True, "word", True, 0.5),
+        (True, "similarity", True, 0.0),
+        (False, "similarity", True, 0.5),
     ],
 )
 def test_a_whole_step_equals_separate_passes(
-    make_model, make_batch, albef_twin, size, shared, negatives, score, image_cls
+    make_model, make_batch, albef_twin, size, shared, negatives, score, image_cls, patch_dropout
 ):
     """All innovations on: recompute each loss with LAVIS's modules, one pass per kind of pair.
 
@@ -192,14 +195,16 @@ def test_a_whole_step_equals_separate_passes(
         {"shared": shared, "mask_prob": 0.4},
         {**SMALL["bert"], "image_cls": image_cls},
     )
+    vit = {**SMALL["vit"], "patch_dropout": patch_dropout}
     ours = make_model(
-        text=text_options, soft_mask=mask_options, bert=bert, local_weight=0.5
+        text=text_options, soft_mask=mask_options, bert=bert, local_weight=0.5, vit=vit
     ).train()
     twin = albef_twin(ours)
     batch = make_batch(size)
     seen = {}
     for name in ("tokenize_masked", "negatives", "mask_of", "contrast", "encode_momentum"):
         spy(ours, name, seen)
+    spy(ours.visual_encoder, "visible", seen)
     out = ours(batch)
     none = torch.empty(0, dtype=torch.long)
     text, (image_of, text_of) = seen["tokenize_masked"], seen.get("negatives", (none, none))
@@ -208,7 +213,8 @@ def test_a_whole_step_equals_separate_passes(
 
     mask, ids, masked_ids = text.tokens.mask, text.ids[:size], text.ids[-size:]
     assert torch.equal(ids, masked_ids) == shared
-    image = twin.visual_encoder(batch["image"])
+    image = lavis_image_states(twin.visual_encoder, seen["visible"])
+    assert image.shape[1] == 1 + 16 * (1 - patch_dropout) == keep.shape[1]
 
     def encode(tokens, encoder=twin.text_encoder):
         return encoder.bert(tokens, attention_mask=mask.long(), return_dict=True, mode="text")[0]
@@ -271,6 +277,16 @@ def test_a_whole_step_equals_separate_passes(
             torch.testing.assert_close(
                 got, parameter.grad, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
             )
+
+
+def lavis_image_states(encoder, seen):
+    """States of the patches that the step saw, by LAVIS's modules."""
+    if torch.is_tensor(seen):
+        return encoder(seen)
+    x = encoder.patch_embed(seen.images) + encoder.pos_embed[:, 1:]
+    x = torch.stack([row[kept] for row, kept in zip(x, seen.patches, strict=True)])
+    cls = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(x), -1, -1)
+    return encoder.norm(nn.Sequential(*encoder.blocks)(torch.cat([cls, x], dim=1)))
 
 
 def similarity_mask(ours, twin, states, image, words, word):

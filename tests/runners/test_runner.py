@@ -11,6 +11,7 @@ import torch
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from torch import nn
+from toy_models import SMALL
 from toys import ToyModel, ToyTask, build, read_metrics, weights
 
 from softmask_plugin.errors import UserError
@@ -143,9 +144,11 @@ def test_options_that_cannot_work(tmp_path, option, value, message):
         build(tmp_path, **{option: value})
 
 
-def test_compiled_image_encoder(tmp_path, make_model, make_batch):
+@pytest.mark.parametrize("patch_dropout", [0.0, 0.5])
+def test_compiled_image_encoder(tmp_path, make_model, make_batch, patch_dropout):
     """``run.compile`` changes neither the names of weights nor the gradients."""
-    plain, compiled = make_model(), make_model()
+    vit = {**SMALL["vit"], "patch_dropout": patch_dropout}
+    plain, compiled = make_model(vit=vit), make_model(vit=vit)
     runner = build(tmp_path, model=compiled, compile="aot_eager")
     for model in (plain, runner.model):
         torch.manual_seed(0)
