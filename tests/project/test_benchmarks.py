@@ -36,6 +36,8 @@ def test_every_measurement_runs(tmp_path):
     # A count and no time: the same on any machine.
     flops = rows["step: FLOPs per pair"]
     assert flops["ours"] < 0.72 * flops["other"]
+    half = rows["half of the patches: FLOPs per pair"]
+    assert half["ours"] < 0.75 * flops["ours"]
     for step in ("pretraining", "retrieval"):  # with negatives for masked images too
         flops = rows[f"BLIP {step} step: FLOPs per pair"]
         assert flops["ours"] < 0.60 * flops["other"]
