@@ -27,6 +27,9 @@ WEIGHTS = "model.pretrained"  # the option that starts another stage from pretra
 # Options that change the model's shape: without them no stage could load a variant's checkpoint
 SHAPE = {each.name for each in fields(ModelOptions)} | {"embed_dim"}
 
+# Options of the same sections that count in training alone, so each stage has its own
+TRAINING = re.compile(r"model\.vit\.patch_dropout.*")
+
 # Options that no plan may set: the plan's seeds and stages and the command set them
 RESERVED = re.compile(r"run\.(seed|output_dir|evaluate|resume_ckpt_path)\b.*")
 
@@ -103,7 +106,8 @@ class Plan:
             arch = OmegaConf.load(find_config(stage.config)).model.arch
             schema = getattr(registry.get_model_class(arch), "OPTIONS", ModelOptions)
             shape = SHAPE & {each.name for each in fields(schema)}
-            own = tuple(option for option in own if _key(option, "model") in shape)
+            own = (each for each in own if _key(each, "model") in shape)
+            own = tuple(each for each in own if not TRAINING.fullmatch(each))
         return [*stage.options, *own]
 
     def require_variants(self, argument: str, names: Sequence[str]) -> None:

@@ -11,7 +11,8 @@ from softmask_plugin.errors import UserError
 
 
 def test_a_plan_gives_the_options_of_each_run(write_plan):
-    variants = {"albef": [], "deep": ["model.bert.layers=6", "model.itc.gamma=1"]}
+    deep = ["model.bert.layers=6", "model.vit.patch_dropout=0.5", "model.itc.gamma=1"]
+    variants = {"albef": [], "deep": deep}
     given = ["run.num_workers=0", "datasets.scenes_retrieval.objects=1"]
     plan = read_plan(write_plan(variants=variants, seeds=[3, 5, 7]), given, seeds=2)
     assert plan.name == "mine" and plan.seeds == (3, 5)
