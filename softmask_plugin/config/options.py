@@ -36,10 +36,8 @@ class VitOptions:
     backbone_layers: list[int] = field(default_factory=lambda: [3, 4])  # its feature maps to join;
     # most models have 0 to 4, of strides 2, 4, 8, 16, 32
     backbone_frozen: bool = True  # false: train it too
-    patch_dropout: float = ranged(
-        0.0, 0, 0.99
-    )  # share of an image's patches, drawn at random, that
-    # a training step leaves out: it costs less, and sees less (FLIP)
+    patch_dropout: float = ranged(0.0, 0, 0.99)  # share of an image's patches, drawn at random,
+    # that a training step leaves out: it costs less, and sees less (FLIP)
     patch_dropout_steps: int | None = ranged(None, 0)  # first steps that leave patches out, so that
     # the others see whole images; null: all
 
