@@ -37,7 +37,7 @@ def test_every_measurement_runs(tmp_path):
     flops = rows["step: FLOPs per pair"]
     assert flops["ours"] < 0.72 * flops["other"]
     half = rows["half of the patches: FLOPs per pair"]
-    assert half["ours"] < 0.75 * flops["ours"]
+    assert half["ours"] < 0.9 * flops["ours"]  # the small image encoder is a fifth of a step
     for step in ("pretraining", "retrieval"):  # with negatives for masked images too
         flops = rows[f"BLIP {step} step: FLOPs per pair"]
         assert flops["ours"] < 0.60 * flops["other"]
