@@ -106,8 +106,11 @@ class Plan:
             arch = OmegaConf.load(find_config(stage.config)).model.arch
             schema = getattr(registry.get_model_class(arch), "OPTIONS", ModelOptions)
             shape = SHAPE & {each.name for each in fields(schema)}
-            own = (each for each in own if _key(each, "model") in shape)
-            own = tuple(each for each in own if not TRAINING.fullmatch(each))
+            own = tuple(
+                each
+                for each in own
+                if _key(each, "model") in shape and not TRAINING.fullmatch(each)
+            )
         return [*stage.options, *own]
 
     def require_variants(self, argument: str, names: Sequence[str]) -> None:
