@@ -20,8 +20,6 @@ from softmask_plugin.datasets.tables.captions import parse_captions
 from softmask_plugin.processors.image import ImageTrainProcessor
 
 SIZE = 256  # pixels of the result
-LARGE, OWN = "of 640 x 480", "as they are"
-TARGETS = {LARGE: 1.5, OWN: 1.0}
 
 
 def run(small: bool, captions: str | None, rounds: int) -> list[Row]:
@@ -33,11 +31,13 @@ def run(small: bool, captions: str | None, rounds: int) -> list[Row]:
     rows = []
     try:
         with TemporaryDirectory() as folder:
-            kinds = {LARGE: write_jpegs(photos(captions, count), Path(folder))}
+            large = write_jpegs(photos(captions, count), Path(folder))
+            kinds = [("of 640 x 480", large, 1.5)]
             if captions is not None:
                 parsed = parse_captions(captions, "val")[:count]
-                kinds[OWN] = [Path(captions).parent / row["image"] for row in parsed]
-            for kind, paths in kinds.items():
+                own = [Path(captions).parent / row["image"] for row in parsed]
+                kinds.append(("as they are", own, 1.0))
+            for kind, paths, target in kinds:
                 subjects: dict[str, Callable[[], float]] = {
                     "ours": lambda paths=paths: timed(
                         lambda: [ours(open_rgb(path, ours.min_side)) for path in paths]
@@ -49,7 +49,6 @@ def run(small: bool, captions: str | None, rounds: int) -> list[Row]:
                 times = alternate(subjects, rounds, f"processors, {kind}")
                 speeds = [[count / t for t in times[name]] for name in ("ours", "lavis")]
                 name = f"strong image processor, JPEGs {kind}"
-                target = TARGETS[kind]
                 rows.append(
                     compare(name, "images/s", *speeds, target=target, higher_is_better=True)
                 )
