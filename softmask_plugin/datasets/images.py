@@ -100,7 +100,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     elif image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    # Others than plain images belong to a file, and caches such as streamlit's cannot hash them
+    is_plain = type(image) is Image.Image and image.mode == "RGB"
+    return image if is_plain else image.convert("RGB")
 
 
 def _unit_range(image: Image.Image) -> np.ndarray:

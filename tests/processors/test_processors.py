@@ -133,6 +133,7 @@ def test_photos_are_turned_upright(tmp_path):
 
 def test_large_jpegs_are_decoded_smaller_but_large_enough(tmp_path):
     photo(640, 480).save(tmp_path / "a.jpg")
+    assert type(open_rgb(tmp_path / "a.jpg")) is Image.Image  # and no longer tied to its file
     assert open_rgb(tmp_path / "a.jpg").size == (640, 480)
     assert open_rgb(tmp_path / "a.jpg", 200).size == (320, 240)
     assert open_rgb(tmp_path / "a.jpg", 481).size == (640, 480)
