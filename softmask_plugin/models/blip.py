@@ -23,7 +23,6 @@ from softmask_plugin.models.contrastive import (
     ContrastiveOutput,
     Features,
     Similarity,
-    SoftMask,
 )
 from softmask_plugin.models.retrieval import SoftMaskRetrieval
 from softmask_plugin.nn.bert import BertForMaskedLM, BertModel, BertShape
@@ -31,7 +30,6 @@ from softmask_plugin.nn.image_memory import ImageMemory, View
 from softmask_plugin.nn.sampling import Draws
 from softmask_plugin.nn.tokens import DecoderText, Packing, Tokens
 from softmask_plugin.registry import register
-from softmask_plugin.soft_mask import mask_effect, pick_words, word_score
 
 # First tokens of a caption that the decoder writes, and of one that is matched with an image
 DEC, ENC = "[DEC]", "[ENC]"
@@ -162,7 +160,15 @@ class SoftMaskBlipPretrain(BlipBase):
 
         mask, logits = None, None
         if self.masks_at(step) and self.options.soft_mask.score == "word":
-            logits, mask = self.draw_word_mask(online.image, written, text.words, memory, draws)
+            predicted = written.predicting.cells_in(text.words.shape[1]) + 1
+            logits, mask = self.draw_word_mask(
+                lambda view: self.decode(written, memory, view),
+                online.image,
+                text.words,
+                predicted,
+                written.targets,
+                draws,
+            )
         mask, loss_itm, loss_soft = self.match_clean(
             online, text, changed, memory, similarity, draws, mask
         )
@@ -185,29 +191,6 @@ class SoftMaskBlipPretrain(BlipBase):
         decoder = self.text_decoder
         tokens = decoder.bert.encode(text.ids, text.packing)
         return decoder(decoder.bert.fuse(tokens, memory, (view,), text.predicting).states)
-
-    def draw_word_mask(
-        self, image: Tensor, text: DecoderText, words: Tensor, memory: ImageMemory, draws: Draws
-    ) -> tuple[Tensor, SoftMask]:
-        """Mask what a word of each caption means to the image, given the words before it.
-
-        Args:
-            image: Image states, (B, S, width).
-            text, memory: B captions, and keys and values of their images.
-            words: Word index per token, (B, T); -1 where the soft mask may not pick.
-            draws: Random streams of the step.
-
-        Returns:
-            The decoder's logits, (M, vocabulary), and the soft mask.
-        """
-        device = words.device
-        word = pick_words(None, words, self.options.soft_mask.words, draws.stream("word", device))
-        picked = (words == word[:, None])[:, 1:].flatten()[text.predicting.index]
-        with torch.enable_grad():  # the map is a gradient, under no_grad as well
-            keep = torch.ones(image.shape[:2], device=device, requires_grad=True)
-            logits = self.decode(text, memory, View(keep=keep))
-            maps = mask_effect(picked * word_score(logits, text.targets), keep)
-        return logits, self.mask_of(maps, word, draws)
 
 
 def starting_with(token: int, ids: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the contrastive models share: queues, ITC, hard negatives, the soft mask, ITM."""
+"""What the contrastive models share: queues, ITC, hard negatives, ITM."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lavis.models.base_model import concat_all_gather
 from torch import Tensor, nn
 
 from softmask_plugin.config.options import ContrastOptions
-from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.models.base import LossOutput
 from softmask_plugin.models.distillation import MomentumDistillation
+from softmask_plugin.models.masking import SoftMask, SoftMaskedBase
 from softmask_plugin.nn.image_memory import ImageMemory, View
 from softmask_plugin.nn.pairs import Pairs
 from softmask_plugin.nn.queue import enqueue_, random_queue
@@ -22,7 +22,6 @@ from softmask_plugin.nn.sampling import Draws, sample_negatives
 from softmask_plugin.nn.tokens import Packing, Tokens
 from softmask_plugin.nn.vision import Visible
 from softmask_plugin.registry import get_loss_class
-from softmask_plugin.soft_mask import grad_cam, keep_factors, normalize, pick_words, word_map
 from softmask_plugin.tokenization import Captions
 
 IGNORED = -100  # the label that cross_entropy leaves out by default
@@ -64,15 +63,7 @@ class Similarity(NamedTuple):
     texts: Tokens | None = None  # M captions as fusion takes them
 
 
-class SoftMask(NamedTuple):
-    """The factor of each image token, (B, S), and the index of each caption's picked word, (B,),
-    -1 if it has no word to pick. Both None while the mask is off."""
-
-    keep: Tensor | None = None
-    word: Tensor | None = None
-
-
-class ContrastiveBase(AlignedBase, MomentumDistillation):
+class ContrastiveBase(SoftMaskedBase, MomentumDistillation):
     """ALBEF's encoders with their momentum copies and feature queues (arXiv 2107.07651, 3.2)."""
 
     def __init__(self, options: ContrastOptions) -> None:
@@ -94,16 +85,6 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
     def first_match(self) -> int:
         """The first step with ITM."""
         return 0
-
-    @property
-    def map_layer(self) -> int:
-        """BERT layer whose cross-attention gives the maps of words."""
-        return self.options.soft_mask.layer
-
-    @property
-    def map_score(self) -> str:
-        """What the maps of words explain."""
-        return self.options.soft_mask.score
 
     @torch.no_grad()
     def encode_momentum(self, images: Tensor | Visible, ids: Tensor, packing: Packing) -> Features:
@@ -182,34 +163,7 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         self.pointer = enqueue_(queues, [concat_all_gather(each) for each in rows], self.pointer)
         self.queue_ptr.fill_(self.pointer)
 
-    # ---- Soft mask and ITM
-
-    def masks_at(self, step: int) -> bool:
-        """Whether the soft mask is on at a step."""
-        return self.options.soft_mask.enabled and step >= self.options.soft_mask.start_iter
-
-    def draw_mask(
-        self,
-        pairs: Pairs,
-        image: Tensor,
-        caption: Tokens,
-        words: Tensor,
-        scored: Packing,
-        memory: ImageMemory,
-        draws: Draws,
-    ) -> SoftMask:
-        """Mask what ``soft_mask.score`` says of a word that the caption shows: its similarity, or
-        what it means to the match, whose pass goes into ``pairs``.
-
-        Args:
-            pairs: Pairs so far.
-            image: Image states, (B, S, width).
-            caption, words, scored, memory, draws: As for ``draw_soft_mask``.
-        """
-        if self.options.soft_mask.score == "similarity":
-            return self.draw_similarity_mask(image, caption, words, draws)
-        pairs.fused["positive"], mask = self.draw_soft_mask(caption, words, scored, memory, draws)
-        return mask
+    # ---- ITM
 
     def match_clean(
         self,
@@ -245,43 +199,6 @@ class ContrastiveBase(AlignedBase, MomentumDistillation):
         is_changed = (changed != text.ids).any(dim=1)
         groups = pairs.fuse(self.bert, memory)
         return mask, *self.matching_losses(groups, similarity, is_changed)
-
-    def draw_similarity_mask(
-        self, image: Tensor, caption: Tokens, words: Tensor, draws: Draws
-    ) -> SoftMask:
-        """Mask the patches of image states (B, S, width) that are like a word of the caption;
-        ``words`` as for ``draw_soft_mask``."""
-        cam = self.similarity_maps(image, caption)
-        word = pick_words(
-            cam, words, self.options.soft_mask.words, draws.stream("word", words.device)
-        )
-        return self.mask_of(word_map(cam, words, word), word, draws)
-
-    def draw_soft_mask(
-        self, caption: Tokens, words: Tensor, scored: Packing, memory: ImageMemory, draws: Draws
-    ) -> tuple[Tokens, SoftMask]:
-        """Mask what a word of each caption means to the match.
-
-        Args:
-            caption, memory: Text states of B captions, and keys and values of their images.
-            words: Word index per token, (B, T); -1 where the soft mask may not pick.
-            scored: The tokens of a positive pair that the losses need.
-            draws: Random streams of the step.
-
-        Returns:
-            The states of the positive pairs' scored tokens, and the soft mask.
-        """
-        option = self.options.soft_mask
-        with torch.enable_grad():  # the map is a gradient, under no_grad as well
-            fused, attention = self.bert.fuse_with_attention(caption, memory, option.layer, scored)
-            cam = grad_cam(self.match(fused.cls)[:, 1], attention, self.bert.first_patch)
-        word = pick_words(cam, words, option.words, draws.stream("word", words.device))
-        return fused, self.mask_of(word_map(cam, words, word), word, draws)
-
-    def mask_of(self, maps: Tensor, word: Tensor, draws: Draws) -> SoftMask:
-        """The soft mask from the map of each picked word, (B, P)."""
-        option, patches = self.options.soft_mask, draws.stream("patches", maps.device)
-        return SoftMask(keep_factors(normalize(maps), option.kind, option.strength, patches), word)
 
     def add_pairs(
         self,

@@ -10,18 +10,13 @@ from torch import Tensor
 from softmask_plugin.config.options import PretrainOptions
 from softmask_plugin.losses import distilled_cross_entropy, local_contrast, local_contrast_across
 from softmask_plugin.models.base import shipped_types
-from softmask_plugin.models.contrastive import (
-    ContrastiveBase,
-    ContrastiveOutput,
-    Features,
-    SoftMask,
-)
-from softmask_plugin.nn.image_memory import ImageMemory, View
+from softmask_plugin.models.contrastive import ContrastiveBase, ContrastiveOutput, Features
+from softmask_plugin.models.masking import SoftMask
+from softmask_plugin.nn.image_memory import View
 from softmask_plugin.nn.pairs import Pairs
 from softmask_plugin.nn.sampling import Draws, mask_tokens
 from softmask_plugin.nn.tokens import Packing, Tokens
 from softmask_plugin.registry import register
-from softmask_plugin.soft_mask import mask_effect, pick_words, word_score
 
 
 class Text(NamedTuple):
@@ -105,10 +100,16 @@ class SoftMaskPretrain(ContrastiveBase):
         # what is like it
         pairs, mask, logits = Pairs(), SoftMask(), None
         if self.masks_at(step) and option.soft_mask.score == "word":
-            fused, logits, mask = self.draw_word_mask(
-                online.image, masked_caption, text, memory, draws
+            group = "positive" if option.text.shared else "words"
+            wanted = text.scored if option.text.shared else text.masked
+
+            def predict(view: View) -> Tensor:
+                pairs.fused[group] = self.bert.fuse(masked_caption, memory, (view,), wanted)
+                return self.word_logits(pairs.fused[group], text)
+
+            logits, mask = self.draw_word_mask(
+                predict, online.image, text.words, text.masked.index, text.targets, draws
             )
-            pairs.fused["positive" if option.text.shared else "words"] = fused
         elif self.masks_at(step):
             mask = self.draw_mask(
                 pairs, online.image, caption, text.words, text.scored, memory, draws
@@ -180,33 +181,6 @@ class SoftMaskPretrain(ContrastiveBase):
             columns = packing.mask.shape[1]
             rows, is_word = packing.index // columns, packing.index % columns > 0
             return local_contrast_across(words, patches, rows, is_word, self.temp)
-
-    def draw_word_mask(
-        self, image: Tensor, caption: Tokens, text: Text, memory: ImageMemory, draws: Draws
-    ) -> tuple[Tokens, Tensor, SoftMask]:
-        """Mask what a word of each masked caption, itself hidden, means to its own prediction.
-
-        Args:
-            image: Image states, (B, S, width).
-            caption, text, memory: B masked captions, and keys and values of their images.
-            draws: Random streams of the step.
-
-        Returns:
-            The states of the scored tokens, the logits of the masked words, and the soft mask.
-        """
-        device = text.words.device
-        word = pick_words(
-            None, text.words, self.options.soft_mask.words, draws.stream("word", device)
-        )
-        wanted = text.scored if self.options.text.shared else text.masked
-        rows = text.masked.index // text.words.shape[1]
-        picked = text.words.flatten()[text.masked.index] == word[rows].clamp_min(0)
-        with torch.enable_grad():  # the map is a gradient, under no_grad as well
-            keep = torch.ones(image.shape[:2], device=device, requires_grad=True)
-            fused = self.bert.fuse(caption, memory, (View(keep=keep),), wanted)
-            logits = self.word_logits(fused, text)
-            maps = mask_effect(picked * word_score(logits, text.targets), keep)
-        return fused, logits, self.mask_of(maps, word, draws)
 
     @torch.no_grad()
     def momentum_words(self, momentum: Features, text: Text, alpha: float) -> Tensor | None:

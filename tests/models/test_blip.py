@@ -265,6 +265,15 @@ def test_a_batch_without_a_word_to_write_is_finite(make_blip, score):
     found.loss.backward()
 
 
+@pytest.mark.parametrize("score", ["match", "word"])
+def test_a_caption_without_a_word_to_pick_is_not_masked(make_blip, score):
+    mask = {"enabled": True, "score": score, "words": "content"}
+    ours = make_blip(SoftMaskBlipPretrain, soft_mask=mask).train()
+    found = ours({**make_batch([0, 1]), "text_input": ["a", CAPTIONS[1]]})
+    assert found.word[0] == -1 and (found.keep[0] == 1).all()
+    assert found.word[1] >= 0 and (found.keep[1] < 1).any()
+
+
 # ---- options
 
 
