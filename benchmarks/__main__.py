@@ -17,6 +17,7 @@ ROWS: dict[str, tuple[Callable[[bool, str | None, int], list[Row]], int, int]] =
     "step": (step.run, 3, 2),
     "rerank": (rerank.run, 3, 2),
     "blip": (blip.run, 3, 2),
+    "blip_rerank": (blip.run_rerank, 3, 2),
     "processor": (processor.run, 7, 3),
     "overhead": (overhead.run, 4, 3),
     "gpu": (gpu.run, 10, 2),

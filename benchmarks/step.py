@@ -81,10 +81,12 @@ class Trainer:
         """Set ours up as one of VARIANTS; None: leave it as it is."""
         if variant is None:
             return
-        mask, text = self.model.options.soft_mask, self.model.options.text
-        vit = self.model.visual_encoder
-        mask.enabled, mask.score, text.shared, vit.patch_dropout, bf16 = VARIANTS[variant]
-        self.autocast = torch.autocast(self.device, torch.bfloat16, enabled=bf16)
+        options, wanted = self.model.options, VARIANTS[variant]
+        options.soft_mask.enabled, options.soft_mask.score = wanted.mask, wanted.score
+        if hasattr(options, "text"):  # BLIP masks no captions
+            options.text.shared = wanted.shared
+        self.model.visual_encoder.patch_dropout = wanted.patch_dropout
+        self.autocast = torch.autocast(self.device, torch.bfloat16, enabled=wanted.bf16)
 
     def step(self, variant: str | None = None) -> float:
         """Take one step; return its seconds."""
