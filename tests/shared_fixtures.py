@@ -31,6 +31,15 @@ def albef() -> dict:
     return {"soft_mask": {"enabled": False}, "itc": {"gamma": 0.0}, "text": {"shared": False}}
 
 
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """A run's folders, as LAVIS's runner registers them."""
+    (tmp_path / "result").mkdir()
+    for name, folder in (("output_dir", tmp_path), ("result_dir", tmp_path / "result")):
+        monkeypatch.setitem(registry.mapping["paths"], name, str(folder))
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def make_model():
     """Build a small softmask_pretrain: ``make_model(soft_mask={...}, itc={...}, ...)``."""

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from lavis.common.registry import registry
-from lavis.datasets.datasets.base_dataset import BaseDataset
 from lavis.tasks import setup_task
 from omegaconf import OmegaConf
 from scipy.special import expit
 from torch.utils.data import DataLoader
+from toy_items import Items
 from toy_models import matching_logits
 
 from softmask_plugin.compare import compare
@@ -38,18 +37,8 @@ ITEMS = [
 ]
 
 
-class Pairs(BaseDataset):
-    """A data set in memory that keeps the task's contract."""
-
-    def __init__(self, images, annotation):
-        super().__init__()
-        self.images, self.annotation = images, annotation
-        self._add_instance_ids()
-
-    def __getitem__(self, index):
-        row = self.annotation[index]
-        told = {key: row[key] for key in ("caption", "foil", "instance_id")}
-        return {"image": self.images[index], "index": index, **told}
+def pairs(images, annotation):
+    return Items(images, annotation, caption="caption", foil="foil")
 
 
 @pytest.fixture
@@ -68,16 +57,7 @@ def dataset(images):
         {"image": f"{i // 2}.jpg", "caption": caption, "foil": foil, "group": "ab"[i % 2]}
         for i, (caption, foil, _) in enumerate(ITEMS)
     ]
-    return Pairs(images, annotation)
-
-
-@pytest.fixture
-def folders(tmp_path, monkeypatch):
-    """A run's folders, as LAVIS's runner registers them."""
-    (tmp_path / "result").mkdir()
-    for name, folder in (("output_dir", tmp_path), ("result_dir", tmp_path / "result")):
-        monkeypatch.setitem(registry.mapping["paths"], name, str(folder))
-    return tmp_path
+    return pairs(images, annotation)
 
 
 def task_of(**run) -> FoilsTask:
@@ -140,9 +120,9 @@ def test_random_masks_are_repeatable_and_not_soft(model, dataset):
 def test_a_text_without_a_changed_word_is_matched_unmasked(make_model, images, score):
     model = make_model(soft_mask={"score": score}).eval()
     same = {"caption": "a red ring", "foil": "a red ring", "image": "0", "group": "add"}
-    (tied,) = evaluate(task_of(foil_mask="soft"), model, Pairs(images, [same]))
+    (tied,) = evaluate(task_of(foil_mask="soft"), model, pairs(images, [same]))
     assert tied["itm"][0] == pytest.approx(tied["itm"][1], abs=1e-5)
-    data = Pairs(images, [{**same, "foil": "a red ring above"}])
+    data = pairs(images, [{**same, "foil": "a red ring above"}])
     (plain,), (masked,) = (
         evaluate(task_of(**run), model, data) for run in ({}, {"foil_mask": "soft"})
     )
@@ -269,8 +249,8 @@ def test_an_unknown_mask_is_refused():
 
 def test_a_data_set_without_foils_is_refused(model, images):
     for annotation in ([{"caption": "a"}], []):
-        with pytest.raises(UserError, match="cannot evaluate Pairs, which has no foils.*scenes_f"):
-            task_of().before_evaluation(model, Pairs(images, annotation))
+        with pytest.raises(UserError, match="cannot evaluate Items, which has no foils.*scenes_f"):
+            task_of().before_evaluation(model, pairs(images, annotation))
 
 
 def test_a_model_that_does_not_match_is_refused(dataset):

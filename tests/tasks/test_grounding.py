@@ -10,11 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lavis.common.registry import registry
-from lavis.datasets.datasets.base_dataset import BaseDataset
 from lavis.tasks import setup_task
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
+from toy_items import Items
 from toy_models import matching_logits
 
 from softmask_plugin.compare import compare
@@ -229,33 +228,6 @@ def test_a_peak_on_another_thing_is_told_from_one_on_the_ground(model, monkeypat
 # ---- the task in LAVIS's loop
 
 
-class Expressions(BaseDataset):
-    """A data set in memory that keeps the task's contract."""
-
-    def __init__(self, images, annotation):
-        super().__init__()
-        self.images, self.annotation = images, annotation
-        self._add_instance_ids()
-
-    def __getitem__(self, index):
-        row = self.annotation[index]
-        return {
-            "image": self.images[index],
-            "text_input": row["text"],
-            "instance_id": row["instance_id"],
-            "index": index,
-        }
-
-
-@pytest.fixture
-def folders(tmp_path, monkeypatch):
-    """A run's folders, as LAVIS's runner registers them."""
-    (tmp_path / "result").mkdir()
-    for name, folder in (("output_dir", tmp_path), ("result_dir", tmp_path / "result")):
-        monkeypatch.setitem(registry.mapping["paths"], name, str(folder))
-    return tmp_path
-
-
 @pytest.fixture
 def dataset(images):
     annotation = [
@@ -268,7 +240,7 @@ def dataset(images):
             strict=True,
         )
     ]
-    return Expressions(images, annotation)
+    return Items(images, annotation, text_input="text")
 
 
 def task_of(**run) -> GroundingTask:
@@ -348,7 +320,7 @@ def test_a_constant_map_scores_chance(model, images, folders):
     annotation = [
         item(box, cells) for box in ((0.25, 0.5, 0.5, 0.75), cells[0], cells[15], cells[6])
     ]
-    task, dataset = task_of(), Expressions(images, annotation)
+    task, dataset = task_of(), Items(images, annotation, text_input="text")
     metrics = task.after_evaluation(evaluate(task, model, dataset), split_name="val", epoch=0)
     assert metrics["pointing"] == pytest.approx(metrics["pointing_chance"]) == 100 / 16
     assert metrics["acc"] == pytest.approx(metrics["acc_chance"]) == 100 / 16
@@ -369,8 +341,8 @@ def test_a_wrong_alpha_is_refused(alpha):
 
 def test_a_data_set_without_boxes_is_refused(model, images):
     for annotation in ([{"text": "a", "box": LEFT}], []):
-        with pytest.raises(UserError, match="cannot evaluate Expressions.*refcoco_plus_grounding"):
-            task_of().before_evaluation(model, Expressions(images, annotation))
+        with pytest.raises(UserError, match="cannot evaluate Items.*refcoco_plus_grounding"):
+            task_of().before_evaluation(model, Items(images, annotation, text_input="text"))
 
 
 def test_a_model_that_does_not_match_is_refused(dataset):

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 import toy_builders
-from lavis.common.registry import registry
-from lavis.datasets.datasets.base_dataset import BaseDataset
 from lavis.models import load_model_and_preprocess
 from torch.utils.data import DataLoader
+from toy_items import Items
 
 from softmask_plugin.compare import compare
 from softmask_plugin.datasets.scenes.grammar import article, captions, make_scenes
@@ -31,20 +30,6 @@ PHRASES = {  # words of the text, groups
     2: [([0, 1], ["scene"])],
     3: [([0, 1], ["people"]), ([3, 4, 5], ["other"])],
 }
-
-
-class Phrases(BaseDataset):
-    """A data set in memory that keeps the task's contract."""
-
-    def __init__(self, images, annotation):
-        super().__init__()
-        self.images, self.annotation = images, annotation
-        self._add_instance_ids()
-
-    def __getitem__(self, index):
-        entry = self.annotation[index]
-        ids = {"instance_id": entry["instance_id"], "index": index}
-        return {"image": self.images[entry["image"]], "text_input": entry["text"], **ids}
 
 
 def random_boxes(rng, count):
@@ -66,7 +51,7 @@ def dataset():
         ]
         entry = {"image": image, "text": text, "boxes": boxes[image], "phrases": phrases}
         annotation.append(entry)
-    return Phrases(images, annotation)
+    return Items([images[name] for name in OWNERS], annotation, text_input="text")
 
 
 @pytest.fixture(params=["match", "word", "similarity"])
@@ -96,8 +81,8 @@ def expected_rows(model, dataset):
     """The pointing game by the book: each text explained alone, each patch asked in turn."""
     patches = [((x + 0.5) / 4, (y + 0.5) / 4) for y in range(4) for x in range(4)]
     rows = []
-    for entry in dataset.annotation:
-        (shown,) = explain(model, dataset.images[entry["image"]][None], [entry["text"]])
+    for image, entry in zip(dataset.images, dataset.annotation, strict=True):
+        (shown,) = explain(model, image[None], [entry["text"]])
         for phrase in entry["phrases"]:
             heat = sum(shown.cams[word] for word in phrase["words"]) / len(phrase["words"])
             x, y = patches[int(heat.argmax())]
@@ -118,10 +103,7 @@ def expected_rows(model, dataset):
 
 
 @torch.no_grad()
-def test_metrics_are_those_of_texts_explained_alone(model, dataset, tmp_path, monkeypatch):
-    (tmp_path / "result").mkdir()
-    for name, folder in (("output_dir", tmp_path), ("result_dir", tmp_path / "result")):
-        monkeypatch.setitem(registry.mapping["paths"], name, str(folder))
+def test_metrics_are_those_of_texts_explained_alone(model, dataset, folders):
     task, results = evaluate(model, dataset)
     rows = expected_rows(model, dataset)
     assert [row["peak"] for row in results] == [row["peak"] for row in rows]
@@ -137,8 +119,8 @@ def test_metrics_are_those_of_texts_explained_alone(model, dataset, tmp_path, mo
         expected[f"pointing_gap{suffix}"] = gap
     assert metrics == pytest.approx({**expected, "agg_metrics": expected["pointing"]})
     assert 0 < expected["pointing"] < 100 and expected["pointing_other"] > 0
-    assert json.loads((tmp_path / "result" / "test_grounding.json").read_text()) == results
-    for each in compare(tmp_path, tmp_path):
+    assert json.loads((folders / "result" / "test_grounding.json").read_text()) == results
+    for each in compare(folders, folders):
         assert each.first == each.second == pytest.approx(metrics[each.metric])
 
 

@@ -29,15 +29,6 @@ def task_of(name):
     return registry.get_task_class(name).setup_task(cfg=SimpleNamespace(run_cfg=OmegaConf.create()))
 
 
-@pytest.fixture
-def folders(tmp_path, monkeypatch):
-    """A run's folders, as LAVIS's runner registers them."""
-    (tmp_path / "result").mkdir()
-    for name, folder in (("output_dir", tmp_path), ("result_dir", tmp_path / "result")):
-        monkeypatch.setitem(registry.mapping["paths"], name, str(folder))
-    return tmp_path
-
-
 def evaluate(task, model, dataset, split="test"):
     """What LAVIS's runners do for a split."""
     task.before_evaluation(model=model, dataset=dataset)

@@ -1,0 +1,23 @@
+"""A data set in memory for the tasks that score items."""
+
+from __future__ import annotations
+
+from lavis.datasets.datasets.base_dataset import BaseDataset
+
+
+class Items(BaseDataset):
+    """Images and an annotation of each; ``told`` maps keys of a sample to those of the annotation.
+
+    It keeps the contract of foils and grounding.
+    """
+
+    def __init__(self, images, annotation, **told):
+        super().__init__()
+        self.images, self.annotation, self.told = images, annotation, told
+        self._add_instance_ids()
+
+    def __getitem__(self, index):
+        row = self.annotation[index]
+        told = {key: row[source] for key, source in self.told.items()}
+        ids = {"instance_id": row["instance_id"], "index": index}
+        return {"image": self.images[index], **told, **ids}
