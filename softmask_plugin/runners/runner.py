@@ -142,8 +142,7 @@ class SoftmaskRunner(PortableRunner):
             self.loader(split)  # find mistakes before training, not after it
         if "test" in self.datasets and "test" not in self.test_splits:
             logging.info("the 'test' split is not tested: add run.test_splits=[test] to do so")
-        if setting(self.config.run_cfg, "keep_features"):
-            self._keep_features()
+        self._keep_features(*self.train_splits, *self.valid_splits, *self.test_splits)
         self._resume()
         self._note_setup()
         with self.log.progress(self.step, self.total_steps):
@@ -163,14 +162,17 @@ class SoftmaskRunner(PortableRunner):
         best = from_main_process(lambda: self.progress.best_epoch)
         return self._test(self.max_epoch - 1 if best is None else "best")
 
-    def _keep_features(self) -> None:
-        run, encoder = self.config.run_cfg, getattr(self._model, "visual_encoder", None)
+    def _keep_features(self, *splits: str) -> None:
+        """Compute a frozen backbone's features of some splits, if ``run.keep_features`` asks."""
+        run = self.config.run_cfg
+        if not setting(run, "keep_features"):
+            return
         if setting(run, "panel_every"):
             raise UserError("run.keep_features leaves no pixels to draw: remove run.panel_every")
-        splits = {*self.train_splits, *self.valid_splits, *self.test_splits}
+        self.model.eval()  # and on its device
         keep_features(
-            [self.loader(split).dataset for split in sorted(splits)],
-            encoder,
+            [self.loader(split).dataset for split in sorted({*splits})],
+            getattr(self._model, "visual_encoder", None),
             self.autocast(),
             self.device,
             batch_size=int(run.batch_size_eval),
@@ -412,6 +414,7 @@ class SoftmaskRunner(PortableRunner):
         """
         try:
             with peers_needed():
+                self._keep_features(*self.test_splits)
                 self._note_setup()
                 return self._test(cur_epoch, skip_reload)
         finally:

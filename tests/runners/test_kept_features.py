@@ -77,6 +77,20 @@ def test_it_trains_as_with_the_images_and_opens_each_once(make_other, tmp_path):
             assert one[key] == pytest.approx(other[key], rel=1e-4)
 
 
+def test_it_evaluates_as_with_the_images_and_opens_each_once(make_other, tmp_path):
+    found, seen = [], []
+    for keep in (False, True):
+        options = {"evaluate": True, "test_splits": ["val"]}
+        runner, _ = run(make_other, tmp_path / str(keep), keep_features=keep, **options)
+        calls = []
+        backbone = runner._model.visual_encoder.patch_embed.backbone
+        backbone.register_forward_hook(lambda _, images, __, to=calls: to.append(len(images[0])))
+        found.append(runner.train()["val"])
+        seen.append(sum(calls))
+    assert seen == [6, 3]
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
