@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from benchmarks import rerank
 from benchmarks.baseline import blip_pretrain, blip_retrieval
-from benchmarks.harness import Row, Worker, alternate, compare
+from benchmarks.harness import Row, alternate, compare
 from benchmarks.material import build
 from benchmarks.step import Trainer
 from softmask_plugin.models.blip import SoftMaskBlipPretrain, SoftMaskBlipRetrieval
@@ -34,20 +35,16 @@ def run(small: bool, captions: str | None, rounds: int) -> list[Row]:
         ("BLIP retrieval step", 4, retrieval, blip_retrieval),
     ):
         ours, lavis = (
-            Worker(Trainer, who, small, captions, pairs, "cpu", None, make, twin)
-            for who in ("ours", "lavis")
+            Trainer(who, small, captions, pairs, make=make, twin=twin) for who in ("ours", "lavis")
         )
         variants = ("full", "bf16", "half the patches")
-        subjects = {each: lambda each=each, ours=ours: ours.call("step", each) for each in variants}
-        subjects["lavis"] = lambda lavis=lavis: lavis.call("step")
-        times = alternate(subjects, rounds, name)
+        subjects = {each: partial(ours.step, each) for each in variants}
+        times = alternate({**subjects, "lavis": lavis.step}, rounds, name)
         rows.append(compare(f"{name}: time", "s", times["full"], times["lavis"], target=0.60))
         for each in variants[1:]:
             label = f"{name}, {each}, against LAVIS in float32: time"
             rows.append(compare(label, "s", times[each], times["lavis"]))
-        rows.append(Row(f"{name}: FLOPs per pair", "G", ours.call("flops"), lavis.call("flops")))
-        ours.close()
-        lavis.close()
+        rows.append(Row(f"{name}: FLOPs per pair", "G", ours.flops("full"), lavis.flops()))
     return rows
 
 
