@@ -200,7 +200,7 @@ def _check(**args: Any) -> None:
 
 @command(
     "demo",
-    "train a tiny model on rendered scenes and write a report (under 5 minutes on two cores)",
+    "train a tiny model on rendered scenes and write a report (about 6 minutes on two cores)",
     argument("--output-dir", default="outputs/demo", help="default: %(default)s"),
     OPTIONS,
 )
