@@ -29,23 +29,27 @@ def retrieval(small: bool, captions: str | None) -> Any:
 
 def run(small: bool, captions: str | None, rounds: int) -> list[Row]:
     """Measure the steps of both models."""
-    rows = []
-    for name, pairs, make, twin in (
-        ("BLIP pretraining step", 8, pretrain, blip_pretrain),
-        ("BLIP retrieval step", 4, retrieval, blip_retrieval),
-    ):
-        ours, lavis = (
-            Trainer(who, small, captions, pairs, make=make, twin=twin) for who in ("ours", "lavis")
-        )
-        variants = ("full", "bf16", "half the patches")
-        subjects = {each: partial(ours.step, each) for each in variants}
-        times = alternate({**subjects, "lavis": lavis.step}, rounds, name)
-        rows.append(compare(f"{name}: time", "s", times["full"], times["lavis"], target=0.60))
-        for each in variants[1:]:
-            label = f"{name}, {each}, against LAVIS in float32: time"
-            rows.append(compare(label, "s", times[each], times["lavis"]))
-        rows.append(Row(f"{name}: FLOPs per pair", "G", ours.flops("full"), lavis.flops()))
-    return rows
+    return [
+        *steps("BLIP pretraining step", rounds, small, captions, 8, pretrain, blip_pretrain),
+        *steps("BLIP retrieval step", rounds, small, captions, 4, retrieval, blip_retrieval),
+    ]
+
+
+def steps(
+    name: str, rounds: int, small: bool, captions: str | None, pairs: int, make: Any, twin: Any
+) -> list[Row]:
+    """Measure the steps of a model; the other arguments are those of ``Trainer``."""
+    ours, lavis = (
+        Trainer(who, small, captions, pairs, make=make, twin=twin) for who in ("ours", "lavis")
+    )
+    variants = ("full", "bf16", "half the patches")
+    subjects = {each: partial(ours.step, each) for each in variants}
+    times = alternate({**subjects, "lavis": lavis.step}, rounds, name)
+    rows = [compare(f"{name}: time", "s", times["full"], times["lavis"], target=0.60)]
+    for each in variants[1:]:
+        label = f"{name}, {each}, against LAVIS in float32: time"
+        rows.append(compare(label, "s", times[each], times["lavis"]))
+    return [*rows, Row(f"{name}: FLOPs per pair", "G", ours.flops("full"), lavis.flops())]
 
 
 def run_rerank(small: bool, captions: str | None, rounds: int) -> list[Row]:
