@@ -134,7 +134,7 @@ def bert_config(shape: BertShape) -> BertConfig:
 def same_weights(made: Model, model: Any) -> Model:
     """Copy the model's weights to LAVIS's class; KeyError if that has other tensors."""
     own = made.state_dict()
-    state = adapt(model.state_dict(), own, model.bert.shape.fusion_layer)
+    state = adapt(model.state_dict(), own, model.options.bert)
     known = {key.replace("_m.", ".", 1) for key in state}
     fixed = {key for key in own if key.endswith(("position_ids", "_queue", "queue_ptr"))}
     if missing := {key for key in own if key.replace("_m.", ".", 1) not in known} - fixed:

@@ -153,7 +153,7 @@ class SoftMaskBase(BaseModel):
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """Load an open checkpoint; one line of the log says what did not match. Captions end with
         [SEP] if they did when it was trained, unless ``sep_token`` is set."""
-        weights.load(self, checkpoint, self.options.bert.fusion_layer)
+        weights.load(self, checkpoint, self.options.bert)
         if self.asked_sep_token is None:
             self.options.sep_token = self.caption_tokenizer.sep_token = checkpoint.sep_token
 

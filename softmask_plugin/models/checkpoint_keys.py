@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from softmask_plugin.config.options import BertOptions
 from softmask_plugin.errors import UserError
 from softmask_plugin.files.checkpoint import TOKEN_TYPES, StateDict
 
@@ -25,17 +26,17 @@ _WRAPPER = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
 _LAYER = re.compile(r"^(text_encoder(?:_m)?\.encoder\.layer\.)(\d+)\.(.*)$")
 
 
-def adapt(state: StateDict, own: Iterable[str], fusion_layer: int) -> StateDict:
+def adapt(state: StateDict, own: Iterable[str], bert: BertOptions) -> StateDict:
     """Rename a checkpoint's tensors to a model's keys; those without a place keep their names.
 
     Args:
-        state: the checkpoint's tensors, in any of the layouts above.
-        own: the keys of the model.
-        fusion_layer: the model's first text layer with cross-attention.
+        state: The checkpoint's tensors, in any of the layouts above.
+        own: The keys of the model.
+        bert: The text encoder's options. A model with more layers has two for each fusion layer.
     """
-    own = list(own)
+    own, fusion_layer = list(own), bert.fusion_layer
     plain = {_plain(key): tensor for key, tensor in state.items()}
-    if _depth(own) == 2 * _depth(plain) - fusion_layer:
+    if _depth(plain) == bert.layers < _depth(own):
         plain = _double_fusion(plain, fusion_layer)
     for suffix in SUFFIXES:
         encoder, decoder = f"text_encoder{suffix}.", f"text_decoder{suffix}."

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import cached_file
 
+from softmask_plugin.config.options import BertOptions
 from softmask_plugin.errors import UserError
 from softmask_plugin.files.checkpoint import (
     Checkpoint,
@@ -64,7 +65,7 @@ class BoundedBy(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def load(model: nn.Module, checkpoint: Checkpoint, fusion_layer: int) -> None:
+def load(model: nn.Module, checkpoint: Checkpoint, bert: BertOptions) -> None:
     """Load a checkpoint of this plugin, of LAVIS's ALBEF or BLIP, or of the original ones.
 
     Position embeddings are interpolated to the model's image size. Momentum encoders that the
@@ -74,14 +75,14 @@ def load(model: nn.Module, checkpoint: Checkpoint, fusion_layer: int) -> None:
     Args:
         model: The model.
         checkpoint: Its keys may have any layout of ``checkpoint_keys``.
-        fusion_layer: First text layer of the model with cross-attention.
+        bert: Options of the model's text encoder.
 
     Raises:
         UserError: Nothing in the checkpoint fits the model, its encoders have another shape, or a
             tensor that fits holds NaN or infinite values.
     """
     own, source = model.state_dict(), checkpoint.path
-    state = adapt(fold_token_types(checkpoint.state, source), own, fusion_layer)
+    state = adapt(fold_token_types(checkpoint.state, source), own, bert)
     for key in [k for k in state if k.endswith("pos_embed") and k in own]:
         encoder = model.get_submodule(key.rpartition(".")[0])
         state[key] = _resized(state[key], encoder, f"{source}: '{key}'")
@@ -166,7 +167,7 @@ def _initialise_text(model: Any, name: str, state: StateDict, source: str) -> No
     encoder, prefix = model.get_submodule(name), f"{name}."
     own = {prefix + key: tensor for key, tensor in encoder.state_dict().items()}
     state = {prefix + key: tensor for key, tensor in state.items()}
-    state = adapt(state, own, model.text_encoder.shape.fusion_layer)
+    state = adapt(state, own, model.options.bert)
     added = len(model.tokenizer) - model.tokenizer.vocab_size  # tokens that a BERT lacks
     for key, tensor in state.items():
         if added and key in own and own[key].shape == (len(tensor) + added, *tensor.shape[1:]):

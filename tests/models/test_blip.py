@@ -335,6 +335,14 @@ def test_retrieval_starts_from_a_pretrained_model_and_its_vocabulary(make_blip, 
     assert "left as they were: idx_queue; not used: text_decoder" in caplog.text
 
 
+def test_layers_are_not_doubled(make_blip, tmp_path):
+    half = make_blip(SoftMaskBlipRetrieval, bert={"layers": 2})
+    torch.save({"model": half.state_dict()}, tmp_path / "half.pth")
+    whole = make_blip(SoftMaskBlipRetrieval, bert={"layers": 4})
+    with pytest.raises(UserError, match=r"layer\.2\..* is none in the file"):
+        whole.load_from_pretrained(str(tmp_path / "half.pth"))
+
+
 def test_a_bert_lacks_two_tokens_which_stay_new(make_blip, tmp_path):
     shape = make_blip(SoftMaskBlipPretrain).bert.shape
     bert = plain_bert(replace(shape, vocab_size=shape.vocab_size - 2))

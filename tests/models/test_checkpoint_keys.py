@@ -71,7 +71,7 @@ def test_a_pretrained_checkpoint_into_every_model(make_other, pretrained, tmp_pa
         elif name in pretrained:
             assert torch.equal(tensor, pretrained[name]), name
     assert not counted(line, "other shape"), line
-    renamed = adapt(pretrained, state, fusion_layer=2)
+    renamed = adapt(pretrained, state, model.options.bert)
     assert sum(counted(line, "not used").values()) == len(renamed.keys() - state.keys())
 
     # The parts that the models rename, by hand

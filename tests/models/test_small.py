@@ -431,7 +431,7 @@ def test_matching_features_and_retrieval_compare_the_same_means(make_other, make
     classes = SoftMaskImageTextMatching, SoftMaskFeatureExtractor, SoftMaskRetrieval
     matching, extractor, retrieval = (make_other(c, text_pool="mean").eval() for c in classes)
     for model in (extractor, retrieval):
-        weights.load(model, Checkpoint(Path("matching"), matching.state_dict()), 2)
+        weights.load(model, Checkpoint(Path("matching"), matching.state_dict()), model.options.bert)
     cosines = matching(given, match_head="itc")
     features = extractor.extract_features(given)
     own = features.image_embeds_proj[:, 0] @ features.text_embeds_proj[:, 0].T
