@@ -5,6 +5,7 @@ LAVIS. Without LAVIS the torch-only parts (``losses``, ``soft_mask``, ``nn``) ca
 if LAVIS is installed but cannot work with the other packages, a warning says what to do.
 """
 
+import gc
 import os
 import warnings
 from importlib.util import find_spec
@@ -23,16 +24,22 @@ _problems = stack.problems(stack.installed())
 if only_command:
     pass
 elif not _problems:
-    from softmask_plugin.host import compat
+    _collects = gc.isenabled()
+    gc.disable()  # a search for garbage among a million new objects finds none, and takes a second
+    try:
+        from softmask_plugin.host import compat
 
-    compat.patch()
+        compat.patch()
 
-    from softmask_plugin import datasets, models, processors, runners, tasks  # noqa: F401
-    from softmask_plugin.explain.cam import WordCam
-    from softmask_plugin.explain.image import ImageExplanation, explain_image
-    from softmask_plugin.explain.trained import load_trained
-    from softmask_plugin.losses import FocalITCLoss
-    from softmask_plugin.registry import get_loss_class, list_losses, register_loss
+        from softmask_plugin import datasets, models, processors, runners, tasks  # noqa: F401
+        from softmask_plugin.explain.cam import WordCam
+        from softmask_plugin.explain.image import ImageExplanation, explain_image
+        from softmask_plugin.explain.trained import load_trained
+        from softmask_plugin.losses import FocalITCLoss
+        from softmask_plugin.registry import get_loss_class, list_losses, register_loss
+    finally:
+        if _collects:
+            gc.enable()
 
     __all__ = [
         "FocalITCLoss",

@@ -8,17 +8,16 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from PIL import Image
 
 from softmask_plugin.pointing import Box
 from softmask_plugin.style import ACCENT, INK, MUTED, STYLE
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # matplotlib takes long to import, and few runs draw
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
     from softmask_plugin.explain.pairs import Explanation
 
 # Inches: between and around pictures
@@ -64,6 +63,9 @@ def word_panels(*pairs: Shown, dpi: int = DPI, width: float | None = None) -> Fi
         width: Inches, 2 or more; a row holds as many words as fit. None: pictures are ``CELL``
             wide. Letters keep their size in points.
     """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     columns = COLUMNS
     if width is not None:
         columns = min(columns, int((width - 2 * PAD - LABEL + GAP) / (LEAST + GAP)) - 1)
@@ -151,6 +153,8 @@ class _Panel:
         gauge.text(0.5, 0.55, f"{score:.2f} → {masked:.2f}", ha="center", va="top")
 
     def show(self, x: float, y: float, picture: np.ndarray, box: Box | None = None) -> Axes:
+        from matplotlib.patches import Rectangle
+
         width, height = self.size
         x, y = x + (self.cell - width) / 2, y + (self.room - height) / 2  # in the cell's middle
         axes = self.place(x, y, width, height)
@@ -176,11 +180,13 @@ class _Panel:
 
 def heat_overlay(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:
     """Lay a heat map (h, w), scaled to its maximum, over the greyed picture (H, W, 3) in [0, 1]."""
+    from matplotlib import colormaps
+
     height, width, _ = picture.shape
     scaled = Image.fromarray((heat / (heat.max() or 1)).astype(np.float32))
     smooth = np.asarray(scaled.resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
     grey = picture @ np.array([0.299, 0.587, 0.114])
-    return 0.3 * grey[..., None] + 0.7 * mpl.colormaps[COLOUR_MAP](smooth)[..., :3]
+    return 0.3 * grey[..., None] + 0.7 * colormaps[COLOUR_MAP](smooth)[..., :3]
 
 
 def soft_masked(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:

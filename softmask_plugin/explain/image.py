@@ -17,6 +17,7 @@ from softmask_plugin.datasets.images import UnreadableImageError, open_rgb
 from softmask_plugin.datasets.tables.captions import parse_captions
 from softmask_plugin.datasets.tables.layouts import TableOptions
 from softmask_plugin.errors import UserError
+from softmask_plugin.explain.figure import Shown, word_panels
 from softmask_plugin.explain.pairs import Explanation, explain, numbers_of, words_of
 from softmask_plugin.explain.trained import Trained, load_trained
 from softmask_plugin.models.rerank import progress_bar
@@ -24,7 +25,7 @@ from softmask_plugin.pointing import Box, hits, is_box
 from softmask_plugin.processors.image import ImageEvalProcessor
 from softmask_plugin.processors.text import CaptionProcessor
 
-if TYPE_CHECKING:  # matplotlib takes a second to import, and only figures need it
+if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = (".png", ".pdf", ".svg")
@@ -65,8 +66,6 @@ class ImageExplanation(Explanation):
         Raises:
             UserError: The width is out of range.
         """
-        from softmask_plugin.explain.figure import Shown, word_panels
-
         require_width(width)
         boxes = [(word, each.boxes[0], "") for each in self.named for word in each.words]
         shown = Shown(self.image, self, range(len(self.words)), boxes)

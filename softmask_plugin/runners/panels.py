@@ -13,6 +13,7 @@ from lavis.common.dist_utils import is_main_process
 from torch import Tensor, nn
 
 from softmask_plugin.errors import UserError
+from softmask_plugin.explain.figure import DPI, Shown, word_panels
 from softmask_plugin.explain.pairs import explain
 from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.processors.image import CLIP_MEAN, CLIP_STD
@@ -69,9 +70,6 @@ class MaskPanels:
         self._boards.picture("masks", path, step)
 
     def _draw(self, model: Any, path: Path) -> None:
-        # matplotlib takes a second to import
-        from softmask_plugin.explain.figure import DPI, Shown, word_panels
-
         images, captions = self._pairs["image"], self._pairs["text_input"]
         shown = [
             Shown(_pixels(image), each, each.content_words[:WORDS])

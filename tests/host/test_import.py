@@ -85,3 +85,12 @@ def test_idle_threads_spin_briefly_unless_the_user_sets_it():
     missing = {"salesforce-lavis": None}
     assert python(show, missing).stdout.strip() == "3000"
     assert python(show, missing, GOMP_SPINCOUNT="7").stdout.strip() == "7"
+
+
+def test_the_import_leaves_for_later_what_few_commands_need():
+    done = python(
+        "import softmask_plugin, softmask_plugin.cli, softmask_plugin.launch, gc\n"
+        "assert gc.isenabled()\n"
+        "print(sorted({'matplotlib', 'scipy.stats', 'softmask_plugin.tasks'} & {*sys.modules}))"
+    )
+    assert done.stdout.strip() == "['softmask_plugin.tasks']", done.stderr
