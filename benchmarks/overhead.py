@@ -39,32 +39,28 @@ PARTS = {
 }
 
 
-class Stopwatch:
-    """Adds up the seconds that functions take."""
+@contextmanager
+def stopwatch(parts: dict[str, tuple[Any, str]]) -> Iterator[Counter[str]]:
+    """Add up the seconds that these methods take within the context."""
+    seconds: Counter[str] = Counter()
 
-    def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
-
-    @contextmanager
-    def on(self, parts: dict[str, tuple[Any, str]]) -> Iterator[None]:
-        """Time these methods within the context."""
-        with ExitStack() as stack:
-            for name, (owner, method) in parts.items():
-                wrapped = self._timed(name, getattr(owner, method))
-                stack.enter_context(patch.object(owner, method, wrapped))
-            yield
-
-    def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             if name == "epoch":  # only the last one counts
-                self.seconds.clear()
+                seconds.clear()
             start = now()
             try:
                 return function(*args, **kwargs)
             finally:
-                self.seconds[name] += now() - start
+                seconds[name] += now() - start
 
         return call
+
+    with ExitStack() as stack:
+        for name, (owner, method) in parts.items():
+            wrapped = timed(name, getattr(owner, method))
+            stack.enter_context(patch.object(owner, method, wrapped))
+        yield seconds
 
 
 def run(small: bool, captions: str | None, rounds: int) -> list[Row]:
@@ -95,10 +91,8 @@ def run(small: bool, captions: str | None, rounds: int) -> list[Row]:
         if small:
             sized = {"vis_processor": {"train": {"image_size": SMALL["image_size"]}}}
             options |= flat({"model": SMALL, "datasets": {"captions_folder": sized}})
-        watch = Stopwatch()
-        with watch.on(PARTS), patch.object(SoftmaskRunner, "_save_checkpoint"):
+        with stopwatch(PARTS) as part, patch.object(SoftmaskRunner, "_save_checkpoint"):
             launch.run(BASE, [f"{key}={value}" for key, value in options.items()])
-    part = watch.seconds
     computing = part["forward"] - part["tokenize"] + part["backward"] + part["optimizer"]
     steps = count // size
     return [

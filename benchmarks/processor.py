@@ -47,7 +47,7 @@ def run(small: bool, captions: str | None, rounds: int) -> list[Row]:
                     ),
                 }
                 times = alternate(subjects, rounds, f"processors, {kind}")
-                speeds = [[count / t for t in times[name]] for name in ("ours", "lavis")]
+                speeds = [[len(paths) / t for t in times[name]] for name in ("ours", "lavis")]
                 name = f"strong image processor, JPEGs {kind}"
                 rows.append(
                     compare(name, "images/s", *speeds, target=target, higher_is_better=True)

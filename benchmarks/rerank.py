@@ -115,7 +115,8 @@ class Rivals:
         """LAVIS's seconds for all queries, from those for one shard of many."""
         # LAVIS's shard has 1 + gallery // ranks queries, of images and of texts
         ranks = len(self.gallery.text)
-        queries = 1 + IMAGES // ranks + 1 + len(self.gallery.text) // ranks
+        images = len(self.gallery.image)
+        queries = 1 + images // ranks + 1 + len(self.gallery.text) // ranks
 
         def shard() -> None:
             texts, states = iter(self.text_outputs), iter(self.image_states)
@@ -126,7 +127,7 @@ class Rivals:
             ):
                 self.scores = compute_sim_matrix(self.lavis, self.gallery, k_test=K)
 
-        return timed(shard) * (IMAGES + len(self.gallery.text)) / queries
+        return timed(shard) * (images + len(self.gallery.text)) / queries
 
     @torch.no_grad()
     def difference(self) -> float:

@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120)
     steps = parser.parse_args().steps
     bundled = load_trained()
-    train, test = _two_things("train", TRAINED), _two_things("test", TESTED)
+    train, test = make_scenes("train", TRAINED), make_scenes("test", TESTED)
     images = torch.stack([bundled.image_processor(render(scene, 60)) for scene in test])
     states = None
     found: dict[str, Any] = {"steps": steps}
@@ -197,10 +197,6 @@ def measure(model: Any, scenes: list[Scene], images: Tensor, maps: Tensor) -> di
     deletion, insertion = (round(each.mean().item(), 3) for each in curves.areas)
     shares = {key: round(pointed[key], 3) for key in ("own", "other")}
     return {**shares, "deletion": deletion, "insertion": insertion}
-
-
-def _two_things(split: str, count: int) -> list[Scene]:
-    return [each for each in make_scenes(split, 3 * count) if len(each.things) == 2][:count]
 
 
 if __name__ == "__main__":

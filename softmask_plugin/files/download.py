@@ -22,7 +22,6 @@ from softmask_plugin.errors import UserError, reason_of
 
 PATIENCE = 4  # seconds that a server has for a first answer
 _BLOCK = 2**16  # bytes; a broken connection loses the unfinished block
-KNOWN_SHA256: dict[str, str] = {}  # by URL, for files whose publisher states it
 
 # torch.hub's convention: name-<start of the sha256>.pth. Digits alone are more likely a date.
 _HASH_IN_NAME = re.compile(r"-(?=\d*[a-f])([0-9a-f]{8})\.pth$")
@@ -85,7 +84,7 @@ def fetch(url: str) -> Path:
 
     A broken download is resumed if the server still has the same version of the file. Of several
     processes on a machine, one downloads and the others wait. At every use, the file is checked
-    against ``KNOWN_SHA256`` or the hash in a name like ``name-<8 digits>.pth``, if there is one.
+    against the hash in a name like ``name-<8 digits>.pth``, if there is one.
 
     Raises:
         UserError: No https, a failed download, or another sha256 (the file is then removed).
@@ -93,7 +92,7 @@ def fetch(url: str) -> Path:
     if not url.lower().startswith("https://"):
         raise UserError(f"{url} is not an https address: download it by hand and give its path")
     name = re.split(r"[?#]", url)[0].rpartition("/")[2]
-    expected = KNOWN_SHA256.get(url) or "".join(_HASH_IN_NAME.findall(name))
+    expected = "".join(_HASH_IN_NAME.findall(name))
     safe = re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)[-80:]  # stays in the folder
     path = cache_folder() / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{safe}"
     try:
@@ -144,7 +143,7 @@ def _verify(file: Path, url: str, expected: str) -> None:
     with file.open("rb") as stream:
         while block := stream.read(_BLOCK):
             digest.update(block)
-    if not (found := digest.hexdigest()).startswith(expected.lower()):
+    if not (found := digest.hexdigest()).startswith(expected):
         file.unlink()
         raise UserError(
             f"{url} has the sha256 {found}, not {expected}: the file was removed; run again"

@@ -54,9 +54,10 @@ class RandomCrop:
         return channels.permute(1, 2, 0).numpy()
 
 
-class ImageProcessor(Processor):
+@register("processor", "softmask_image_eval")
+class ImageEvalProcessor(Processor):
     """Any PIL image, or array (H, W, 3) or (H, W) of uint8 -> FloatTensor (3, image_size,
-    image_size), resized and normalised.
+    image_size), resized without keeping the aspect ratio, as in ALBEF, and normalised.
 
     Raises:
         UserError: An image is something else.
@@ -110,13 +111,8 @@ class ImageProcessor(Processor):
         return to_rgb(image)
 
 
-@register("processor", "softmask_image_eval")
-class ImageEvalProcessor(ImageProcessor):
-    """Resize to a square (without keeping the aspect ratio, as in ALBEF) and normalise."""
-
-
 @register("processor", "softmask_image_train")
-class ImageTrainProcessor(ImageProcessor):
+class ImageTrainProcessor(ImageEvalProcessor):
     """Strong random distortions, by default those of TCL's pretraining (CVPR 2022).
 
     In order: crop, colour jitter, greyscale, blur, flip, RandAugment. A probability of 0 (or the

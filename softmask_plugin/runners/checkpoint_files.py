@@ -89,7 +89,7 @@ class CheckpointFiles:
             first = self.folder / BEST if is_best else path
             write_whole(first, lambda temporary: torch.save(content, temporary))
             if is_best:
-                write_whole(path, lambda temporary: _link(first, temporary))
+                write_whole(path, lambda temporary: link(first, temporary))
             for old in furthest_first(self.folder)[self.keep :] if self.keep else ():
                 old.unlink()
         except (OSError, RuntimeError) as error:  # a full disk: torch's writer raises the latter
@@ -99,13 +99,6 @@ class CheckpointFiles:
                 f"run.resume_ckpt_path=auto; the last whole checkpoint: {last}"
             ) from error
         logging.info("saved %s", path)
-
-    def take_best_from(self, folder: Path) -> bool:
-        """Copy the best checkpoint of another run; False if it has none."""
-        if not (folder / BEST).is_file():
-            return False
-        write_whole(self.folder / BEST, lambda temporary: _link(folder / BEST, temporary))
-        return True
 
 
 def _in_memory(content: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +115,7 @@ def _in_memory(content: dict[str, Any]) -> dict[str, Any]:
     return copied
 
 
-def _link(source: Path, path: Path) -> None:
+def link(source: Path, path: Path) -> None:
     """Hard-link a file; copy it if the file system has no links."""
     try:
         os.link(source, path)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from softmask_plugin.datasets.task_datasets import ItemDataset, NLVRDataset
@@ -75,23 +76,13 @@ def keep_features(
                 features.append(encoder.shared(batch.to(device)).cpu())
         kept = torch.cat(features)
         logging.info("features of %d images kept: %d MB", len(kept), kept.nbytes // 10**6)
-        dataset.open_images = _Kept(kept, rows)
-        dataset.vis_processor = _as_it_is
+        dataset.open_images = partial(_open, kept, rows)
+        dataset.vis_processor = nn.Identity()
 
 
-class _Kept:
-    """Opens the features of an item's image."""
-
-    def __init__(self, features: Tensor, rows: dict[Any, int]) -> None:
-        self.features, self.rows = features, rows
-
-    def __call__(self, item: dict[str, Any], _: int | None) -> list[Any]:
-        return [self.features[self.rows[_image_of(item)]]]
+def _open(features: Tensor, rows: dict[Any, int], item: dict[str, Any], _: int | None) -> list[Any]:
+    return [features[rows[_image_of(item)]]]
 
 
 def _image_of(item: dict[str, Any]) -> Any:
     return item.get("image", item["instance_id"])  # a rendered item has no file
-
-
-def _as_it_is(features: Tensor) -> Tensor:
-    return features

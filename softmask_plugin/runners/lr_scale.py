@@ -55,12 +55,8 @@ def apply_scales(optimizer: Optimizer) -> None:
 
 def _innermost(parts: Iterable[str], name: str) -> str:
     """The part that ends last in a parameter's name, the longest of those; "" if none is in it."""
-    ends = {part: (_place(part, name) + len(part), len(part)) for part in parts if _in(part, name)}
-    return max(ends, key=ends.__getitem__, default="")
-
-
-def _in(part: str, name: str) -> bool:
-    return _place(part, name) >= 0
+    found = [part for part in parts if _place(part, name) >= 0]
+    return max(found, key=lambda part: (_place(part, name) + len(part), len(part)), default="")
 
 
 def _place(part: str, name: str) -> int:

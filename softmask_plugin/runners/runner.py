@@ -28,7 +28,7 @@ from softmask_plugin.nn.fixed_draws import seed_draws
 from softmask_plugin.registry import register
 from softmask_plugin.runners.bad_steps import BadSteps, gradient_norm
 from softmask_plugin.runners.boards import Boards
-from softmask_plugin.runners.checkpoint_files import CheckpointFiles, trained_state
+from softmask_plugin.runners.checkpoint_files import CheckpointFiles, link, trained_state
 from softmask_plugin.runners.kept_features import keep_features
 from softmask_plugin.runners.logs import RunLog, require_finite
 from softmask_plugin.runners.lr_scale import KEY as LR_SCALE
@@ -383,7 +383,9 @@ class SoftmaskRunner(PortableRunner):
         """In a new folder: copy the best checkpoint so far, or choose anew."""
         if not is_main_process() or self.progress.best_epoch is None:
             return
-        if not self.files.take_best_from(folder):
+        if (folder / BEST).is_file():
+            write_whole(self.output_dir / BEST, lambda temporary: link(folder / BEST, temporary))
+        else:
             logging.warning("%s has no best checkpoint: chosen anew from here on", folder)
             self.progress.best_epoch, self.progress.best_score = None, -math.inf
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import io
 import pickle
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ class RefCocoPlusGroundingBuilder(FolderBuilder):
     @cached_property
     def _boxes(self) -> Boxes:
         files = (self.config[key] for key in ("refs", "instances", "detections"))
-        return Boxes.load(*(Path(file).expanduser() for file in files))
+        return Boxes(*(Path(file).expanduser() for file in files))
 
     def _parse(self, file: Path, split: str, skipped: SkipLog) -> Annotation:
         rows, annotation = parse_json(file, read_bytes(file, ALBEF)), []
@@ -83,26 +82,19 @@ class Table(dict[Any, Any]):
         raise UserError(f"{self.file} has no entry {key!r}: get that of {self.source}")
 
 
-@dataclass(frozen=True)
 class Boxes:
-    """True boxes, by the id of a reference, and a detector's boxes, by the id of an image."""
+    """True boxes, by the id of a reference, and a detector's boxes, by the id of an image.
 
-    refs: Table
-    images: Table
-    truths: Table
-    detections: Table
+    UserError if one of the three files is missing or laid out differently.
+    """
 
-    @classmethod
-    def load(cls, refs: Path, instances: Path, detections: Path) -> Boxes:
-        """Load the three files; UserError if one is missing or laid out differently."""
+    def __init__(self, refs: Path, instances: Path, detections: Path) -> None:
         content = Table(instances, REFER, parse_json(instances, read_bytes(instances, REFER)))
         detected = parse_json(detections, read_bytes(detections, ALBEF))
-        return cls(
-            refs=Table(refs, REFER, load_plain_pickle(refs, REFER), "ref_id"),
-            images=Table(instances, REFER, content["images"], "id"),
-            truths=Table(instances, REFER, content["annotations"], "id"),
-            detections=Table(detections, ALBEF, detected),
-        )
+        self.refs = Table(refs, REFER, load_plain_pickle(refs, REFER), "ref_id")
+        self.images = Table(instances, REFER, content["images"], "id")
+        self.truths = Table(instances, REFER, content["annotations"], "id")
+        self.detections = Table(detections, ALBEF, detected)
 
     def of(self, ref_id: int) -> dict[str, Any]:
         """Return the true ``box``, the candidate ``boxes`` and the ``group`` of a reference."""
