@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +103,10 @@ class Plan:
             return [*stage.options]
         own = self.variants[variant]
         if stage is not self.base:
-            own = (*self.base.options, *own)
-            arch = OmegaConf.load(find_config(stage.config)).model.arch
-            schema = getattr(registry.get_model_class(arch), "OPTIONS", ModelOptions)
-            shape = SHAPE & {each.name for each in fields(schema)}
+            shape = _shape(stage.config)
             own = tuple(
                 each
-                for each in own
+                for each in (*self.base.options, *own)
                 if _key(each, "model") in shape and not TRAINING.fullmatch(each)
             )
         return [*stage.options, *own]
@@ -240,6 +238,14 @@ def _with_options(plan: Plan, options: Sequence[str]) -> Plan:
     base, *rest = stages
     trunk = rest.pop() if plan.trunk else None
     return replace(plan, base=base, evaluate=tuple(rest), trunk=trunk)
+
+
+@cache
+def _shape(config: str) -> set[str]:
+    """Options of ``SHAPE`` that the model of a YAML file has."""
+    arch = OmegaConf.load(find_config(config)).model.arch
+    schema = getattr(registry.get_model_class(arch), "OPTIONS", ModelOptions)
+    return SHAPE & {each.name for each in fields(schema)}
 
 
 def _key(option: str, section: str) -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from difflib import SequenceMatcher
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,14 @@ def load_inherited(path: str | Path) -> DictConfig:
     merged = OmegaConf.merge(load_inherited(Path(path).parent / parent), content)
     assert isinstance(merged, DictConfig)
     return merged
+
+
+@cache
+def whole_yaml(path: str) -> str:
+    """Text of a YAML file that has the keys it inherits; a file is read once in a process."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(load_inherited(path))
 
 
 def shipped_configs() -> dict[str, Path]:

@@ -12,13 +12,13 @@ from typing import Any, ClassVar, cast
 
 from lavis.common.registry import registry
 from lavis.models.base_model import BaseModel
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from transformers import BertTokenizerFast
 from transformers.utils import ModelOutput
 
 from softmask_plugin.config.options import ModelOptions, read_options
-from softmask_plugin.config.paths import load_inherited, shipped
+from softmask_plugin.config.paths import shipped, whole_yaml
 from softmask_plugin.errors import UserError, suggest
 from softmask_plugin.files.checkpoint import HUB, Checkpoint, open_checkpoint
 from softmask_plugin.models import weights
@@ -94,8 +94,7 @@ class SoftMaskBase(BaseModel):
         if model_type not in types:
             hint = suggest(model_type, types)
             raise UserError(f"unknown type '{model_type}' of {cls.__name__}: {hint}")
-        path = super().default_config_path(model_type)
-        return io.StringIO(OmegaConf.to_yaml(load_inherited(path)))
+        return io.StringIO(whole_yaml(super().default_config_path(model_type)))
 
     @classmethod
     def from_pretrained(cls, model_type: str) -> SoftMaskBase:

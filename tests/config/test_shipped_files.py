@@ -152,8 +152,10 @@ def plan_of(name):
 @pytest.mark.parametrize("name", shipped_plans())
 def test_every_option_of_a_plan_is_accepted(name):
     plan = plan_of(name)
-    for variant in plan.variants:
-        config = launch.load_config(plan.base.config, plan.options(variant, plan.base))
+    given = [plan.options(variant, plan.base) for variant in plan.variants]
+    of_data = {tuple(each for each in one if each.startswith("datasets.")): one for one in given}
+    for options in of_data.values():
+        config = launch.load_config(plan.base.config, options)
         for data, section in config.datasets_cfg.items():
             registry.get_builder_class(data)(section).build_processors()
 
