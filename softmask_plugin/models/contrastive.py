@@ -175,14 +175,9 @@ class ContrastiveBase(SoftMaskedBase, MomentumDistillation):
         draws: Draws,
         mask: SoftMask | None = None,
     ) -> tuple[SoftMask, Tensor, Tensor | None]:
-        """Match captions that no loss masks.
+        """Match captions that no loss masks, ``text`` and ``changed`` from ``as_matched``.
 
-        Args:
-            online, memory: Features of the batch, and keys and values of its images.
-            text, changed: The captions, from ``as_matched``.
-            similarity: Decides how hard negatives are drawn.
-            draws: Random streams of the step.
-            mask: The soft mask; None: draw one, if this step has one.
+        Without a ``mask``, draw one if this step has one.
 
         Returns:
             The soft mask, and the losses of ``matching_losses``.
@@ -194,8 +189,7 @@ class ContrastiveBase(SoftMaskedBase, MomentumDistillation):
             )
         elif mask is None:
             mask = SoftMask()
-        self.add_pairs(pairs, online.text, mask, scored, similarity, draws)
-        self.add_changed(pairs, changed, text.packing, mask)
+        self.add_pairs(pairs, online.text, changed, mask, scored, similarity, draws)
         is_changed = (changed != text.ids).any(dim=1)
         groups = pairs.fuse(self.bert, memory)
         return mask, *self.matching_losses(groups, similarity, is_changed)
@@ -204,17 +198,20 @@ class ContrastiveBase(SoftMaskedBase, MomentumDistillation):
         self,
         pairs: Pairs,
         caption: Tokens,
+        changed: Tensor,
         mask: SoftMask,
         scored: Packing,
         similarity: Similarity,
         draws: Draws,
     ) -> None:
-        """Add the pairs that ITM needs: "positive", "negative image", "negative text", and with a
-        mask "soft" and "soft negative", as far as they exist.
+        """Add the pairs that ITM needs: "positive", "negative image", "negative text" and, with
+        ``itm_words``, "negative words"; with a mask "soft" and, if masked images have negatives,
+        "soft negative" and "soft negative words". A batch of one has only words as negatives.
 
         Args:
             pairs: Pairs so far.
             caption: Text states of B captions.
+            changed: Token ids of the captions with a word changed, (B, T).
             mask: The soft mask.
             scored: The tokens of a positive pair that the losses need.
             similarity: Decides how hard negatives are drawn.
@@ -224,7 +221,7 @@ class ContrastiveBase(SoftMaskedBase, MomentumDistillation):
         pairs.add("positive", caption, wanted=scored)
         if mask.keep is not None:
             pairs.add("soft", caption, masked, scored if option.in_mlm else None)
-        if similarity.same.shape[1] > 1:  # a batch of one has no negatives
+        if similarity.same.shape[1] > 1:
             image, other = self.negatives(similarity, draws)
             if similarity.images is None:
                 pairs.add("negative image", caption, View(images=image))
@@ -236,6 +233,11 @@ class ContrastiveBase(SoftMaskedBase, MomentumDistillation):
             pairs.add("negative text", wrong)
             if mask.keep is not None and option.negatives:
                 pairs.add("soft negative", wrong, masked)
+        if self.options.itm_words:
+            words = self.bert.encode(changed, caption.packing)
+            pairs.add("negative words", words)
+            if mask.keep is not None and option.negatives:
+                pairs.add("soft negative words", words, masked)
 
     def as_matched(self, clean: Captions, draws: Draws) -> tuple[Captions, Tensor]:
         """Captions that no loss masks, as ITM takes them, on the model's device: words that the
@@ -251,23 +253,6 @@ class ContrastiveBase(SoftMaskedBase, MomentumDistillation):
         if not self.options.itm_words:
             return ids
         return self.caption_tokenizer.change_words(captions, ids, draws.stream("change"))
-
-    def add_changed(self, pairs: Pairs, ids: Tensor, packing: Packing, mask: SoftMask) -> None:
-        """Add the pairs "negative words", and "soft negative words" if masked images have
-        negatives: each image with its own caption, one word of which was changed.
-
-        Args:
-            pairs: Pairs so far.
-            ids: Token ids of the changed captions, (B, T).
-            packing: Their tokens.
-            mask: The soft mask.
-        """
-        if not self.options.itm_words:
-            return
-        changed = self.bert.encode(ids, packing)
-        pairs.add("negative words", changed)
-        if mask.keep is not None and self.options.soft_mask.negatives:
-            pairs.add("soft negative words", changed, View(keep=mask.keep))
 
     def negatives(self, similarity: Similarity, draws: Draws) -> tuple[Tensor, Tensor]:
         """Draw a hard negative image for each caption, and a hard negative caption per image."""

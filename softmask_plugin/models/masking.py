@@ -65,44 +65,23 @@ class SoftMaskedBase(AlignedBase):
         Args:
             pairs: Pairs so far.
             image: Image states, (B, S, width).
-            caption, words, scored, memory, draws: As for ``draw_soft_mask``.
-        """
-        if self.options.soft_mask.score == "similarity":
-            return self.draw_similarity_mask(image, caption, words, draws)
-        pairs.fused["positive"], mask = self.draw_soft_mask(caption, words, scored, memory, draws)
-        return mask
-
-    def draw_similarity_mask(
-        self, image: Tensor, caption: Tokens, words: Tensor, draws: Draws
-    ) -> SoftMask:
-        """Mask the patches of image states (B, S, width) that are like a word of the caption;
-        ``words`` as for ``draw_soft_mask``."""
-        cam = self.similarity_maps(image, caption)
-        word = pick_words(
-            cam, words, self.options.soft_mask.words, draws.stream("word", words.device)
-        )
-        return self.mask_of(word_map(cam, words, word), word, draws)
-
-    def draw_soft_mask(
-        self, caption: Tokens, words: Tensor, scored: Packing, memory: ImageMemory, draws: Draws
-    ) -> tuple[Tokens, SoftMask]:
-        """Mask what a word of each caption means to the match.
-
-        Args:
             caption, memory: Text states of B captions, and keys and values of their images.
             words: Word index per token, (B, T); -1 where the soft mask may not pick.
             scored: The tokens of a positive pair that the losses need.
             draws: Random streams of the step.
-
-        Returns:
-            The states of the positive pairs' scored tokens, and the soft mask.
         """
         option = self.options.soft_mask
-        with torch.enable_grad():  # the map is a gradient, under no_grad as well
-            fused, attention = self.bert.fuse_with_attention(caption, memory, option.layer, scored)
-            cam = grad_cam(self.match(fused.cls)[:, 1], attention, self.bert.first_patch)
+        if option.score == "similarity":
+            cam = self.similarity_maps(image, caption)
+        else:
+            with torch.enable_grad():  # the map is a gradient, under no_grad as well
+                fused, attention = self.bert.fuse_with_attention(
+                    caption, memory, option.layer, scored
+                )
+                cam = grad_cam(self.match(fused.cls)[:, 1], attention, self.bert.first_patch)
+            pairs.fused["positive"] = fused
         word = pick_words(cam, words, option.words, draws.stream("word", words.device))
-        return fused, self.mask_of(word_map(cam, words, word), word, draws)
+        return self.mask_of(word_map(cam, words, word), word, draws)
 
     def draw_word_mask(
         self,

@@ -116,8 +116,7 @@ class SoftMaskPretrain(ContrastiveBase):
             )
 
         # Match
-        self.add_pairs(pairs, caption, mask, text.scored, similarity, draws)
-        self.add_changed(pairs, text.changed, text.tokens, mask)
+        self.add_pairs(pairs, caption, text.changed, mask, text.scored, similarity, draws)
         mlm_with_mask = mask.keep is not None and option.soft_mask.in_mlm
         if not option.text.shared:
             pairs.add("words", masked_caption, wanted=text.masked)

@@ -18,17 +18,20 @@ from softmask_plugin.nn.sampling import Draws
 
 
 def record(model, monkeypatch):
-    """Record what ``model`` draws in a step, by the name of the drawing method."""
+    """Record what ``model`` draws in a step, by the name of the drawing method, and the pairs of
+    ``draw_mask``."""
     drawn = {}
 
     def spy(name, method):
         def call(*args):
+            if name == "draw_mask":
+                drawn["pairs"] = args[0]
             drawn[name] = method(*args)
             return drawn[name]
 
         monkeypatch.setattr(model, name, call)
 
-    for name in ("tokenize_masked", "negatives", "draw_soft_mask"):
+    for name in ("tokenize_masked", "negatives", "draw_mask"):
         spy(name, getattr(model, name))
     return drawn
 
@@ -98,8 +101,8 @@ def test_switching_one_innovation_leaves_the_draws_of_the_others(
     texts = [d["tokenize_masked"] for d in drawn]
     assert torch.equal(texts[0].ids[-6:], texts[1].ids[-6:])  # the masked captions
     assert torch.equal(texts[0].masked.index, texts[1].masked.index)
-    if "draw_soft_mask" in drawn[1] and "text" not in change:
-        assert torch.equal(drawn[0]["draw_soft_mask"][1].word, drawn[1]["draw_soft_mask"][1].word)
+    if "draw_mask" in drawn[1] and "text" not in change:
+        assert torch.equal(drawn[0]["draw_mask"].word, drawn[1]["draw_mask"].word)
 
 
 def test_each_innovation_brings_its_terms(make_model, make_batch):
@@ -155,7 +158,7 @@ def test_strength_zero_is_no_mask(make_model, make_batch, monkeypatch):
     drawn = record(model, monkeypatch)
     out = model(make_batch(6))
     assert (out.keep == 1).all()
-    logits = model.match(drawn["draw_soft_mask"][0].cls)
+    logits = model.match(drawn["pairs"].fused["positive"].cls)
     own = F.cross_entropy(logits, torch.ones(6, dtype=torch.long))
     torch.testing.assert_close(out.loss_soft, own)
     torch.testing.assert_close(out.loss_mlm_soft, out.loss_mlm)
