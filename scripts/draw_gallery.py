@@ -41,7 +41,8 @@ from softmask_plugin.datasets.scenes.grammar import Scene, captions, make_scenes
 from softmask_plugin.datasets.scenes.render import render
 from softmask_plugin.explain import WordCam, deletion_insertion
 from softmask_plugin.explain.figure import heat_overlay
-from softmask_plugin.explain.matcher import Matcher, Pairs, matcher_of
+from softmask_plugin.explain.lavis_models import matcher_of
+from softmask_plugin.explain.matcher import Matcher, Pairs
 from softmask_plugin.models.rerank import progress_bar
 from softmask_plugin.pointing import own_and_other
 from softmask_plugin.style import INK, STYLE

@@ -101,7 +101,8 @@ def prepared(cfg: Config) -> Iterator[Any]:
     task = setup_task(cfg)
     paths = registry.mapping["paths"]
     resume, evaluate = (setting(cfg.run_cfg, key) for key in ("resume_ckpt_path", "evaluate"))
-    folder = claim(Path(cfg.run_cfg.output_dir), make_job_id(), resume == AUTO and not evaluate)
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"  # LAVIS's may be another run's
+    folder = claim(Path(cfg.run_cfg.output_dir), name, resume == AUTO and not evaluate)
     try:
         # LAVIS registers the run's folder only after building the data sets, which log to it
         paths |= {"output_dir": str(folder), "result_dir": str(folder / "result")}
@@ -203,14 +204,6 @@ def leave_distributed() -> None:
     if dist.is_initialized():
         gc.collect()
         dist.destroy_process_group()
-
-
-def make_job_id() -> str:
-    """Name the run's folder: the time plus four random digits.
-
-    LAVIS's job id changes only every ten minutes.
-    """
-    return f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:

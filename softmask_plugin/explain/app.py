@@ -117,7 +117,7 @@ def _one_line() -> Iterator[None]:
 
 def plain(text: str) -> str:
     """Escape a text so that Markdown shows it as it is; file names and captions hold anything."""
-    return re.sub(r"([^\w\s])", r"\\\1", one_line(text), flags=re.ASCII)
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", one_line(text))
 
 
 @st.cache_resource(show_spinner="Loading the model ...")

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from softmask_plugin.explain.lavis_models import matcher_of
 from softmask_plugin.explain.maps import Method, phrase_maps, word_maps
-from softmask_plugin.explain.matcher import Target, match_logit, matcher_of
+from softmask_plugin.explain.matcher import Target, match_logit
 from softmask_plugin.explain.pairs import evaluating, numbers_of, words_of
 from softmask_plugin.tokenization import as_list
 

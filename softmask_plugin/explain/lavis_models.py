@@ -24,9 +24,17 @@ from transformers import BertTokenizerFast
 from transformers.convert_slow_tokenizer import convert_slow_tokenizer
 
 from softmask_plugin.errors import UserError
-from softmask_plugin.explain.matcher import Matcher, Pairs, Target, attention_maps, effect_maps
+from softmask_plugin.explain.matcher import (
+    AlignedMatcher,
+    Matcher,
+    Pairs,
+    Target,
+    attention_maps,
+    effect_maps,
+)
 from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.models.base import bert_of
+from softmask_plugin.nn.bert import require_cross_attention
 from softmask_plugin.tokenization import Captions, CaptionTokenizer
 
 ALBEF, BLIP = (AlbefPretrain, AlbefRetrieval), (BlipITM, BlipPretrain, BlipRetrieval)
@@ -102,11 +110,7 @@ class FusionMatcher(LavisMatcher):
         """As ``Matcher.token_maps``: LAVIS's ``compute_gradcam``, for any size."""
         crossing = [i for i, each in enumerate(self.layers) if hasattr(each, "crossattention")]
         layer = self.layer if layer is None else layer
-        if layer not in crossing:
-            raise ValueError(
-                f"layer {layer} has no cross-attention: choose one from {crossing[0]} to "
-                f"{crossing[-1]}"
-            )
+        require_cross_attention(layer, crossing)
         block = self.layers[layer]
         with torch.enable_grad(), attention_of(block.crossattention) as seen:
             logits = self.match(pairs)
@@ -213,11 +217,24 @@ def attention_of(*modules: Any) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-def lavis_matcher(model: Any) -> Matcher | None:
-    """How to explain one of LAVIS's models; None if it is no such model."""
+def matcher_of(model: Any) -> Matcher:
+    """How to explain a model: one of this plugin, or of LAVIS as it is.
+
+    Raises:
+        UserError: It has no matching head that we know.
+    """
+    if isinstance(model, Matcher):
+        return model
+    if isinstance(model, AlignedBase):
+        return AlignedMatcher(model)
     if isinstance(model, Blip2Qformer):
         return QformerMatcher(model)
-    return FusionMatcher(model) if isinstance(model, ALBEF + BLIP) else None
+    if isinstance(model, ALBEF + BLIP):
+        return FusionMatcher(model)
+    raise UserError(
+        f"a {type(model).__name__} cannot be explained: give one of the models with a "
+        f"matching head, {', '.join(with_head())}"
+    )
 
 
 def with_head() -> dict[str, Any]:

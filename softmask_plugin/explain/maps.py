@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from softmask_plugin.errors import UserError, suggest
+from softmask_plugin.explain.lavis_models import matcher_of
 from softmask_plugin.explain.matcher import (
     Matcher,
     Pairs,
@@ -18,7 +19,6 @@ from softmask_plugin.explain.matcher import (
     maps_of_words,
     match_logit,
     match_probability,
-    matcher_of,
 )
 from softmask_plugin.explain.occlusion import occlusion_maps
 from softmask_plugin.soft_mask import word_score
@@ -121,26 +121,16 @@ def map_words(
         with torch.no_grad():
             logits = matcher.match(pairs)
         if how == "word":
-            maps = own_maps(matcher, pairs, real)
+
+            def log_probability(hidden: Pairs, at: Tensor, rows: Tensor, keep: Tensor) -> Tensor:
+                return word_score(matcher.predict(hidden, at, keep), pairs.captions.ids[rows][at])
+
+            maps = effect_maps(matcher, pairs, real, log_probability)
         else:
             maps = maps_of_words(matcher.similarity_maps(pairs), pairs, real)
     else:
         logits, maps = matcher.maps(pairs, real, target, layer, plain=how == "attention")
     return _found(pairs, real, logits, maps)
-
-
-def own_maps(matcher: Matcher, pairs: Pairs, real: Tensor) -> Tensor:
-    """Hide each ``real`` word (B, W) in turn, and map what its prediction depends on.
-
-    Returns:
-        ``mask_effect`` of each word's log-probability, (B, W, patches).
-    """
-
-    def log_probability(without: Pairs, hidden: Tensor, rows: Tensor, keep: Tensor) -> Tensor:
-        targets = pairs.captions.ids[rows][hidden]
-        return word_score(matcher.predict(without, hidden, keep), targets)
-
-    return effect_maps(matcher, pairs, real, log_probability)
 
 
 def phrase_maps(words: WordMaps, phrases: Phrases | None = None) -> Tensor:

@@ -265,24 +265,3 @@ def attention_maps(score: Tensor, attention: Tensor, side: int, plain: bool) -> 
     if plain:
         return attention.detach()[..., first:].float().mean(dim=1)
     return grad_cam(score, attention, first)
-
-
-def matcher_of(model: Any) -> Matcher:
-    """How to explain a model: one of this plugin, or of LAVIS as it is.
-
-    Raises:
-        UserError: It has no matching head that we know.
-    """
-    from softmask_plugin.explain.lavis_models import lavis_matcher, with_head
-
-    if isinstance(model, Matcher):
-        return model
-    if isinstance(model, AlignedBase):
-        return AlignedMatcher(model)
-    found = lavis_matcher(model)
-    if found is None:
-        raise UserError(
-            f"a {type(model).__name__} cannot be explained: give one of the models with a "
-            f"matching head, {', '.join(with_head())}"
-        )
-    return found

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
+from softmask_plugin.explain.lavis_models import matcher_of
 from softmask_plugin.explain.matcher import (
     Matcher,
     Pairs,
     Target,
     match_logit,
     match_probability,
-    matcher_of,
 )
 from softmask_plugin.tokenization import as_list
 

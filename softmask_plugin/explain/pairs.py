@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from softmask_plugin.errors import UserError, require_finite_scores, suggest
+from softmask_plugin.explain.lavis_models import matcher_of
 from softmask_plugin.explain.maps import word_maps
-from softmask_plugin.explain.matcher import Matcher, Pairs, match_probability, matcher_of
+from softmask_plugin.explain.matcher import Matcher, Pairs, match_probability
 from softmask_plugin.soft_mask import Kind, keep_factors, normalize
 from softmask_plugin.tokenization import FUNCTION_WORDS, as_list
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from softmask_plugin.config.check import parse_options
 from softmask_plugin.config.options import read_options
 from softmask_plugin.errors import UserError, advice_on, reason_of, suggest
-from softmask_plugin.explain.lavis_models import with_head
-from softmask_plugin.explain.matcher import Matcher, matcher_of
+from softmask_plugin.explain.lavis_models import matcher_of, with_head
+from softmask_plugin.explain.matcher import Matcher
 from softmask_plugin.files.checkpoint import SHIPPED, Checkpoint, open_checkpoint
 from softmask_plugin.models.aligned import AlignedBase
 

@@ -26,7 +26,6 @@ from softmask_plugin.models.contrastive import (
 )
 from softmask_plugin.models.retrieval import SoftMaskRetrieval
 from softmask_plugin.nn.bert import BertForMaskedLM, BertModel, BertShape
-from softmask_plugin.nn.image_memory import ImageMemory, View
 from softmask_plugin.nn.sampling import Draws
 from softmask_plugin.nn.tokens import DecoderText, Packing, Tokens
 from softmask_plugin.registry import register
@@ -162,7 +161,7 @@ class SoftMaskBlipPretrain(BlipBase):
         if self.masks_at(step) and self.options.soft_mask.score == "word":
             predicted = written.predicting.cells_in(text.words.shape[1]) + 1
             logits, mask = self.draw_word_mask(
-                lambda view: self.decode(written, memory, view),
+                lambda view: self.text_decoder.decode(written, memory, view),
                 online.image,
                 text.words,
                 predicted,
@@ -173,7 +172,7 @@ class SoftMaskBlipPretrain(BlipBase):
             online, text, changed, memory, similarity, draws, mask
         )
         if logits is None:
-            logits = self.decode(written, memory)
+            logits = self.text_decoder.decode(written, memory)
         smoothing = self.options.label_smoothing
         loss_lm = distilled_cross_entropy(logits, written.targets, None, 0.0, smoothing)
         return self.output(mask, loss_itc, loss_itm, loss_soft, lm=loss_lm)
@@ -185,12 +184,6 @@ class SoftMaskBlipPretrain(BlipBase):
         loss, (i2t, t2i, same, *_) = super().contrast(online, momentum, alpha, ids)
         i2t, t2i = ((each.softmax(dim=1) + 1e-4).log() for each in (i2t, t2i))
         return loss, Similarity(i2t, t2i, same)
-
-    def decode(self, text: DecoderText, memory: ImageMemory, view: View = View()) -> Tensor:
-        """Vocabulary logits (M, vocabulary) of the next tokens of captions of the images."""
-        decoder = self.text_decoder
-        tokens = decoder.bert.encode(text.ids, text.packing)
-        return decoder(decoder.bert.fuse(tokens, memory, (view,), text.predicting).states)
 
 
 def starting_with(token: int, ids: Tensor) -> Tensor:

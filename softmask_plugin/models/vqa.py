@@ -71,11 +71,12 @@ class SoftMaskVqa(DistilledBase):
         counts = torch.as_tensor(samples["n_answers"], device=device)
         question = torch.repeat_interleave(counts, output_size=len(answers.ids))
         view, teacher = View(images=question), None
-        logits = self.decode(self.questions(images, captions), answers, view)
+        logits = self.text_decoder.decode(answers, self.questions(images, captions), view)
         if self.options.use_distill:
             self.update_momentum()
             with torch.no_grad():
-                teacher = self.decode(self.questions(images, captions, "_m"), answers, view, "_m")
+                asked = self.questions(images, captions, "_m")
+                teacher = self.text_decoder_m.decode(answers, asked, view)
         losses = distilled_cross_entropy(
             logits, answers.targets, teacher, alpha, self.options.label_smoothing, "none"
         )
@@ -134,7 +135,7 @@ class SoftMaskVqa(DistilledBase):
         """Probability, (questions, A), that an answer starts with each of these tokens (A,)."""
         start = torch.full((questions, 2), self.tokenizer.cls_token_id)  # the second has no effect
         answers = DecoderText.of(start, torch.ones_like(start, dtype=torch.bool), self.device)
-        logits = self.decode(memory, answers, View())
+        logits = self.text_decoder.decode(answers, memory)
         return logits.float().softmax(dim=1).index_select(1, first)
 
     def answer_losses(self, memory: ImageMemory, known: Captions, chosen: Tensor) -> Tensor:
@@ -144,7 +145,7 @@ class SoftMaskVqa(DistilledBase):
             rows = chosen.flatten().cpu()[places]
             answers = DecoderText.of(known.ids[rows], known.mask[rows], self.device)
             question = places.to(self.device) // chosen.shape[1]
-            logits = self.decode(memory, answers, View(images=question))
+            logits = self.text_decoder.decode(answers, memory, View(images=question))
             words = distilled_cross_entropy(
                 logits, answers.targets, None, 0.0, self.options.label_smoothing, "none"
             )
@@ -158,12 +159,3 @@ class SoftMaskVqa(DistilledBase):
         fused = self.fuse(images, captions, None, suffix)
         states, mask = fused.packing.pad(fused.states), fused.packing.mask
         return self.part("text_decoder", suffix).bert.remember(states, mask=mask)
-
-    def decode(
-        self, memory: ImageMemory, answers: DecoderText, view: View, suffix: str = ""
-    ) -> Tensor:
-        """Vocabulary logits (M, vocabulary) of the predicting tokens; ``view`` says which question
-        each answer belongs to."""
-        decoder = self.part("text_decoder", suffix)
-        tokens = decoder.bert.encode(answers.ids, answers.packing)
-        return decoder(decoder.bert.fuse(tokens, memory, (view,), answers.predicting).states)

@@ -19,7 +19,7 @@ from softmask_plugin.errors import UserError
 from softmask_plugin.nn.attention import attend
 from softmask_plugin.nn.dropout import Dropout
 from softmask_plugin.nn.image_memory import ImageMemory, LayerMemory, View
-from softmask_plugin.nn.tokens import Packing, Tokens
+from softmask_plugin.nn.tokens import DecoderText, Packing, Tokens
 from softmask_plugin.nn.vision import initial_std
 
 
@@ -41,6 +41,14 @@ class BertShape:
     pad_token_id: int = 0
     causal: bool = False  # a decoder: tokens attend only to themselves and those before
     image_cls: bool = True  # cross-attention's keys include the image's [CLS]
+
+
+def require_cross_attention(layer: int, layers: Sequence[int]) -> None:
+    """Raise ValueError unless a layer is one of those with cross-attention."""
+    if layer not in layers:
+        raise ValueError(
+            f"layer {layer} has no cross-attention: choose one from {layers[0]} to {layers[-1]}"
+        )
 
 
 class Bert(nn.Module):
@@ -69,6 +77,11 @@ class BertForMaskedLM(Bert):
     def forward(self, states: Tensor) -> Tensor:
         """Vocabulary logits of token states: (N, width) -> (N, vocabulary)."""
         return self.cls.predictions(states)
+
+    def decode(self, text: DecoderText, memory: ImageMemory, view: View = View()) -> Tensor:
+        """Vocabulary logits (M, vocabulary) of next tokens; ``view``: what each text sees."""
+        tokens = self.bert.encode(text.ids, text.packing)
+        return self(self.bert.fuse(tokens, memory, (view,), text.predicting).states)
 
 
 class BertModel(Bert):
@@ -147,11 +160,7 @@ class BertModel(Bert):
         Raises:
             ValueError: The layer has no cross-attention.
         """
-        first, last = self.shape.fusion_layer, self.shape.layers - 1
-        if not first <= layer_index <= last:
-            raise ValueError(
-                f"layer {layer_index} has no cross-attention: choose one from {first} to {last}"
-            )
+        require_cross_attention(layer_index, range(self.shape.fusion_layer, self.shape.layers))
         fused, probabilities = self._fuse(tokens, memory, (view,), wanted, layer_index)
         return fused, cast(Tensor, probabilities)
 

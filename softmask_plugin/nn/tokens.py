@@ -95,8 +95,7 @@ class Tokens:
     @property
     def cls(self) -> Tensor:
         """States of each caption's first token, (N, width)."""
-        first = self.packing.cls_only.cells_in(self.packing.mask.shape[1])
-        return self.states.index_select(0, self.packing.rows_of(first))
+        return self.only(self.packing.cls_only).states
 
     @property
     def mean(self) -> Tensor:

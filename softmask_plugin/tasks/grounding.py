@@ -17,9 +17,8 @@ from torchvision.ops.boxes import box_iou
 
 from softmask_plugin.config.run_options import setting
 from softmask_plugin.errors import UserError, require_finite_scores
-from softmask_plugin.explain.lavis_models import WITH_HEAD
+from softmask_plugin.explain.lavis_models import WITH_HEAD, matcher_of
 from softmask_plugin.explain.maps import phrase_maps, word_maps
-from softmask_plugin.explain.matcher import matcher_of
 from softmask_plugin.pointing import Box, energy_inside, group_suffixes, hits
 from softmask_plugin.registry import register
 from softmask_plugin.tasks.items import ItemTask

@@ -223,6 +223,7 @@ def test_search_finds_the_scene_that_is_described(monkeypatch):
 
 def test_text_is_escaped():
     assert app.plain("a:red[b] <i>`$x\n") == r"a\:red\[b\] \<i\>\`\$x\\n"
+    assert app.plain("Größe _a_") == r"Größe \_a\_"
     words = ["a", "star", "a"]
     assert len({app._label(words, i) for i in range(3)}) == 3  # Streamlit needs unique labels
 

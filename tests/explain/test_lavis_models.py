@@ -32,7 +32,8 @@ from softmask_plugin.explain import (
     word_maps,
 )
 from softmask_plugin.explain.gallery import Gallery, search_features
-from softmask_plugin.explain.matcher import match_logit, matcher_of
+from softmask_plugin.explain.lavis_models import matcher_of
+from softmask_plugin.explain.matcher import match_logit
 from softmask_plugin.pointing import hits
 from softmask_plugin.tasks.grounding import GroundingTask
 
