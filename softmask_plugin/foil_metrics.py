@@ -18,17 +18,19 @@ Result = Mapping[str, Any]
 
 def foil_metrics(results: Sequence[Result]) -> dict[str, float]:
     """Metrics of the task, in percent: see :class:`softmask_plugin.tasks.foils.FoilsTask`."""
-    values, units, groups = item_scores(results), _units(results), _groups(results)
-    pair_values, pair_groups = _pair_scores(results)
-    metrics = _means(values, units) | _means(pair_values, np.arange(len(pair_groups)))
-    for group in sorted({*groups}):
-        rows, pairs = groups == group, pair_groups == group
-        found = _means({name: each[rows] for name, each in values.items()}, units[rows])
-        chosen = {name: each[pairs] for name, each in pair_values.items()}
-        found |= _means(chosen, np.arange(int(pairs.sum())))
+    metrics = _metrics(results)
+    for group in sorted({str(row["group"]) for row in results}):
+        found = _metrics([row for row in results if str(row["group"]) == group])
         named = {f"{name}_{group}": value for name, value in found.items()}
         metrics = {**metrics, **named, **metrics}  # even if a group is called itc
     return {**metrics, "agg_metrics": metrics["acc"]}
+
+
+def _metrics(results: Sequence[Result]) -> dict[str, float]:
+    # Results of one pair, or else of one image, are not independent
+    units = np.array([str(row.get("pair", row["image"])) for row in results])
+    pairs = _pair_scores(results)
+    return _means(item_scores(results), units) | _means(pairs, np.arange(len(pairs["text"])))
 
 
 def item_scores(results: Sequence[Result]) -> dict[str, np.ndarray]:
@@ -38,22 +40,13 @@ def item_scores(results: Sequence[Result]) -> dict[str, np.ndarray]:
     return {"acc": _better(itm), "acc_itc": _better(itc), "right": right, "wrong": wrong}
 
 
-def _units(results: Sequence[Result]) -> np.ndarray:
-    """The pair or else the image of each result: those of one unit are not independent."""
-    return np.array([str(row.get("pair", row["image"])) for row in results])
-
-
-def _groups(results: Sequence[Result]) -> np.ndarray:
-    return np.array([str(row["group"]) for row in results])
-
-
 def _better(scores: np.ndarray) -> np.ndarray:
     """1 where the first of two scores is higher, 0 where it is lower, 0.5 if they tie."""
     return (1 + np.sign(scores[:, 0] - scores[:, 1])) / 2
 
 
-def _pair_scores(results: Sequence[Result]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Winoground's scores of each whole pair, and its group; an image of others may be missing."""
+def _pair_scores(results: Sequence[Result]) -> dict[str, np.ndarray]:
+    """Winoground's scores of each whole pair; an image of others may be missing."""
     members: dict[Any, list[Result]] = {}
     for row in results:
         if row.get("pair") is not None:
@@ -63,8 +56,7 @@ def _pair_scores(results: Sequence[Result]) -> tuple[dict[str, np.ndarray], np.n
     caption, foil = itm.reshape(-1, 2, 2).transpose(2, 0, 1)  # (pairs, images) each
     text, image = (caption > foil).all(axis=1), (caption > foil[:, ::-1]).all(axis=1)
     scores = {"text": text, "image": image, "group": text & image}
-    groups = _groups([rows[0] for rows in pairs])
-    return {name: each.astype(float) for name, each in scores.items()}, groups
+    return {name: each.astype(float) for name, each in scores.items()}
 
 
 def _means(values: Mapping[str, np.ndarray], units: np.ndarray) -> dict[str, float]:
