@@ -26,6 +26,7 @@ from transformers.convert_slow_tokenizer import convert_slow_tokenizer
 from softmask_plugin.errors import UserError
 from softmask_plugin.explain.matcher import (
     AlignedMatcher,
+    BlipMatcher,
     Matcher,
     Pairs,
     Target,
@@ -34,6 +35,7 @@ from softmask_plugin.explain.matcher import (
 )
 from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.models.base import bert_of
+from softmask_plugin.models.blip import SoftMaskBlipPretrain
 from softmask_plugin.nn.bert import require_cross_attention
 from softmask_plugin.tokenization import Captions, CaptionTokenizer
 
@@ -225,6 +227,8 @@ def matcher_of(model: Any) -> Matcher:
     """
     if isinstance(model, Matcher):
         return model
+    if isinstance(model, SoftMaskBlipPretrain):
+        return BlipMatcher(model)
     if isinstance(model, AlignedBase):
         return AlignedMatcher(model)
     if isinstance(model, Blip2Qformer):

@@ -13,8 +13,9 @@ from torch import Tensor
 from softmask_plugin.config.options import SoftMaskOptions
 from softmask_plugin.errors import UserError
 from softmask_plugin.models.aligned import AlignedBase
+from softmask_plugin.models.blip import starting_with
 from softmask_plugin.nn.image_memory import ImageMemory, View
-from softmask_plugin.nn.tokens import Packing
+from softmask_plugin.nn.tokens import DecoderText, Packing
 from softmask_plugin.soft_mask import grad_cam, mask_effect, word_map
 from softmask_plugin.tokenization import Captions, CaptionTokenizer
 
@@ -224,6 +225,22 @@ class AlignedMatcher(Matcher):
         packing = Packing.of(wanted)
         fused = self.model.bert.fuse(pairs.texts, pairs.images.memory, (view,), packing)
         return self.model.text_encoder(fused.states)
+
+
+class BlipMatcher(AlignedMatcher):
+    """Our BLIP in pretraining: its decoder predicts each word from those before it."""
+
+    def hide(self, pairs: Pairs, hidden: Tensor, rows: Tensor) -> Pairs:
+        """These captions as they are: the decoder does not see the word that it predicts."""
+        return super().hide(pairs, torch.zeros_like(hidden), rows)
+
+    def predict(self, pairs: Pairs, wanted: Tensor, keep: Tensor) -> Tensor:
+        """As ``Matcher.predict``."""
+        captions, view = pairs.captions, View(images=pairs.owners, keep=keep)
+        ids = starting_with(self.model.tokenizer.bos_token_id, captions.ids)
+        predicting = Packing.of(wanted[:, 1:])
+        text = DecoderText(ids, captions.packing, predicting, captions.ids[wanted])
+        return self.model.text_decoder.decode(text, pairs.images.memory, view)
 
 
 def maps_of_words(cam: Tensor, pairs: Pairs, real: Tensor) -> Tensor:

@@ -64,11 +64,6 @@ class BlipBase(ContrastiveBase):
         """Build the text and multi-modal encoder."""
         return BlipBert(shape, self.tokenizer.enc_token_id)
 
-    @property
-    def map_score(self) -> str:
-        """What the maps of words explain."""
-        return "match"
-
     def encode_captions(
         self, ids: Tensor, packing: Packing, suffix: str = ""
     ) -> tuple[Tokens, Tensor]:

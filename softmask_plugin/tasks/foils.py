@@ -17,8 +17,9 @@ from torch import Tensor
 
 from softmask_plugin.config.run_options import setting
 from softmask_plugin.errors import require_finite_scores
+from softmask_plugin.explain.lavis_models import matcher_of
 from softmask_plugin.explain.maps import map_words, phrase_maps
-from softmask_plugin.explain.matcher import AlignedMatcher, Pairs, Seen
+from softmask_plugin.explain.matcher import Matcher, Pairs, Seen
 from softmask_plugin.explain.pairs import match_through, words_of
 from softmask_plugin.foil_metrics import foil_metrics
 from softmask_plugin.models.aligned import AlignedBase
@@ -98,7 +99,7 @@ class FoilsTask(ItemTask):
             seen = Seen(states, memory)
             pairs = Pairs(tokenized, text, seen, model.visual_encoder.grid, owners)
             seed = int(samples["index"][0])
-            logits = self._masked(AlignedMatcher(model), pairs, texts, seed).double()
+            logits = self._masked(matcher_of(model), pairs, texts, seed).double()
         features = features.unflatten(0, (-1, 2))
         itc = (features @ model.image_features(states[:, 0])[:, :, None]).squeeze(2)
         itm = (logits[:, 1] - logits[:, 0]).view(-1, 2)
@@ -118,7 +119,7 @@ class FoilsTask(ItemTask):
         ]
 
     def _masked(
-        self, matcher: AlignedMatcher, pairs: Pairs, texts: Sequence[str], seed: int
+        self, matcher: Matcher, pairs: Pairs, texts: Sequence[str], seed: int
     ) -> Tensor:
         """Matching logits (2 B, 2) of captions and foils in turn, each through its own mask."""
         changed = [*enumerate(changed_words([words_of(matcher, text) for text in texts]))]

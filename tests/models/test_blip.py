@@ -246,6 +246,17 @@ def test_words_are_explained_by_the_same_map(make_blip):
         torch.testing.assert_close(found.maps[:, number], expected, rtol=1e-4, atol=1e-8)
 
 
+def test_a_word_is_explained_by_its_prediction(make_blip):
+    ours = make_blip(SoftMaskBlipPretrain, soft_mask={"score": "word"}).eval()
+    batch = make_batch([4, 2, 4, 1, 3, 0])
+    plain = Plain(baseline.blip_pretrain(ours).eval(), ours, batch)
+    found = word_maps(ours, batch["image"], batch["text_input"])
+    torch.testing.assert_close(found.score, plain.match(plain.image).softmax(dim=1)[:, 1])
+    for number in range(plain.words.max() + 1):
+        expected = plain.word_map(torch.full((6,), number)).view(6, 4, 4)
+        torch.testing.assert_close(found.maps[:, number], expected, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("score", ["match", "word"])
 def test_a_mask_before_it_starts_and_a_batch_of_one_are_fine(make_blip, score):
     mask = {"enabled": True, "score": score, "start_iter": 5, "negatives": True}
