@@ -118,9 +118,7 @@ class FoilsTask(ItemTask):
             )
         ]
 
-    def _masked(
-        self, matcher: Matcher, pairs: Pairs, texts: Sequence[str], seed: int
-    ) -> Tensor:
+    def _masked(self, matcher: Matcher, pairs: Pairs, texts: Sequence[str], seed: int) -> Tensor:
         """Matching logits (2 B, 2) of captions and foils in turn, each through its own mask."""
         changed = [*enumerate(changed_words([words_of(matcher, text) for text in texts]))]
         maps = phrase_maps(map_words(matcher, pairs, changed)).flatten(1)
