@@ -158,7 +158,11 @@ RUN: dict[str, Key] = {
         whole(1, null=False),
     ),
     # Speed and repeatability
-    "amp": Key(False, "mixed precision: `true` (fp16 on CUDA, bf16 on CPU), `bf16` or `fp16`"),
+    "amp": Key(
+        False,
+        "mixed precision: `auto` (bf16 where the device has instructions for it, else fp16 on CUDA "
+        "and none on a CPU), `true` (fp16 on CUDA, bf16 on a CPU), `bf16` or `fp16`",
+    ),
     "compile": Key(
         False,
         "`true`: compile the image encoders with torch.compile, which pays on GPUs only; or the "

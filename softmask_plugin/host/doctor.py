@@ -25,6 +25,7 @@ import softmask_plugin
 from softmask_plugin.config.paths import CONFIGS
 from softmask_plugin.errors import UserError, one_line
 from softmask_plugin.host import stack
+from softmask_plugin.host.environment import has_bf16
 
 KINDS = ("model", "processor", "builder", "task", "runner", "lr_scheduler")
 
@@ -84,13 +85,14 @@ def _installed() -> Iterator[tuple[str, ...]]:
 
 def _devices() -> Iterator[tuple[str, ...]]:
     capability = torch.backends.cpu.get_cpu_capability()
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    fast = has_bf16(torch.device("cpu"))
     bf16 = "fast bf16: use run.amp=bf16" if fast else "no fast bf16: use run.amp=false"
     threads = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores"
     yield "cpu", f"{threads}, {capability}, {bf16}"
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
-        bf16 = "bf16" if card.major >= 8 else "no bf16: use run.amp=fp16"
+        fast = has_bf16(torch.device("cuda", index))
+        bf16 = "bf16" if fast else "no bf16: use run.amp=fp16"
         yield f"cuda:{index}", f"{card.name}, {card.total_memory / 2**30:.0f} GiB, {bf16}"
     if not torch.cuda.is_available():
         yield _no_cuda()

@@ -32,6 +32,13 @@ def environment(device: torch.device) -> dict[str, object]:
     }
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device has instructions for bf16; one without emulates it, far more slowly."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def note_environment(folder: Path, device: torch.device) -> None:
     """Append this start's environment to the run's list, unless it equals the last one."""
     noted, now = noted_environments(folder), environment(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from softmask_plugin.config.run_options import check_values, positive, setting
 from softmask_plugin.errors import UserError
+from softmask_plugin.host.environment import has_bf16
 from softmask_plugin.runners.loaders import TrainLoader, eval_loader, train_loader
 from softmask_plugin.runners.lr_scale import scale_groups
 from softmask_plugin.runners.run_folder import AUTO, claim
@@ -258,14 +260,20 @@ def _compile_backend(compile: bool | str | None) -> str | None:
 
 
 def _amp_dtype(amp: bool | str, device: torch.device) -> torch.dtype | None:
+    cuda, fast = device.type == "cuda", has_bf16(device)
+    if amp == "auto":
+        amp = "bf16" if fast else cuda
     if not amp:
         return None
-    if amp is True:  # LAVIS means fp16, which a CPU lacks
-        return torch.float16 if device.type == "cuda" else torch.bfloat16
-    if amp == "bf16":
-        return torch.bfloat16
-    if amp == "fp16" and device.type == "cuda":
+    if (amp is True or amp == "fp16") and cuda:
         return torch.float16
+    if amp is True or amp == "bf16":  # LAVIS means fp16 by true, which a CPU lacks
+        if not fast:
+            name = "card" if cuda else "CPU"
+            logging.warning(
+                f"run.amp={amp}: this {name} emulates bf16, many times slower: set run.amp=auto"
+            )
+        return torch.bfloat16
     raise UserError(
-        f"run.amp is '{amp}' on {device.type}: choose false, true, bf16 or (on cuda) fp16"
+        f"run.amp is '{amp}' on {device.type}: choose auto, false, true, bf16 or (on cuda) fp16"
     )

@@ -15,7 +15,7 @@ from toy_models import SMALL
 from toys import ToyModel, ToyTask, build, read_metrics, weights
 
 from softmask_plugin.errors import UserError
-from softmask_plugin.runners import CosineLRScheduler
+from softmask_plugin.runners import CosineLRScheduler, portable
 from softmask_plugin.runners.meter import LossMeter
 
 
@@ -129,6 +129,15 @@ def test_mixed_precision(tmp_path, amp):
     assert (
         read_metrics(runner.output_dir)[-1]["loss"] < read_metrics(runner.output_dir)[0]["loss"] / 2
     )
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_precision_that_the_device_is_made_for(tmp_path, monkeypatch, caplog, fast):
+    monkeypatch.setattr(portable, "has_bf16", lambda device: fast)
+    assert build(tmp_path, amp="auto").amp_dtype == (torch.bfloat16 if fast else None)
+    assert not caplog.messages
+    assert build(tmp_path, amp="bf16").amp_dtype == torch.bfloat16
+    assert ["emulates bf16" in message for message in caplog.messages] == [True] * (not fast)
 
 
 @pytest.mark.parametrize(
