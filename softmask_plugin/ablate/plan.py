@@ -79,6 +79,7 @@ class Plan:
     variants: dict[str, tuple[str, ...]]  # overrides of base, by name
     evaluate: tuple[Stage, ...]  # the stages after pretraining, in order
     trunk: Stage | None = None  # trained once for each seed, before the variants
+    equal_budget: bool = True  # whether all variants must train as long, on as much
     # By variant and stage: every value of the configuration that can affect the result
     asked: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
 
@@ -151,8 +152,9 @@ PLAN = {
     "baseline": str,
     "variants": dict,
     "evaluate": [dict],
+    "equal_budget": bool,
 }
-OPTIONAL = ("options", "train", "pretrained", "trunk")
+OPTIONAL = ("options", "train", "pretrained", "trunk", "equal_budget")
 KINDS = {dict: "a section", str: "a text", int: "a whole number", bool: "true or false"}
 
 
@@ -183,7 +185,8 @@ def _parse(name: str, content: Any) -> Plan:
             raise UserError(f"'{each}' cannot name a folder: use a-z, 0-9 and _")
     if TRUNK in variants:
         raise UserError(f"variants: rename '{TRUNK}', which names the folder of the key {TRUNK}")
-    made = Plan(name, base, plan["seeds"], plan["baseline"], variants, tuple(stages[1:]), trunk)
+    rest = (variants, tuple(stages[1:]), trunk, plan.get("equal_budget", True))
+    made = Plan(name, base, plan["seeds"], plan["baseline"], *rest)
     made.require_variants("baseline", [made.baseline])
     return made
 
@@ -273,10 +276,10 @@ def _check_runs(plan: Plan) -> dict[tuple[str, str], dict[str, Any]]:
             {key: value for key, value in values.items() if BUDGET.fullmatch(key)}
             for values in (comparable(asked[each, PRETRAIN]) for each in (name, plan.baseline))
         )
-        for key, value, wanted in differences(own, budget):
+        for key, value, wanted in differences(own, budget) if plan.equal_budget else ():
             raise UserError(
                 f"variants.{name} has another budget than {plan.baseline}: {key} is {value} "
-                f"instead of {wanted}: set it in base.options"
+                f"instead of {wanted}: set it in base.options, or set equal_budget: false"
             )
     return asked
 

@@ -37,6 +37,12 @@ def test_variants_fork_from_a_trunk(write_plan):
     assert not read_plan(write_plan()).base.pretrained
 
 
+def test_variants_may_train_longer_if_the_plan_says_so(write_plan):
+    variants = {"albef": [], "longer": ["run.max_epoch=9"]}
+    plan = read_plan(write_plan(variants=variants, equal_budget=False))
+    assert plan.asked["longer", "pretrain"]["run.max_epoch"] == 9
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
