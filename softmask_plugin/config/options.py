@@ -245,6 +245,10 @@ class ContrastOptions(AlignedOptions, MomentumOptions):
     itm_hard_steps: int = ranged(0, 0)  # steps, from the first with ITM, in which its negatives
     # turn from random to hard; 0: hard from the start, as in ALBEF
     itm_words: bool = False  # also match each image with its caption after one word was changed
+    local_weight: float = ranged(0.0, 0)  # weight of the contrast of words with patches, which ties
+    # words to places
+    local_negatives: str = choice("pair", "batch")  # of a word: its caption's other words, as in
+    # SPARC, or the other images of the batch
     soft_mask: SoftMaskOptions = field(default_factory=SoftMaskOptions)  # masks images for ITM
     itc: ItcOptions = field(default_factory=ItcOptions)  # contrasts images with texts
 
@@ -263,10 +267,6 @@ class PretrainOptions(ContrastOptions):
     """``softmask_pretrain``: all three innovations on."""
 
     mlm_weight: float = ranged(1.0, 0)  # weight of the masked-word loss
-    local_weight: float = ranged(0.0, 0)  # weight of the contrast of words with patches, which ties
-    # words to places
-    local_negatives: str = choice("pair", "batch")  # of a word: its caption's other words, as in
-    # SPARC, or the other images of the batch
     itc_steps: int = ranged(0, 0)  # first steps, in which only ITC and that contrast are trained
     text: TextOptions = field(default_factory=TextOptions)  # masks captions
 
@@ -305,9 +305,10 @@ class BlipOptions(ContrastOptions):
                 f"model.bert.fusion_layer is {self.bert.fusion_layer}: all layers of BLIP have "
                 "cross-attention, so set it to 0"
             )
-        if self.soft_mask.score == "similarity":
+        if self.soft_mask.score == "similarity" and not self.local_weight:
             raise UserError(
-                "model.soft_mask.score is 'similarity': BLIP does not compare words with patches"
+                "model.soft_mask.score is 'similarity', but nothing makes BLIP's words like "
+                "patches: set model.local_weight"
             )
         super().__post_init__()
 

@@ -27,6 +27,7 @@ from softmask_plugin.errors import UserError
 from softmask_plugin.explain.matcher import (
     AlignedMatcher,
     BlipMatcher,
+    BlipPretrainMatcher,
     Matcher,
     Pairs,
     Target,
@@ -35,7 +36,7 @@ from softmask_plugin.explain.matcher import (
 )
 from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.models.base import bert_of
-from softmask_plugin.models.blip import SoftMaskBlipPretrain
+from softmask_plugin.models.blip import BlipBase, SoftMaskBlipPretrain
 from softmask_plugin.nn.bert import require_cross_attention
 from softmask_plugin.tokenization import Captions, CaptionTokenizer
 
@@ -228,6 +229,8 @@ def matcher_of(model: Any) -> Matcher:
     if isinstance(model, Matcher):
         return model
     if isinstance(model, SoftMaskBlipPretrain):
+        return BlipPretrainMatcher(model)
+    if isinstance(model, BlipBase):
         return BlipMatcher(model)
     if isinstance(model, AlignedBase):
         return AlignedMatcher(model)

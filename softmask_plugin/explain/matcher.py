@@ -228,6 +228,18 @@ class AlignedMatcher(Matcher):
 
 
 class BlipMatcher(AlignedMatcher):
+    """Our BLIP, which encodes a caption anew to compare it."""
+
+    def similarity_maps(self, pairs: Pairs) -> Tensor:
+        """As ``Matcher.similarity_maps``; UserError also if no training made words like patches."""
+        if not self.model.options.local_weight:
+            return Matcher.similarity_maps(self, pairs)
+        captions = pairs.captions
+        words = self.model.encode_captions(captions.ids, captions.packing)[1]
+        return super().similarity_maps(replace(pairs, texts=words))
+
+
+class BlipPretrainMatcher(BlipMatcher):
     """Our BLIP in pretraining: its decoder predicts each word from those before it."""
 
     def hide(self, pairs: Pairs, hidden: Tensor, rows: Tensor) -> Pairs:

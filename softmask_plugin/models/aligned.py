@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,16 @@ from softmask_plugin.models.base import SoftMaskBase, bert_of
 from softmask_plugin.models.rerank import Reranker
 from softmask_plugin.nn.tokens import Packing, Tokens
 from softmask_plugin.soft_mask import similarity_map
+
+
+class Features(NamedTuple):
+    """A batch, encoded by the online or the momentum encoders."""
+
+    image: Tensor  # image states, (B, S, width)
+    text: Tokens  # of N >= B captions as fusion takes them, those for ITC first
+    words: Tokens  # the states of their words without an image
+    image_feat: Tensor  # unit vectors, (B, embed_dim), float32
+    text_feat: Tensor  # unit vectors, (B, embed_dim), float32
 
 
 class AlignedBase(SoftMaskBase):
@@ -58,11 +68,11 @@ class AlignedBase(SoftMaskBase):
 
     def encode_captions(
         self, ids: Tensor, packing: Packing, suffix: str = ""
-    ) -> tuple[Tokens, Tensor]:
-        """Encode N captions, from their ids (N, T): what ``fuse`` takes, and unit vectors for ITC,
-        (N, embed_dim), float32."""
+    ) -> tuple[Tokens, Tokens, Tensor]:
+        """Encode N captions, from their ids (N, T): what ``fuse`` takes, the states of their words
+        without an image, and unit vectors for ITC, (N, embed_dim), float32."""
         text = bert_of(self.part("text_encoder", suffix)).encode(ids, packing)
-        return text, self.text_features(self.pooled(text), suffix)
+        return text, text, self.text_features(self.pooled(text), suffix)
 
     def pooled(self, text: Tokens) -> Tensor:
         """The state of each of N captions that ITC compares, (N, width); see ``text_pool``."""

@@ -17,13 +17,9 @@ from transformers import BertTokenizerFast
 
 from softmask_plugin.config.options import BlipPretrainOptions, BlipRetrievalOptions, ModelOptions
 from softmask_plugin.losses import distilled_cross_entropy
+from softmask_plugin.models.aligned import Features
 from softmask_plugin.models.base import bert_of, shipped_types
-from softmask_plugin.models.contrastive import (
-    ContrastiveBase,
-    ContrastiveOutput,
-    Features,
-    Similarity,
-)
+from softmask_plugin.models.contrastive import ContrastiveBase, ContrastiveOutput, Similarity
 from softmask_plugin.models.retrieval import SoftMaskRetrieval
 from softmask_plugin.nn.bert import BertForMaskedLM, BertModel, BertShape
 from softmask_plugin.nn.sampling import Draws
@@ -66,12 +62,14 @@ class BlipBase(ContrastiveBase):
 
     def encode_captions(
         self, ids: Tensor, packing: Packing, suffix: str = ""
-    ) -> tuple[Tokens, Tensor]:
-        """As in the base class: their embeddings, and unit vectors of their states."""
-        bert = bert_of(self.part("text_encoder", suffix))
-        wanted = packing.cls_only if self.options.text_pool == "cls" else packing
-        pooled = self.pooled(bert.encode_alone(ids, packing, wanted))
-        return bert.encode(ids, packing), self.text_features(pooled, suffix)
+    ) -> tuple[Tokens, Tokens, Tensor]:
+        """As in the base class: their embeddings, the states of words if a loss needs them, and
+        unit vectors."""
+        bert, option = bert_of(self.part("text_encoder", suffix)), self.options
+        needs_words = option.text_pool == "mean" or (option.local_weight > 0 and not suffix)
+        words = bert.encode_alone(ids, packing, packing if needs_words else packing.cls_only)
+        features = self.text_features(self.pooled(words), suffix)
+        return bert.encode(ids, packing), words, features
 
 
 @register("model", "softmask_blip_retrieval")
@@ -150,6 +148,7 @@ class SoftMaskBlipPretrain(BlipBase):
         online = self.encode(images, text.ids, text.packing)
         momentum = self.encode_momentum(images, text.ids, text.packing)
         loss_itc, similarity = self.contrast(online, momentum, alpha)
+        loss_local = self.contrast_words(online)
         memory = self.bert.remember(online.image)  # the decoder's as well
 
         mask, logits = None, None
@@ -170,7 +169,7 @@ class SoftMaskBlipPretrain(BlipBase):
             logits = self.text_decoder.decode(written, memory)
         smoothing = self.options.label_smoothing
         loss_lm = distilled_cross_entropy(logits, written.targets, None, 0.0, smoothing)
-        return self.output(mask, loss_itc, loss_itm, loss_soft, lm=loss_lm)
+        return self.output(mask, loss_itc, loss_itm, loss_soft, local=loss_local, lm=loss_lm)
 
     def contrast(
         self, online: Features, momentum: Features, alpha: float, ids: Tensor | None = None

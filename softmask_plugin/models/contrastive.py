@@ -12,6 +12,8 @@ from lavis.models.base_model import concat_all_gather
 from torch import Tensor, nn
 
 from softmask_plugin.config.options import ContrastOptions
+from softmask_plugin.losses import local_contrast, local_contrast_across
+from softmask_plugin.models.aligned import Features
 from softmask_plugin.models.base import LossOutput
 from softmask_plugin.models.distillation import MomentumDistillation
 from softmask_plugin.models.masking import SoftMask, SoftMaskedBase
@@ -41,15 +43,6 @@ class ContrastiveOutput(LossOutput):
     loss_local: Tensor | None = None
     keep: Tensor | None = None
     word: Tensor | None = None
-
-
-class Features(NamedTuple):
-    """A batch, encoded by the online or the momentum encoders."""
-
-    image: Tensor  # image states, (B, S, width)
-    text: Tokens  # of N >= B captions as fusion takes them, those for ITC first
-    image_feat: Tensor  # unit vectors, (B, embed_dim), float32
-    text_feat: Tensor  # unit vectors, (B, embed_dim), float32
 
 
 class Similarity(NamedTuple):
@@ -98,9 +91,9 @@ class ContrastiveBase(SoftMaskedBase, MomentumDistillation):
         """Encode B images, as the image encoder takes them, and captions (N, T), of which the first
         B are for ITC."""
         image = self.part("visual_encoder", suffix)(images)
-        text, text_feat = self.encode_captions(ids, packing, suffix)
+        text, words, text_feat = self.encode_captions(ids, packing, suffix)
         image_feat = self.image_features(image[:, 0], suffix)
-        return Features(image, text, image_feat, text_feat[: len(images)])
+        return Features(image, text, words, image_feat, text_feat[: len(images)])
 
     # ---- ITC
 
@@ -163,6 +156,21 @@ class ContrastiveBase(SoftMaskedBase, MomentumDistillation):
         self.pointer = enqueue_(queues, [concat_all_gather(each) for each in rows], self.pointer)
         self.queue_ptr.fill_(self.pointer)
 
+    def contrast_words(self, online: Features) -> Tensor | None:
+        """Contrast each caption's tokens, but [CLS], with patches, as ``local_negatives`` says;
+        None: ``local_weight`` is 0."""
+        if not self.options.local_weight:
+            return None
+        words, packing = self.text_features(online.words.states), online.words.packing
+        patches = self.image_features(online.image[:, 1:])
+        with torch.autocast(patches.device.type, enabled=False):
+            if self.options.local_negatives == "pair":
+                grid = packing.pad(words)[:, 1:]
+                return local_contrast(grid, patches, packing.mask[:, 1:], self.temp)
+            columns = packing.mask.shape[1]
+            rows, is_word = packing.index // columns, packing.index % columns > 0
+            return local_contrast_across(words, patches, rows, is_word, self.temp)
+
     # ---- ITM
 
     def match_clean(
@@ -184,9 +192,7 @@ class ContrastiveBase(SoftMaskedBase, MomentumDistillation):
         """
         pairs, scored = Pairs(), text.packing.cls_only
         if mask is None and self.masks_at(draws.step):
-            mask = self.draw_mask(
-                pairs, online.image, online.text, text.words, scored, memory, draws
-            )
+            mask = self.draw_mask(pairs, online, text.words, scored, memory, draws)
         elif mask is None:
             mask = SoftMask()
         self.add_pairs(pairs, online.text, changed, mask, scored, similarity, draws)

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from softmask_plugin.models.aligned import AlignedBase
+from softmask_plugin.models.aligned import AlignedBase, Features
 from softmask_plugin.nn.image_memory import ImageMemory, View
 from softmask_plugin.nn.pairs import Pairs
 from softmask_plugin.nn.sampling import Draws
-from softmask_plugin.nn.tokens import Packing, Tokens
+from softmask_plugin.nn.tokens import Packing
 from softmask_plugin.soft_mask import (
     grad_cam,
     keep_factors,
@@ -52,8 +52,7 @@ class SoftMaskedBase(AlignedBase):
     def draw_mask(
         self,
         pairs: Pairs,
-        image: Tensor,
-        caption: Tokens,
+        online: Features,
         words: Tensor,
         scored: Packing,
         memory: ImageMemory,
@@ -64,19 +63,19 @@ class SoftMaskedBase(AlignedBase):
 
         Args:
             pairs: Pairs so far.
-            image: Image states, (B, S, width).
-            caption, memory: Text states of B captions, and keys and values of their images.
+            online: B images and captions.
             words: Word index per token, (B, T); -1 where the soft mask may not pick.
             scored: The tokens of a positive pair that the losses need.
+            memory: Keys and values of the images.
             draws: Random streams of the step.
         """
         option = self.options.soft_mask
         if option.score == "similarity":
-            cam = self.similarity_maps(image, caption)
+            cam = self.similarity_maps(online.image, online.words)
         else:
             with torch.enable_grad():  # the map is a gradient, under no_grad as well
                 fused, attention = self.bert.fuse_with_attention(
-                    caption, memory, option.layer, scored
+                    online.text, memory, option.layer, scored
                 )
                 cam = grad_cam(self.match(fused.cls)[:, 1], attention, self.bert.first_patch)
             pairs.fused["positive"] = fused

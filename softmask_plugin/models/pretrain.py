@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from softmask_plugin.config.options import PretrainOptions
-from softmask_plugin.losses import distilled_cross_entropy, local_contrast, local_contrast_across
+from softmask_plugin.losses import distilled_cross_entropy
+from softmask_plugin.models.aligned import Features
 from softmask_plugin.models.base import shipped_types
-from softmask_plugin.models.contrastive import ContrastiveBase, ContrastiveOutput, Features
+from softmask_plugin.models.contrastive import ContrastiveBase, ContrastiveOutput
 from softmask_plugin.models.masking import SoftMask
 from softmask_plugin.nn.image_memory import View
 from softmask_plugin.nn.pairs import Pairs
@@ -88,10 +89,11 @@ class SoftMaskPretrain(ContrastiveBase):
         online = self.encode(images, text.ids, text.packing)
         momentum = self.encode_momentum(images, text.ids, text.packing)
         caption, masked_caption = text.versions(online.text)
+        online = online._replace(text=caption, words=caption)
 
         # Contrast
         loss_itc, similarity = self.contrast(online, momentum, alpha)
-        loss_local = self.contrast_words(online.image, caption) if option.local_weight > 0 else None
+        loss_local = self.contrast_words(online)
         if step < self.first_match:
             return self.output(SoftMask(), loss_itc, local=loss_local)
         memory = self.bert.remember(online.image)
@@ -111,9 +113,7 @@ class SoftMaskPretrain(ContrastiveBase):
                 predict, online.image, text.words, text.masked.index, text.targets, draws
             )
         elif self.masks_at(step):
-            mask = self.draw_mask(
-                pairs, online.image, caption, text.words, text.scored, memory, draws
-            )
+            mask = self.draw_mask(pairs, online, text.words, text.scored, memory, draws)
 
         # Match
         self.add_pairs(pairs, caption, text.changed, mask, text.scored, similarity, draws)
@@ -168,18 +168,6 @@ class SoftMaskPretrain(ContrastiveBase):
             words=words,
             targets=clean.ids.flatten()[masked.index],
         ).to(self.device)
-
-    def contrast_words(self, image: Tensor, caption: Tokens) -> Tensor:
-        """Contrast each caption's tokens, but [CLS], with patches, as ``local_negatives`` says."""
-        packing, words = caption.packing, self.text_features(caption.states)
-        patches = self.image_features(image[:, 1:])
-        with torch.autocast(image.device.type, enabled=False):
-            if self.options.local_negatives == "pair":
-                grid = packing.pad(words)[:, 1:]
-                return local_contrast(grid, patches, packing.mask[:, 1:], self.temp)
-            columns = packing.mask.shape[1]
-            rows, is_word = packing.index // columns, packing.index % columns > 0
-            return local_contrast_across(words, patches, rows, is_word, self.temp)
 
     @torch.no_grad()
     def momentum_words(self, momentum: Features, text: Text, alpha: float) -> Tensor | None:

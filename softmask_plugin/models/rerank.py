@@ -85,7 +85,7 @@ class Reranker:
         batches, feats = [], []
         for start in range(0, len(texts), self.text_batch):
             captions = self.model.tokenize(texts[start : start + self.text_batch])
-            text, features = self.model.encode_captions(captions.ids, captions.packing)
+            text, _, features = self.model.encode_captions(captions.ids, captions.packing)
             batches.append(text)
             feats.append(features)
         return Tokens.cat(batches), torch.cat(feats)

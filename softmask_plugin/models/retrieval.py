@@ -50,9 +50,10 @@ class SoftMaskRetrieval(ContrastiveBase):
         online = self.encode(images, text.ids, text.packing)
         momentum = self.encode_momentum(images, text.ids, text.packing)
         loss_itc, similarity = self.contrast(online, momentum, alpha, ids)
+        loss_local = self.contrast_words(online)
 
         memory = self.bert.remember(online.image)
         mask, loss_itm, loss_soft = self.match_clean(
             online, text, changed, memory, similarity, draws
         )
-        return self.output(mask, loss_itc, loss_itm, loss_soft)
+        return self.output(mask, loss_itc, loss_itm, loss_soft, local=loss_local)

@@ -87,7 +87,7 @@ class FoilsTask(ItemTask):
         both = zip(samples["caption"], samples["foil"], strict=True)
         texts = [text for pair in both for text in pair]
         tokenized = model.tokenize(texts)
-        text, features = model.encode_captions(tokenized.ids, tokenized.packing)
+        text, _, features = model.encode_captions(tokenized.ids, tokenized.packing)
         states = model.visual_encoder(samples["image"].to(model.device))
         memory = model.bert.remember(states)
         if self.mask == "none":

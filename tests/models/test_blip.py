@@ -8,12 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from toy_models import CAPTIONS, assert_same_state, plain_bert
 
 from benchmarks import baseline
 from benchmarks.ranks import on_ranks
 from softmask_plugin.errors import UserError
 from softmask_plugin.explain import word_maps
+from softmask_plugin.losses import local_contrast, local_contrast_across
 from softmask_plugin.models import SoftMaskBlipPretrain, SoftMaskBlipRetrieval
 from softmask_plugin.soft_mask import keep_factors, normalize, word_map
 
@@ -189,6 +191,28 @@ class Plain:
         (gradient,) = torch.autograd.grad((likely * chosen).sum(), keep)
         return gradient[:, 1:].relu()
 
+    def aligned(self):
+        """Unit vectors of tokens and patches, as ITC compares texts and images."""
+        states = self.theirs.text_encoder(
+            self.ids, attention_mask=self.mask, return_dict=True, mode="text"
+        ).last_hidden_state
+        words, patches = self.theirs.text_proj(states), self.theirs.vision_proj(self.image[:, 1:])
+        return F.normalize(words, dim=-1), F.normalize(patches, dim=-1)
+
+    def similarity_map(self):
+        """Softmax over patches of each token's cosines, (B, T, patches)."""
+        words, patches = self.aligned()
+        return (words @ patches.transpose(1, 2) / self.theirs.temp).softmax(dim=-1).detach()
+
+    def local_loss(self, negatives="pair"):
+        """The contrast of words with patches."""
+        words, patches = self.aligned()
+        words, mask = words[:, 1:], self.mask[:, 1:] > 0
+        if negatives == "pair":
+            return local_contrast(words, patches, mask, self.theirs.temp)
+        rows = mask.nonzero()[:, 0]
+        return local_contrast_across(words[mask], patches, rows, rows >= 0, self.theirs.temp)
+
 
 @pytest.mark.parametrize(
     ("cls", "mask"),
@@ -197,10 +221,13 @@ class Plain:
         (SoftMaskBlipRetrieval, {"kind": "hard", "words": "energy", "layer": 0, "weight": 0.5}),
         (SoftMaskBlipPretrain, {"strength": 0.7}),
         (SoftMaskBlipPretrain, {"score": "word", "negatives": True, "words": "content"}),
+        (SoftMaskBlipPretrain, {"score": "similarity", "negatives": True}),
+        (SoftMaskBlipRetrieval, {"score": "similarity"}),
     ],
 )
 def test_the_soft_mask_equals_its_definition(make_blip, cls, mask):
-    ours = make_blip(cls, soft_mask={"enabled": True, **mask})
+    local_weight = 0.5 * (mask.get("score") == "similarity")
+    ours = make_blip(cls, soft_mask={"enabled": True, **mask}, local_weight=local_weight)
     theirs, batch = TWINS[cls](ours).train(), make_batch([4, 2, 4, 1, 3, 0])
     drawn, negatives = [], ours.negatives
     ours.negatives = lambda *given: drawn.append(negatives(*given)) or drawn[0]
@@ -211,6 +238,8 @@ def test_the_soft_mask_equals_its_definition(make_blip, cls, mask):
     assert (word >= 0).all()
     if option.score == "word":
         maps = plain.word_map(word)
+    elif option.score == "similarity":
+        maps = word_map(plain.similarity_map(), plain.words, word)
     else:
         maps = word_map(plain.match_map(option.layer), plain.words, word)
     keep = keep_factors(normalize(maps), option.kind, option.strength)
@@ -224,6 +253,8 @@ def test_the_soft_mask_equals_its_definition(make_blip, cls, mask):
     soft = torch.nn.functional.cross_entropy(torch.cat(logits), labels)
     torch.testing.assert_close(got["loss_soft"], soft, rtol=1e-5, atol=1e-5)
     total = expected["loss"] + option.weight * soft
+    if local_weight:
+        total = total + local_weight * plain.local_loss()
     torch.testing.assert_close(got["loss"], total, rtol=1e-5, atol=1e-5)
     for loss in (got["loss"], total):
         loss.backward()
@@ -232,6 +263,22 @@ def test_the_soft_mask_equals_its_definition(make_blip, cls, mask):
         torch.testing.assert_close(
             parameter.grad, gradients[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize("negatives", ["pair", "batch"])
+@pytest.mark.parametrize("cls", TWINS)
+def test_words_are_contrasted_with_patches(make_blip, cls, negatives):
+    ours = make_blip(cls, local_weight=0.5, local_negatives=negatives).eval()
+    theirs, batch = TWINS[cls](ours).eval(), make_batch([4, 2, 4, 1, 3, 0])
+    got, expected = ours(dict(batch)), Plain(theirs, ours, batch).local_loss(negatives)
+    torch.testing.assert_close(got["loss_local"], expected)
+    gradients = {}
+    for model, loss in ((ours, got["loss_local"]), (theirs, expected)):
+        loss.backward()
+        gradients[model] = model.text_proj.weight.grad
+    torch.testing.assert_close(gradients[ours], gradients[theirs], rtol=1e-4, atol=1e-5)
+    others = sum(value for name, value in theirs(dict(batch)).items() if name in LOSSES[1:])
+    torch.testing.assert_close(got["loss"], others + 0.5 * expected)
 
 
 def test_words_are_explained_by_the_same_map(make_blip):
@@ -244,6 +291,20 @@ def test_words_are_explained_by_the_same_map(make_blip):
     for number in range(plain.words.max() + 1):
         expected = word_map(cam, plain.words, torch.full((6,), number)).view(6, 4, 4)
         torch.testing.assert_close(found.maps[:, number], expected, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("cls", TWINS)
+def test_a_word_is_explained_by_the_patches_that_are_like_it(make_blip, cls):
+    ours = make_blip(cls, local_weight=0.5).eval()
+    batch = make_batch([4, 2, 4, 1, 3, 0])
+    plain = Plain(TWINS[cls](ours).eval(), ours, batch)
+    owners = torch.tensor([0, 1, 2, 3, 4, 5])
+    found = word_maps(ours, batch["image"], batch["text_input"], owners, method="similarity")
+    for number in range(plain.words.max() + 1):
+        expected = word_map(plain.similarity_map(), plain.words, torch.full((6,), number))
+        torch.testing.assert_close(found.maps[:, number], expected.view(6, 4, 4))
+    with pytest.raises(UserError, match="compares no words with patches"):
+        word_maps(make_blip(cls).eval(), batch["image"], batch["text_input"], method="similarity")
 
 
 def test_a_word_is_explained_by_its_prediction(make_blip):
@@ -298,7 +359,7 @@ def test_a_caption_without_a_word_to_pick_is_not_masked(make_blip, score):
         (
             SoftMaskBlipPretrain,
             {"soft_mask": {"score": "similarity"}},
-            "score is 'similarity': BLIP",
+            "score is 'similarity', but nothing makes BLIP's words",
         ),
         (SoftMaskBlipPretrain, {"soft_mask": {"layer": 2}}, "layer is 2: choose from 0 to 1"),
     ],
