@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import inspect
 import io
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
 
 # isort: split
 import torch
-from lavis.models.albef_models import AlbefBase
 from lavis.models.albef_models.albef_classification import AlbefClassification
 from lavis.models.albef_models.albef_feature_extractor import AlbefFeatureExtractor
 from lavis.models.albef_models.albef_nlvr import AlbefNLVR
 from lavis.models.albef_models.albef_pretrain import AlbefPretrain
 from lavis.models.albef_models.albef_retrieval import AlbefRetrieval
 from lavis.models.albef_models.albef_vqa import AlbefVQA
-from lavis.models.blip_models.blip import BlipBase
 from lavis.models.blip_models.blip_pretrain import BlipPretrain
 from lavis.models.blip_models.blip_retrieval import BlipRetrieval
 from lavis.models.med import (
@@ -71,14 +70,14 @@ def albef_feature_extractor(model: Any) -> AlbefFeatureExtractor:
 
 def blip_retrieval(model: Any) -> BlipRetrieval:
     """LAVIS's ``blip_retrieval`` with the weights of a model of BLIP's shape."""
-    return twin(BlipRetrieval, model, _blip_encoder)
+    return twin(BlipRetrieval, model, XBertEncoder)
 
 
 def blip_pretrain(model: Any) -> BlipPretrain:
     """LAVIS's ``blip_pretrain`` with the weights of a ``softmask_blip_pretrain``."""
-    decoder = XBertLMHeadDecoder(_blip_config(bert_config(model.bert.shape)))
+    decoder = XBertLMHeadDecoder(bert_config(model.bert.shape))
     with redirect_stdout(io.StringIO()):  # LAVIS prints what it ties
-        return twin(BlipPretrain, model, _blip_encoder, text_decoder=decoder)
+        return twin(BlipPretrain, model, XBertEncoder, text_decoder=decoder)
 
 
 def twin(cls: Callable[..., Model], model: Any, text: Any, **given: Any) -> Model:
@@ -92,7 +91,7 @@ def twin(cls: Callable[..., Model], model: Any, text: Any, **given: Any) -> Mode
     """
     takes, option = inspect.signature(cls).parameters, vars(model.options)
     settings = {key: option[key] for key in takes if key in option}
-    with tokenizer_of(model):
+    with patch.object(cls, "init_tokenizer", lambda _: model.tokenizer):  # or it would download one
         made = cls(*encoders(model, text), **{**given, **settings})
     return same_weights(made, model)
 
@@ -114,6 +113,8 @@ def encoders(model: Any, text: Any) -> tuple[VisionTransformerEncoder, torch.nn.
 
 def bert_config(shape: BertShape) -> BertConfig:
     """LAVIS's configuration of a text encoder or decoder."""
+    # Without the attribute, all layers look at the image: BLIP's BERT
+    first = {"fusion_layer": shape.fusion_layer} if shape.fusion_layer else {}
     return BertConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.width,
@@ -125,9 +126,9 @@ def bert_config(shape: BertShape) -> BertConfig:
         attention_probs_dropout_prob=shape.attention_dropout,
         layer_norm_eps=shape.norm_eps,
         encoder_width=shape.image_width,
-        fusion_layer=shape.fusion_layer,
         add_cross_attention=True,
         add_type_embeddings=False,
+        **first,
     )
 
 
@@ -141,26 +142,3 @@ def same_weights(made: Model, model: Any) -> Model:
         raise KeyError(f"LAVIS's model has tensors that ours lacks: {sorted(missing)}")
     made.load_state_dict({key: state[key] for key in own.keys() & state.keys()}, strict=False)
     return made
-
-
-@contextmanager
-def tokenizer_of(model: Any) -> Iterator[None]:
-    """Let LAVIS's models use the model's tokenizer; their own would be downloaded."""
-    given = {base: base.__dict__["init_tokenizer"] for base in (AlbefBase, BlipBase)}
-    for base in given:
-        base.init_tokenizer = classmethod(lambda cls: model.tokenizer)
-    try:
-        yield
-    finally:
-        for base, own in given.items():
-            base.init_tokenizer = own
-
-
-def _blip_encoder(config: BertConfig, **given: Any) -> XBertEncoder:
-    return XBertEncoder(_blip_config(config), **given)
-
-
-def _blip_config(config: BertConfig) -> BertConfig:
-    """Without a first fusion layer, LAVIS's BERT is BLIP's."""
-    del config.fusion_layer
-    return config

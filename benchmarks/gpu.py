@@ -26,21 +26,14 @@ def matrix_rate(device: str, size: int) -> float:
     return 2 * size**3 / seconds / 1e12
 
 
-def fits(trainer: Trainer) -> bool:
-    """Whether a step fits into the card's memory."""
-    try:
-        trainer.step()
-    except torch.cuda.OutOfMemoryError:
-        return False
-    return True
-
-
 def largest(name: str, captions: str | None, dtype: torch.dtype) -> tuple[int, float]:
     """The largest batch that fits, found by doubling, and its pairs per second."""
     size, speed = BATCH, 0.0
     while size <= LARGEST:
         trainer = Trainer(name, False, captions, size, "cuda", dtype)
-        if not fits(trainer):
+        try:
+            trainer.step()
+        except torch.cuda.OutOfMemoryError:
             break
         speed = size / statistics.median(trainer.step() for _ in range(5))
         size *= 2

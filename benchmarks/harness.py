@@ -99,12 +99,8 @@ def timed(work: Callable[[], Any]) -> float:
 
 
 class Worker:
-    """An object in a process of its own, so that its memory can be measured.
-
-    Args:
-        factory: A function that makes the object; the process must be able to import it.
-        arguments: Its arguments.
-    """
+    """An object in a process of its own, so that its memory can be measured; the process must be
+    able to import ``factory``, which makes it."""
 
     def __init__(self, factory: Callable[..., Any], *arguments: Any) -> None:
         self.process = ProcessPoolExecutor(
@@ -142,12 +138,8 @@ def peak_memory() -> float:
 
 
 def tensor_peak(work: Callable[[], Any], kept: Sequence[torch.Tensor]) -> float:
-    """Peak memory of tensors during ``work``, in GiB, by torch's allocator.
-
-    Args:
-        work: The function to measure.
-        kept: Tensors that exist before and after it.
-    """
+    """Peak memory of tensors during ``work``, in GiB, by torch's allocator; those in ``kept`` exist
+    before and after it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]

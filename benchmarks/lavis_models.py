@@ -12,7 +12,7 @@ import torch
 from lavis.models.albef_models import AlbefBase
 from lavis.models.albef_models.albef_pretrain import AlbefPretrain
 from lavis.models.albef_models.albef_retrieval import AlbefRetrieval
-from lavis.models.blip2_models.blip2 import Blip2Base, LayerNorm
+from lavis.models.blip2_models.blip2 import LayerNorm
 from lavis.models.blip2_models.blip2_image_text_matching import Blip2ITM
 from lavis.models.blip2_models.Qformer import BertLMHeadModel
 from lavis.models.blip_models.blip import BlipBase
@@ -43,7 +43,7 @@ def lavis_model(cls: Any, vision: Any, config: BertConfig) -> Any:
         tokenizer.enc_token_id = tokenizer.additional_special_tokens_ids[0]
     config.vocab_size, config.encoder_width = len(tokenizer), vision.num_features
     vision.vision_width = vision.num_features
-    with patch.object(_base(cls), "init_tokenizer", lambda *_: tokenizer):
+    with patch.object(cls, "init_tokenizer", lambda *_: tokenizer):
         if cls is not Blip2ITM:
             pretrain = cls is AlbefPretrain
             text = BertForMaskedLM(config) if pretrain else XBertEncoder(config, False)
@@ -57,7 +57,3 @@ def lavis_model(cls: Any, vision: Any, config: BertConfig) -> Any:
             patch.object(cls, "init_Qformer", lambda *_: (qformer, queries)),
         ):
             return cls()
-
-
-def _base(cls: Any) -> Any:
-    return next(base for base in (AlbefBase, BlipBase, Blip2Base) if issubclass(cls, base))

@@ -45,8 +45,7 @@ class Trainer:
 
     Args:
         name: ``ours`` or ``lavis``.
-        small: As in ``build``.
-        captions: As in ``build``.
+        small, captions: As in ``build``.
         size: Pairs in a batch.
         device: Device to train on.
         dtype: Type of mixed precision, bf16 or fp16; None: none.

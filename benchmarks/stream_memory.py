@@ -12,7 +12,7 @@ import io
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -157,13 +157,9 @@ def main() -> None:
     """Measure and print; write JSON and a plot if asked to."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stream_memory", description=__doc__)
     parser.add_argument("--small", action="store_true", help="a trial of seconds")
-    parser.add_argument("--samples", type=int, help="number of samples to stream")
     parser.add_argument("--output", type=Path, help="folder for stream_memory.json and .png")
     arguments = parser.parse_args()
-    setting = SMALL if arguments.small else Setting()
-    if arguments.samples:
-        setting = replace(setting, samples=arguments.samples)
-    result = measure(setting)
+    result = measure(SMALL if arguments.small else Setting())
     print(report(result))
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)

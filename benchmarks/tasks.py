@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,6 @@ class Task:
     data: str  # its data set
     metric: str
     scale: float  # that makes the metric a percentage
-    chance: Callable[[Any], float]  # of the test split, in percent
     between: str | None = None  # a second pretraining step before it
     start: str = "pretrain"  # the first
 
@@ -52,28 +50,12 @@ class Result:
     seconds: float  # of fine-tuning the pretrained model
 
 
-def most_frequent(key: str) -> Callable[[Any], float]:
-    """Score of always giving the most frequent answer, in percent."""
-
-    def chance(dataset: Any) -> float:
-        return report.constant_guess(str(entry[key]) for entry in dataset.annotation)
-
-    return chance
-
-
-def retrieval_chance(dataset: Any) -> float:
-    """R@1 of a random ranking, in percent."""
-    return report.retrieval_chance(dataset.img2txt)["txt_r1"]
-
-
 TASKS = (
-    Task("retrieval", "scenes_retrieval", "txt_r1", 1, retrieval_chance),
-    Task(
-        "blip_retrieval", "scenes_retrieval", "txt_r1", 1, retrieval_chance, start="blip_pretrain"
-    ),
-    Task("entailment", "scenes_entailment", "acc", 100, most_frequent("label")),
-    Task("nlvr", "scenes_nlvr", "acc", 100, most_frequent("label"), between="nlvr_pretrain"),
-    Task("vqa", "scenes_vqa", "agg_metrics", 1, most_frequent("answer")),
+    Task("retrieval", "scenes_retrieval", "txt_r1", 1),
+    Task("blip_retrieval", "scenes_retrieval", "txt_r1", 1, start="blip_pretrain"),
+    Task("entailment", "scenes_entailment", "acc", 100),
+    Task("nlvr", "scenes_nlvr", "acc", 100, between="nlvr_pretrain"),
+    Task("vqa", "scenes_vqa", "agg_metrics", 1),
 )
 
 
@@ -125,10 +107,11 @@ def compare(task: Task, weights: str, output: Path, small: bool) -> list[Result]
         for start, options in starts.items()
     }
     (_, scratch, _), (runner, metrics, seconds) = runs["scratch"], runs["pretrained"]
+    chance = report.chance_of(runner.dataloaders["test"].dataset)
     row = Result(
         task.name,
         task.metric,
-        task.chance(runner.dataloaders["test"].dataset),
+        task.scale * chance[task.metric],
         task.scale * scratch[task.metric],
         task.scale * metrics[task.metric],
         seconds,

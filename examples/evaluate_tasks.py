@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from softmask_plugin import launch, report
 from softmask_plugin.config.check import option
@@ -42,9 +41,10 @@ def main() -> None:
             option("run.output_dir", models / "evaluate"),
         ]
         runner, results = launch.run(YAML.format(task), options, evaluate=True)
-        metrics: Any = results["test"] if results else {}
-        guess = chance(task, runner.dataloaders["test"].dataset, metrics)
-        rows.append(f"{task:16}{metric:14}{scale * metrics[metric]:6.1f}{guess:10.1f}")
+        metrics = results["test"] if results else {}
+        chance = report.chance_of(runner.dataloaders["test"].dataset)
+        guess = chance.get(metric, metrics.get(f"{metric}_chance"))  # grounding measures its own
+        rows.append(f"{task:16}{metric:14}{scale * metrics[metric]:6.1f}{scale * guess:10.1f}")
     print(f"{'task':16}{'metric':14}{'':4}%    chance", *rows, sep="\n")
 
 
@@ -55,15 +55,6 @@ def trained_model(models: Path, task: str) -> Path:
     if not found:
         sys.exit(f"no model for {task} in {models}: run `make tasks` first, or give --models")
     return found[-1]
-
-
-def chance(task: str, dataset: Any, metrics: dict[str, float]) -> float:
-    if task.endswith("retrieval"):
-        return report.retrieval_chance(dataset.img2txt)["txt_r1"]
-    if task == "grounding":
-        return metrics["acc_chance"]
-    truth = "answer" if task == "vqa" else "label"
-    return report.constant_guess(str(item[truth]) for item in dataset.annotation)
 
 
 if __name__ == "__main__":

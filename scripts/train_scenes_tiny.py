@@ -61,7 +61,8 @@ def main() -> None:
         "versions": {name: have for name, have in installed().items() if have},
         "held out": evaluate(OUTPUT / FILE.name),
     }
-    save_file(weights, FILE, {key: as_text(value) for key, value in about.items()})
+    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()}
+    save_file(weights, FILE, texts)
     about["bytes"] = FILE.stat().st_size
     FILE.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(about, indent=2))
@@ -101,11 +102,6 @@ def evaluate(file: Path) -> dict[str, Any]:
         "retrieval_chance": report.retrieval_chance(scenes.img2txt),
         **pointing(model, scenes),
     }
-
-
-def as_text(value: Any) -> str:
-    """A value for the metadata of a safetensors file, which are texts."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 if __name__ == "__main__":

@@ -54,14 +54,13 @@ def main(output_dir: str | Path = "outputs/demo", options: Sequence[str] = ()) -
     images = torch.stack([scenes[scenes.txt2img[text]]["image"] for text in texts])
     explained = explain(model, images, [scenes.text[text] for text in texts])
     cosines = Reranker(model).similarity(loader).numpy()
+    chance = report.retrieval_chance(scenes.img2txt)
+    itc = RetrievalTask._report_metrics(cosines, cosines.T, scenes.txt2img, scenes.img2txt)
+    itm: Any = results["test"] if results else {}
+    guess = {f"{name}_chance": value for name, value in chance.items()}
+    ranked = {"By contrast alone (ITC)": itc | guess, "Re-ranked by matching (ITM)": itm | guess}
     metrics = {
-        "retrieval": {
-            "chance": report.retrieval_chance(scenes.img2txt),
-            "itc": RetrievalTask._report_metrics(
-                cosines, cosines.T, scenes.txt2img, scenes.img2txt
-            ),
-            "itm": results["test"] if results else {},
-        },
+        "retrieval": {"chance": chance, "itc": itc, "itm": itm},
         "images": len(scenes.image),
         "texts": len(scenes.text),
         **pointing(model, scenes),
@@ -73,7 +72,7 @@ def main(output_dir: str | Path = "outputs/demo", options: Sequence[str] = ()) -
         summary="A tiny model, pretrained from scratch on rendered scenes, matches unseen scenes "
         "with their captions. The pictures show where it looks for a word, and what the soft mask "
         "hides when training picks that word.",
-        metrics={**metrics, "results": _results(**metrics["retrieval"])},
+        metrics={**metrics, "results": ranked},
         records=report.read_metrics(trained.output_dir),
         panels=[_panel(scenes, *each) for each in zip(texts, explained, strict=True)],
         config=trained.config.to_dict(),
@@ -82,11 +81,6 @@ def main(output_dir: str | Path = "outputs/demo", options: Sequence[str] = ()) -
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     _print(page, metrics)
     return page
-
-
-def _results(chance: dict[str, float], itc: Any, itm: Any) -> dict[str, Any]:
-    guess = {f"{name}_chance": value for name, value in chance.items()}
-    return {"By contrast alone (ITC)": itc | guess, "Re-ranked by matching (ITM)": itm | guess}
 
 
 def _panel(scenes: SceneRetrievalDataset, text: int, explanation: Explanation) -> Figure:

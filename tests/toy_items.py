@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lavis.datasets.datasets.base_dataset import BaseDataset
+from torch.utils.data import DataLoader
 
 
 class Items(BaseDataset):
@@ -21,3 +22,10 @@ class Items(BaseDataset):
         told = {key: row[source] for key, source in self.told.items()}
         ids = {"instance_id": row["instance_id"], "index": index}
         return {"image": self.images[index], **told, **ids}
+
+
+def evaluate(task, model, dataset, batch_size=3):
+    """What LAVIS's runners do for a split before they merge the results."""
+    task.before_evaluation(model=model, dataset=dataset)
+    loader = DataLoader(dataset, batch_size, collate_fn=dataset.collater)
+    return task.evaluation(model, loader, cuda_enabled=False)

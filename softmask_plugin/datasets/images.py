@@ -43,7 +43,9 @@ def open_rgb(
             image of one of the ``FORMATS``, or is a folder, pipe, socket or device.
     """
     try:
-        source = _regular_file(path) if data is None else BytesIO(data)
+        if data is None and not stat.S_ISREG(os.stat(path).st_mode):  # opening it could hang
+            raise ValueError("not a regular file, but a folder, pipe, socket or device")
+        source = path if data is None else BytesIO(data)
         with _whole_files_only(), Image.open(source, formats=_known_formats()) as image:
             if not 0 < image.width * image.height <= MAX_PIXELS:
                 size = f"{image.width} x {image.height} pixels"
@@ -58,13 +60,6 @@ def open_rgb(
         # The full text of a system error repeats the path
         reason = getattr(error, "strerror", None) or reason_of(error)
         raise UnreadableImageError(f"{path}: {reason}") from error
-
-
-def _regular_file(path: str | Path) -> str | Path:
-    """The path, unless opening it could hang."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("not a regular file, but a folder, pipe, socket or device")
-    return path
 
 
 @cache

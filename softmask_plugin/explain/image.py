@@ -221,7 +221,7 @@ def explain_file(
     Raises:
         UserError: The caption file is malformed, or no image can be read.
     """
-    output, explained, left_out = Path(output), 0, 0
+    output, explained = Path(output), 0
     rows = parse_captions(captions, options=TableOptions(root=Path(images)))
     pairs = [(row["image"], caption) for row in rows for caption in row["caption"]]
     output.mkdir(parents=True, exist_ok=True)
@@ -234,14 +234,13 @@ def explain_file(
                 found = explain_image(Path(images, name), caption, model)
             except UnreadableImageError as error:
                 logging.getLogger(__name__).warning("left out: %s", error)
-                left_out += 1
                 continue
             explained += 1
             figure = found.save(output / f"{explained:06d}.png").name
             file.write(json.dumps({"image": name, "figure": figure, **found.as_dict()}) + "\n")
     if not explained:
         raise UserError(f"no image of {captions} can be read in {images}: give their folder")
-    return explained, left_out
+    return explained, len(pairs) - explained
 
 
 def require_format(path: str | Path) -> None:
@@ -265,10 +264,7 @@ def _is_scene(picture: Image.Image) -> bool:
 
 def _select(found: Explanation, model: Trained, words: Sequence[str]) -> Explanation:
     """Keep only these words or phrases, each cleaned and split as the caption was."""
-    wanted: set[int] = set()
-    for word in words:
-        wanted.update(_numbers(found, model, word))
-    kept = sorted(wanted)
+    kept = sorted({i for word in words for i in _numbers(found, model, word)})
     return replace(
         found,
         words=[found.words[i] for i in kept],

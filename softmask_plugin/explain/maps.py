@@ -95,15 +95,10 @@ def word_maps(
     if (count := len(images if owners is None else owners)) != len(captions):
         raise ValueError(f"{count} images do not pair with {len(captions)} captions")
     pairs = matcher.encode(images, matcher.tokenize(captions), owners)
-    if method != "occlusion":
-        return map_words(matcher, pairs, phrases, method, layer, target)
-    with torch.no_grad():
-        logits = matcher.match(pairs)
-        real = _real(pairs.captions, phrases)
-        maps = occlusion_maps(matcher, images, pairs, real, target)
-    return _found(pairs, real, logits, maps)
+    return map_words(matcher, pairs, phrases, method, layer, target, images)
 
 
+@torch.no_grad()  # methods that need gradients turn them on
 def map_words(
     matcher: Matcher,
     pairs: Pairs,
@@ -111,26 +106,29 @@ def map_words(
     method: Method | None = None,
     layer: int | None = None,
     target: Target = match_logit,
+    images: Any = None,
 ) -> WordMaps:
-    """As ``word_maps``, from what is encoded already; any method but ``occlusion``."""
+    """As ``word_maps``, from what is encoded already; ``occlusion`` needs the images as well."""
     how: str = method or TRAINED.get(matcher.score, matcher.score)
     if how not in get_args(Method):
         raise UserError(f"method is '{how}': {suggest(how, get_args(Method))}")
     real = _real(pairs.captions, phrases)
-    if how in ("word", "similarity"):
-        with torch.no_grad():
-            logits = matcher.match(pairs)
-        if how == "word":
-
-            def log_probability(hidden: Pairs, at: Tensor, rows: Tensor, keep: Tensor) -> Tensor:
-                return word_score(matcher.predict(hidden, at, keep), pairs.captions.ids[rows][at])
-
-            maps = effect_maps(matcher, pairs, real, log_probability)
-        else:
-            maps = maps_of_words(matcher.similarity_maps(pairs), pairs, real)
-    else:
+    if how in ("gradcam", "attention"):
         logits, maps = matcher.maps(pairs, real, target, layer, plain=how == "attention")
-    return _found(pairs, real, logits, maps)
+    else:
+        logits = matcher.match(pairs)
+    if how == "word":
+
+        def log_probability(hidden: Pairs, at: Tensor, rows: Tensor, keep: Tensor) -> Tensor:
+            return word_score(matcher.predict(hidden, at, keep), pairs.captions.ids[rows][at])
+
+        maps = effect_maps(matcher, pairs, real, log_probability)
+    elif how == "similarity":
+        maps = maps_of_words(matcher.similarity_maps(pairs), pairs, real)
+    elif how == "occlusion":
+        maps = occlusion_maps(matcher, images, pairs, real, target)
+    maps = maps.unflatten(-1, (pairs.side, pairs.side))
+    return WordMaps(maps, real, match_probability(logits.float()), pairs)
 
 
 def phrase_maps(words: WordMaps, phrases: Phrases | None = None) -> Tensor:
@@ -144,11 +142,6 @@ def phrase_maps(words: WordMaps, phrases: Phrases | None = None) -> Tensor:
         phrases = [(i, range(words.real.shape[1])) for i in range(len(words.real))]
     chosen = [words.maps[_words_of([phrase], words.real)] for phrase in phrases]
     return torch.stack([maps.sum(dim=0) / max(len(maps), 1) for maps in chosen])
-
-
-def _found(pairs: Pairs, real: Tensor, logits: Tensor, maps: Tensor) -> WordMaps:
-    maps = maps.unflatten(-1, (pairs.side, pairs.side))
-    return WordMaps(maps, real, match_probability(logits.detach().float()), pairs)
 
 
 def _real(captions: Captions, phrases: Phrases | None) -> Tensor:

@@ -12,13 +12,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from softmask_plugin.explain.lavis_models import matcher_of
-from softmask_plugin.explain.matcher import (
-    Matcher,
-    Pairs,
-    Target,
-    match_logit,
-    match_probability,
-)
+from softmask_plugin.explain.matcher import Matcher, Pairs, Target, match_probability
 from softmask_plugin.tokenization import as_list
 
 PASSES = 256  # pairs matched at once
@@ -95,7 +89,7 @@ def deletion_insertion(
 
 @torch.no_grad()
 def occlusion_maps(
-    matcher: Matcher, images: Tensor, pairs: Pairs, real: Tensor, target: Target = match_logit
+    matcher: Matcher, images: Tensor, pairs: Pairs, real: Tensor, target: Target
 ) -> Tensor:
     """Paint over each patch in turn: how much less each word then adds to the target.
 

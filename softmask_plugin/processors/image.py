@@ -34,24 +34,17 @@ SHAPE_OPS = ("Identity", "Sharpness", "ShearX", "ShearY", "TranslateX", "Transla
 COLOUR_OPS = ("AutoContrast", "Equalize", "Brightness")
 
 
-class RandomCrop:
-    """torchvision's RandomResizedCrop, with the same draws, of a PIL image to an array.
+def random_crop(image: Image.Image, size: int, scale: list[float]) -> np.ndarray:
+    """torchvision's RandomResizedCrop, with the same draws, of a PIL image to (size, size, 3).
 
     torch resizes bytes like Pillow, up to one or two levels, in less than half the time.
     """
-
-    def __init__(self, size: int, min_scale: float, max_scale: float) -> None:
-        self.size, self.scale = size, [min_scale, max_scale]
-
-    def __call__(self, image: Image.Image) -> np.ndarray:
-        """Crop one image to (size, size, 3)."""
-        top, left, height, width = RandomResizedCrop.get_params(image, self.scale, list(_ASPECT))
-        # The crop alone, as an array without gaps: torch would copy any other first
-        pixels = np.array(image.crop((left, top, left + width, top + height)))
-        channels = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
-        size = (self.size, self.size)
-        (channels,) = interpolate(channels, size, mode="bicubic", antialias=True)
-        return channels.permute(1, 2, 0).numpy()
+    top, left, height, width = RandomResizedCrop.get_params(image, scale, list(_ASPECT))
+    # The crop alone, as an array without gaps: torch would copy any other first
+    pixels = np.array(image.crop((left, top, left + width, top + height)))
+    channels = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
+    (channels,) = interpolate(channels, (size, size), mode="bicubic", antialias=True)
+    return channels.permute(1, 2, 0).numpy()
 
 
 @register("processor", "softmask_image_eval")
@@ -190,7 +183,7 @@ class ImageTrainProcessor(ImageEvalProcessor):
         if min_scale is None:
             steps += [self.transform, np.asarray]
         else:
-            steps.append(RandomCrop(image_size, min_scale, max_scale))
+            steps.append(partial(random_crop, size=image_size, scale=[min_scale, max_scale]))
         if color_jitter is not None and color_jitter_p and not keep_colours:
             steps.append(v2.RandomApply([ColorJitter(*color_jitter)], color_jitter_p))
         if grayscale_p and not keep_colours:

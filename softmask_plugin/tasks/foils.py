@@ -13,13 +13,12 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from softmask_plugin.config.run_options import setting
 from softmask_plugin.errors import require_finite_scores
 from softmask_plugin.explain.lavis_models import matcher_of
 from softmask_plugin.explain.maps import map_words, phrase_maps
-from softmask_plugin.explain.matcher import Matcher, Pairs, Seen
+from softmask_plugin.explain.matcher import Pairs, Seen
 from softmask_plugin.explain.pairs import match_through, words_of
 from softmask_plugin.foil_metrics import foil_metrics
 from softmask_plugin.models.aligned import AlignedBase
@@ -94,12 +93,14 @@ class FoilsTask(ItemTask):
             view = View(captions_per_image=2)
             fused = model.bert.fuse(text, memory, (view,), text.packing.cls_only)
             logits = model.match(fused.cls).double()
-        else:
+        else:  # each text through its own mask
+            matcher = matcher_of(model)
             owners = torch.arange(len(texts), device=model.device) // 2
-            seen = Seen(states, memory)
-            pairs = Pairs(tokenized, text, seen, model.visual_encoder.grid, owners)
+            pairs = Pairs(tokenized, text, Seen(states, memory), model.visual_encoder.grid, owners)
+            changed = [*enumerate(changed_words([words_of(matcher, each) for each in texts]))]
+            maps = phrase_maps(map_words(matcher, pairs, changed)).flatten(1)
             seed = int(samples["index"][0])
-            logits = self._masked(matcher_of(model), pairs, texts, seed).double()
+            logits = match_through(matcher, pairs, maps, self.mask, seed=seed)[1].double()
         features = features.unflatten(0, (-1, 2))
         itc = (features @ model.image_features(states[:, 0])[:, :, None]).squeeze(2)
         itm = (logits[:, 1] - logits[:, 0]).view(-1, 2)
@@ -117,12 +118,6 @@ class FoilsTask(ItemTask):
                 samples[self.inst_id_key], items, itm.tolist(), itc.tolist(), strict=True
             )
         ]
-
-    def _masked(self, matcher: Matcher, pairs: Pairs, texts: Sequence[str], seed: int) -> Tensor:
-        """Matching logits (2 B, 2) of captions and foils in turn, each through its own mask."""
-        changed = [*enumerate(changed_words([words_of(matcher, text) for text in texts]))]
-        maps = phrase_maps(map_words(matcher, pairs, changed)).flatten(1)
-        return match_through(matcher, pairs, maps, self.mask, seed=seed)[1]
 
     def metrics(self, results: list[dict[str, Any]]) -> dict[str, float]:
         """Metrics of the results of all items, see above."""

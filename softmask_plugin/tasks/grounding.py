@@ -107,7 +107,8 @@ class GroundingTask(ItemTask):
         require_finite_scores("a heat map", heat)
         maps = heat.cpu().numpy()
         hit, chance = hits(maps, [item["box"] for item in items])
-        other = hits(maps, [[*_boxes(item["box"]), *_others(item)] for item in items])[0] - hit
+        both = [[*_boxes(item["box"]), *_boxes(item["boxes"])[~_right(item)]] for item in items]
+        other = hits(maps, both)[0] - hit
         height, width = maps.shape[1:]
         row, column = np.divmod(maps.reshape(len(maps), -1).argmax(axis=1), width)
         peaks = np.stack([(column + 0.5) / width, (row + 0.5) / height], axis=1)
@@ -210,11 +211,6 @@ def _accuracy(scores: list[float], item: dict[str, Any]) -> tuple[float, float]:
     right = _right(item).astype(float)
     best = np.asarray(scores) >= TIED * max(scores)
     return float(right[best].mean()), float(right.mean())
-
-
-def _others(item: dict[str, Any]) -> np.ndarray:
-    """The candidates that are not right, (K, 4)."""
-    return _boxes(item["boxes"])[~_right(item)]
 
 
 def _right(item: dict[str, Any]) -> np.ndarray:

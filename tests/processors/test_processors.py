@@ -28,13 +28,7 @@ from softmask_plugin.processors import (
     QuestionProcessor,
     distort,
 )
-from softmask_plugin.processors.image import (
-    CLIP_MEAN,
-    CLIP_STD,
-    COLOUR_OPS,
-    SHAPE_OPS,
-    RandomCrop,
-)
+from softmask_plugin.processors.image import CLIP_MEAN, CLIP_STD, COLOUR_OPS, SHAPE_OPS, random_crop
 from softmask_plugin.processors.randaugment import RandAugment
 
 NONE = {
@@ -52,6 +46,12 @@ def photo(width: int = 48, height: int = 40) -> Image.Image:
     y, x = np.mgrid[0:height, 0:width].astype(float)
     channels = [x / width, y / height, (x / width) ** 2 * y / height]
     return Image.fromarray((255 * np.stack(channels, -1)).astype(np.uint8))
+
+
+def drawn(process, image, seed: int = 0):
+    """What a process that draws from torch makes of an image."""
+    torch.manual_seed(seed)
+    return process(image)
 
 
 def pixel(image: Image.Image) -> tuple[int, ...]:
@@ -151,10 +151,8 @@ def test_evaluation_equals_that_of_lavis():
 def test_arrays_are_images_too(kind):
     process = registry.get_processor_class(kind)(image_size=32)
     for image in (photo(), photo().convert("L")):
-        torch.manual_seed(0)
-        expected = process(image)
-        torch.manual_seed(0)
-        torch.testing.assert_close(process(np.asarray(image)), expected, rtol=0, atol=0)
+        expected = drawn(process, image)
+        torch.testing.assert_close(drawn(process, np.asarray(image)), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -217,19 +215,16 @@ def test_jitter_draws_as_torchvision_does():
     options = (0.4, 0.4, 0.4, 0)  # a hue is turned more coarsely than torchvision does
     ours, theirs = (kind.ColorJitter(*options) for kind in (distort, torchvision.transforms))
     for seed in range(20):
-        torch.manual_seed(seed)
-        given = ours(np.asarray(image)).astype(int)
-        torch.manual_seed(seed)
+        given = drawn(ours, np.asarray(image), seed).astype(int)
         # Pillow drops the fraction after each of the three changes
-        assert np.abs(given - np.asarray(theirs(image)).astype(int)).mean() < 2
+        assert np.abs(given - np.asarray(drawn(theirs, image, seed))).mean() < 2
 
 
 def test_crops_equal_those_of_pillow():
-    crop = RandomCrop(32, 0.2, 1)
     pillow = v2.RandomResizedCrop(32, (0.2, 1), interpolation=v2.InterpolationMode.BICUBIC)
     for seed in range(20):
         torch.manual_seed(seed)
-        given = crop(photo(96, 80)).astype(int)
+        given = random_crop(photo(96, 80), 32, [0.2, 1]).astype(int)
         torch.manual_seed(seed)
         assert np.abs(given - np.asarray(pillow(photo(96, 80)))).max() <= 2
 
@@ -240,10 +235,8 @@ def test_randaugment_changes_as_torchvision_does(op):
     noise = Image.fromarray(torch.randint(40, 200, (40, 52, 3), dtype=torch.uint8).numpy())
     ours, theirs = randaugments([op], 1)
     for seed in range(4):  # more and less of it
-        torch.manual_seed(seed)
-        given = ours(np.asarray(noise)).astype(int)
-        torch.manual_seed(seed)
-        error = np.abs(given - np.asarray(theirs(noise))).max(-1)
+        given = drawn(ours, np.asarray(noise), seed).astype(int)
+        error = np.abs(given - np.asarray(drawn(theirs, noise, seed))).max(-1)
         # Halfway between two pixels, Pillow may take the other one
         assert (error > 1).mean() <= (0.002 if op == "Rotate" else 0)
         assert op == "Identity" or np.abs(given - np.asarray(noise)).mean() > 2
@@ -252,10 +245,8 @@ def test_randaugment_changes_as_torchvision_does(op):
 def test_randaugment_draws_as_torchvision_does():
     ours, theirs = randaugments(SHAPE_OPS + COLOUR_OPS, 2)
     for seed in range(40):
-        torch.manual_seed(seed)
-        given = ours(np.asarray(photo())).astype(int)
-        torch.manual_seed(seed)
-        assert np.abs(given - np.asarray(theirs(photo()))).mean() < 1
+        given = drawn(ours, np.asarray(photo()), seed).astype(int)
+        assert np.abs(given - np.asarray(drawn(theirs, photo(), seed))).mean() < 1
 
 
 def randaugments(ops: Sequence[str], num_ops: int) -> tuple[RandAugment, v2.RandAugment]:
@@ -267,10 +258,7 @@ def randaugments(ops: Sequence[str], num_ops: int) -> tuple[RandAugment, v2.Rand
 def test_processors_can_be_pickled():
     processor = ImageTrainProcessor(32)
     twin = pickle.loads(pickle.dumps(processor))
-    torch.manual_seed(0)
-    given = processor(photo())
-    torch.manual_seed(0)
-    torch.testing.assert_close(twin(photo()), given, rtol=0, atol=0)
+    torch.testing.assert_close(drawn(twin, photo()), drawn(processor, photo()), rtol=0, atol=0)
 
 
 def test_blur_is_a_gaussian():

@@ -12,15 +12,13 @@ import torch
 from lavis.tasks import setup_task
 from omegaconf import OmegaConf
 from scipy.special import expit
-from torch.utils.data import DataLoader
-from toy_items import Items
+from toy_items import Items, evaluate
 from toy_models import matching_logits
 
 from softmask_plugin.compare import compare
 from softmask_plugin.errors import UserError
 from softmask_plugin.explain.pairs import explain
 from softmask_plugin.foil_metrics import foil_metrics
-from softmask_plugin.tasks import items
 from softmask_plugin.tasks.foils import FoilsTask, changed_words
 
 # (caption, foil, index of the changed word)
@@ -62,13 +60,6 @@ def dataset(images):
 
 def task_of(**run) -> FoilsTask:
     return setup_task(SimpleNamespace(run_cfg=OmegaConf.create({"task": "softmask_foils", **run})))
-
-
-def evaluate(task, model, dataset, batch_size=3):
-    """What LAVIS's runners do for a split before they merge the results."""
-    task.before_evaluation(model=model, dataset=dataset)
-    loader = DataLoader(dataset, batch_size, collate_fn=dataset.collater)
-    return task.evaluation(model, loader, cuda_enabled=False)
 
 
 # ---- scores
@@ -226,12 +217,6 @@ def test_each_item_counts_once_and_metrics_are_written(model, dataset, folders):
     assert json.loads((folders / "evaluate.txt").read_text()) == metrics
     for each in compare(folders, folders):
         assert each.first == each.second == pytest.approx(metrics[each.metric])
-
-
-def test_other_processes_report_nothing(model, dataset, folders, monkeypatch):
-    results = evaluate(task_of(), model, dataset)
-    monkeypatch.setattr(items, "is_main_process", lambda: False)
-    assert task_of().after_evaluation(val_result=results, split_name="test") is None
 
 
 @torch.no_grad()

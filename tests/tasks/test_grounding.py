@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lavis.tasks import setup_task
 from omegaconf import OmegaConf
-from torch.utils.data import DataLoader
-from toy_items import Items
+from toy_items import Items, evaluate
 from toy_models import matching_logits
 
 from softmask_plugin.compare import compare
@@ -247,13 +246,6 @@ def task_of(**run) -> GroundingTask:
     return setup_task(
         SimpleNamespace(run_cfg=OmegaConf.create({"task": "softmask_grounding", **run}))
     )
-
-
-def evaluate(task, model, dataset, batch_size=3):
-    """What LAVIS's runners do for a split before they merge the results."""
-    task.before_evaluation(model=model, dataset=dataset)
-    loader = DataLoader(dataset, batch_size, collate_fn=dataset.collater)
-    return task.evaluation(model, loader, cuda_enabled=False)
 
 
 @torch.no_grad()

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 import toy_builders
+import toy_items
 from lavis.models import load_model_and_preprocess
-from torch.utils.data import DataLoader
-from toy_items import Items
 
 from softmask_plugin.compare import compare
 from softmask_plugin.datasets.scenes.grammar import article, captions, make_scenes
@@ -51,7 +50,7 @@ def dataset():
         ]
         entry = {"image": image, "text": text, "boxes": boxes[image], "phrases": phrases}
         annotation.append(entry)
-    return Items([images[name] for name in OWNERS], annotation, text_input="text")
+    return toy_items.Items([images[name] for name in OWNERS], annotation, text_input="text")
 
 
 @pytest.fixture(params=["match", "word", "similarity"])
@@ -61,9 +60,7 @@ def model(request, make_model):
 
 def evaluate(model, dataset, batch_size=3):
     task = GroundingTask(alpha=0.5)
-    task.before_evaluation(model=model, dataset=dataset)
-    loader = DataLoader(dataset, batch_size, collate_fn=dataset.collater)
-    return task, task.evaluation(model, loader, cuda_enabled=False)
+    return task, toy_items.evaluate(task, model, dataset, batch_size)
 
 
 def inside(x, y, boxes):

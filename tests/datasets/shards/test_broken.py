@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
@@ -76,11 +75,7 @@ def test_a_shard_cut_where_a_tar_may_end_is_named(tmp_path, cut):
 
 def test_the_first_of_duplicate_members_counts(tmp_path):
     shard = write_tar(tmp_path / "0.tar", good("a"))
-    with tarfile.open(shard, "a") as tar:
-        for name, data in {"a.txt": b"another", **good("b")}.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+    write_tar(shard, {"a.txt": b"another", **good("b")}, mode="a")
     log = SkipLog(tmp_path / "skipped.log")
     samples = one_pass(make([shard], shuffle=0, skipped=log))
     assert [s["text_input"] for s in samples] == ["picture a", "picture b"]

@@ -23,21 +23,26 @@ from softmask_plugin.datasets.shards import files
 from softmask_plugin.errors import UserError
 
 
+def first_samples(shards, as_rank, readers, length, state=None):
+    """The first samples of each of several readers, which go on from a state."""
+    found = []
+    for rank in range(readers):
+        as_rank(rank, readers)
+        stream = make(shards)
+        stream.begin(state)
+        found.append([plain(s) for s in islice(stream, length)])
+    return found
+
+
 @pytest.mark.parametrize("readers", [1, 3])
 def test_resuming_is_exact_at_every_position(shards, as_rank, readers):
     length = 2 * PER_SHARD * -(-SHARDS // readers) + 3
-    whole = []
-    for rank in range(readers):
-        as_rank(rank, readers)
-        whole.append([plain(s) for s in islice(make(shards), length + 2)])
+    whole = first_samples(shards, as_rank, readers, length + 2)
     for taken in range(1, length):
         rows = torch.tensor([samples[taken - 1][4] for samples in whole])
         state = through_checkpoint(make(shards).state(rows))
-        for rank in range(readers):
-            as_rank(rank, readers)
-            stream = make(shards)
-            stream.begin(state)
-            assert [plain(s) for s in islice(stream, 2)] == whole[rank][taken : taken + 2]
+        expected = [samples[taken : taken + 2] for samples in whole]
+        assert first_samples(shards, as_rank, readers, 2, state) == expected
 
 
 @pytest.mark.parametrize("taken", [1, 4, 7])
@@ -54,10 +59,7 @@ def test_a_loaders_batches_continue_exactly(shards, taken):
 
 
 def test_readers_without_a_sample_stay_where_they_were(shards, as_rank):
-    whole = []
-    for rank in range(2):
-        as_rank(rank, 2)
-        whole.append([plain(s) for s in islice(make(shards), 20)])
+    whole = first_samples(shards, as_rank, 2, 20)
     stream = make(shards)
     assert stream.state(torch.empty(0, 4).long())["places"] == []
     stream.begin(stream.state(torch.empty(0, 4).long()))
@@ -120,20 +122,14 @@ def test_a_reader_ahead_does_not_end_the_pass_of_the_others(shards, as_rank):
 
 def test_a_new_split_is_resumed_exactly(shards, as_rank):
     _, _, state = split_anew(shards, as_rank, 2, 3, 10)
-    whole = []
-    for rank in range(3):
-        as_rank(rank, 3)
-        stream = make(shards)
-        stream.begin(state)
-        whole.append([plain(s) for s in islice(stream, 30)])
+    whole = first_samples(shards, as_rank, 3, 30, state)
+    stream = make(shards)
+    stream.begin(state)
     for taken in range(1, 28):
         rows = torch.tensor([samples[taken - 1][4] for samples in whole])
         later = through_checkpoint(stream.state(rows))
-        for rank in range(3):
-            as_rank(rank, 3)
-            again = make(shards)
-            again.begin(later)
-            assert [plain(s) for s in islice(again, 2)] == whole[rank][taken : taken + 2]
+        expected = [samples[taken : taken + 2] for samples in whole]
+        assert first_samples(shards, as_rank, 3, 2, later) == expected
 
 
 @pytest.mark.parametrize(
