@@ -16,13 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from softmask_plugin.config.paths import find_file, shipped_configs
-from softmask_plugin.config.run_options import (
-    NEEDED,
-    NEEDED_TO_TRAIN,
-    RUN,
-    check_values,
-    setting,
-)
+from softmask_plugin.config.run_options import NEEDED, NEEDED_TO_TRAIN, RUN, check_values, setting
 from softmask_plugin.config.values import check_image_sizes, require_section
 from softmask_plugin.errors import UserError, reason_of, suggest
 

@@ -229,9 +229,7 @@ class VqaOptions(DistilledOptions):
     """``softmask_vqa``."""
 
     max_txt_len: int = 25  # tokens of a question, including [CLS] and [SEP]
-    label_smoothing: float = ranged(
-        0.1, 0, 1
-    )  # label smoothing over an answer's words; original ALBEF: 0
+    label_smoothing: float = ranged(0.1, 0, 1)  # over an answer's words; original ALBEF: 0
 
 
 @dataclass
@@ -295,9 +293,8 @@ class BlipOptions(ContrastOptions):
 
     max_txt_len: int = 35  # tokens, including [CLS] and [SEP]; 3 to bert.max_positions
     queue_size: int = ranged(57600, 0)  # earlier images, and as many texts, that ITC contrasts with
-    bert: BertOptions = field(
-        default_factory=lambda: BertOptions(fusion_layer=0)
-    )  # text and fusion encoder
+    bert: BertOptions = field(default_factory=lambda: BertOptions(fusion_layer=0))  # text and
+    # fusion encoder
 
     def __post_init__(self) -> None:
         if self.bert.fusion_layer != 0:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from difflib import SequenceMatcher
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from softmask_plugin.errors import UserError, did_you_mean
 
@@ -32,16 +32,13 @@ def shipped(relative: str) -> str:
 
 def load_inherited(path: str | Path) -> DictConfig:
     """Load a YAML file on top of the one beside it that its key ``inherits`` names, if any."""
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import OmegaConf
 
-    content = OmegaConf.load(path)
-    assert isinstance(content, DictConfig)
+    content: Any = OmegaConf.load(path)
     parent = content.pop("inherits", None)
-    if parent is None:
-        return content
-    merged = OmegaConf.merge(load_inherited(Path(path).parent / parent), content)
-    assert isinstance(merged, DictConfig)
-    return merged
+    if parent is not None:
+        content = OmegaConf.merge(load_inherited(Path(path).parent / parent), content)
+    return content
 
 
 @cache

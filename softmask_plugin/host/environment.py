@@ -20,6 +20,7 @@ FILE = "environment.json"  # in a run's folder: a list, which grows when the env
 def environment(device: torch.device) -> dict[str, object]:
     """Versions and devices by name, as plain values for JSON."""
     cuda = device.type == "cuda"
+    number, commit = version_of("softmask-plugin"), _commit(PACKAGE.parent / ".git")
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -27,7 +28,7 @@ def environment(device: torch.device) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "processes": get_world_size(),
-        "softmask-plugin": _own_version(),
+        "softmask-plugin": f"{number}+{commit[:9]}" if commit else number,
         **installed(),
     }
 
@@ -59,12 +60,6 @@ def noted_environments(folder: Path) -> list[dict[str, object]]:
         return [dict(start) for start in ([noted] if isinstance(noted, dict) else noted)]
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is not a JSON list of objects: delete it") from error
-
-
-def _own_version() -> str | None:
-    """The plugin's version, in a checkout with the commit."""
-    number, commit = version_of("softmask-plugin"), _commit(PACKAGE.parent / ".git")
-    return f"{number}+{commit[:9]}" if commit else number
 
 
 def _commit(git: Path) -> str | None:

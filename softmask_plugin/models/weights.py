@@ -17,12 +17,7 @@ from transformers.utils import cached_file
 
 from softmask_plugin.config.options import BertOptions
 from softmask_plugin.errors import UserError
-from softmask_plugin.files.checkpoint import (
-    Checkpoint,
-    StateDict,
-    open_checkpoint,
-    require_sound,
-)
+from softmask_plugin.files.checkpoint import Checkpoint, StateDict, open_checkpoint, require_sound
 from softmask_plugin.files.download import from_hub
 from softmask_plugin.files.packages import PACKAGED, packaged_file
 from softmask_plugin.models.backbones import load_backbone

@@ -2,12 +2,7 @@
 
 from softmask_plugin.report.figures import loss_curves, validation_curves
 from softmask_plugin.report.page import write_report
-from softmask_plugin.report.records import (
-    chance_of,
-    constant_guess,
-    read_metrics,
-    retrieval_chance,
-)
+from softmask_plugin.report.records import chance_of, constant_guess, read_metrics, retrieval_chance
 from softmask_plugin.report.runs import report_run, report_runs
 
 __all__ = [

@@ -20,13 +20,6 @@ SHOWN = 8  # samples named in a message
 IDS = ("instance_id", "image_id")  # a sample's keys, the most telling first
 
 
-def gradient_norm(model: nn.Module) -> Tensor:
-    """Norm of all gradients, a float32 scalar; not finite if any of them is not."""
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    norms = torch._foreach_norm(grads)
-    return torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
-
-
 @dataclass
 class BadSteps:
     """Counts steps that were skipped because a loss or gradient was NaN or infinite."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, default_collate
 
 from softmask_plugin.datasets.task_datasets import ItemDataset, NLVRDataset
 from softmask_plugin.errors import UserError
@@ -22,18 +22,10 @@ from softmask_plugin.processors.image import ImageEvalProcessor, ImageTrainProce
 ON = "run.keep_features is true, but "
 
 
-class _Images(Dataset[Tensor]):
-    """The processed images of some items of a data set."""
-
-    def __init__(self, dataset: ItemDataset, items: list[int]) -> None:
-        self.dataset, self.items = dataset, items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Tensor:
-        _, (image,) = self.dataset.open(self.items[index])
-        return self.dataset.vis_processor(image)
+def _processed(dataset: ItemDataset, items: list[int]) -> Tensor:
+    """The processed images of some items of a data set, (items, 3, H, W)."""
+    opened = map(dataset.open, items)
+    return default_collate([dataset.vis_processor(image) for _, (image,) in opened])
 
 
 def keep_features(
@@ -65,12 +57,12 @@ def keep_features(
             size, mean, std = distorting.image_size, distorting.mean, distorting.std
             dataset.vis_processor = ImageEvalProcessor(size, mean, std)
         rows: dict[Any, int] = {}  # several items may share an image
-        firsts: list[int] = []
+        firsts: Any = []  # numbers of items, which the loader takes as a data set
         for number, item in enumerate(dataset.annotation):
             if rows.setdefault(_image_of(item), len(rows)) == len(firsts):
                 firsts.append(number)
         features = []
-        images = DataLoader(_Images(dataset, firsts), **loading)
+        images = DataLoader(firsts, collate_fn=partial(_processed, dataset), **loading)
         with torch.no_grad(), autocast:
             for batch in progress_bar(images, desc="features", unit="batch"):
                 features.append(encoder.shared(batch.to(device)).cpu())

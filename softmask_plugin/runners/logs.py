@@ -12,12 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from lavis.common.dist_utils import is_main_process
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from softmask_plugin.errors import UserError
 from softmask_plugin.runners.boards import Boards
 
 
@@ -103,10 +101,3 @@ class RunLog:
                 f"epoch {record['epoch']}, step {record['step']}/{self._total}: {terms}, "
                 f"lr {record['lr']:.2e}, {speed}, {tqdm.format_interval(left)} left"
             )
-
-
-def require_finite(values: Mapping[str, Any], where: str, advice: str) -> None:
-    """Raise UserError with the place and the remedy if a number is inf or nan."""
-    for name, value in values.items():
-        if isinstance(value, (float, np.floating)) and not math.isfinite(value):
-            raise UserError(f"{where}: '{name}' is {value}: {advice}")

@@ -82,9 +82,7 @@ class PortableRunner(RunnerBase):
                 if (encoder := getattr(self._model, name, None)) is not None:
                     encoder.compile(backend=self.compile_backend)
             if self.use_distributed:
-                later = (
-                    getattr(self._model, "first_match", 0) > 0
-                )  # ITM's parts are unused at first
+                later = getattr(self._model, "first_match", 0) > 0  # ITM's parts are idle at first
                 unused = later or setting(self.config.run_cfg, "find_unused_parameters")
                 self._wrapped_model = DistributedDataParallel(
                     self._model,

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from lavis.common.dist_utils import get_rank, is_main_process
 from omegaconf import OmegaConf
@@ -26,11 +27,11 @@ from softmask_plugin.models.base import SoftMaskBase
 from softmask_plugin.models.distillation import MomentumDistillation
 from softmask_plugin.nn.fixed_draws import seed_draws
 from softmask_plugin.registry import register
-from softmask_plugin.runners.bad_steps import BadSteps, gradient_norm
+from softmask_plugin.runners.bad_steps import BadSteps
 from softmask_plugin.runners.boards import Boards
 from softmask_plugin.runners.checkpoint_files import CheckpointFiles, link, trained_state
 from softmask_plugin.runners.kept_features import keep_features
-from softmask_plugin.runners.logs import RunLog, require_finite
+from softmask_plugin.runners.logs import RunLog
 from softmask_plugin.runners.lr_scale import KEY as LR_SCALE
 from softmask_plugin.runners.lr_scale import apply_scales
 from softmask_plugin.runners.meter import LossMeter, queue_statistics
@@ -273,11 +274,13 @@ class SoftmaskRunner(PortableRunner):
         return nullcontext()
 
     def _clip(self) -> Tensor:
-        """Unscale and clip the gradient; return its norm from before, a scalar."""
+        """Unscale and clip the gradient; return its norm from before, a scalar, which is not finite
+        if any of its numbers is not."""
         self.scaler.unscale_(self.optimizer)
         limit = setting(self.config.run_cfg, "clip_grad_norm")
         if limit is None:
-            return gradient_norm(self._model)
+            parameters = self._model.parameters()
+            return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         return nn.utils.clip_grad_norm_(self._model.parameters(), float(limit))
 
     def _skip(self, batches: list[dict[str, Any]]) -> None:
@@ -453,11 +456,12 @@ class SoftmaskRunner(PortableRunner):
         )
         if not isinstance(metrics, dict):
             return None
-        require_finite(
-            metrics,
-            f"'{split_name}' split, epoch {cur_epoch}",
-            "the model's scores are not finite, train it anew with a lower run.init_lr",
-        )
+        for name, value in metrics.items():
+            if isinstance(value, (float, np.floating)) and not math.isfinite(value):
+                raise UserError(
+                    f"'{split_name}' split, epoch {cur_epoch}: '{name}' is {value}: the model's "
+                    "scores are not finite, train it anew with a lower run.init_lr"
+                )
         whole = None if epoch is None else (epoch + 1) * self.steps_per_epoch
         step = whole and min(whole, self.total_steps)
         self.log.write({"split": split_name, "epoch": epoch, "step": step, **metrics})

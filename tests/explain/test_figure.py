@@ -9,13 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from softmask_plugin.explain.figure import (
-    HIDDEN,
-    Shown,
-    heat_overlay,
-    soft_masked,
-    word_panels,
-)
+from softmask_plugin.explain.figure import HIDDEN, Shown, heat_overlay, soft_masked, word_panels
 from softmask_plugin.explain.pairs import Explanation
 
 

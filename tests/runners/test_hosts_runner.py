@@ -12,11 +12,7 @@ from lavis.tasks.base_task import BaseTask
 from toy_models import BLIP, EVERY_MODEL
 from toys import RUN, ToyConfig
 
-from softmask_plugin.models import (
-    SoftMaskClassification,
-    SoftMaskPretrain,
-    SoftMaskRetrieval,
-)
+from softmask_plugin.models import SoftMaskClassification, SoftMaskPretrain, SoftMaskRetrieval
 from softmask_plugin.runners import SoftmaskRunner
 
 EPOCHS, STEPS = 3, 3
