@@ -123,7 +123,9 @@ class SoftMaskBlipPretrain(BlipBase):
     """
 
     OPTIONS = BlipPretrainOptions
-    PRETRAINED_MODEL_CONFIG_DICT = shipped_types("softmask_blip_pretrain", "base", "tiny")
+    PRETRAINED_MODEL_CONFIG_DICT = shipped_types(
+        "softmask_blip_pretrain", "base", "grounded", "tiny"
+    )
 
     def __init__(self, options: BlipPretrainOptions) -> None:
         super().__init__(options)

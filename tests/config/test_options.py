@@ -13,7 +13,7 @@ from softmask_plugin.config.options import PretrainOptions, read_options
 from softmask_plugin.config.paths import load_inherited
 from softmask_plugin.config.values import comparable, differences, flat
 from softmask_plugin.errors import UserError
-from softmask_plugin.models.pretrain import SoftMaskPretrain
+from softmask_plugin.models import SoftMaskBlipPretrain, SoftMaskPretrain
 
 
 @pytest.mark.parametrize(
@@ -98,10 +98,11 @@ def test_scenes_tiny_inherits_all_but_its_weights_from_tiny(name):
     ]
 
 
-def test_grounded_is_base_with_what_makes_the_tiny_model_s_word_drive_the_mask():
+@pytest.mark.parametrize("cls", [SoftMaskPretrain, SoftMaskBlipPretrain])
+def test_grounded_is_base_with_what_makes_the_tiny_model_s_word_drive_the_mask(cls):
     base, grounded, tiny = (
-        read_options(PretrainOptions, OmegaConf.load(path).model)
-        for path in map(SoftMaskPretrain.default_config_path, ("base", "grounded", "tiny"))
+        read_options(cls.OPTIONS, OmegaConf.load(path).model)
+        for path in map(cls.default_config_path, ("base", "grounded", "tiny"))
     )
     changed = [
         "model_type",
@@ -109,7 +110,7 @@ def test_grounded_is_base_with_what_makes_the_tiny_model_s_word_drive_the_mask()
         "soft_mask.score",
         "soft_mask.negatives",
         "local_weight",
-        "text.shared",
+        *["text.shared"] * (cls is SoftMaskPretrain),  # BLIP masks no captions
     ]
     of_base, of_grounded, of_tiny = (flat(asdict(each)) for each in (base, grounded, tiny))
     told = {key for key, value in of_grounded.items() if of_base[key] != value}
