@@ -15,6 +15,7 @@ from benchmarks.harness import Cost, Row, grid, machine, save, table
 # Measurements by name, with their numbers of rounds: full and small
 ROWS: dict[str, tuple[Callable[[bool, str | None, int], list[Row]], int, int]] = {
     "step": (step.run, 3, 2),
+    "memory": (step.run_memory, 2, 1),
     "rerank": (rerank.run, 3, 2),
     "blip": (blip.run, 3, 2),
     "blip_rerank": (blip.run_rerank, 3, 2),
