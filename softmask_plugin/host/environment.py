@@ -1,4 +1,4 @@
-"""The environment of a run: versions, processor and devices, at each start of it."""
+"""The environment of a run: versions, processor and devices, at each start; needs no LAVIS."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import platform
 from pathlib import Path
 
 import torch
-from lavis.common.dist_utils import get_world_size
+import torch.distributed as dist
 
 from softmask_plugin.config.paths import PACKAGE
 from softmask_plugin.errors import UserError
@@ -19,7 +19,7 @@ FILE = "environment.json"  # in a run's folder: a list, which grows when the env
 
 def environment(device: torch.device) -> dict[str, object]:
     """Versions and devices by name, as plain values for JSON."""
-    cuda = device.type == "cuda"
+    cuda, distributed = device.type == "cuda", dist.is_available() and dist.is_initialized()
     number, commit = version_of("softmask-plugin"), _commit(PACKAGE.parent / ".git")
     return {
         "python": platform.python_version(),
@@ -27,7 +27,7 @@ def environment(device: torch.device) -> dict[str, object]:
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
-        "processes": get_world_size(),
+        "processes": dist.get_world_size() if distributed else 1,
         "softmask-plugin": f"{number}+{commit[:9]}" if commit else number,
         **installed(),
     }

@@ -81,7 +81,7 @@ def test_masked_images_meet_changed_captions_only_as_negatives(
     monkeypatch.setattr(
         model, "matching_losses", lambda fused, *_: seen.update(fused) or [None] * 2
     )
-    monkeypatch.setattr(model, "output", lambda *_: None)
+    monkeypatch.setattr(model, "output", lambda *_, **__: None)
     model({**make_batch(6), "image_id": torch.arange(6)})
     changed = {name for name in seen if name.endswith("negative words")}
     assert changed == {"negative words"} | ({"soft negative words"} if negatives else set())
