@@ -39,9 +39,13 @@ class Text(NamedTuple):
         parts: Any = (cast(Any, part).to(device, non_blocking=True) for part in self)
         return Text(*parts)
 
+    def captions(self, masked: bool) -> tuple[Tensor, Packing]:
+        """Ids and packing of all N captions, or without those that are ``masked`` for MLM alone."""
+        return (self.ids, self.packing) if masked else (self.ids[: len(self.words)], self.tokens)
+
     def versions(self, encoded: Tokens) -> tuple[Tokens, Tokens]:
         """Split encoded captions: those for ITC and ITM, and those for MLM; the same if shared."""
-        parts = encoded.split([self.tokens] * (len(self.ids) // len(self.words)))
+        parts = encoded.split([self.tokens] * (len(encoded.packing.mask) // len(self.words)))
         return parts[0], parts[-1]
 
     @property
@@ -85,16 +89,17 @@ class SoftMaskPretrain(ContrastiveBase):
         images = self.visual_encoder.visible(samples["image"], draws)
         text = self.tokenize_masked(samples["text_input"], draws)
 
-        # Encode: each image once, each caption once
-        online = self.encode(images, text.ids, text.packing)
-        momentum = self.encode_momentum(images, text.ids, text.packing)
+        # Encode: each image once, each caption once, those for MLM where it needs them
+        matches = step >= self.first_match
+        online = self.encode(images, *text.captions(masked=matches))
+        momentum = self.encode_momentum(images, *text.captions(masked=matches and alpha > 0))
         caption, masked_caption = text.versions(online.text)
         online = online._replace(text=caption, words=caption)
 
         # Contrast
         loss_itc, similarity = self.contrast(online, momentum, alpha)
         loss_local = self.contrast_words(online)
-        if step < self.first_match:
+        if not matches:
             return self.output(SoftMask(), loss_itc, local=loss_local)
         memory = self.bert.remember(online.image)
 

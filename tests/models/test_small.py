@@ -469,6 +469,19 @@ def test_the_first_steps_contrast_alone(make_other, make_batch, monkeypatch):
     torch.testing.assert_close(own.loss, other.loss)
 
 
+def test_captions_masked_for_mlm_are_encoded_where_it_needs_them(make_other, make_batch):
+    """Not while ITC is alone; by the momentum encoder only where it teaches."""
+    model = make_other(SoftMaskPretrain, itc_steps=2, alpha=0.4, text={"shared": False})
+    counts, encode = [], model.encode_captions
+    model.encode_captions = lambda ids, *rest: counts.append(len(ids)) or encode(ids, *rest)
+    batch = {**make_batch(4), "epoch": 0, "num_iters_per_epoch": 9}
+    model({**batch, "iters": 1})
+    model({**batch, "iters": 2})
+    model.options.alpha = 0.0
+    model({**batch, "iters": 2})
+    assert counts == [4, 4, 8, 8, 8, 4]
+
+
 def test_negatives_turn_from_random_to_hard(make_other):
     """At step 0 each is as likely, halfway in proportion to half the logits, at the end to all."""
     model, size = make_other(SoftMaskPretrain, itm_hard_steps=100), 3
