@@ -5,14 +5,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
-
 from benchmarks import rerank
 from benchmarks.baseline import blip_pretrain, blip_retrieval
 from benchmarks.harness import Row, alternate, compare
 from benchmarks.material import build
-from benchmarks.step import Trainer
-from softmask_plugin.host.environment import has_bf16
+from benchmarks.step import Trainer, measurable
 from softmask_plugin.models.blip import SoftMaskBlipPretrain, SoftMaskBlipRetrieval
 
 SHAPE = {"fusion_layer": 0, "vocab_size": None}  # LAVIS cuts the embedding to the tokenizer
@@ -45,11 +42,7 @@ def steps(
     ours, lavis = (
         Trainer(who, small, captions, pairs, make=make, twin=twin) for who in ("ours", "lavis")
     )
-    variants = [
-        each
-        for each in ("full", "bf16", "half the patches")
-        if small or each != "bf16" or has_bf16(torch.device("cpu"))
-    ]
+    variants = measurable(("full", "bf16", "half the patches"), small)
     subjects = {each: partial(ours.step, each) for each in variants}
     times = alternate({**subjects, "lavis": lavis.step}, rounds, name)
     rows = [compare(f"{name}: time", "s", times["full"], times["lavis"], target=0.60)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,6 +37,13 @@ VARIANTS = {
     "bf16": Variant(bf16=True),
     "half the patches, bf16": Variant(patch_dropout=0.5, bf16=True),
 }
+
+
+def measurable(names: Iterable[str], small: bool) -> list[str]:
+    """The variants but those in bf16 if this CPU emulates it: a step of full size takes minutes."""
+    fast = small or has_bf16(torch.device("cpu"))
+    return [name for name in names if fast or not VARIANTS[name].bf16]
+
 
 HOLES = "includes all of Python and LAVIS, and holes that the system's allocator leaves"
 
@@ -134,11 +141,7 @@ def _groups(model: nn.Module) -> list[dict[str, Any]]:
 def run(small: bool, captions: str | None, rounds: int) -> list[Row]:
     """Measure a training step: time and FLOPs."""
     ours, lavis = (Trainer(name, small, captions, 8) for name in ("ours", "lavis"))
-    subjects = {
-        name: partial(ours.step, name)
-        for name, variant in VARIANTS.items()
-        if small or not variant.bf16 or has_bf16(torch.device("cpu"))  # or it takes minutes
-    }
+    subjects = {name: partial(ours.step, name) for name in measurable(VARIANTS, small)}
     times = alternate({**subjects, "lavis": lavis.step}, rounds, "training steps")
     flops = {name: ours.flops(name) for name in ("full", "clean text", "half the patches")}
     lavis_flops = lavis.flops()

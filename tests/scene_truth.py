@@ -102,10 +102,13 @@ def answer(question):
 
 
 def caption_truth(text, things):
-    """Whether things are as a caption says."""
-    how = rf"(?:({'|'.join(DIRECTIONS)}) )?an? ({NOUN})"
-    named = [(match[1], things_called(match[2], things)) for match in re.finditer(how, text)]
-    if not all(found for _, found in named):
-        return False
-    (first, *_), *_ = (found for _, found in named)
-    return all(way is None or any(lies(first, way, a) for a in found) for way, found in named)
+    """Whether a caption that names things by size, colour and shape is true."""
+    where = "|".join(DIRECTIONS)
+    parsed = re.fullmatch(rf"an? ({NOUN})(.+)", text)
+    first, told = things_called(parsed[1], things), parsed[5]
+    related = re.findall(rf" (?:and )?({where}) an? ((?:\w+ ){{2}}\w+)", told)
+    assert sum(len(how) + len(noun) for how, noun in related) > 0.7 * len(told)
+    return bool(first) and all(
+        any(lies(first[0], how, thing) for thing in things_called(noun, things))
+        for how, noun in related
+    )

@@ -19,6 +19,7 @@ from softmask_plugin.compare import compare
 from softmask_plugin.errors import UserError
 from softmask_plugin.explain.pairs import explain
 from softmask_plugin.foil_metrics import foil_metrics
+from softmask_plugin.tasks import items
 from softmask_plugin.tasks.foils import FoilsTask, changed_words
 
 # (caption, foil, index of the changed word)
@@ -217,6 +218,12 @@ def test_each_item_counts_once_and_metrics_are_written(model, dataset, folders):
     assert json.loads((folders / "evaluate.txt").read_text()) == metrics
     for each in compare(folders, folders):
         assert each.first == each.second == pytest.approx(metrics[each.metric])
+
+
+def test_other_processes_report_nothing(model, dataset, folders, monkeypatch):
+    results = evaluate(task_of(), model, dataset)
+    monkeypatch.setattr(items, "is_main_process", lambda: False)
+    assert task_of().after_evaluation(val_result=results, split_name="test") is None
 
 
 @torch.no_grad()

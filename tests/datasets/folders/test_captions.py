@@ -261,6 +261,29 @@ def test_evaluation_has_the_layout_of_lavis(folder, output_dir):
     assert wrong["txt_r1"] == wrong["img_r1"] == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["captions.train=captions.json"], "images is not set"),
+        (["images=photos"], "captions names no file"),
+        (["images=phtos", "captions.train=captions.json"], "there is no folder .*phtos"),
+        (["images=photos", "captions.valid=captions.json"], "captions.valid: did you mean 'val'"),
+        (["images=photos", "image=x"], "unknown key .*image: did you mean 'images'"),
+        (["images=photos", "captions.train=[a.json,b.json]"], "must be the path of one file"),
+        (["images=.", "captions.train=captions.json"], "none of the 6 images exists: .*red.png"),
+        (
+            ["images=photos", "captions.train=captions.json", "vis_processor.train.blur=0"],
+            "softmask_image_train: unknown key 'blur': did you mean 'blur_p'",
+        ),
+    ],
+    ids=str,
+)
+def test_wrong_options_get_one_clear_line(folder, options, message):
+    with pytest.raises(UserError, match=message) as caught:
+        build(*options)
+    assert "\n" not in str(caught.value)
+
+
 def test_missing_images_are_counted_and_named(folder, output_dir, caplog):
     for colour in ("red", "blue"):
         Path(f"photos/{colour}.png").unlink()

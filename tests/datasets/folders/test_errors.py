@@ -13,9 +13,6 @@ from softmask_plugin.errors import UserError
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("captions_folder", ["image=x"], "datasets.captions_folder.image: did you mean 'images'"),
-        ("captions_folder", ["captions.valid=a"], "captions.valid: did you mean 'val'"),
-        ("captions_folder", ["captions.val=a", "vis_processor.train.blur=0"], "unknown key 'blur'"),
         ("vqa_folder", [], "datasets.vqa_folder.questions names no file"),
         ("vqa_folder", ["questions.test=q.json", "images=null"], "vqa_folder.images is not set"),
         ("vqa_folder", ["questions.test=q.json", "images=x"], "there is no folder .*x"),

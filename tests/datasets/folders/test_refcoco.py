@@ -161,6 +161,12 @@ def test_wrong_keys_are_refused(release):
         build("dets=x.json")
     with pytest.raises(UserError, match=f"datasets.{NAME}.annotations.testA: did you mean 'test'"):
         build("annotations.testA=x.json")
+    with pytest.raises(UserError, match=f"datasets.{NAME}.images is not set"):
+        build("images=null")
+    with pytest.raises(UserError, match="there is no folder .*nowhere"):
+        build("images=nowhere")
+    with pytest.raises(UserError, match="annotations names no file"):
+        build("annotations={val: null, test: null}")
 
 
 class Malicious:

@@ -31,6 +31,7 @@ from softmask_plugin.datasets.scenes.grammar import (
     make_scenes,
 )
 from softmask_plugin.datasets.scenes.render import OUTLINES, render, stencil
+from softmask_plugin.errors import UserError
 
 VOCABULARY = PACKAGE / "assets" / "scenes_vocab.txt"
 THING = re.compile(rf"(?:({'|'.join(SIZES)}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")
@@ -251,3 +252,28 @@ def test_images_do_not_depend_on_workers():
 def test_one_key_sets_the_image_size_everywhere():
     datasets = build_scenes("scenes_retrieval", 6, {"image_size": 48})
     assert datasets["train"][0]["image"].shape == datasets["val"][0]["image"].shape == (3, 48, 48)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 15}, "image_size is 15"),
+        ({"image_size": "big"}, "whole number"),
+        ({"objects": 0}, "from 1 to 4"),
+        ({"objects": True}, "whole number"),
+        ({"seed": -1}, "seed is -1"),
+        ({"heldout": 0.6}, "from 0 to 0.5"),
+        ({"num": {"test": 0}}, "num.test is 0"),
+        ({"num": {"test": 2557}}, "only 2556 do: ask for fewer"),
+        ({"num": 500}, "each of train, val, test"),
+        ({"num": {"tset": 5}}, "num.tset: did you mean 'test'"),
+        ({"captions_per_image": 6}, "has 5 captions"),
+        ({"objects": 1, "captions_per_image": 5}, "has 4 captions"),
+        ({"held_out": 0.1}, "did you mean 'heldout'"),
+        ({"layout": "bord"}, "did you mean 'board'"),
+    ],
+)
+def test_wrong_settings_give_a_one_line_error(changes, message):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        build_scenes("scenes_retrieval", 6, changes)
+    assert "\n" not in str(error.value)
