@@ -80,9 +80,9 @@ class Rivals:
         """Encode the gallery with both; return the seconds of ours and of LAVIS."""
 
         def ours() -> None:
-            self.texts, text_feats = self.ours.encode_texts(self.gallery.text)
-            self.images, image_feats = self.ours.encode_images(self.gallery)
-            self.similarity = image_feats @ text_feats.T
+            self.texts = self.ours.encode_texts(self.gallery.text)
+            self.images = self.ours.encode_images(self.gallery)
+            self.similarity = self.ours.similarity(self.images, self.texts)
             for_text = candidates(self.similarity.T, K).T
             self.wanted = candidates(self.similarity, K) | for_text
 
@@ -106,8 +106,8 @@ class Rivals:
     @torch.no_grad()
     def match(self) -> float:
         """Our seconds for all pairs, from those for two images."""
-        few = {i: self.images[i] for i in (0, 1)}
-        seconds = timed(lambda: self.ours.match(few, self.texts, self.wanted))
+        few = {i: self.images.states[i] for i in (0, 1)}
+        seconds = timed(lambda: self.ours.match(few, self.texts.tokens, self.wanted))
         return seconds * int(self.wanted.sum()) / int(self.wanted[:2].sum())
 
     @torch.no_grad()
@@ -135,7 +135,7 @@ class Rivals:
         i2t, t2i = (torch.from_numpy(scores) for scores in self.scores)
         scored = (i2t != NOT_A_CANDIDATE) | (t2i.T != NOT_A_CANDIDATE)
         theirs = torch.where(i2t != NOT_A_CANDIDATE, i2t, t2i.T)
-        ours = self.ours.match(self.images, self.texts, scored) + self.similarity
+        ours = self.ours.match(self.images.states, self.texts.tokens, scored) + self.similarity
         return float((ours - theirs)[scored].abs().max())
 
 

@@ -46,7 +46,7 @@ def rerank_seconds(model: Any, images: int, k: int, rounds: int) -> float:
     tokens = 1 + (size // model.options.vit.patch_size) ** 2
     states = {i: torch.randn(tokens, width) for i in range(images)}
     with torch.no_grad():
-        captions, _ = reranker.encode_texts(texts(model, None, 5 * images, USUAL["words"]))
+        captions = reranker.encode_texts(texts(model, None, 5 * images, USUAL["words"])).tokens
         order = torch.rand(images, 5 * images).argsort(dim=1)
         wanted = (order < k) | (torch.rand(5 * images, images).argsort(dim=1) < k).T
         return statistics.median(

@@ -326,7 +326,7 @@ def _search(text: str, features: str, count: int, **weights: Any) -> None:
 
     print("match  similarity")
     for file, hit in search_features(load_trained(**weights), Path(features), text, count):
-        print(f" {hit.match:.2f}       {hit.cosine:+.2f}  {file}")
+        print(f" {hit.match:.2f}       {hit.similarity:+.2f}  {file}")
 
 
 @command(

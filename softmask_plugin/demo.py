@@ -53,7 +53,7 @@ def main(output_dir: str | Path = "outputs/demo", options: Sequence[str] = ()) -
     texts = [each[0] for each in scenes.img2txt.values()][:PANELS]
     images = torch.stack([scenes[scenes.txt2img[text]]["image"] for text in texts])
     explained = explain(model, images, [scenes.text[text] for text in texts])
-    cosines = Reranker(model).similarity(loader).numpy()
+    cosines, _ = Reranker(model, {"k_test": 0}).scores(loader)
     chance = report.retrieval_chance(scenes.img2txt)
     itc = RetrievalTask._report_metrics(cosines, cosines.T, scenes.txt2img, scenes.img2txt)
     itm: Any = results["test"] if results else {}

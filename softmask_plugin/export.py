@@ -30,6 +30,7 @@ from softmask_plugin.runners.resume import Progress
 # Keys of a model's section that name files of its run, or say whether those may run code
 _OWN = "pretrained finetuned load_pretrained load_finetuned vit_weights bert_weights".split()
 _OWN += ["tokenizer", "trust_checkpoint"]
+RANKING = ("k_test", "rank_by", "rerank_scoring")  # of a run, which a search follows
 _TRAINING = re.compile(r"\w+_m\.|\w*queue\w*$")  # momentum copies and queues
 
 CARD = """\
@@ -95,7 +96,12 @@ def export(
         name: {slot: value for slot, value in section.items() if slot.endswith("_processor")}
         for name, section in (config.get("datasets") or {}).items()
     }
-    sections = {"model": {**model, "sep_token": checkpoint.sep_token}, "datasets": processors}
+    run = config.get("run") or {}
+    sections = {
+        "model": {**model, "sep_token": checkpoint.sep_token},
+        "datasets": processors,
+        "run": {key: run[key] for key in RANKING if key in run},
+    }
     OmegaConf.save(OmegaConf.create(sections), shared)
     vocabulary.write_text("\n".join([*words, ""]), "utf-8")
     card = CARD.format(

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# A mean of cosines over words varies less than one cosine does, so its logits are larger
+WORDS_SCALE = 2.0
+
 
 class FocalITCLoss(nn.Module):
     r"""Contrastive loss that gives easy pairs less weight.
@@ -112,15 +115,8 @@ def local_contrast_across(
 ) -> Tensor:
     r"""Contrast captions with the images of a batch, by what each word finds in each image.
 
-    After Gupta et al. 2020 (arXiv 2006.09920, section 3.1), without learned keys and values. For
-    the unit vectors t of the T tokens of caption c and v of the patches of image b,
-
-    .. math::
-        a_{ij} = \operatorname{softmax}_j(t_i v_j / \tau), \qquad
-        s_{cb} = \frac{1}{T} \sum_i \cos(t_i, \sum_j a_{ij} v_j)
-
-    and each caption must find its own image by ``2 s / temp``, and the reverse: a mean of cosines
-    varies less than one does. It takes words for what tells images apart, so it needs a batch of
+    Each caption must find its own image by ``WORDS_SCALE s / temp``, and the reverse, with ``s``
+    from ``words_similarity``. It takes words for what tells images apart, so it needs a batch of
     different images. Memory grows with M B P.
 
     Args:
@@ -132,17 +128,44 @@ def local_contrast_across(
     Returns:
         Cross-entropy, averaged over captions with a token and both directions; 0 if there is none.
     """
+    found = what_words_find(words, patches, temp)
+    score, tokens = words_similarity(found, caption, counts, len(patches))
+    logits = WORDS_SCALE * score / temp  # (images, captions)
+    own = torch.stack([logits.log_softmax(dim).diagonal() for dim in (0, 1)]).mean(dim=0)
+    return -(own * (tokens > 0)).sum() / (tokens > 0).sum().clamp_min(1)
+
+
+def what_words_find(words: Tensor, patches: Tensor, temp: Tensor | float) -> Tensor:
+    r"""Cosine of each word with what it finds in each image, (B, M).
+
+    After Gupta et al. 2020 (arXiv 2006.09920, section 3.1), without learned keys and values. For
+    the unit vectors t of words and v of the patches of image b,
+
+    .. math::
+        a_{ij} = \operatorname{softmax}_j(t_i v_j / \tau), \qquad
+        f_{bi} = \cos(t_i, \sum_j a_{ij} v_j)
+
+    Args:
+        words, patches, temp: As for ``local_contrast_across``.
+    """
     similarity = words @ patches.transpose(1, 2)  # (B, M, P)
     weight = (similarity / temp).softmax(dim=-1)
     # The norm of the weighted patches from their products: they never exist for every word
     norm = ((weight @ (patches @ patches.transpose(1, 2))) * weight).sum(dim=-1).sqrt()
-    found = (weight * similarity).sum(dim=-1) / norm.clamp_min(1e-6)
-    zeros = found.new_zeros(len(patches), len(patches))
+    return (weight * similarity).sum(dim=-1) / norm.clamp_min(1e-6)
+
+
+def words_similarity(
+    found: Tensor, caption: Tensor, counts: Tensor, captions: int
+) -> tuple[Tensor, Tensor]:
+    """Mean of ``what_words_find``, (B, M), over the tokens of each of N captions that count.
+
+    Returns:
+        (B, N), 0 for a caption without a token, and the captions' numbers of tokens, (N,).
+    """
+    zeros = found.new_zeros(len(found), captions)
     tokens = zeros[0].index_add(0, caption, counts.to(found.dtype))
-    score = zeros.index_add(1, caption, found * counts) / tokens.clamp_min(1)
-    logits = 2 * score / temp  # (images, captions)
-    own = torch.stack([logits.log_softmax(dim).diagonal() for dim in (0, 1)]).mean(dim=0)
-    return -(own * (tokens > 0)).sum() / (tokens > 0).sum().clamp_min(1)
+    return zeros.index_add(1, caption, found * counts) / tokens.clamp_min(1), tokens
 
 
 def distilled_cross_entropy(

@@ -207,13 +207,20 @@ RUN: dict[str, Key] = {
     # Retrieval
     "k_test": Key(
         128,
-        "candidates per query that ITC proposes and ITM re-ranks; 0: ITC alone",
+        "candidates per query that `rank_by` proposes and ITM re-ranks; 0: none",
         whole(0, null=False),
+    ),
+    "rank_by": Key(
+        "itc",
+        "similarity that ranks: ITC's cosine (`itc`), or the mean cosine of a caption's words with "
+        "what they find in the image (`words`), for models trained with `local_weight` and "
+        "`local_negatives: batch`",
+        one_of("itc", "words"),
     ),
     "rerank_scoring": Key(
         "itm+itc",
-        "score that ranks the candidates: the matching logit plus ITC's cosine (`itm+itc`, as in "
-        "LAVIS) or plus ITC's logit, the cosine over the temperature (`itm+logit`), or alone "
+        "score that ranks the candidates: the matching logit plus the similarity (`itm+itc`, as in "
+        "LAVIS) or plus its logit, as trained: over the temperature (`itm+logit`), or alone "
         "(`itm`, as in ALBEF)",
         one_of("itm+itc", "itm+logit", "itm"),
     ),

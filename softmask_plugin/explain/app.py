@@ -267,8 +267,8 @@ def _search(weights: Weights, images: str | None) -> None:
     gallery, files, left_out = _gallery(weights, images)
     place = f"{SCENES} rendered scenes" if images is None else f"{len(files)} images"
     st.caption(
-        f"{place}: the similarity of text and image (ITC) proposes candidates, and the matching "
-        "head (ITM) ranks them."
+        f"{place}: the similarity of text and image proposes candidates, and the matching head "
+        "(ITM) re-ranks them."
         + (f" {left_out} more could not be read or are too many." if left_out else "")
     )
     if not _trained(weights).text_processor(query):
@@ -285,7 +285,7 @@ def _search(weights: Weights, images: str | None) -> None:
         column.image(picture, width="stretch")
         column.text(name)
         column.caption(
-            f"match {hit.match:.2f}, similarity {hit.cosine:+.2f} (rank {hit.rank} by it)"
+            f"match {hit.match:.2f}, similarity {hit.similarity:+.2f} (rank {hit.rank} by it)"
         )
 
 

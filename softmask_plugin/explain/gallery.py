@@ -41,19 +41,19 @@ class Hit:
 
     index: int  # in the gallery
     match: float  # probability that the text describes it
-    cosine: float  # similarity of text and image, as ITC compares them
-    rank: int  # by cosine alone, from 1
+    similarity: float  # of text and image, as the run ranks by it
+    rank: int  # by similarity alone, from 1
 
 
 class Gallery:
-    """Images, encoded once in batches, to be searched by any number of texts."""
+    """Images, encoded once in batches, to be searched by any number of texts, as the model's run
+    ranks them: see ``run.rank_by`` and ``run.rerank_scoring``."""
 
     def __init__(self, trained: Trained, images: Iterable[Image.Image]) -> None:
-        self.trained, self.reranker = trained, Reranker(_searching(trained))
+        self.trained, self.reranker = trained, Reranker(_searching(trained), trained.run)
         with torch.no_grad():
             batches = ({"image": each} for each in _batches(trained, images))
-            states, self.features = self.reranker.encode_images(batches)
-        self.states = torch.stack([*states.values()])
+            self.images = self.reranker.encode_images(batches)
 
     @torch.no_grad()
     def search(self, text: str, count: int = 8) -> list[Hit]:
@@ -62,17 +62,21 @@ class Gallery:
         Raises:
             UserError: A score is NaN or infinite.
         """
-        model = self.trained.model
-        texts, feature = self.reranker.encode_texts([self.trained.text_processor(text)])
-        similar = (self.features @ feature[0]).topk(min(CANDIDATES, len(self.features)))
-        copies = texts.take(torch.zeros_like(similar.indices))
-        memory = model.bert.remember(self.states[similar.indices.cpu()].to(model.device))
+        model, reranker = self.trained.model, self.reranker
+        texts = reranker.encode_texts([self.trained.text_processor(text)])
+        similarity = reranker.similarity(self.images, texts)[:, 0]
+        similar = similarity.topk(min(CANDIDATES, len(similarity)))
+        found, similarities = similar.indices.tolist(), similar.values.tolist()
+        copies = texts.tokens.take(torch.zeros_like(similar.indices))
+        states = torch.stack([self.images.states[i] for i in found])
+        memory = model.bert.remember(states.to(model.device))
         logits = model.match(model.bert.fuse(copies, memory, wanted=copies.packing.cls_only).cls)
+        logits = logits.float().cpu()
         require_finite_scores("a retrieval score", similar.values, logits)
-        matches = logits.float().softmax(dim=-1)[:, 1].tolist()
-        best = (logits[:, 1] - logits[:, 0]).topk(min(count, len(logits))).indices.tolist()
-        found, cosines = similar.indices.tolist(), similar.values.tolist()
-        return [Hit(found[i], matches[i], cosines[i], rank=i + 1) for i in best]
+        matches = logits.softmax(dim=-1)[:, 1].tolist()
+        scores = logits[:, 1] + reranker.similarity_part(similar.values)
+        best = scores.topk(min(count, len(scores))).indices.tolist()
+        return [Hit(found[i], matches[i], similarities[i], rank=i + 1) for i in best]
 
 
 def save_features(trained: Trained, images: Path, output: Path) -> tuple[int, int]:
@@ -122,14 +126,14 @@ def search_features(
         with opened, NpzFile(opened, allow_pickle=False) as stored:
             features = torch.from_numpy(stored["features"])
             paths = [Path(str(stored["folder"]), name) for name in stored["names"].tolist()]
-        _, wanted = Reranker(model).encode_texts([cleaned])
-        nearest = (features @ wanted[0]).topk(min(CANDIDATES, len(paths))).indices.tolist()
+        wanted = Reranker(model).encode_texts([cleaned]).features[0].cpu()
+        nearest = (features @ wanted).topk(min(CANDIDATES, len(paths))).indices.tolist()
     except FileNotFoundError as error:
         raise UserError(f"no file {file}: make it with softmask features") from error
     except Exception as error:  # a damaged file can fail in any way
         raise UserError(f"{file} is of another model, or not made by softmask features") from error
     gallery = Gallery(trained, (open_rgb(paths[i]) for i in nearest))
-    if not torch.allclose(gallery.features, features[nearest], atol=1e-3):
+    if not torch.allclose(gallery.images.features.cpu(), features[nearest], atol=1e-3):
         raise UserError(f"{file} is of another model or of other images: make it again")
     return [(paths[nearest[hit.index]], hit) for hit in gallery.search(text, count)]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,14 @@ class Trained:
         image_processor: Turns a PIL image into a tensor (3, H, W).
         text_processor: Cleans a caption.
         bundled: Whether the weights are those that come with the package.
+        run: Settings of the run that trained it, as far as its checkpoint has them.
     """
 
     model: Any
     image_processor: Callable[[Image.Image], Tensor]
     text_processor: Callable[[str], str]
     bundled: bool = False
+    run: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def matcher(self) -> Matcher:
@@ -89,6 +91,7 @@ def load_trained(
     if arch is None and (checkpoint is None or str(checkpoint).startswith(SHIPPED)):
         arch, model_type = DEFAULT
     overrides = parse_options(options, sections=("model", "preprocess"))
+    run: Mapping[str, Any] = {}
     if checkpoint is None:
         config: Any = OmegaConf.merge(_config_of_type(arch, model_type), overrides)
         model_class = _model_class(arch)
@@ -103,7 +106,11 @@ def load_trained(
     else:
         trusted = bool(OmegaConf.select(overrides, "model.trust_checkpoint"))
         opened = open_checkpoint(checkpoint, trusted)
-        described = _config_of(opened) if arch is None else _config_of_type(arch, model_type)
+        if arch is None:
+            described = _config_of(opened)
+            run = (opened.config or {}).get("run") or {}
+        else:
+            described = _config_of_type(arch, model_type)
         config = OmegaConf.merge(described, overrides)
         model_class = _model_class(arch or config.model.arch)
         if not any("itm_head." in key for key in opened.state):  # it would stay random
@@ -115,7 +122,7 @@ def load_trained(
             model = _build(model_class, config.model, opened)
     processors = _processors(config.get("preprocess") or {}, matcher_of(model).image_size)
     weights = config.model.get("pretrained") if checkpoint is None else checkpoint
-    return Trained(model.eval(), *processors, bundled=str(weights).startswith(SHIPPED))
+    return Trained(model.eval(), *processors, str(weights).startswith(SHIPPED), run)
 
 
 def _config_of(checkpoint: Checkpoint) -> DictConfig:

@@ -1,10 +1,10 @@
-"""Retrieval scores: ITC ranks all candidates, ITM re-ranks the best."""
+"""Retrieval scores: ITC, or words and patches, rank all candidates; ITM re-ranks the best."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +16,26 @@ from tqdm import tqdm
 
 from softmask_plugin.config.run_options import setting
 from softmask_plugin.errors import UserError, require_finite_scores
+from softmask_plugin.losses import WORDS_SCALE, what_words_find, words_similarity
 from softmask_plugin.nn.image_memory import ImageMemory, View
 from softmask_plugin.nn.tokens import Tokens
 
 NOT_A_CANDIDATE = -100.0  # LAVIS's score of a pair that ITC did not propose
+
+
+class Texts(NamedTuple):
+    """N encoded captions."""
+
+    tokens: Tokens  # as ``fuse`` takes them
+    features: Tensor  # unit vectors, (N, embed_dim), float32
+    words: Tokens | None  # unit vectors of their tokens, if words rank
+
+
+class Images(NamedTuple):
+    """M encoded images."""
+
+    states: dict[int, Tensor]  # this rank's share, (S, width) by index, on the CPU
+    features: Tensor  # unit vectors of all, (M, embed_dim), float32
 
 
 class Reranker:
@@ -30,8 +46,12 @@ class Reranker:
 
     Args:
         model: A model with a matching head, an ``AlignedBase``.
-        run: A ``run:`` section, for ``k_test``, ``rerank_scoring`` and ``rerank_memory``.
+        run: A ``run:`` section, for ``k_test``, ``rank_by``, ``rerank_scoring`` and
+            ``rerank_memory``.
         text_batch: How many captions to encode at once.
+
+    Raises:
+        UserError: An option is wrong, or words are to rank but were not trained to.
     """
 
     def __init__(
@@ -40,60 +60,93 @@ class Reranker:
         run = run or {}
         self.model, self.text_batch = model, text_batch
         self.k_test = int(setting(run, "k_test"))
+        self.by_words = setting(run, "rank_by") == "words"
         self.scoring: str = setting(run, "rerank_scoring")
-        self.memory = float(setting(run, "rerank_memory"))  # GiB
+        self.memory = 2**30 * float(setting(run, "rerank_memory"))  # bytes
+        option = model.options
+        if self.by_words and not (
+            getattr(option, "local_weight", 0) and option.local_negatives == "batch"
+        ):
+            raise UserError(
+                "run.rank_by is 'words', but the model's words were not trained to find images: it "
+                "needs model.local_weight above 0 and model.local_negatives=batch"
+            )
 
     @torch.no_grad()
     def scores(self, data_loader: Any) -> tuple[np.ndarray, np.ndarray]:
         """Score (images, texts) and (texts, images); UserError if a score is NaN or infinite, so
         that ranks would mean nothing."""
+        texts = self.encode_texts(data_loader.dataset.text)
+        images = self.encode_images(data_loader)
+        similarity = self.similarity(images, texts)
+        require_finite_scores("a retrieval score", similarity)
         if self.k_test == 0:
-            similarity = self.similarity(data_loader)
             return similarity.numpy(), similarity.T.numpy()
-        texts, text_feats = self.encode_texts(data_loader.dataset.text)
-        images, image_feats = self.encode_images(data_loader)
-        similarity = cosines(image_feats, text_feats)
         for gallery, count in zip(("images", "texts"), similarity.shape, strict=True):
             if self.k_test > count:
                 what = "run.k_test is %d, but there are %d %s: all are candidates"
                 logging.warning(what, self.k_test, count, gallery)
         for_image = candidates(similarity, self.k_test)
         for_text = candidates(similarity.T, self.k_test).T
-        score = self.match(images, texts, for_image | for_text)
-        require_finite_scores("a retrieval score", similarity, score)
-        score += self.itc_part(similarity)
+        score = self.match(images.states, texts.tokens, for_image | for_text)
+        require_finite_scores("a retrieval score", score)
+        score += self.similarity_part(similarity)
         i2t = score.masked_fill(~for_image, NOT_A_CANDIDATE)
         t2i = score.masked_fill(~for_text, NOT_A_CANDIDATE).T
         return i2t.numpy(), t2i.numpy()
 
-    def itc_part(self, cosines: Tensor) -> Tensor:
-        """What ITC adds to the matching logit, from cosines of any shape."""
-        weight = {"itm": 0.0, "itm+itc": 1.0, "itm+logit": 1 / float(self.model.temp)}
-        return weight[self.scoring] * cosines
+    def similarity_part(self, similarity: Tensor) -> Tensor:
+        """What similarities, of any shape, add to the matching logit."""
+        logit = (WORDS_SCALE if self.by_words else 1) / float(self.model.temp)
+        weight = {"itm": 0.0, "itm+itc": 1.0, "itm+logit": logit}
+        return weight[self.scoring] * similarity
 
     @torch.no_grad()
-    def similarity(self, data_loader: Any) -> Tensor:
-        """Cosine of every image with every text, (images, texts), on the CPU: the ranking by ITC
-        alone; UserError as for ``scores``."""
-        _, texts = self.encode_texts(data_loader.dataset.text)
-        similarity = cosines(self.encode_images(data_loader)[1], texts)
-        require_finite_scores("a retrieval score", similarity)
-        return similarity
+    def similarity(self, images: Images, texts: Texts) -> Tensor:
+        """How similar each image is to each text, (M, N), float32, on the CPU: their cosine or, if
+        words rank, the mean cosine of the text's words with what they find in the image."""
+        # In float32 under autocast too, since bf16 would tie what ranks tell apart
+        with torch.autocast(images.features.device.type, enabled=False):
+            if texts.words is None:
+                return (images.features @ texts.features.T).cpu()
+            return self.words_similarity(images.states, texts.words, len(images.features))
 
-    def encode_texts(self, texts: list[str]) -> tuple[Tokens, Tensor]:
-        """Encode N captions: what ``fuse`` takes, and unit features (N, embed_dim)."""
-        batches, feats = [], []
+    def words_similarity(self, images: dict[int, Tensor], words: Tokens, count: int) -> Tensor:
+        """Late interaction of the ``count`` images with words; each rank does its share."""
+        packing, mine = words.packing, list(images)
+        captions, columns = packing.mask.shape
+        caption, counts = packing.index // columns, packing.index % columns > 0  # all but [CLS]
+        scores = torch.zeros(count, captions)
+        # Of each word with each patch: similarities, their weights and two temporary copies
+        patches = (self.model.options.image_size // self.model.options.vit.patch_size) ** 2
+        pairs = max(1, int(self.memory / (16 * patches)))
+        at_once = min(len(words.states), pairs)
+        step = pairs // at_once
+        with progress_bar(total=len(mine), desc="words in images", unit="image") as bar:
+            for some in (mine[start : start + step] for start in range(0, len(mine), step)):
+                states = torch.stack([images[i] for i in some]).to(self.model.device)
+                grid = self.model.image_features(states[:, 1:])
+                parts = words.states.split(at_once)
+                found = [what_words_find(part, grid, self.model.temp) for part in parts]
+                means, _ = words_similarity(torch.cat(found, dim=1), caption, counts, captions)
+                scores[some] = means.cpu()
+                bar.update(len(some))
+        return self.of_all_ranks(scores)
+
+    def encode_texts(self, texts: list[str]) -> Texts:
+        """Encode N captions."""
+        batches, feats, words = [], [], []
         for start in range(0, len(texts), self.text_batch):
             captions = self.model.tokenize(texts[start : start + self.text_batch])
-            text, _, features = self.model.encode_captions(captions.ids, captions.packing)
+            text, alone, features = self.model.encode_captions(captions.ids, captions.packing)
             batches.append(text)
             feats.append(features)
-        return Tokens.cat(batches), torch.cat(feats)
+            if self.by_words:
+                words.append(Tokens(self.model.text_features(alone.states), alone.packing))
+        return Texts(Tokens.cat(batches), torch.cat(feats), Tokens.cat(words) if words else None)
 
-    def encode_images(self, data_loader: Any) -> tuple[dict[int, Tensor], Tensor]:
-        """Encode M images: this rank's share of their states (S, width), by index and on the CPU,
-        and unit features of all, (M, embed_dim). UserError if each process would see only a part.
-        """
+    def encode_images(self, data_loader: Any) -> Images:
+        """Encode M images; UserError if each process would see only a part."""
         if isinstance(getattr(data_loader, "sampler", None), DistributedSampler):
             raise UserError(
                 "retrieval ranks the whole gallery, but each process would see only part of it: "
@@ -107,7 +160,7 @@ class Reranker:
                 if i % dist_utils.get_world_size() == dist_utils.get_rank():
                     states[i] = state.cpu()
             count += len(image)
-        return states, torch.cat(feats)
+        return Images(states, torch.cat(feats))
 
     def match(self, images: dict[int, Tensor], texts: Tokens, wanted: Tensor) -> Tensor:
         """Matching logits of the ``wanted`` pairs (M, N), 0 elsewhere; each rank does its share.
@@ -122,11 +175,15 @@ class Reranker:
                 for captions in wanted[i].nonzero().squeeze(1).split(self.pairs_at_once(texts)):
                     scores[i, captions] = self.match_image(memory, texts, captions.to(device)).cpu()
                     bar.update(len(captions))
-        if dist_utils.is_dist_avail_and_initialized():
-            total = scores.to(device)
-            dist.all_reduce(total)
-            scores = total.cpu()
-        return scores
+        return self.of_all_ranks(scores)
+
+    def of_all_ranks(self, scores: Tensor) -> Tensor:
+        """The sum of scores on the CPU over all ranks, each of which has its share."""
+        if not dist_utils.is_dist_avail_and_initialized():
+            return scores
+        total = scores.to(self.model.device)
+        dist.all_reduce(total)
+        return total.cpu()
 
     def match_image(self, memory: ImageMemory, texts: Tokens, captions: Tensor) -> Tensor:
         """Matching logits of one image with some captions, (captions,)."""
@@ -142,20 +199,13 @@ class Reranker:
         # which attention needs padded and unpadded
         token_bytes = texts.states.element_size() * (2 * shape.intermediate + 10 * shape.width)
         caption_bytes = token_bytes * texts.packing.mask.shape[1]
-        return max(1, int(self.memory * 2**30 / caption_bytes))
+        return max(1, int(self.memory / caption_bytes))
 
 
 def candidates(similarity: Tensor, k: int) -> Tensor:
     """True for the k most similar entries of each row, (rows, columns)."""
     best = similarity.topk(min(int(k), similarity.shape[1]), dim=1).indices
     return torch.zeros_like(similarity, dtype=torch.bool).scatter_(1, best, True)
-
-
-def cosines(images: Tensor, texts: Tensor) -> Tensor:
-    """Cosines (M, N) of unit features (M, d) and (N, d), on the CPU; in float32 under autocast too,
-    since bf16 would tie what ranks tell apart."""
-    with torch.autocast(images.device.type, enabled=False):
-        return (images @ texts.T).cpu()
 
 
 def progress_bar(items: Any = None, **options: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from softmask_plugin.explain.figure import Shown, word_panels
 from softmask_plugin.explain.gallery import Gallery
 from softmask_plugin.explain.pairs import explain
 from softmask_plugin.explain.trained import Trained
-from softmask_plugin.models.rerank import Reranker, candidates
+from softmask_plugin.models.rerank import candidates
 
 KINDS = (PretrainDataset, RetrievalDataset, EntailmentDataset, NLVRDataset)
 GALLERY, RERANKED = 128, 16  # images to rank, and those that ITM ranks again: minutes on a CPU
@@ -84,20 +84,21 @@ def worst_retrievals(
     """The captions whose own image ranks lowest among the first ``GALLERY`` images, worst first;
     one for each image.
 
-    As in the evaluation, ITC ranks all images, and ITM re-ranks the best ``run.k_test``, here at
-    most ``RERANKED``.
+    As in the evaluation, ``run.rank_by`` ranks all images, and ITM re-ranks the best
+    ``run.k_test``, here at most ``RERANKED``.
     """
     count = min(GALLERY, len(dataset))
     owners = [image for image in range(count) for _ in dataset.img2txt[image]]
     captions = [dataset.text[text] for image in range(count) for text in dataset.img2txt[image]]
-    gallery = Gallery(trained, (dataset.open(image)[1][0] for image in range(count)))
-    reranker = Reranker(trained.model, run)
-    texts, features = reranker.encode_texts(captions)
-    scores = (features @ gallery.features.T).cpu()
+    pictures = (dataset.open(image)[1][0] for image in range(count))
+    gallery = Gallery(replace(trained, run=run), pictures)
+    reranker, images = gallery.reranker, gallery.images
+    texts = reranker.encode_texts(captions)
+    scores = reranker.similarity(images, texts).T
     again = candidates(scores, min(reranker.k_test, RERANKED))
-    proposed = {i: gallery.states[i] for i in again.any(dim=0).nonzero().flatten().tolist()}
-    matches = reranker.match(proposed, texts, again.T).T
-    matches += reranker.itc_part(scores)
+    proposed = {i: images.states[i] for i in again.any(dim=0).nonzero().flatten().tolist()}
+    matches = reranker.match(proposed, texts.tokens, again.T).T
+    matches += reranker.similarity_part(scores)
     scores[again] = matches[again] - matches[again].min() + 2  # above all cosines
     own = scores.gather(1, torch.tensor(owners)[:, None])
     ranks = (scores > own).sum(dim=1) + 1

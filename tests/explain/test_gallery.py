@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from softmask_plugin import cli
 from softmask_plugin.datasets.scenes.grammar import captions, make_scenes
 from softmask_plugin.datasets.scenes.render import render
 from softmask_plugin.explain import trained
+from softmask_plugin.explain.gallery import Gallery
 from softmask_plugin.explain.image import explain_image
 from softmask_plugin.explain.trained import Trained, load_trained
 
@@ -54,6 +57,25 @@ def test_search_finds_what_is_described(folder, capsys):
         assert len(lines) == 3 and lines[0].endswith(f"/{wanted}.png")
         found = explain_image(render(scene, 60), text, load_trained())
         assert float(lines[0].split()[0]) == pytest.approx(found.score, abs=0.0051)
+
+
+@pytest.mark.parametrize("ranking", ["itm", "itm+itc", "itm+logit", "words"])
+def test_a_search_ranks_as_the_evaluation_of_its_run(make_model, ranking):
+    run = {"rerank_scoring": "itm+logit" if ranking == "words" else ranking, "k_test": 9}
+    run |= {"rank_by": "words"} if ranking == "words" else {}
+    model = make_model(local_weight=1.0, local_negatives="batch", temp=0.3).eval()
+    trained = replace(Trained.of(model), run=run)
+    scenes = make_scenes("test", 9)
+    pictures = [render(scene, 32) for scene in scenes]
+    text = captions(scenes[0])[0].text
+    gallery = Gallery(trained, pictures)
+
+    class Loader(list):
+        dataset = SimpleNamespace(text=[text])
+
+    images = torch.stack([trained.image_processor(picture) for picture in pictures])
+    _, (scores,) = model.compute_sim_matrix(Loader([{"image": images}]), run)
+    assert [hit.index for hit in gallery.search(text, 9)] == np.argsort(-scores).tolist()
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def test_references_between_sections_are_resolved(make_model, tmp_path):
     config = {
         "model": section,
         "datasets": {"scenes_pretrain": {"vis_processor": processor}},
-        "run": {"seed": 1},
+        "run": {"seed": 1, "rerank_scoring": "itm+logit"},
     }
     file = tmp_path / "checkpoint_0.pth"
     torch.save({"model": model.state_dict(), "config": config}, file)
@@ -37,6 +37,7 @@ def test_references_between_sections_are_resolved(make_model, tmp_path):
     loaded = load_trained(file)
     assert loaded.model.options.image_size == 32
     torch.testing.assert_close(loaded.model.state_dict(), model.state_dict())
+    assert loaded.run == config["run"]  # a search ranks as the run does
     images: Any = loaded.image_processor
     assert images.mean == (0.1, 0.2, 0.3)  # of evaluation
     assert images.std == (0.5, 0.5, 0.5)  # which evaluation does not name

@@ -109,11 +109,60 @@ def test_without_a_matching_head_the_scores_are_those_of_itc(make_model, gallery
     with torch.no_grad():
         model.itm_head.weight.zero_()
         model.itm_head.bias.zero_()
-    similarity = Reranker(model).similarity(gallery).numpy()
+    reranker = Reranker(model)
+    images, texts = reranker.encode_images(gallery), reranker.encode_texts(TEXTS)
+    similarity = (images.features @ texts.features.T).detach().numpy()
     assert np.abs(similarity).max() <= 1 + 1e-6
     np.testing.assert_allclose(ours(model, gallery, 9)[0], similarity, rtol=0, atol=1e-6)
     for found, expected in zip(ours(model, gallery, 0), (similarity, similarity.T), strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+def by_words(make, model_class=None, **options):
+    words = {"local_weight": 1.0, "local_negatives": "batch", **options}
+    return (make(**words) if model_class is None else make(model_class, **words)).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("blip", [False, True])
+def test_words_rank_by_what_each_finds(make_model, make_other, gallery, blip):
+    """Word by word and image by image; the rerank_memory that is less makes small chunks."""
+    other = (make_other, SoftMaskBlipRetrieval) if blip else (make_model,)
+    model = by_words(*other, temp=0.1)
+    captions = model.tokenize(TEXTS)
+    _, alone, _ = model.encode_captions(captions.ids, captions.packing)
+    words = captions.packing.pad(model.text_features(alone.states))
+    images = torch.cat([batch["image"] for batch in gallery])
+    patches = model.image_features(model.visual_encoder(images)[:, 1:])
+    expected = torch.zeros(IMAGES, len(TEXTS))
+    for i, grid in enumerate(patches):
+        for n, mask in enumerate(captions.packing.mask):
+            found = [(grid @ t / 0.1).softmax(0) @ grid for t in words[n, mask][1:]]
+            each = map(torch.cosine_similarity, words[n, mask][1:, None], (f[None] for f in found))
+            expected[i, n] = torch.stack(list(each)).mean()
+    for memory in (1.0, 1e-5, 1e-9):
+        run = {"k_test": 0, "rank_by": "words", "rerank_memory": memory}
+        for scores, transposed in zip(
+            model.compute_sim_matrix(gallery, run), (expected, expected.T), strict=True
+        ):
+            np.testing.assert_allclose(scores, transposed.numpy(), rtol=0, atol=1e-5)
+
+
+def test_words_propose_and_count_as_in_training(make_model, gallery):
+    model = by_words(make_model, temp=0.1)
+    run = {"k_test": 3, "rank_by": "words"}
+    alone, _ = model.compute_sim_matrix(gallery, {**run, "k_test": 0})
+    itm, _ = model.compute_sim_matrix(gallery, {**run, "rerank_scoring": "itm"})
+    both, _ = model.compute_sim_matrix(gallery, {**run, "rerank_scoring": "itm+logit"})
+    chosen = candidates(torch.from_numpy(alone), 3).numpy()
+    assert np.array_equal(itm != NOT_A_CANDIDATE, chosen)
+    np.testing.assert_allclose(both[chosen], (itm + 2 / 0.1 * alone)[chosen], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"local_weight": 1.0, "local_negatives": "pair"}])
+def test_words_that_were_not_trained_to_rank_are_refused(make_model, options):
+    with pytest.raises(UserError, match=r"run.rank_by is 'words', .* needs model.local_weight"):
+        Reranker(make_model(**options), {"rank_by": "words"})
 
 
 @torch.no_grad()
@@ -122,10 +171,8 @@ def test_cosines_keep_their_digits_in_half_precision(make_model, gallery):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         reranker = Reranker(model, {"k_test": 0})
         found, _ = reranker.scores(gallery)
-        images, texts = (
-            reranker.encode_images(gallery)[1],
-            reranker.encode_texts(gallery.dataset.text)[1],
-        )
+        images = reranker.encode_images(gallery).features
+        texts = reranker.encode_texts(gallery.dataset.text).features
     np.testing.assert_array_equal(found, (images @ texts.T).numpy())
     assert len(np.unique(found)) == found.size
 
@@ -144,7 +191,7 @@ def test_scores_by_matching_alone(make_model, gallery):
     model = make_model().eval()
     both = model.compute_sim_matrix(gallery, {"k_test": 3})
     alone = model.compute_sim_matrix(gallery, {"k_test": 3, "rerank_scoring": "itm"})
-    similarity = Reranker(model).similarity(gallery).numpy()
+    similarity, _ = ours(model, gallery, 0)
     for sum_of_two, logits, cosine in zip(both, alone, (similarity, similarity.T), strict=True):
         chosen = logits != NOT_A_CANDIDATE
         assert np.array_equal(chosen, sum_of_two != NOT_A_CANDIDATE)
@@ -202,15 +249,16 @@ def test_a_wrong_option_is_named(make_model, option, message):
         Reranker(make_model(), option)
 
 
-def test_two_ranks_share_the_work(make_model, gallery, monkeypatch):
+@pytest.mark.parametrize("similarity", ["itc", "words"])
+def test_two_ranks_share_the_work(make_model, gallery, monkeypatch, similarity):
     """Each of two processes matches its own images; both have all scores."""
-    model = make_model().eval()
-    alone = ours(model, gallery, 3)
+    model, run = by_words(make_model), {"k_test": 3, "rank_by": similarity}
+    alone = model.compute_sim_matrix(gallery, run)
     seen, remember = [], model.bert.remember
     monkeypatch.setattr(model.bert, "remember", lambda states: seen.append(1) or remember(states))
 
     def rank_scores(_):
-        return [*map(torch.from_numpy, ours(model, gallery, 3)), len(seen)]
+        return [*map(torch.from_numpy, model.compute_sim_matrix(gallery, run)), len(seen)]
 
     for rank, ended in enumerate(on_ranks(2, rank_scores)):
         assert not ended.error

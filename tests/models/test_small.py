@@ -438,8 +438,8 @@ def test_matching_features_and_retrieval_compare_the_same_means(make_other, make
     torch.testing.assert_close(own, cosines)
     loader = [{"image": batch["image"]}]
     dataset = type("Gallery", (list,), {"dataset": type("Texts", (), {"text": CAPTIONS})})(loader)
-    ranked = Reranker(retrieval, text_batch=4).similarity(dataset)
-    torch.testing.assert_close(ranked, cosines)
+    ranked, _ = Reranker(retrieval, {"k_test": 0}, text_batch=4).scores(dataset)
+    torch.testing.assert_close(torch.from_numpy(ranked), cosines)
     captions = matching.tokenize(CAPTIONS)
     text = matching.bert.encode(captions.ids, captions.packing)
     assert not torch.allclose(matching.text_features(text.cls), features.text_embeds_proj[:, 0])

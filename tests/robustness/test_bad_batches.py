@@ -17,7 +17,6 @@ from softmask_plugin.models import (
     SoftMaskRetrieval,
     SoftMaskVqa,
 )
-from softmask_plugin.models.rerank import Reranker
 
 TEXTS = ["a red ring", "", "?!", "a small green square to the right of a yellow triangle", "star"]
 
@@ -85,14 +84,14 @@ class Gallery(list):
     dataset = type("Data", (), {"text": TEXTS, "image": ["a.png", "b.png"]})
 
 
-def retrieve(model, batch):
-    return model.compute_sim_matrix(Gallery([{"image": batch["image"]}]), {"k_test": 2})
+def retrieve(model, batch, k_test=2):
+    return model.compute_sim_matrix(Gallery([{"image": batch["image"]}]), {"k_test": k_test})
 
 
 PREDICTIONS = {
     "retrieval": (SoftMaskRetrieval, retrieve),
     "retrieval by pretraining": (SoftMaskPretrain, retrieve),
-    "ITC alone": (SoftMaskRetrieval, lambda m, b: Reranker(m).similarity(Gallery([b]))),
+    "ITC alone": (SoftMaskRetrieval, lambda m, b: retrieve(m, b, 0)),
     "classes": (SoftMaskClassification, lambda m, b: m.predict(b)),
     "two images": (SoftMaskNlvr, lambda m, b: m.predict(b)),
     "answers": (SoftMaskVqa, lambda m, b: m.predict_answers(b, ["yes", "no", "a ring"])),
