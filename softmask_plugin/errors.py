@@ -78,6 +78,14 @@ def suggest(name: str, choices: Iterable[str]) -> str:
     return "choose from " + ", ".join(f"'{n}'" for n in names) if names else "none is available"
 
 
+def require_known(place: str, keys: Iterable[object], known: Iterable[object]) -> None:
+    """Raise UserError, with the nearest known keys, at an unknown key of a YAML section."""
+    names = [str(key) for key in known]
+    for key in map(str, keys):
+        if key not in names:
+            raise UserError(f"unknown key {place}.{key}: {suggest(key, names)}")
+
+
 def did_you_mean(names: Iterable[str]) -> str:
     """A question that names the choices, to end an error message."""
     return "did you mean " + " or ".join(f"'{name}'" for name in names) + "?"

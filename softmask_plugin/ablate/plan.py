@@ -18,7 +18,7 @@ from softmask_plugin.config.options import ModelOptions, read_options
 from softmask_plugin.config.paths import find_file, shipped_plans
 from softmask_plugin.config.run_options import RUN
 from softmask_plugin.config.values import comparable, differences, flat
-from softmask_plugin.errors import UserError, suggest
+from softmask_plugin.errors import UserError, require_known, suggest
 
 PRETRAIN = "pretrain"  # name of the stage that a plan's `base` describes
 TRUNK = "trunk"  # names the pretraining that variants of a seed fork from, and its folder
@@ -196,9 +196,7 @@ def _section(where: str, content: Any, kinds: Mapping[str, Any]) -> dict[str, An
     place = where.rstrip(".") or "the plan"
     if not isinstance(content, dict):
         raise UserError(f"{place} must be a section with the keys {', '.join(kinds)}")
-    for key in map(str, content):
-        if key not in kinds:
-            raise UserError(f"unknown key '{key}' of {place}: {suggest(key, kinds)}")
+    require_known(where.rstrip(".") or "plan", content, kinds)
     for key in kinds:
         if key not in (*content, *OPTIONAL):
             raise UserError(f"{place} has no '{key}'")

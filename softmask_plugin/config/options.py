@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from softmask_plugin.errors import UserError, suggest
+from softmask_plugin.errors import UserError, require_known, suggest
 
 
 def ranged(default: float | None, low: float, high: float = inf) -> Any:
@@ -358,9 +358,8 @@ def read_options(schema: type, section: DictConfig | dict[str, Any]) -> Any:
 
 
 def _check_keys(known: DictConfig, given: DictConfig, place: str) -> None:
+    require_known(place, given, known)
     for key in map(str, given):
-        if key not in known:
-            raise UserError(f"unknown key {place}.{key}: {suggest(key, map(str, known))}")
         if isinstance(known[key], DictConfig):
             if not isinstance(given[key], DictConfig):
                 raise UserError(f"{place}.{key} is {given[key]}: it must be a section of keys")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder, load_dataset_config
 from omegaconf import DictConfig, OmegaConf
 
 from softmask_plugin.datasets.task_datasets import Annotation, ItemDataset, OpenImages
-from softmask_plugin.errors import UserError, suggest
+from softmask_plugin.errors import UserError, require_known
 
 
 class Builder(BaseDatasetBuilder):
@@ -54,10 +53,3 @@ class Builder(BaseDatasetBuilder):
         dataset_class: Any = getattr(self, f"{mode}_dataset_cls")
         arguments |= self._arguments(split)
         return dataset_class(*processors, annotation, open_images, **arguments)
-
-
-def require_known(place: str, section: Iterable[Any], known: Iterable[str]) -> None:
-    """Raise UserError, with the nearest known keys, at an unknown key of a YAML section."""
-    for key in section:
-        if key not in known:
-            raise UserError(f"unknown key {place}.{key}: {suggest(key, known)}")

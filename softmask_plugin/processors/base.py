@@ -8,7 +8,7 @@ from typing import Any
 from lavis.processors.base_processor import BaseProcessor
 from omegaconf import OmegaConf
 
-from softmask_plugin.errors import UserError, suggest
+from softmask_plugin.errors import UserError, require_known
 
 
 class Processor(BaseProcessor):
@@ -26,10 +26,7 @@ class Processor(BaseProcessor):
         if OmegaConf.is_config(cfg):
             cfg = OmegaConf.to_container(cfg, resolve=True)
         options = {key: value for key, value in (cfg or {}).items() if key != "name"}
-        known = list(inspect.signature(cls).parameters)
-        for key in options:
-            if key not in known:
-                raise UserError(f"{cls.NAME}: unknown key '{key}': {suggest(key, known)}")
+        require_known(cls.NAME, options, inspect.signature(cls).parameters)
         try:
             return cls(**options)
         except (TypeError, ValueError) as error:  # a value of the wrong kind

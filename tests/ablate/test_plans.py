@@ -48,7 +48,7 @@ def test_variants_may_train_longer_if_the_plan_says_so(write_plan):
     [
         ({"trunk": [], "variants": {"albef": [], "trunk": []}}, "variants: rename 'trunk'"),
         ({"trunk": ["model.itc.gama=1"]}, "variant 'trunk', stage 'trunk': "),
-        ({"sedes": [1]}, "unknown key 'sedes' of the plan: did you mean 'seeds'"),
+        ({"sedes": [1]}, "unknown key plan.sedes: did you mean 'seeds'"),
         ({"base": {}}, "base has no 'config'"),
         ({"base": {"config": "nowhere.yaml"}}, "there is no file 'nowhere.yaml'"),
         ({"seeds": [1, 1]}, "seeds is [1, 1]: list each once"),

@@ -329,7 +329,7 @@ def test_reduced_decoding_never_enlarges_a_crop():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"flip": 0.5}, "unknown key 'flip': did you mean 'flip_p'?"),
+        ({"flip": 0.5}, "unknown key softmask_image_train.flip: did you mean 'flip_p'?"),
         ({"keep_true": ["colors"]}, "unknown fact 'colors': did you mean 'colours'?"),
         ({"keep_true": []}, None),
         ({"image_size": 0}, "image_size"),

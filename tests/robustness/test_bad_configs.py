@@ -41,7 +41,7 @@ def refusal(capsys, *options: str, command: str = "train", file: str = "my.yaml"
 VALUES = {
     # unknown keys
     f"{SCENES}.nun.test=1": "did you mean 'num'",
-    f"{SCENES}.vis_processor.eval.imagesize=60": "unknown key 'imagesize'",
+    f"{SCENES}.vis_processor.eval.imagesize=60": "unknown key softmask_image_eval.imagesize",
     "run.wram_up=1": "did you mean 'warmup_lr'",
     "run.max_epochs=2": "did you mean 'max_epoch'",
     "runs.seed=1": "did you mean 'run'",

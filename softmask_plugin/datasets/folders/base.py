@@ -14,12 +14,12 @@ from lavis.common.dist_utils import is_main_process
 from PIL import Image
 from tqdm import tqdm
 
-from softmask_plugin.datasets.builder import Builder, require_known
+from softmask_plugin.datasets.builder import Builder
 from softmask_plugin.datasets.images import UnreadableImageError, open_rgb
 from softmask_plugin.datasets.skip_log import SkipLog
 from softmask_plugin.datasets.tables.layouts import TableOptions
 from softmask_plugin.datasets.task_datasets import Annotation, ItemDataset
-from softmask_plugin.errors import UserError
+from softmask_plugin.errors import UserError, require_known
 
 
 class FolderBuilder(Builder):

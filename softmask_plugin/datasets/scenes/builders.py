@@ -11,13 +11,13 @@ from omegaconf import DictConfig
 
 from softmask_plugin.config.paths import shipped
 from softmask_plugin.datasets import task_datasets as data
-from softmask_plugin.datasets.builder import Builder, require_known
+from softmask_plugin.datasets.builder import Builder
 from softmask_plugin.datasets.scenes import grammar, tasks
 from softmask_plugin.datasets.scenes.grammar import MAX_OBJECTS, Box, Composition, Scene
 from softmask_plugin.datasets.scenes.render import render_item
 from softmask_plugin.datasets.scenes.tasks import Item
 from softmask_plugin.datasets.tables.phrases import TEXTS
-from softmask_plugin.errors import UserError, suggest
+from softmask_plugin.errors import UserError, require_known, suggest
 from softmask_plugin.registry import register
 
 

@@ -273,7 +273,7 @@ def test_evaluation_has_the_layout_of_lavis(folder, output_dir):
         (["images=.", "captions.train=captions.json"], "none of the 6 images exists: .*red.png"),
         (
             ["images=photos", "captions.train=captions.json", "vis_processor.train.blur=0"],
-            "softmask_image_train: unknown key 'blur': did you mean 'blur_p'",
+            "unknown key softmask_image_train.blur: did you mean 'blur_p'",
         ),
     ],
     ids=str,

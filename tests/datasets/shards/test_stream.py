@@ -197,7 +197,7 @@ def test_shards_are_found_by_path_pattern_glob_folder_and_list(tmp_path, monkeyp
         (["shard=data"], "unknown key datasets.caption_shards.shard: did you mean 'shards'"),
         (
             ["shards=data", "items=1", "vis_processor.train.blur=0"],
-            "softmask_image_train: unknown key 'blur': did you mean 'blur_p'",
+            "unknown key softmask_image_train.blur: did you mean 'blur_p'",
         ),
     ],
     ids=str,
