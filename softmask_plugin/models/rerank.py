@@ -117,11 +117,14 @@ class Reranker:
         captions, columns = packing.mask.shape
         caption, counts = packing.index // columns, packing.index % columns > 0  # all but [CLS]
         scores = torch.zeros(count, captions)
-        # Of each word with each patch: similarities, their weights and two temporary copies
-        patches = (self.model.options.image_size // self.model.options.vit.patch_size) ** 2
-        pairs = max(1, int(self.memory / (16 * patches)))
-        at_once = min(len(words.states), pairs)
-        step = pairs // at_once
+        option = self.model.options
+        patches = (option.image_size // option.vit.patch_size) ** 2
+        # Bytes in float32. A word has, for each patch, a similarity, its weight and two temporary
+        # copies; a patch has its state, and its projection in three stages.
+        word_bytes = 4 * 4 * patches
+        image_bytes = 4 * patches * (option.vit.width + 3 * option.embed_dim)
+        at_once = min(len(words.states), max(1, int(self.memory / word_bytes)))
+        step = max(1, int(self.memory / (image_bytes + at_once * word_bytes)))
         with progress_bar(total=len(mine), desc="words in images", unit="image") as bar:
             for some in (mine[start : start + step] for start in range(0, len(mine), step)):
                 states = torch.stack([images[i] for i in some]).to(self.model.device)
