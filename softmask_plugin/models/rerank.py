@@ -123,8 +123,10 @@ class Reranker:
         # copies; a patch has its state, and its projection in three stages.
         word_bytes = 4 * 4 * patches
         image_bytes = 4 * patches * (option.vit.width + 3 * option.embed_dim)
-        at_once = min(len(words.states), max(1, int(self.memory / word_bytes)))
-        step = max(1, int(self.memory / (image_bytes + at_once * word_bytes)))
+        # On a CPU, the page faults of larger tensors take as long as the products
+        memory = min(self.memory, 2**24) if words.states.device.type == "cpu" else self.memory
+        at_once = min(len(words.states), max(1, int(memory / word_bytes)))
+        step = max(1, int(memory / (image_bytes + at_once * word_bytes)))
         with progress_bar(total=len(mine), desc="words in images", unit="image") as bar:
             for some in (mine[start : start + step] for start in range(0, len(mine), step)):
                 states = torch.stack([images[i] for i in some]).to(self.model.device)
