@@ -51,9 +51,8 @@ def main() -> None:
     for name in wanted:
         if name in ROWS:
             run, full, small = ROWS[name]
-            rows += run(
-                given.small, given.captions, given.rounds or (small if given.small else full)
-            )
+            rounds = given.rounds or (small if given.small else full)
+            rows += run(given.small, given.captions, rounds)
     if SCALING in wanted:
         costs = scaling.run(given.small, given.rounds or 2)
         scaling.draw(costs, given.output / "scaling.png")

@@ -70,10 +70,6 @@ class Rivals:
         self.gallery = Gallery(images, self.model.options.image_size, sentences)
         self.ours = Reranker(self.model, {"k_test": min(K, images)})
         self.lavis = twin(self.model).eval()
-        # The encoders' outputs, which LAVIS's function gets from memory while it is timed
-        self.image_states: list[torch.Tensor] = []
-        self.text_outputs: list[Any] = []
-        self.real_text, self.real_vision = self.lavis.text_encoder, self.lavis.visual_encoder
 
     @torch.no_grad()
     def encode(self) -> tuple[float, float]:
@@ -87,6 +83,7 @@ class Rivals:
             self.wanted = candidates(self.similarity, K) | for_text
 
         def lavis() -> None:
+            # The encoders' outputs, which LAVIS's function gets from memory while it is timed
             self.text_outputs = []
             for start in range(0, len(self.gallery.text), 256):
                 tokens = self.lavis.tokenizer(
@@ -96,9 +93,9 @@ class Rivals:
                     max_length=35,
                     return_tensors="pt",
                 )
-                self.text_outputs.append(self.real_text.forward_text(tokens))
+                self.text_outputs.append(self.lavis.text_encoder.forward_text(tokens))
             self.image_states = [
-                self.real_vision.forward_features(batch["image"]) for batch in self.gallery
+                self.lavis.visual_encoder.forward_features(batch["image"]) for batch in self.gallery
             ]
 
         return timed(ours), timed(lavis)
@@ -122,8 +119,8 @@ class Rivals:
             texts, states = iter(self.text_outputs), iter(self.image_states)
             with (
                 patch.object(dist_utils, "get_world_size", lambda: ranks),
-                patch.object(self.real_text, "forward_text", lambda _: next(texts)),
-                patch.object(self.real_vision, "forward_features", lambda _: next(states)),
+                patch.object(self.lavis.text_encoder, "forward_text", lambda _: next(texts)),
+                patch.object(self.lavis.visual_encoder, "forward_features", lambda _: next(states)),
             ):
                 self.scores = compute_sim_matrix(self.lavis, self.gallery, k_test=K)
 

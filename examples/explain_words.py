@@ -4,9 +4,9 @@
 
 The default is the bundled model. Prints the probability of a match and, for each word of the
 caption, the probability with that word's soft mask on. Draws the words for colours and shapes.
-A model trained with the soft mask, such as the bundled one, has learnt to match without the masked
-patches, so its match hardly moves. In a model trained without it, a fall says that the match relied
-on them.
+A model trained with the soft mask and ``soft_mask.negatives``, such as the bundled one, has learnt
+to match without the masked patches, so its match hardly moves. In a model trained without the mask,
+a fall says that the match relied on them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Search a folder of images by text: ITC proposes images, ITM ranks the best of them.
+"""Search a folder of images by text, ranked as in the evaluation of the model's run.
 
     python examples/search_folder.py [--images FOLDER] [--query "a red circle"] [--checkpoint FILE]
 
 The defaults are the bundled model and 200 rendered scenes, in files named after what they show.
-Prints five images, best first, with the probability of a match.
+Prints five images, best first, with the probability of a match and the similarity.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def search(folder: Path, query: str, checkpoint: str) -> None:
         sys.exit(f"no .jpg, .jpeg or .png in {folder}")
     gallery = Gallery(load_trained(checkpoint), map(open_rgb, files))  # encodes each image once
     for hit in gallery.search(query, count=5):
-        print(f"{hit.match:.3f}  {files[hit.index].name}")
+        print(f"{hit.match:.3f}  {hit.similarity:+.3f}  {files[hit.index].name}")
 
 
 def save_scenes(folder: Path) -> None:

@@ -152,7 +152,11 @@ OPTIONS = argument(
 )
 YAML = (argument("--cfg-path", required=True, help=FILE), OPTIONS)
 WEIGHTS = (
-    argument("--checkpoint", metavar="FILE", help="file or URL; default: the bundled tiny model"),
+    argument(
+        "--checkpoint",
+        metavar="FILE",
+        help="a run's folder, file, URL or hub:OWNER/NAME; default: the bundled tiny model",
+    ),
     argument("--model", dest="arch", help="model of a checkpoint that names none, like ALBEF.pth"),
     argument("--type", dest="model_type", metavar="TYPE", help="type of that model, such as base"),
     OPTIONS,
@@ -215,7 +219,7 @@ def _demo(**args: Any) -> None:
     "show where in an image each word of a caption looks, and what masking it does",
     argument("--image", metavar="FILE"),
     argument("--caption", metavar="TEXT", type=utf8),
-    argument("--captions", metavar="FILE", help="instead of these two: a file of captions"),
+    argument("--captions", metavar="FILE", help="a file of captions, instead of --image"),
     argument("--images", metavar="FOLDER", help="the images of that file"),
     *WEIGHTS,
     argument("--word", action="append", type=utf8, help="explain this word only; may be repeated"),
@@ -224,8 +228,8 @@ def _demo(**args: Any) -> None:
         action="append",
         metavar="PHRASE=X0,Y0,X1,Y1",
         type=utf8,
-        help="where a phrase of the caption is, as shares of the image: is its map there? may be "
-        "repeated",
+        help="box of a phrase of the caption, in shares of the image: does the phrase's map peak "
+        "in it? may be repeated",
     ),
     argument("-o", "--output", help="figure (.png, .pdf, .svg); for a file of captions, a folder"),
     argument("--width", type=float, help="figure's width in inches; 3.3 fits a paper's column"),

@@ -95,8 +95,7 @@ def compare(first: str | Path, second: str | Path, split: str = "test") -> list[
     Raises:
         UserError: A folder has no such results, or the runs have other items or other tasks.
     """
-    found = [_read(Path(folder), split) for folder in (first, second)]
-    (kind, one), (other_kind, two) = found
+    (kind, one), (other_kind, two) = (_read(Path(folder), split) for folder in (first, second))
     if kind is not other_kind:
         raise UserError(f"{first} is a run of {kind.name}, {second} one of {other_kind.name}")
     if one.keys() != two.keys():

@@ -14,8 +14,6 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import lavis.common.optims  # noqa: F401  (registers the learning-rate schedules)
-import lavis.runners  # noqa: F401  (registers the runners)
 import numpy as np
 import torch
 import torch.distributed as dist

@@ -18,7 +18,7 @@ from yaml import YAMLError
 from softmask_plugin.config.paths import find_file, shipped_configs
 from softmask_plugin.config.run_options import NEEDED, NEEDED_TO_TRAIN, RUN, check_values, setting
 from softmask_plugin.config.values import check_image_sizes, require_section
-from softmask_plugin.errors import UserError, reason_of, suggest
+from softmask_plugin.errors import UserError, reason_of, require_known, suggest
 
 SECTIONS = ("model", "datasets", "run")
 
@@ -154,8 +154,7 @@ def _check_run(run: DictConfig) -> None:
     _known(f"run.task '{run.task}'", run.task, registry.list_tasks())
     _known(f"run.runner '{runner}'", runner, registry.list_runners())
     if not _may_read_other_keys(str(run.task), runner):
-        for key in run:
-            _known(f"key run.{key!s}", key, RUN)
+        require_known("run", run, RUN)
     check_values(run)
     if not setting(run, "evaluate"):
         _needed(run, [key for key, known in RUN.items() if known.default == NEEDED_TO_TRAIN], "run")

@@ -310,7 +310,7 @@ class BlipOptions(ContrastOptions):
         super().__post_init__()
 
     def checked_map_layer(self, key: str, layer: int | None) -> int:
-        """As in the base class; None: the eighth, as LAVIS's Grad-CAM of BLIP, or the last that can
+        """As in the base class; None: the eighth, as in LAVIS's PNP-VQA, or the last that can
         give any."""
         return super().checked_map_layer(
             key, min(7, self.bert.layers - 2) if layer is None else layer

@@ -39,9 +39,11 @@ HELP = """
 - The **soft mask** dims just those patches: the darker a patch, the less the model sees of it.
 - The second number is the match **with the mask on**.
 
-Training does this to one word of each caption, and the pair must still match. So a model trained
-with the soft mask has learnt to match without the masked patches, and its match hardly moves. In a
-model trained without it, a fall says that the match relied on them.
+Training does this to one word of each caption, and the pair must still match. A model that was
+trained so with wrong captions too (`soft_mask.negatives`, as the bundled one) has learnt to match
+without the masked patches, and its match hardly moves. Without wrong captions, it takes the mask
+for a sign of a match, and the match rises. In a model trained without the mask, a fall says that
+the match relied on the masked patches.
 """
 BUNDLED = """
 The bundled tiny model tells true captions from wrong ones well. The heat maps of its words for
@@ -267,8 +269,8 @@ def _search(weights: Weights, images: str | None) -> None:
     gallery, files, left_out = _gallery(weights, images)
     place = f"{SCENES} rendered scenes" if images is None else f"{len(files)} images"
     st.caption(
-        f"{place}: the similarity of text and image proposes candidates, and the matching head "
-        "(ITM) re-ranks them."
+        f"{place}: the similarity of text and image proposes candidates, which are ranked as in "
+        "the evaluation of the model's run, by default by matching head (ITM) and similarity."
         + (f" {left_out} more could not be read or are too many." if left_out else "")
     )
     if not _trained(weights).text_processor(query):

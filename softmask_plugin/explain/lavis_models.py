@@ -6,7 +6,7 @@ Attention is taken where LAVIS's modules hand it to dropout, by hooks that last 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from math import isqrt
 from typing import Any
@@ -212,12 +212,10 @@ def attention_of(*modules: Any) -> Iterator[list[Tensor]]:
             inputs[0].requires_grad_()
         found.append(inputs[0])
 
-    hooks = [each.self.dropout.register_forward_pre_hook(keep) for each in modules]
-    try:
+    with ExitStack() as hooks:
+        for each in modules:
+            hooks.enter_context(each.self.dropout.register_forward_pre_hook(keep))
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def matcher_of(model: Any) -> Matcher:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +18,6 @@ from softmask_plugin.nn.image_memory import ImageMemory, View
 from softmask_plugin.nn.tokens import DecoderText, Packing
 from softmask_plugin.soft_mask import grad_cam, mask_effect, word_map
 from softmask_plugin.tokenization import Captions, CaptionTokenizer
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 Target = Callable[[Tensor], Tensor]  # matching logits (N, 2) -> the score to explain, (N,)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softmask_plugin.datasets.tables.phrases import occurrences
 from softmask_plugin.errors import UserError, require_finite_scores, suggest
 from softmask_plugin.explain.lavis_models import matcher_of
 from softmask_plugin.explain.maps import word_maps
@@ -164,9 +165,7 @@ def numbers_of(words: Sequence[str], phrase: Sequence[str]) -> list[int]:
     Raises:
         UserError: It has it nowhere.
     """
-    size = len(phrase)
-    starts = [i for i in range(len(words)) if list(words[i : i + size]) == list(phrase)]
-    if not phrase or not starts:
-        name = " ".join(phrase)
-        raise UserError(f"the cleaned caption lacks '{name}': {suggest(name, words)}")
-    return sorted({i + k for i in starts for k in range(size)})
+    if found := occurrences(phrase, words):
+        return found
+    name = " ".join(phrase)
+    raise UserError(f"the cleaned caption lacks '{name}': {suggest(name, words)}")

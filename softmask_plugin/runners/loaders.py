@@ -199,9 +199,8 @@ class StreamLoader(TrainLoader):
     def state(self) -> dict[str, Any] | None:
         """Positions of all processes' readers, and the worker whose turn it is (same on each)."""
         mine = list(self.positions.values())
-        everyone: list[Any] = [mine]
-        if get_world_size() > 1:
-            everyone = [None] * get_world_size()
+        everyone = [mine] * get_world_size()
+        if len(everyone) > 1:
             dist.all_gather_object(everyone, mine)
         rows = [row for rows in everyone for row in rows]
         read = self.dataset.state(torch.stack(rows) if rows else torch.empty(0, 5).long())

@@ -91,7 +91,7 @@ def test_the_page_is_right_about_masks_and_the_bundled_model():
         moves += (found.masked_scores - found.score).tolist()
     assert np.mean(np.abs(moves)) < 0.05 and np.mean(np.array(moves) < -0.1) < 0.05
     written = " ".join(" ".join(text.value for text in shown().markdown).split())
-    assert "its match hardly moves. In a model trained without it, a fall says that" in written
+    assert "its match hardly moves. Without wrong captions, it takes the mask for a sign" in written
 
 
 def test_a_wrong_caption_does_not_match_and_the_true_one_comes_back():

@@ -20,7 +20,10 @@ from forks import forked
 from PIL import Image
 
 from benchmarks import tasks
+from softmask_plugin import load_trained
+from softmask_plugin.datasets.scenes import captions, make_scenes, render
 from softmask_plugin.datasets.tables.captions import parse_captions
+from softmask_plugin.explain.gallery import Gallery
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -94,9 +97,15 @@ def test_score_pairs(checkpoint, tmp_path):
 def test_search_folder(checkpoint, tmp_path):
     query = ("--query", "a red circle")
     lines = example("search_folder", tmp_path, "--checkpoint", checkpoint, *query)[-5:]
-    matches = [float(line.split()[0]) for line in lines]
-    assert matches == sorted(matches, reverse=True)
-    assert all(re.fullmatch(r"an? .+\.png", line.split(maxsplit=1)[1]) for line in lines)
+    scenes = make_scenes("test", 200)
+    files = sorted(f"{captions(scene)[0].text}.png" for scene in scenes)
+    rendered = {f"{captions(scene)[0].text}.png": render(scene, 60) for scene in scenes}
+    found = Gallery(load_trained(checkpoint), map(rendered.get, files)).search(query[1], 5)
+    for line, hit in zip(lines, found, strict=True):
+        match, similarity, name = line.split(maxsplit=2)
+        assert float(match) == pytest.approx(hit.match, abs=6e-4)
+        assert float(similarity) == pytest.approx(hit.similarity, abs=6e-4)
+        assert name == files[hit.index]
 
 
 def test_search_your_own_folder(checkpoint, folder, monkeypatch, capsys):
@@ -104,7 +113,7 @@ def test_search_your_own_folder(checkpoint, folder, monkeypatch, capsys):
         (folder / f"{name}.png").unlink()
     (folder / "1.png").rename(folder / "1.PNG")
     in_process("search_folder", monkeypatch, folder, "--checkpoint", checkpoint, "--images", folder)
-    found = [line.split()[1] for line in capsys.readouterr().out.splitlines()[-3:]]
+    found = [line.split()[2] for line in capsys.readouterr().out.splitlines()[-3:]]
     assert sorted(found) == ["0.png", "1.PNG", "2.png"]
     (empty := folder / "empty").mkdir()
     given = ("--checkpoint", checkpoint, "--images", empty)

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import ListConfig
 
 from softmask_plugin.config.paths import shipped
+from softmask_plugin.config.run_options import flag
 from softmask_plugin.datasets.folders.base import FolderBuilder
 from softmask_plugin.datasets.skip_log import SkipLog
 from softmask_plugin.datasets.tables.captions import parse_captions
@@ -111,8 +112,7 @@ class NLVRFolderBuilder(FolderBuilder):
 
     def _arguments(self, split: str) -> dict[str, Any]:
         swap = self.config.get("swap", True)
-        if not isinstance(swap, bool):
-            raise UserError(f"{self.place}.swap is {swap!r}: it must be true or false")
+        flag(f"{self.place}.swap", swap)
         return {"swap": swap and split == "train"}
 
 

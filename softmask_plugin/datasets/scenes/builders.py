@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from softmask_plugin.config.paths import shipped
+from softmask_plugin.config.run_options import flag
 from softmask_plugin.datasets import task_datasets as data
 from softmask_plugin.datasets.builder import Builder
 from softmask_plugin.datasets.scenes import grammar, tasks
@@ -172,7 +173,5 @@ class ScenesFoilsBuilder(ScenesBuilder):
         return items[: self.config.num[split]]
 
     def _curtain(self) -> bool:
-        curtain = self.config.curtain
-        if not isinstance(curtain, bool):
-            raise UserError(f"{self.place}.curtain is {curtain!r}: it must be true or false")
-        return curtain
+        flag(f"{self.place}.curtain", self.config.curtain)
+        return self.config.curtain

@@ -27,9 +27,7 @@ class Mention:
     boxes: list[list[float]]  # (x0, y0, x1, y1) in [0, 1], one or more
     categories: list[str]
     captions: list[str]  # where it may stand
-    first: int | None = (
-        None  # its first word in its only caption, counted from 0; None: look for it
-    )
+    first: int | None = None  # its first word in its only caption, from 0; None: look for it
 
 
 def parse_phrases(
