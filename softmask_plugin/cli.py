@@ -219,7 +219,7 @@ def _demo(**args: Any) -> None:
     "show where in an image each word of a caption looks, and what masking it does",
     argument("--image", metavar="FILE"),
     argument("--caption", metavar="TEXT", type=utf8),
-    argument("--captions", metavar="FILE", help="a file of captions, instead of --image"),
+    argument("--captions", metavar="FILE", help="captions in a file, not --image and --caption"),
     argument("--images", metavar="FOLDER", help="the images of that file"),
     *WEIGHTS,
     argument("--word", action="append", type=utf8, help="explain this word only; may be repeated"),

@@ -109,9 +109,9 @@ class Reranker:
         with torch.autocast(images.features.device.type, enabled=False):
             if texts.words is None:
                 return (images.features @ texts.features.T).cpu()
-            return self.words_similarity(images.states, texts.words, len(images.features))
+            return self.similarity_by_words(images.states, texts.words, len(images.features))
 
-    def words_similarity(self, images: dict[int, Tensor], words: Tokens, count: int) -> Tensor:
+    def similarity_by_words(self, images: dict[int, Tensor], words: Tokens, count: int) -> Tensor:
         """Late interaction of the ``count`` images with words; each rank does its share."""
         packing, mine = words.packing, list(images)
         captions, columns = packing.mask.shape
