@@ -14,7 +14,7 @@ from typing import Any
 
 from softmask_plugin import launch
 from softmask_plugin.ablate.cost import relative_cost
-from softmask_plugin.ablate.plan import PRETRAIN, PRETRAINED, TRUNK, WEIGHTS, Plan, Stage
+from softmask_plugin.ablate.plan import PRETRAIN, TRUNK, WEIGHTS, Plan, Stage
 from softmask_plugin.config.check import option
 from softmask_plugin.config.values import comparable, differences
 from softmask_plugin.errors import UserError, suggest
@@ -205,13 +205,8 @@ class Job:
 
     def _options(self, stage: Stage) -> list[str]:
         options = self.plan.options(self.variant, stage)
-        if (checkpoint := self._origin(stage)) is not None:
-            for i, (key, _, value) in enumerate(each.partition("=") for each in options):
-                if value.startswith(f"{PRETRAINED}/"):
-                    file = checkpoint.parent / value.removeprefix(f"{PRETRAINED}/")
-                    options[i] = option(key, file)
-            if stage.pretrained:
-                options.append(option(WEIGHTS, checkpoint))
+        if stage.pretrained and (checkpoint := self._origin(stage)) is not None:
+            options.append(option(WEIGHTS, checkpoint))
         if stage.train:
             options.append("run.resume_ckpt_path=auto")
         return [*options, f"run.seed={self.seed}", option("run.output_dir", self.place(stage))]

@@ -22,7 +22,6 @@ from softmask_plugin.errors import UserError, require_known, suggest
 
 PRETRAIN = "pretrain"  # name of the stage that a plan's `base` describes
 TRUNK = "trunk"  # names the pretraining that variants of a seed fork from, and its folder
-PRETRAINED = "PRETRAINED"  # in an option of another stage: the folder of the pretraining run
 WEIGHTS = "model.pretrained"  # the option that starts another stage from pretraining
 
 # Options that change the model's shape: without them no stage could load a variant's checkpoint
@@ -62,7 +61,7 @@ class Stage:
 
     name: str  # of its folder; in the table it comes before the names of its metrics
     config: str  # a YAML file, or the name of a shipped one
-    options: tuple[str, ...] = ()  # overrides; PRETRAINED/x is x in the pretraining run's folder
+    options: tuple[str, ...] = ()  # overrides
     metrics: tuple[str, ...] = ()  # of its task, to keep
     train: bool = False  # whether to fine-tune before testing
     pretrained: bool = True  # whether it starts from an earlier stage, by model.pretrained
@@ -286,7 +285,7 @@ def _check_run(plan: Plan, variant: str, stage: Stage) -> dict[str, Any]:
     where = f"variant '{variant}', stage '{stage.name}'"
     options = plan.options(variant, stage)
     if stage.pretrained:
-        options.append(f"{WEIGHTS}={PRETRAINED}")
+        options.append(f"{WEIGHTS}=PRETRAINED")  # stands for a checkpoint that is yet to come
     try:
         config = launch.load_config(stage.config, options, evaluate=not stage.train)
         schema = getattr(registry.get_model_class(config.model_cfg.arch), "OPTIONS", None)

@@ -189,9 +189,8 @@ def test_the_options_of_a_stage(write_plan, tmp_path, monkeypatch):
 
     monkeypatch.setattr(launch, "run", pretend)
     stage = {"config": EVALUATE, "metrics": ["txt_r1"]}
-    vocabulary = ["model.tokenizer=PRETRAINED/vocab.txt"]
     evaluate = [
-        {**stage, "name": "a", "options": vocabulary},
+        {**stage, "name": "a"},
         {**stage, "name": "b", "pretrained": False, "options": ["model.load_pretrained=false"]},
         {**stage, "name": "c", "metrics": ["img_r1"]},
     ]
@@ -205,7 +204,6 @@ def test_the_options_of_a_stage(write_plan, tmp_path, monkeypatch):
     assert pretrain.run.seed == 7 and pretrain.run.output_dir == str(job.home / "pretrain")
     assert pretrain.run.resume_ckpt_path == "auto" and "resume_ckpt_path" not in without.run
     folder = job.home / "pretrain" / "mine"
-    assert with_weights.model.tokenizer == str(folder / "vocab.txt")
     assert with_weights.model.pretrained == str(folder / "checkpoint_2.pth")
     assert without.model.get("pretrained") is None
     assert first["losses"] == {} and a["metrics"] == {"txt_r1": 60.0}
