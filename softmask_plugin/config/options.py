@@ -159,6 +159,11 @@ class ModelOptions:
         """The layer whose cross-attention gives the maps; None: the third, as in ALBEF, or the last
         that can give any."""
         first, last = self.bert.fusion_layer, self.bert.layers - 2
+        if last < first:
+            raise UserError(
+                f"model.bert.fusion_layer is {first} of {self.bert.layers} layers: two or more "
+                "must have cross-attention, since in the last only [CLS] counts"
+            )
         if layer is None:
             layer = min(first + 2, last)
         if not first <= layer <= last:
@@ -174,8 +179,8 @@ class AlignedOptions(ModelOptions):
     """Models that compare images and texts, and all options of ``softmask_nlvr_pretrain``."""
 
     embed_dim: int = ranged(256, 1)  # size of the features that ITC compares
-    temp: float = ranged(0.07, 0.001, 0.5)  # temperature of their similarities; initial value if
-    # it is learned
+    temp: float = ranged(0.07, 0.001, 0.5)  # temperature of their similarities, at the start if it
+    # is learned; a checkpoint brings its own
     text_pool: str = choice("cls", "mean")  # what ITC compares of a text: its [CLS], as in ALBEF,
     # or the mean of its tokens
 
@@ -321,6 +326,11 @@ class BlipOptions(ContrastOptions):
 class BlipRetrievalOptions(BlipOptions, RetrievalOptions):
     """``softmask_blip_retrieval``: BLIP's fine-tuning; soft mask and focal loss are off."""
 
+    # Again, since a data class takes all fields of its first base, inherited ones too
+    soft_mask: SoftMaskOptions = field(
+        default_factory=lambda: SoftMaskOptions(enabled=False)
+    )  # masks images for ITM
+    itc: ItcOptions = field(default_factory=lambda: ItcOptions(gamma=0.0))  # BLIP's ITC
     negative_all_rank: bool = False  # draw ITM's negatives from the batches of all processes
 
 

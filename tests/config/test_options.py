@@ -13,7 +13,12 @@ from softmask_plugin.config.options import PretrainOptions, read_options
 from softmask_plugin.config.paths import load_inherited
 from softmask_plugin.config.values import comparable, differences, flat
 from softmask_plugin.errors import UserError
-from softmask_plugin.models import SoftMaskBlipPretrain, SoftMaskPretrain
+from softmask_plugin.models import (
+    SoftMaskBlipPretrain,
+    SoftMaskBlipRetrieval,
+    SoftMaskPretrain,
+    SoftMaskRetrieval,
+)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +53,7 @@ from softmask_plugin.models import SoftMaskBlipPretrain, SoftMaskPretrain
         ({"image_size": 100}, "model.image_size is 100, not a multiple of model.vit.patch_size 16"),
         ({"vit": {"patch_size": 0}}, "model.vit.patch_size is 0"),
         ({"vit": {"heads": 7}}, "model.vit.width is 768, not a multiple of model.vit.heads 7"),
+        ({"bert": {"fusion_layer": 11}}, "fusion_layer is 11 of 12 layers: two or more"),
         ({"bert": {"heads": 0}}, "model.bert.width is 768, not a multiple of model.bert.heads 0"),
     ],
 )
@@ -116,6 +122,15 @@ def test_grounded_is_base_with_what_makes_the_tiny_model_s_word_drive_the_mask(c
     told = {key for key, value in of_grounded.items() if of_base[key] != value}
     assert told == {*changed}
     assert all(of_tiny[key] == of_grounded[key] for key in changed[1:])
+
+
+@pytest.mark.parametrize("cls", [SoftMaskRetrieval, SoftMaskBlipRetrieval])
+def test_fine_tuning_has_no_mask_and_no_focal_loss_by_default(cls):
+    options = read_options(cls.OPTIONS, {})
+    assert not options.soft_mask.enabled and options.itc.gamma == 0
+    for path in map(cls.default_config_path, cls.PRETRAINED_MODEL_CONFIG_DICT):
+        options = read_options(cls.OPTIONS, OmegaConf.load(path).model)
+        assert not options.soft_mask.enabled and options.itc.gamma == 0, path
 
 
 def test_a_file_inherits_from_the_one_beside_it(tmp_path):
