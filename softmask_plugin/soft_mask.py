@@ -26,6 +26,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from softmask_plugin.nn.sampling import draw_one
+
 Kind = Literal["soft", "hard", "random", "uniform"]
 WordChoice = Literal["uniform", "content", "energy"]
 
@@ -125,10 +127,7 @@ def pick_words(
         # The floor is far below any real map: it matters only if every map is zero.
         weights = weights * energy.gather(1, word_ids.clamp_min(0)).clamp_min(1e-20)
     found = eligible.any(dim=1)
-    # multinomial refuses a row of zeros: draw from all tokens there, and discard the result.
-    token = torch.multinomial(
-        torch.where(found[:, None], weights, torch.ones_like(weights)), 1, generator=generator
-    )
+    token = draw_one(weights, generator)[:, None]
     return torch.where(found, word_ids.gather(1, token).squeeze(1), -1)
 
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from softmask_plugin.nn.sampling import draw_one
+
 
 class Words(NamedTuple):
     """The N words of some captions in order. Equal words are of one type, a number from 0.
@@ -131,7 +133,5 @@ def draw_changes(
     score = torch.rand(len(place), dtype=torch.float64, generator=generator) + rank
     best = score.new_zeros(int(caption.max()) + 1).scatter_reduce(0, caption, score, "amax")
     chosen = ((rank > 0) & (score == best[caption])).nonzero().squeeze(1)
-    if len(chosen) == 0:  # multinomial refuses an empty matrix
-        return chosen, chosen
     weights = torch.where((rank == 2)[chosen, None], exact[chosen], halves[chosen])
-    return place[chosen], torch.multinomial(weights, 1, generator=generator).squeeze(1)
+    return place[chosen], draw_one(weights, generator)

@@ -23,6 +23,7 @@ from benchmarks.baseline import albef_pretrain
 from softmask_plugin.config.options import PretrainOptions, read_options
 from softmask_plugin.datasets.shards import stream as shard_stream
 from softmask_plugin.models.pretrain import SoftMaskPretrain
+from softmask_plugin.nn import sampling
 
 
 @pytest.fixture
@@ -111,11 +112,11 @@ def shards(tmp_path_factory):
 def same_negatives(monkeypatch):
     """LAVIS draws negatives from the global generator: let both take those at the 0.3 quantile."""
 
-    def quantile(weights, n, generator=None):
-        assert n == 1
-        return (weights.cumsum(-1) < 0.3 * weights.sum(-1, keepdim=True)).sum(-1, keepdim=True)
+    def quantile(weights, generator=None):
+        return (weights.cumsum(-1) < 0.3 * weights.sum(-1, keepdim=True)).sum(-1)
 
-    monkeypatch.setattr(torch, "multinomial", quantile)
+    monkeypatch.setattr(sampling, "draw_one", quantile)
+    monkeypatch.setattr(torch, "multinomial", lambda weights, n: quantile(weights)[..., None])
 
 
 @pytest.fixture

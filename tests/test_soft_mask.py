@@ -113,6 +113,12 @@ def test_a_caption_without_words_masks_nothing():
         assert (keep[0] == 1).all() and (keep[1] < 1).any()
 
 
+def test_maps_of_nan_do_not_end_the_run():
+    """The runner skips such a step."""
+    cam = torch.full((2, 8, 4), torch.nan)
+    assert (pick_words(cam, WORDS, "energy", stream()) < 8).all()
+
+
 def test_energy_with_maps_of_zero_still_picks_a_word():
     assert (pick_words(torch.zeros(2, 8, 4), WORDS, "energy", stream()) >= 0).all()
 

@@ -85,6 +85,7 @@ def load(model: nn.Module, checkpoint: Checkpoint, bert: BertOptions) -> None:
         online = momentum.replace("_m.", ".", 1)
         if online != momentum and online in state:
             state[momentum] = state[online]
+    state.pop("idx_queue", None)  # other data sets number other images alike
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     if "image_queue" not in fitting:  # a position in a queue of another size means nothing here
         fitting.pop("queue_ptr", None)

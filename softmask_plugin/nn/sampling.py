@@ -71,6 +71,21 @@ def draw_patches(images: int, patches: int, dropout: float, generator: torch.Gen
     return noise.topk(kept, dim=1).indices
 
 
+def draw_one(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw a column of each row, in proportion to the row's weights.
+
+    As ``torch.multinomial`` draws it, but without that one's checks, for which a GPU must wait.
+
+    Args:
+        weights: (N, C), float, at least 0.
+        generator: Random stream on their device.
+
+    Returns:
+        (N,), int64; an arbitrary column for a row of zeros or with NaN.
+    """
+    return (weights / torch.empty_like(weights).exponential_(generator=generator)).argmax(dim=1)
+
+
 def sample_negatives(
     similarity: Tensor, positives: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -80,7 +95,4 @@ def sample_negatives(
     column of each row's negative, (B,); an arbitrary column if the row has none.
     """
     barred = positives & ~positives.all(dim=1, keepdim=True)
-    weights = similarity.float().masked_fill(barred, float("-inf")).softmax(dim=1)
-    # multinomial crashes on NaN, and CUDA does not recover; the loss will be NaN anyway.
-    weights = weights.nan_to_num(nan=1.0)
-    return torch.multinomial(weights, 1, generator=generator).squeeze(1)
+    return draw_one(similarity.float().masked_fill(barred, float("-inf")).softmax(dim=1), generator)

@@ -14,7 +14,7 @@ from toy_models import plain_bert
 
 from softmask_plugin.errors import UserError
 from softmask_plugin.files.checkpoint import open_checkpoint
-from softmask_plugin.models import weights
+from softmask_plugin.models import SoftMaskBlipRetrieval, SoftMaskRetrieval, weights
 
 POSITIONS = "bert.embeddings.position_embeddings.weight"
 TYPES = "bert.embeddings.token_type_embeddings.weight"
@@ -213,3 +213,15 @@ def test_a_vit_file_that_is_none_gets_one_line(make_model, tmp_path):
     torch.save({"weight": torch.ones(3)}, tmp_path / "a.pth")
     with pytest.raises(UserError, match="a.pth has no tensor that fits the encoder"):
         weights.initialise(make_model(), vit=str(tmp_path / "a.pth"), bert=None)
+
+
+@pytest.mark.parametrize("cls", [SoftMaskRetrieval, SoftMaskBlipRetrieval])
+def test_images_of_other_data_are_no_positives(make_other, make_batch, tmp_path, cls):
+    """Each data set numbers its images from 0."""
+    trained = make_other(cls, queue_size=8)
+    trained.train()({**make_batch(4), "image_id": torch.arange(4)})
+    torch.save(trained.state_dict(), tmp_path / "other.pth")
+    model = make_other(cls, queue_size=8, seed=1)
+    model.load_checkpoint(str(tmp_path / "other.pth"))
+    assert torch.equal(model.image_queue, trained.image_queue)
+    assert model.positives(4, torch.arange(4)).sum(dim=1).tolist() == [1, 1, 1, 1]

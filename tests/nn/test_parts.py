@@ -15,7 +15,7 @@ from lavis.models.vit import VisionTransformerEncoder
 
 from softmask_plugin.nn.momentum import MomentumPairs, momentum_copy
 from softmask_plugin.nn.queue import enqueue_, random_queue
-from softmask_plugin.nn.sampling import Draws, mask_tokens, sample_negatives
+from softmask_plugin.nn.sampling import Draws, draw_one, mask_tokens, sample_negatives
 from softmask_plugin.nn.vision import VisionTransformer
 
 # ---- momentum
@@ -141,6 +141,15 @@ def test_negatives_come_in_proportion_to_the_softmax():
     torch.testing.assert_close(
         shares[1:], torch.tensor([0.0, 1.0, 2.0]).softmax(0), atol=0.015, rtol=0
     )
+
+
+def test_draws_are_those_of_torch_and_never_fail():
+    weights = torch.rand(64, 33, generator=torch.Generator().manual_seed(1))
+    drawn = draw_one(weights, torch.Generator().manual_seed(2))
+    expected = torch.multinomial(weights, 1, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(drawn, expected.squeeze(1))
+    odd = torch.tensor([[0.0, 0.0, 0.0], [torch.nan, 1.0, 1.0], [0.0, torch.inf, 0.0]])
+    assert draw_one(odd).tolist() == [0, 0, 1] and draw_one(odd[:0]).shape == (0,)
 
 
 def test_masking_is_80_10_10_among_maskable_tokens():
