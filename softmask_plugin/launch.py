@@ -30,6 +30,8 @@ from softmask_plugin.config.run_options import setting
 from softmask_plugin.config.values import check_classes
 from softmask_plugin.errors import UserError
 from softmask_plugin.files.checkpoint import furthest_first, open_checkpoint
+from softmask_plugin.models.aligned import AlignedBase
+from softmask_plugin.models.rerank import check_ranking
 from softmask_plugin.runners.run_folder import AUTO, claim, release
 
 Results = dict[str, Mapping[str, Any]]
@@ -107,6 +109,8 @@ def prepared(cfg: Config) -> Iterator[Any]:
         datasets = task.build_datasets(cfg)
         model = task.build_model(cfg)
         check_classes(model, datasets)
+        if isinstance(model, AlignedBase):
+            check_ranking(model, cfg.run_cfg)
         # Every rank has built the same model; from here on each draws its own data and dropout
         seed_everything(seed + cfg.run_cfg.get("rank", 0), deterministic)
 

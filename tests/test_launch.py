@@ -61,6 +61,25 @@ def test_a_run_that_cannot_start_lets_its_folder_go(tmp_path, options):
     assert not any(folder.parent == tmp_path for folder in run_folder._held)
 
 
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("run.rank_by=words", "run.rank_by is 'words', but the model's words were not trained"),
+        ("run.use_dist_eval_sampler=true", "set run.use_dist_eval_sampler=false"),
+    ],
+)
+def test_splits_that_could_not_be_ranked_are_found_before_training(
+    config, monkeypatch, mistake, message
+):
+    def several(run):
+        run.distributed = True
+
+    monkeypatch.setattr(launch, "init_distributed", several)
+    wrong = launch.load_config(config, ["run.valid_splits=[val]", mistake])
+    with pytest.raises(UserError, match=message), launch.prepared(wrong):
+        pass
+
+
 def test_more_labels_than_classes(colour_photos, tmp_path):
     labels = [{"image": "red.png", "sentence": "It is red", "label": label} for label in "abcde"]
     data = "datasets.entailment_folder"

@@ -21,6 +21,10 @@ from softmask_plugin.nn.image_memory import ImageMemory, View
 from softmask_plugin.nn.tokens import Tokens
 
 NOT_A_CANDIDATE = -100.0  # LAVIS's score of a pair that ITC did not propose
+PARTLY = (
+    "retrieval ranks the whole gallery, but each process would see only part of it: set "
+    "run.use_dist_eval_sampler=false"
+)
 
 
 class Texts(NamedTuple):
@@ -153,17 +157,16 @@ class Reranker:
     def encode_images(self, data_loader: Any) -> Images:
         """Encode M images; UserError if each process would see only a part."""
         if isinstance(getattr(data_loader, "sampler", None), DistributedSampler):
-            raise UserError(
-                "retrieval ranks the whole gallery, but each process would see only part of it: "
-                "set run.use_dist_eval_sampler=false"
-            )
-        states, feats, count = {}, [], 0
+            raise UserError(PARTLY)
+        rank, world = dist_utils.get_rank(), dist_utils.get_world_size()
+        states: dict[int, Tensor] = {}
+        feats, count = [], 0
         for samples in progress_bar(data_loader, desc="images", unit="batch"):
             image = self.model.visual_encoder(samples["image"].to(self.model.device))
             feats.append(self.model.image_features(image[:, 0]))
-            for i, state in enumerate(image, start=count):
-                if i % dist_utils.get_world_size() == dist_utils.get_rank():
-                    states[i] = state.cpu()
+            first = (rank - count) % world  # of the batch that is this rank's
+            mine = range(count + first, count + len(image), world)
+            states.update(zip(mine, image[first::world].cpu(), strict=True))
             count += len(image)
         return Images(states, torch.cat(feats))
 
@@ -205,6 +208,14 @@ class Reranker:
         token_bytes = texts.states.element_size() * (2 * shape.intermediate + 10 * shape.width)
         caption_bytes = token_bytes * texts.packing.mask.shape[1]
         return max(1, int(self.memory / caption_bytes))
+
+
+def check_ranking(model: Any, run: Mapping[str, Any]) -> None:
+    """Raise UserError, before training, if a run could not rank the splits that it is to rank."""
+    if run["task"] == "retrieval" and (setting(run, "valid_splits") or setting(run, "test_splits")):
+        Reranker(model, run)
+        if setting(run, "distributed") and setting(run, "use_dist_eval_sampler"):
+            raise UserError(PARTLY)
 
 
 def candidates(similarity: Tensor, k: int) -> Tensor:
