@@ -43,8 +43,9 @@ class Captions:
         return self.packing.mask
 
     def to(self, device: torch.device) -> Captions:
-        """Move to a device."""
-        return Captions(self.ids.to(device), self.packing.to(device), self.words.to(device))
+        """Copy from the host to a device, without waiting for it."""
+        ids, words = (t.to(device, non_blocking=True) for t in (self.ids, self.words))
+        return Captions(ids, self.packing.to(device), words)
 
 
 def as_list(captions: Sequence[str]) -> Sequence[str]:

@@ -37,6 +37,12 @@ class LossOutput(ModelOutput):
     loss: Tensor | None = None
 
 
+def require_pairs(texts: int, images: int, each: int = 1) -> None:
+    """Raise UserError unless there are ``each`` images for each text."""
+    if images != each * texts:
+        raise UserError(f"{images} images for {texts} text(s): each text takes {each}")
+
+
 def shipped_types(arch: str, *types: str) -> dict[str, str]:
     """The YAML file of each type of a model, for LAVIS's ``PRETRAINED_MODEL_CONFIG_DICT``."""
     return {name: shipped(f"models/{arch}_{name}.yaml") for name in types}

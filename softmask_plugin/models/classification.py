@@ -55,8 +55,8 @@ class SoftMaskClassification(DistilledBase):
         images = self.visual_encoder.visible(self.images(samples), draws)
         captions = self.tokenize(samples["text_input"])
         logits, teacher = self.logits(images, captions), None
-        if self.options.use_distill:
-            self.update_momentum()
+        self.update_momentum()
+        if self.options.use_distill and alpha > 0:
             with torch.no_grad():
                 teacher = self.logits(images, captions, "_m")
         loss = distilled_cross_entropy(logits, self.labels(samples), teacher, alpha)

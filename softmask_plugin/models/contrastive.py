@@ -251,7 +251,8 @@ class ContrastiveBase(SoftMaskedBase, MomentumDistillation):
         content_only = self.options.soft_mask.words == "content"
         words = self.caption_tokenizer.pickable(clean, clean.ids, content_only)
         changed = self.change_words(clean, clean.ids, draws)
-        return replace(clean, words=words).to(self.device), changed.to(self.device)
+        captions = replace(clean, words=words).to(self.device)
+        return captions, changed.to(self.device, non_blocking=True)
 
     def change_words(self, captions: Captions, ids: Tensor, draws: Draws) -> Tensor:
         """The ids that ITM sees (B, T), with one word of each caption changed if it can be; as

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lavis.common.dist_utils import is_dist_avail_and_initialized
 from torch import Tensor
 
-from softmask_plugin.models.base import SoftMaskBase, bert_of
+from softmask_plugin.models.base import SoftMaskBase, bert_of, require_pairs
 from softmask_plugin.nn.momentum import MomentumPairs, momentum_copy
 from softmask_plugin.nn.tokens import Packing, Tokens
 from softmask_plugin.nn.vision import Visible
@@ -79,6 +79,8 @@ class MomentumDistillation(SoftMaskBase):
 class DistilledBase(MomentumDistillation):
     """Fine-tuned models that fuse images with text, and learn from labels."""
 
+    IMAGES: ClassVar[int] = 1  # of each text
+
     def add_momentum(self, *names: str) -> None:
         """As in the base class; copies nothing if ``use_distill`` is false."""
         super().add_momentum(*(names if self.options.use_distill else ()))
@@ -90,9 +92,10 @@ class DistilledBase(MomentumDistillation):
         those of the momentum model.
 
         Images are B, or 2B for two per caption, all first ones first, as the image encoder takes
-        them.
+        them. UserError if they are any other number.
         """
         bert = bert_of(self.part("text_encoder", suffix))
+        require_pairs(len(captions.ids), len(images), self.IMAGES)
         states = self.part("visual_encoder", suffix)(images)
         memory = bert.remember(*states.split(len(captions.ids)))
         return bert.fuse(bert.encode(captions.ids, captions.packing), memory, wanted=wanted)

@@ -11,7 +11,7 @@ from lavis.models.albef_models.albef_outputs import AlbefOutputFeatures
 from softmask_plugin.config.options import MatchingOptions
 from softmask_plugin.errors import UserError, require_finite_scores, suggest
 from softmask_plugin.models.aligned import AlignedBase
-from softmask_plugin.models.base import shipped_types
+from softmask_plugin.models.base import require_pairs, shipped_types
 from softmask_plugin.registry import register
 
 MODES = ("multimodal", "image", "text")
@@ -46,7 +46,8 @@ class SoftMaskFeatureExtractor(AlignedBase):
             vectors; with ``text_pool: mean`` a text's first is that of its mean.
 
         Raises:
-            UserError: Unknown mode, no image or text, or a NaN or infinite feature.
+            UserError: Unknown mode, no image or text, for "multimodal" not one text for each image,
+                or a NaN or infinite feature.
         """
         modes = [mode] if isinstance(mode, str) else list(mode)
         for each in modes:
@@ -65,6 +66,7 @@ class SoftMaskFeatureExtractor(AlignedBase):
             projected[:, 0] = self.text_features(self.pooled(text))
             features["text_embeds_proj"] = projected
         if both:
+            require_pairs(len(captions.ids), len(image))
             fused = self.bert.fuse(text, self.bert.remember(image))
             features["multimodal_embeds"] = pad(fused.states)
         require_finite_scores("a feature", *features.values())

@@ -9,7 +9,7 @@ from torch import Tensor
 from softmask_plugin.config.options import MatchingOptions
 from softmask_plugin.errors import UserError, require_finite_scores, suggest
 from softmask_plugin.models.aligned import AlignedBase
-from softmask_plugin.models.base import shipped_types
+from softmask_plugin.models.base import require_pairs, shipped_types
 from softmask_plugin.registry import register
 
 HEADS = ("itm", "itc")
@@ -34,7 +34,7 @@ class SoftMaskImageTextMatching(AlignedBase):
                 (N = B); ``itc`` for the cosines of all images with all texts, (B, N).
 
         Raises:
-            UserError: Unknown head, or a NaN or infinite score.
+            UserError: Unknown head, not one text for each image, or a NaN or infinite score.
         """
         if match_head not in HEADS:
             raise UserError(f"match_head is '{match_head}': {suggest(match_head, HEADS)}")
@@ -44,6 +44,7 @@ class SoftMaskImageTextMatching(AlignedBase):
         if match_head == "itc":
             scores = self.image_features(image[:, 0]) @ self.text_features(self.pooled(text)).T
         else:
+            require_pairs(len(captions.ids), len(image))
             memory, cls_only = self.bert.remember(image), captions.packing.cls_only
             scores = self.match(self.bert.fuse(text, memory, wanted=cls_only).cls)
         require_finite_scores("a matching score", scores)

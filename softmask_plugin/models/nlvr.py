@@ -39,6 +39,7 @@ class SoftMaskNlvr(TwoImageBase, SoftMaskClassification):
     this model uses the momentum text encoder, as ALBEF does.
     """
 
+    IMAGES = 2
     OPTIONS = NlvrOptions
     PRETRAINED_MODEL_CONFIG_DICT = shipped_types("softmask_nlvr", "nlvr", "small", "tiny")
 

@@ -35,7 +35,7 @@ class Text(NamedTuple):
     targets: Tensor  # ids that MLM predicts, (masked tokens,)
 
     def to(self, device: torch.device) -> Text:
-        """Move to a device."""
+        """Copy from the host to a device, without waiting for it."""
         parts: Any = (cast(Any, part).to(device, non_blocking=True) for part in self)
         return Text(*parts)
 

@@ -72,8 +72,8 @@ class SoftMaskVqa(DistilledBase):
         question = torch.repeat_interleave(counts, output_size=len(answers.ids))
         view, teacher = View(images=question), None
         logits = self.text_decoder.decode(answers, self.questions(images, captions), view)
-        if self.options.use_distill:
-            self.update_momentum()
+        self.update_momentum()
+        if self.options.use_distill and alpha > 0:
             with torch.no_grad():
                 asked = self.questions(images, captions, "_m")
                 teacher = self.text_decoder_m.decode(answers, asked, view)
@@ -118,8 +118,6 @@ class SoftMaskVqa(DistilledBase):
                 "softmask_vqa ranks answers, but its data set gives no list of them: for "
                 "vqa_folder set answers, or questions.train to use its answers"
             )
-        if len(questions) != len(samples["image"]):
-            raise UserError(f"{len(questions)} questions for {len(samples['image'])} images")
         if self.known_answers is None or self.known_answers[0] is not answer_list:
             self.known_answers = answer_list, self.answer_tokenizer.tokenize(list(answer_list))
         known = self.known_answers[1]
@@ -140,9 +138,9 @@ class SoftMaskVqa(DistilledBase):
 
     def answer_losses(self, memory: ImageMemory, known: Captions, chosen: Tensor) -> Tensor:
         """Loss of each question's chosen answers, given by their indices (questions, k)."""
-        losses = []
+        losses, all_rows = [], chosen.flatten().cpu()
         for places in torch.arange(chosen.numel()).split(ANSWERS_AT_ONCE):
-            rows = chosen.flatten().cpu()[places]
+            rows = all_rows[places]
             answers = DecoderText.of(known.ids[rows], known.mask[rows], self.device)
             question = places.to(self.device) // chosen.shape[1]
             logits = self.text_decoder.decode(answers, memory, View(images=question))

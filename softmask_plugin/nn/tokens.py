@@ -40,8 +40,8 @@ class Packing:
             start += rows
         return cls(torch.cat(masks), torch.cat(indices))
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Packing:
-        """Move to a device."""
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Packing:
+        """Copy from the host to a device, by default without waiting for it."""
         mask, index = (t.to(device, non_blocking=non_blocking) for t in (self.mask, self.index))
         return Packing(mask, index)
 
@@ -145,7 +145,8 @@ class DecoderText:
         predicting = Packing.of(mask[:, 1:])
         targets = ids[:, 1:].flatten()[predicting.index]
         packing = Packing.of(mask).to(device)
-        return cls(ids.to(device), packing, predicting.to(device), targets.to(device))
+        ids, targets = (t.to(device, non_blocking=True) for t in (ids, targets))
+        return cls(ids, packing, predicting.to(device), targets)
 
     @property
     def owner(self) -> Tensor:

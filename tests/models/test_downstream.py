@@ -119,6 +119,31 @@ def test_text_assignment_draws_similar_images_most_often():
         torch.testing.assert_close(found, expected, atol=0.05, rtol=0)
 
 
+# ---- several images
+
+
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [
+        (SoftMaskClassification, r"3 images for 1 text\(s\): each text takes 1"),
+        (SoftMaskNlvr, r"6 images for 1 text\(s\): each text takes 2"),
+    ],
+)
+def test_images_are_as_many_as_texts_take(make_other, make_batch, cls, message):
+    batch = make_batch(3)
+    images = {"image": batch["image"], "image0": batch["image"], "image1": batch["image"]}
+    with pytest.raises(UserError, match=message):
+        make_other(cls).predict({**images, "text_input": ["a cat"], "label": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("call", ["forward", "extract_features"])
+def test_pairs_need_a_text_for_each_image(make_other, make_batch, call):
+    cls = SoftMaskImageTextMatching if call == "forward" else SoftMaskFeatureExtractor
+    batch = {"image": make_batch(3)["image"], "text_input": ["a cat", "a dog"]}
+    with pytest.raises(UserError, match=r"3 images for 2 text\(s\)"):
+        getattr(make_other(cls), call)(batch)
+
+
 # ---- questions
 
 
@@ -127,7 +152,7 @@ def test_vqa_says_what_is_missing(make_other, make_batch):
     image = make_batch(2)["image"]
     with pytest.raises(UserError, match="gives no list of them"):
         model.predict_answers({"image": image, "text_input": ["a", "b"]}, None)
-    with pytest.raises(UserError, match="1 questions for 2 images"):
+    with pytest.raises(UserError, match=r"2 images for 1 text\(s\): each text takes 1"):
         model.predict_answers({"image": image, "text_input": "what is red"}, ["yes"])
     with pytest.raises(UserError, match="run.inference_method is 'generate': .* set it to rank"):
         model.predict_answers(
@@ -221,3 +246,14 @@ def test_distillation_off_leaves_no_momentum_model(make_other, make_batch):
     model = make_other(SoftMaskClassification, use_distill=False)
     assert not [name for name in model.state_dict() if "_m." in name]
     sound(model, {**make_batch(3), "label": torch.tensor([0, 1, 2])})
+
+
+@pytest.mark.parametrize("cls", [SoftMaskClassification, SoftMaskVqa])
+def test_without_weight_the_momentum_model_is_not_asked(make_other, make_batch, cls):
+    model, asked = make_other(cls, alpha=0.4, alpha_epochs=1).train(), []
+    model.visual_encoder_m.register_forward_hook(lambda *_: asked.append(1))
+    labels = {"label": torch.tensor([0, 1]), "answer": ["a", "b"], "n_answers": torch.ones(2).int()}
+    for iters, expected in ((0, 0), (1, 1)):
+        place = {"epoch": 0, "iters": iters, "num_iters_per_epoch": 5}
+        model({**make_batch(2), **labels, "weight": torch.ones(2), **place})
+        assert len(asked) == expected
