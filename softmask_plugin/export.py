@@ -85,6 +85,7 @@ def export(
         raise UserError(f"{folder} has files already: name a new folder")
     state = _state(checkpoint, layout)
     require_sound(state, checkpoint.path)
+    metrics = _metrics(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     weights, shared, vocabulary = (folder / name for name in EXPORTED)
     if layout is None:
@@ -116,7 +117,7 @@ def export(
             layout={"lavis": "LAVIS", "albef": "ALBEF"}.get(str(layout)),
             sep="with" if checkpoint.sep_token else "without",
         ),
-        metrics=_metrics(checkpoint),
+        metrics=metrics,
     )
     (folder / "README.md").write_text(card, "utf-8")
     return folder

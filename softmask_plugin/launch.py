@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lavis.common.config import Config
-from lavis.common.dist_utils import init_distributed_mode, setup_for_distributed
+from lavis.common.dist_utils import setup_for_distributed
 from lavis.common.logger import setup_logger
 from lavis.common.registry import registry
 from lavis.tasks import setup_task
@@ -27,9 +27,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from softmask_plugin.config.check import find_config, option, read_config
 from softmask_plugin.config.run_options import setting
-from softmask_plugin.config.values import check_classes
-from softmask_plugin.errors import UserError
-from softmask_plugin.files.checkpoint import furthest_first, open_checkpoint
+from softmask_plugin.config.values import check_datasets
+from softmask_plugin.errors import UserError, reason_of
+from softmask_plugin.files.checkpoint import WEIGHTS, furthest_first, open_checkpoint
 from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.models.rerank import check_ranking
 from softmask_plugin.runners.run_folder import AUTO, claim, release
@@ -40,6 +40,7 @@ Results = dict[str, Mapping[str, Any]]
 TRAINED = [
     "model.load_pretrained=true",
     "model.load_finetuned=false",
+    "model.finetuned=null",
     "model.trust_checkpoint=false",
 ]
 
@@ -108,7 +109,7 @@ def prepared(cfg: Config) -> Iterator[Any]:
         paths |= {"output_dir": str(folder), "result_dir": str(folder / "result")}
         datasets = task.build_datasets(cfg)
         model = task.build_model(cfg)
-        check_classes(model, datasets)
+        check_datasets(model, datasets)
         if isinstance(model, AlignedBase):
             check_ranking(model, cfg.run_cfg)
         # Every rank has built the same model; from here on each draws its own data and dropout
@@ -136,7 +137,7 @@ def load_config(
     if evaluate:
         options = [*options, "run.evaluate=true"]
     path, content = Path(cfg_path), None
-    if evaluate and (path.is_dir() or path.suffix in (".pth", ".pt")):
+    if evaluate and (path.is_dir() or path.suffix in WEIGHTS):
         content = open_checkpoint(cfg_path).config
         if content is None:
             raise UserError(
@@ -159,42 +160,52 @@ def init_distributed(run_cfg: DictConfig) -> None:
     """Join the process group that torchrun or Slurm announces, if any; note it in ``run_cfg``.
 
     LAVIS's own function supports only nccl, so it cannot distribute a run on CPUs.
+
+    Raises:
+        UserError: The environment does not say which process this is, or where they meet.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        cuda = run_cfg.device == "cuda"
-        run_cfg.rank = int(os.environ["RANK"])
-        run_cfg.world_size = int(os.environ["WORLD_SIZE"])
-        run_cfg.gpu = int(os.environ["LOCAL_RANK"])
-        run_cfg.distributed = True
-        run_cfg.dist_backend = "nccl" if cuda else "gloo"
-        if cuda:
-            torch.cuda.set_device(run_cfg.gpu)
-        if not dist.is_initialized():
-            join_group(run_cfg.dist_backend, float(setting(run_cfg, "dist_timeout")))
-            setup_for_distributed(run_cfg.rank == 0)
+        rank, size, local = "RANK", int(os.environ["WORLD_SIZE"]), "LOCAL_RANK"
     elif "SLURM_PROCID" in os.environ and setting(run_cfg, "world_size") > 1:
-        init_distributed_mode(run_cfg)
+        rank, size, local = "SLURM_PROCID", int(run_cfg.world_size), "SLURM_LOCALID"
     else:
         run_cfg.distributed = False
+        return
+    if local not in os.environ:
+        raise UserError(f"{rank} is set, but {local} is not: start with torchrun, or set both")
+    cuda = run_cfg.device == "cuda"
+    run_cfg.rank, run_cfg.world_size = int(os.environ[rank]), size
+    run_cfg.gpu = int(os.environ[local])
+    run_cfg.distributed = True
+    run_cfg.dist_backend = "nccl" if cuda else "gloo"
+    if cuda:
+        torch.cuda.set_device(run_cfg.gpu)
+    if not dist.is_initialized():
+        join_group(run_cfg)
+        setup_for_distributed(run_cfg.rank == 0)
 
 
-def join_group(backend: str, patience: float) -> None:
-    """Join the process group that torchrun's environment variables describe.
+def join_group(run_cfg: DictConfig) -> None:
+    """Join the process group of a ``run:`` section, at ``run.dist_url``.
 
     After a restart, torchrun may hand over a store that still holds the addresses of the dead
     processes; half of the restarts then hung (gloo, torch 2.13). So each attempt uses names of its
     own.
-
-    Args:
-        backend: gloo or nccl.
-        patience: How long a process waits for another one, seconds.
     """
-    timeout = timedelta(seconds=patience)
-    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    timeout = timedelta(seconds=float(setting(run_cfg, "dist_timeout")))
+    url, rank, size = setting(run_cfg, "dist_url"), run_cfg.rank, run_cfg.world_size
+    try:
+        store, _, _ = next(rendezvous(url, rank, size, timeout=timeout))
+    except ValueError as error:
+        raise UserError(
+            f"run.dist_url {url} does not say where the processes meet: {reason_of(error)}"
+        ) from error
     store.set_timeout(timeout)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     names = dist.PrefixStore(f"softmask attempt {attempt}", store)  # type: ignore[attr-defined]
-    dist.init_process_group(backend, store=names, rank=rank, world_size=world_size, timeout=timeout)
+    dist.init_process_group(
+        run_cfg.dist_backend, store=names, rank=rank, world_size=size, timeout=timeout
+    )
 
 
 def leave_distributed() -> None:

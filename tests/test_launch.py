@@ -12,6 +12,7 @@ import torch
 from toy_folders import write
 
 from softmask_plugin import launch
+from softmask_plugin.config.values import check_datasets
 from softmask_plugin.errors import UserError
 from softmask_plugin.explain.trained import load_trained
 from softmask_plugin.runners import run_folder
@@ -78,6 +79,31 @@ def test_splits_that_could_not_be_ranked_are_found_before_training(
     wrong = launch.load_config(config, ["run.valid_splits=[val]", mistake])
     with pytest.raises(UserError, match=message), launch.prepared(wrong):
         pass
+
+
+def test_a_process_of_a_job_that_lacks_its_place(config, monkeypatch):
+    cfg = launch.load_config(config)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="RANK is set, but LOCAL_RANK is not"):
+        launch.init_distributed(cfg.run_cfg)
+    monkeypatch.delenv("RANK")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    launch.init_distributed(cfg.run_cfg)  # world_size is 1: a job of one process
+    assert cfg.run_cfg.distributed is False
+    cfg.run_cfg.world_size = 2
+    with pytest.raises(UserError, match="run.dist_url env:// does not say .*MASTER_ADDR"):
+        launch.init_distributed(cfg.run_cfg)
+
+
+def test_two_data_sets_to_evaluate():
+    splits = {"train": [], "val": []}
+    with pytest.raises(UserError, match="datasets.a, datasets.b have a 'val' split each"):
+        check_datasets(None, {"a": splits, "b": splits, "c": {"test": []}})
+    check_datasets(None, {"a": splits, "c": {"train": [], "test": []}})
 
 
 def test_more_labels_than_classes(colour_photos, tmp_path):
@@ -154,6 +180,9 @@ def test_a_runs_folder_or_checkpoint_is_evaluated_with_nothing_else_to_name(tmp_
         (moved / name).unlink()
     alone.parent.mkdir()
     (moved / "checkpoint_0.pth").rename(moved / "checkpoint_best.pth")
+    content = torch.load(moved / "checkpoint_best.pth", weights_only=True)
+    content["config"]["model"]["finetuned"] = "elsewhere.pth"  # full-size types name one
+    torch.save(content, moved / "checkpoint_best.pth")
     alone.write_bytes((moved / "checkpoint_best.pth").read_bytes())
     line = (moved / "metrics.jsonl").read_text().splitlines()[-1]
     expected = {k: v for k, v in json.loads(line).items() if k not in ("split", "epoch", "step")}

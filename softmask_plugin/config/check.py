@@ -158,8 +158,10 @@ def _check_run(run: DictConfig) -> None:
     check_values(run)
     if not setting(run, "evaluate"):
         _needed(run, [key for key, known in RUN.items() if known.default == NEEDED_TO_TRAIN], "run")
-        if ("max_steps" if runner == "softmask_runner" else "max_iters") not in run:
+        if run.get("max_steps" if runner == "softmask_runner" else "max_iters") is None:
             _needed(run, ["max_epoch"], "run")
+        if run.lr_sched == "linear_warmup_step_lr":
+            _needed(run, ["lr_decay_rate"], "run")
         _known(f"run.lr_sched '{run.lr_sched}'", run.lr_sched, registry.list_lr_schedulers())
     _check_device(run.device)
 

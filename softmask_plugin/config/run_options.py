@@ -98,7 +98,11 @@ RUN: dict[str, Key] = {
     "seed": Key(NEEDED, "random seed, 0 to 4294967295", whole(0, 2**32 - 1)),
     "device": Key(NEEDED, "`cpu` or `cuda`"),
     # Data
-    "train_splits": Key(NEEDED_TO_TRAIN, "splits to train on: `[train]`", names),
+    "train_splits": Key(
+        NEEDED_TO_TRAIN,
+        "splits to train on: `[train]`",
+        must_be("[train], or [] to test only", lambda value: value in ([], ["train"])),
+    ),
     "valid_splits": Key(
         [], "splits to validate on after each epoch; the first picks the best checkpoint", names
     ),
@@ -139,7 +143,7 @@ RUN: dict[str, Key] = {
     "warmup_lr": Key(
         -1, "learning rate of the first step; -1: 0, with LAVIS's schedules `init_lr`", number
     ),
-    "warmup_steps": Key(0, "optimizer steps of the warm-up", whole(0)),
+    "warmup_steps": Key(0, "optimizer steps of the warm-up", whole(0, null=False)),
     "lr_decay_rate": Key(None, "factor per epoch of `linear_warmup_step_lr`", amount),
     "lr_scale": Key(
         None,
@@ -149,9 +153,17 @@ RUN: dict[str, Key] = {
         factors,
     ),
     "weight_decay": Key(NEEDED_TO_TRAIN, "weight decay of matrices; others have none", amount),
-    "beta2": Key(0.999, "AdamW's beta2", amount),
-    "accum_grad_iters": Key(1, "batches per optimizer step; gradients are averaged", whole(1)),
-    "clip_grad_norm": Key(None, "largest gradient norm; null: no clipping", amount),
+    "beta2": Key(
+        0.999, "AdamW's beta2", must_be("a number in [0, 1)", lambda value: 0 <= _number(value) < 1)
+    ),
+    "accum_grad_iters": Key(
+        1, "batches per optimizer step; gradients are averaged", whole(1, null=False)
+    ),
+    "clip_grad_norm": Key(
+        None,
+        "largest gradient norm; null: no clipping",
+        must_be("a number above 0", lambda value: value is None or _number(value) > 0),
+    ),
     "max_bad_steps": Key(
         10,
         "steps skipped in a row (non-finite loss or gradient) that end the run",
@@ -180,7 +192,7 @@ RUN: dict[str, Key] = {
     ),
     "keep_checkpoints": Key(2, "number of checkpoints kept, besides the best; null: all", whole(1)),
     # Logging
-    "log_freq": Key(50, "optimizer steps between lines of metrics.jsonl", whole(1)),
+    "log_freq": Key(50, "optimizer steps between lines of metrics.jsonl", whole(1, null=False)),
     "panel_every": Key(
         None,
         "optimizer steps between pictures of the soft mask, `masks/step_N.png`, besides the one at "
@@ -191,7 +203,7 @@ RUN: dict[str, Key] = {
     "wandb": Key(False, "`true` or a project's name: log to Weights & Biases", project),
     # Several processes
     "distributed": Key(False, "whether there are several; set by the command", flag),
-    "dist_timeout": Key(1800, "seconds that a process waits for another", amount),
+    "dist_timeout": Key(1800, "seconds that a process waits for another", positive),
     "find_unused_parameters": Key(False, "passed to torch's DistributedDataParallel", flag),
     "use_dist_eval_sampler": Key(
         True,
@@ -200,7 +212,9 @@ RUN: dict[str, Key] = {
         flag,
     ),
     "world_size": Key(1, "number of processes; with Slurm, set it above 1", whole(1)),
-    "dist_url": Key("env://", "where the processes meet, with Slurm"),
+    "dist_url": Key(
+        "env://", "where the processes meet; `env://`: as MASTER_ADDR and MASTER_PORT say"
+    ),
     "dist_backend": Key(None, "nccl on CUDA, gloo on CPU; set by the command"),
     "rank": Key(None, "number of the process; set by the command"),
     "gpu": Key(None, "number of the process's device; set by the command"),

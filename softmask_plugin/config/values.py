@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 from lavis.common.registry import registry
@@ -90,8 +91,16 @@ def _is_ours(model: DictConfig) -> bool:
     return hasattr(registry.get_model_class(model.get("arch")), "OPTIONS")
 
 
-def check_classes(model: Any, datasets: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise UserError if data sets, by name and split, have more labels than the model classes."""
+def check_datasets(model: Any, datasets: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise UserError if a split to evaluate comes from several data sets, by name and split, or
+    one has more labels than the model classes."""
+    for split in sorted({*chain(*datasets.values())} - {"train"}):
+        having = [f"datasets.{name}" for name, splits in datasets.items() if split in splits]
+        if len(having) > 1:
+            raise UserError(
+                f"{', '.join(having)} have a '{split}' split each, but LAVIS evaluates one: set "
+                f"their files of '{split}' to null, but for one of them"
+            )
     classes = getattr(getattr(model, "options", None), "num_classes", None)
     for name, splits in datasets.items():
         for dataset in splits.values():

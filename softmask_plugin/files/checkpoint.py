@@ -231,7 +231,8 @@ def _vocabulary_within(content: Mapping[str, Any], path: Path) -> list[str] | No
 def _vocabulary_beside(path: Path) -> list[str] | None:
     file = path.parent / "vocab.txt"
     try:
-        return file.read_text("utf-8").splitlines() if file.is_file() else None
+        # Not splitlines, which takes some tokens for ends of lines
+        return file.read_text("utf-8").rstrip("\n").split("\n") if file.is_file() else None
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is no vocabulary: it is not UTF-8 text") from error
 

@@ -13,7 +13,7 @@ import torch
 from lavis.common.dist_utils import get_rank, is_main_process
 from torch import Tensor, nn
 
-from softmask_plugin.errors import UserError
+from softmask_plugin.errors import UserError, reason_of
 
 Batches = Sequence[dict[str, Any]]
 SHOWN = 8  # samples named in a message
@@ -59,7 +59,11 @@ class BadSteps:
         if mine:
             weights = {name: value.cpu() for name, value in model.state_dict().items()}
             content = {"model": weights, "batches": list(batches), "step": step, "config": config}
-            torch.save({**content, "rank": get_rank()}, file)
+            try:
+                torch.save({**content, "rank": get_rank()}, file)
+            except (OSError, RuntimeError) as error:  # a full disk: torch raises the latter
+                logging.warning("cannot save %s: %s", file, reason_of(error)[:200])
+                mine = False
         raise UserError(
             f"stopped: {self.in_a_row} steps in a row had numbers that are not finite, last step "
             f"{step}: {what}; samples {who}; lower run.init_lr, lengthen run.warmup_steps or set "

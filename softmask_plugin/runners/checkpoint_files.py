@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,24 @@ class CheckpointFiles:
         The best one comes first: a run killed in between repeats the epoch and writes it again.
         """
         self.finish()
-        path = self.folder / f"checkpoint_{epoch}{'' if step is None else f'_{step}'}.pth"
+        path = self._path(epoch, step)
         thread = ThreadPoolExecutor(1)
         self._written = thread.submit(self._write, _in_memory(content), path, is_best)
         thread.shutdown(wait=False)
+
+    def continue_from(self, path: Path, epoch: int, step: int | None) -> None:
+        """Name a checkpoint of the folder, from which the run resumes, as :meth:`save` would now,
+        and let none pass for a further one: not those that could not be used, which get another
+        ending, nor those with numbers from when a step had another number of items."""
+        order, named = furthest_first(self.folder), self._path(epoch, step)
+        for refused in order[: order.index(path)]:
+            refused.rename(refused.with_name(f"{refused.name}.refused"))
+        path.replace(named)
+        for older in takewhile(lambda file: file != named, furthest_first(self.folder)):
+            older.unlink()
+
+    def _path(self, epoch: int, step: int | None) -> Path:
+        return self.folder / f"checkpoint_{epoch}{'' if step is None else f'_{step}'}.pth"
 
     def finish(self) -> None:
         """Wait until the last checkpoint is written; UserError if it cannot be, from then on each

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
+from softmask_plugin.datasets.images import UnreadableImageError
 from softmask_plugin.datasets.task_datasets import ItemDataset, NLVRDataset
 from softmask_plugin.errors import UserError
 from softmask_plugin.models.rerank import progress_bar
@@ -22,10 +23,12 @@ from softmask_plugin.processors.image import ImageEvalProcessor, ImageTrainProce
 ON = "run.keep_features is true, but "
 
 
-def _processed(dataset: ItemDataset, items: list[int]) -> Tensor:
-    """The processed images of some items of a data set, (items, 3, H, W)."""
-    opened = map(dataset.open, items)
-    return default_collate([dataset.vis_processor(image) for _, (image,) in opened])
+def _processed(dataset: ItemDataset, numbers: list[int]) -> tuple[list[Any], Tensor]:
+    """The processed images of some items, (items, 3, H, W), and which they are: that of the next
+    item where one cannot be read."""
+    opened = [dataset.open(number) for number in numbers]
+    pixels = [dataset.vis_processor(image) for _, (image,) in opened]
+    return [_image_of(item) for item, _ in opened], default_collate(pixels)
 
 
 def keep_features(
@@ -56,25 +59,28 @@ def keep_features(
         if isinstance(distorting, ImageTrainProcessor):
             size, mean, std = distorting.image_size, distorting.mean, distorting.std
             dataset.vis_processor = ImageEvalProcessor(size, mean, std)
-        rows: dict[Any, int] = {}  # several items may share an image
-        firsts: Any = []  # numbers of items, which the loader takes as a data set
-        for number, item in enumerate(dataset.annotation):
-            if rows.setdefault(_image_of(item), len(rows)) == len(firsts):
-                firsts.append(number)
-        features = []
-        images = DataLoader(firsts, collate_fn=partial(_processed, dataset), **loading)
+        numbers = range(len(dataset))
+        firsts = {_image_of(dataset.annotation[i]): i for i in reversed(numbers)}  # of items
+        taken: Any = [*reversed(firsts.values())]  # which the loader takes as a data set
+        features, found = [], []
+        images = DataLoader(taken, collate_fn=partial(_processed, dataset), **loading)
         with torch.no_grad(), autocast:
-            for batch in progress_bar(images, desc="features", unit="batch"):
+            for which, batch in progress_bar(images, desc="features", unit="batch"):
                 features.append(encoder.shared(batch.to(device)).cpu())
-        kept = torch.cat(features)
+                found += which
+        kept, rows = torch.cat(features), {image: row for row, image in enumerate(found)}
         logging.info("features of %d images kept: %d MB", len(kept), kept.nbytes // 10**6)
         dataset.open_images = partial(_open, kept, rows)
         dataset.vis_processor = nn.Identity()
 
 
 def _open(features: Tensor, rows: dict[Any, int], item: dict[str, Any], _: int | None) -> list[Any]:
-    return [features[rows[_image_of(item)]]]
+    image = _image_of(item)
+    if image not in rows:
+        raise UnreadableImageError(f"{image[0]}: unreadable when features were computed")
+    return [features[rows[image]]]
 
 
-def _image_of(item: dict[str, Any]) -> Any:
-    return item.get("image", item["instance_id"])  # a rendered item has no file
+def _image_of(item: dict[str, Any]) -> tuple[Any, Any]:
+    """What tells images apart; a rendered item has no file."""
+    return item.get("image", item["instance_id"]), item.get("crop")

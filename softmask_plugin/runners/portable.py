@@ -153,7 +153,7 @@ class PortableRunner(RunnerBase):
         dataset_ratios: Any = None,
     ) -> list[DataLoader[Any] | TrainLoader]:
         """Make plain, seeded torch loaders, one per data set (LAVIS's own need CUDA)."""
-        ratios = _ratios(dataset_ratios, self._trained)
+        ratios = None if self.evaluate_only else _ratios(dataset_ratios, self._trained)
         # Workers are forked after tokenizers has run threads, which it would warn about
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         run = self.config.run_cfg

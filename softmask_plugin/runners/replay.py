@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from softmask_plugin.errors import UserError
+from softmask_plugin.errors import UserError, reason_of
 from softmask_plugin.files.checkpoint import open_checkpoint
 from softmask_plugin.models.distillation import MomentumDistillation
 from softmask_plugin.nn.fixed_draws import seed_draws
@@ -35,8 +35,16 @@ def replay(file: str | Path) -> list[str]:
         raise UserError(f"{file} holds no bad step: {advice}")
     config: Any = OmegaConf.create(checkpoint.config)
     content = checkpoint.training
+    if (vocabulary := checkpoint.path.parent / "vocab.txt").is_file():
+        config.model.tokenizer = str(vocabulary)
     model = registry.get_model_class(config.model.arch).from_config(_without_weights(config.model))
-    model.load_state_dict(checkpoint.state)
+    try:
+        model.load_state_dict(checkpoint.state)
+    except RuntimeError as error:
+        raise UserError(
+            f"{file} does not fit its model: leave it in the run's folder, beside vocab.txt "
+            f"({reason_of(error)[:200]})"
+        ) from error
     if isinstance(model, MomentumDistillation):
         model.paced = True
     model.train()

@@ -44,7 +44,7 @@ def _claim(output_dir: Path, job_id: str, resume: bool) -> Path:
         for folder in _with_checkpoints(output_dir):
             if folder in _held or lock(folder):
                 return folder
-            logging.info("%s belongs to a run that is still running", folder)
+            logging.info("passed over %s: a run is in it, or it cannot be written", folder)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         for number in itertools.count(1):
@@ -71,8 +71,12 @@ def _with_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def lock(folder: Path) -> bool:
-    """Lock a folder that this process does not have yet; False if another process has it."""
-    file = (folder / ".lock").open("wb")
+    """Lock a folder that this process does not have yet; False if another process has it, or
+    nothing can be written there."""
+    try:
+        file = (folder / ".lock").open("wb")
+    except OSError:
+        return False
     try:
         import fcntl  # which Windows lacks
 

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from softmask_plugin.config.run_options import setting
 from softmask_plugin.errors import StartAgain, UserError
-from softmask_plugin.files.checkpoint import BEST
+from softmask_plugin.files.checkpoint import BEST, open_checkpoint
 from softmask_plugin.files.whole import write_whole
 from softmask_plugin.host.environment import note_environment
 from softmask_plugin.models.base import SoftMaskBase
@@ -46,7 +46,7 @@ from softmask_plugin.runners.resume import (
     restore_optimizer,
 )
 from softmask_plugin.runners.run_folder import AUTO, release
-from softmask_plugin.runners.stop_signals import StopSignals
+from softmask_plugin.runners.stop_signals import StopSignals, spare_workers
 from softmask_plugin.vocabulary import vocabulary_of
 
 
@@ -178,6 +178,7 @@ class SoftmaskRunner(PortableRunner):
             self.device,
             batch_size=int(run.batch_size_eval),
             num_workers=int(run.num_workers),
+            worker_init_fn=spare_workers,
         )
 
     @property
@@ -377,20 +378,26 @@ class SoftmaskRunner(PortableRunner):
         self.log.seconds = progress.seconds
         if path.parent == self.output_dir:
             self.log.cut(progress.logs)
+            any_process(False, self.device)  # all have read the file before it gets another name
+            whole = progress.taken == 0
+            if is_main_process():
+                self.files.continue_from(path, progress.epoch - whole, None if whole else self.step)
         else:
             self.log_config()
             self._take_best_from(path.parent)
         logging.info("resumed from %s: epoch %d, step %d", path, progress.epoch, self.step)
 
     def _take_best_from(self, folder: Path) -> None:
-        """In a new folder: copy the best checkpoint so far, or choose anew."""
+        """In a new folder: copy the best checkpoint until then, or choose anew."""
         if not is_main_process() or self.progress.best_epoch is None:
             return
-        if (folder / BEST).is_file():
-            write_whole(self.output_dir / BEST, lambda temporary: link(folder / BEST, temporary))
+        best, progress = folder / BEST, self.progress
+        then = Progress.of(open_checkpoint(best).training) if best.is_file() else Progress()
+        if (then.best_epoch, then.best_score) == (progress.best_epoch, progress.best_score):
+            write_whole(self.output_dir / BEST, lambda temporary: link(best, temporary))
         else:
-            logging.warning("%s has no best checkpoint: chosen anew from here on", folder)
-            self.progress.best_epoch, self.progress.best_score = None, -math.inf
+            logging.warning("%s lacks the best checkpoint until then: chosen anew", folder)
+            progress.best_epoch, progress.best_score = None, -math.inf
 
     def _find_step(self) -> None:
         """Number the step by its place in the data; the number of processes may have changed."""
@@ -444,8 +451,7 @@ class SoftmaskRunner(PortableRunner):
         self.model.eval()
         epoch = cur_epoch if isinstance(cur_epoch, int) else None
         if cur_epoch == "best" and not skip_reload:
-            best = load_run(self.output_dir / BEST, self._model, self.device)
-            epoch = Progress.of(best.training).best_epoch
+            epoch = self._load_best()
         self.task.before_evaluation(model=self._model, dataset=self.datasets[split_name])
         with self.autocast():
             results = self.task.evaluation(self._model, loader, **self.evaluation_options())
@@ -466,6 +472,12 @@ class SoftmaskRunner(PortableRunner):
         step = whole and min(whole, self.total_steps)
         self.log.write({"split": split_name, "epoch": epoch, "step": step, **metrics})
         return metrics
+
+    def _load_best(self) -> int | None:
+        """Load the best weights, and none of the checkpoint's other tensors for longer than that;
+        returns their epoch."""
+        best = load_run(self.output_dir / BEST, self._model, self.device)
+        return Progress.of(best.training).best_epoch
 
     def _validate(self, epoch: int) -> bool:
         """Evaluate the validation splits.

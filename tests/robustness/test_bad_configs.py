@@ -63,8 +63,13 @@ VALUES = {
     "run.batch_size_train=true": "run.batch_size_train is True: it must be a whole number",
     "run.batch_size_eval=[1]": "run.batch_size_eval is [1]: it must be a whole number",
     "run.log_freq=often": "run.log_freq is 'often': it must be a whole number of at least 1",
-    "run.clip_grad_norm=yes": "run.clip_grad_norm is True: it must be a number >= 0",
-    "run.train_splits=train": "run.train_splits is 'train': it must be a list of names",
+    "run.clip_grad_norm=yes": "run.clip_grad_norm is True: it must be a number above 0",
+    "run.clip_grad_norm=0": "run.clip_grad_norm is 0: it must be a number above 0",
+    "run.beta2=1.5": "run.beta2 is 1.5: it must be a number in [0, 1)",
+    "run.accum_grad_iters=null": "run.accum_grad_iters is None",
+    "run.train_splits=[train,val]": "it must be [train], or [] to test only",
+    "run.lr_sched=linear_warmup_step_lr": "run.lr_decay_rate is missing",
+    "run.train_splits=train": "run.train_splits is 'train': it must be [train]",
     "run.valid_splits=5": "run.valid_splits is 5: it must be a list of names",
     "run.test_splits=null": "run.test_splits is None: it must be a list of names",
     "run.test_splits=[1]": "run.test_splits is [1]: it must be a list of names",
@@ -149,8 +154,8 @@ def test_a_value_with_a_hash_is_taken_whole(config, folder):
 
 @pytest.mark.parametrize("value", ["['a #1', b]", '["a #1", b]'])
 def test_a_quoted_hash_stays_as_yaml_has_it(config, value):
-    found = config_check.read_config(Path("my.yaml"), [f"run.train_splits={value}"])
-    assert found.run.train_splits == ["a #1", "b"]
+    found = config_check.read_config(Path("my.yaml"), [f"run.valid_splits={value}"])
+    assert found.run.valid_splits == ["a #1", "b"]
 
 
 def test_unknown_keys_of_a_run_are_errors_unless_its_task_may_read_them(config):

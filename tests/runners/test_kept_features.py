@@ -10,6 +10,8 @@ from PIL import Image
 from toy_models import CAPTIONS
 from toys import build, read_metrics
 
+from softmask_plugin.datasets.images import UnreadableImageError
+from softmask_plugin.datasets.skip_log import SkipLog
 from softmask_plugin.datasets.task_datasets import PretrainDataset, RetrievalDataset
 from softmask_plugin.errors import UserError
 from softmask_plugin.models import SoftMaskPretrain
@@ -103,3 +105,36 @@ def test_what_cannot_be_kept_gets_one_line(make_other, tmp_path, options, messag
         runner, _ = run(make_other, tmp_path, keep_features=True, **options)
         runner.train()
     assert "\n" not in str(caught.value)
+
+
+def test_an_image_that_cannot_be_read_gives_way_with_its_caption(make_other, tmp_path):
+    """To the next item, as without kept features."""
+    found = []
+    for keep in (False, True):
+        runner, _ = run(make_other, tmp_path / str(keep), keep_features=keep)
+        (data,) = runner.loader("train").dataset.datasets
+        opening = data.open_images
+
+        def open_images(item, side, opening=opening):
+            if item["image"] == "1.jpg":
+                raise UnreadableImageError("1.jpg: broken")
+            return opening(item, side)
+
+        data.open_images, data.skipped = open_images, SkipLog(muted=True)
+        if keep:
+            runner._keep_features("train")
+        found.append([data[i]["text_input"] for i in range(len(data))])
+    assert found[0] == found[1] and found[0][2] == found[0][3] == found[0][4]
+
+
+def test_each_crop_of_an_image_has_features_of_its_own(make_other, tmp_path):
+    runner, _ = run(make_other, tmp_path, keep_features=True)
+    (data,) = runner.loader("train").dataset.datasets
+    for number, item in enumerate(data.annotation):
+        item["crop"] = (0, 0, 20, 20 + 10 * (number % 2))
+    shades = Image.linear_gradient("L").convert("RGB")
+    data.open_images = lambda item, _: [shades.crop(item["crop"])]
+    runner._keep_features("train")
+    first, second, third, *_ = (data[i]["image"] for i in range(len(data)))
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(first, third)  # of another file, with the same content

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from forks import forked
-from toys import ScriptedTask, ToyModel, ToyTask, build, interrupt, read_metrics, weights
+from toys import ScriptedTask, ToyData, ToyModel, ToyTask, build, interrupt, read_metrics, weights
 
 from benchmarks import kills
 from benchmarks.traces import differences, trace
@@ -278,6 +278,38 @@ def test_a_new_folder_gets_the_best_checkpoint(tmp_path, caplog):
     again.train()
     assert "chosen anew" in caplog.text
     assert again.progress.best_epoch == 2
+
+
+def test_a_new_folder_does_not_get_a_best_checkpoint_of_later(tmp_path, caplog):
+    options = {"valid_splits": ["val"], "test_splits": ["test"], "keep_checkpoints": None}
+    first = build(tmp_path, ScriptedTask([-5.0, -1.0]), **options)
+    first.train()
+    path = str(first.output_dir / "checkpoint_0.pth")
+    again = build(tmp_path, ScriptedTask([-6.0]), resume_ckpt_path=path, **options)
+    again.train()
+    assert "chosen anew" in caplog.text and again.progress.best_epoch == 1
+    best = torch.load(again.output_dir / "checkpoint_best.pth", weights_only=True)
+    assert best["progress"]["best_score"] == -6.0
+
+
+def test_with_larger_batches_a_run_goes_on_from_its_last_checkpoint(tmp_path):
+    """Its steps are numbered anew, and earlier ones may have higher numbers."""
+    splits = {"train": ToyData(160)}
+    options = {"save_every_steps": 4, "max_epoch": 1, "resume_ckpt_path": "auto", "splits": splits}
+    folder = interrupt(build(tmp_path, **options), 28)
+    assert [file.name for file in furthest_first(folder)] == [
+        "checkpoint_0_28.pth",
+        "checkpoint_0_24.pth",
+    ]
+    larger = {**options, "batch_size_train": 8}
+    interrupt(build(tmp_path, **larger), 4)  # from what is now the 14th step
+    assert [file.name for file in furthest_first(folder)] == [
+        "checkpoint_0_16.pth",
+        "checkpoint_0_14.pth",
+    ]
+    again = build(tmp_path, **larger)
+    again.train()
+    assert len(again.model.seen) == 4 and again.step == 20
 
 
 def test_checkpoints_that_do_not_fit(tmp_path):
