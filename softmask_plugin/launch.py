@@ -28,6 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 from softmask_plugin.config.check import find_config, option, read_config
 from softmask_plugin.config.run_options import setting
 from softmask_plugin.config.values import check_datasets
+from softmask_plugin.datasets.task_datasets import number_images
 from softmask_plugin.errors import UserError, reason_of
 from softmask_plugin.files.checkpoint import WEIGHTS, furthest_first, open_checkpoint
 from softmask_plugin.models.aligned import AlignedBase
@@ -108,6 +109,7 @@ def prepared(cfg: Config) -> Iterator[Any]:
         # LAVIS registers the run's folder only after building the data sets, which log to it
         paths |= {"output_dir": str(folder), "result_dir": str(folder / "result")}
         datasets = task.build_datasets(cfg)
+        number_images(splits["train"] for splits in datasets.values() if "train" in splits)
         model = task.build_model(cfg)
         check_datasets(model, datasets)
         if isinstance(model, AlignedBase):

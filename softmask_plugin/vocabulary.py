@@ -11,6 +11,7 @@ from tokenizers import BertWordPieceTokenizer
 from transformers import BertTokenizerFast
 
 from softmask_plugin.config.paths import PACKAGE
+from softmask_plugin.datasets.skip_log import SkipLog
 from softmask_plugin.datasets.tables.captions import parse_captions
 from softmask_plugin.datasets.tables.layouts import PLAIN, TableOptions
 from softmask_plugin.datasets.tables.questions import parse_questions
@@ -107,7 +108,7 @@ def _texts_of(file: Path, options: TableOptions) -> list[str]:
 
 
 def _captions(file: Path, options: TableOptions) -> list[str]:
-    items = parse_captions(file, "train", options=options)
+    items = parse_captions(file, "train", SkipLog(muted=True), options)  # the data set reports it
     return [caption for item in items for caption in item["caption"]]
 
 

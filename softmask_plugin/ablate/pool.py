@@ -17,7 +17,7 @@ import torch
 
 from softmask_plugin.ablate.job import Job
 from softmask_plugin.ablate.plan import Stage
-from softmask_plugin.errors import UserError, reason_of
+from softmask_plugin.errors import StartAgain, UserError, reason_of
 
 Slot = dict[str, str]  # environment variables that give a process its share of the machine;
 # torch reads them when it is imported
@@ -113,6 +113,8 @@ def _work(job: Job, pipe: Connection) -> None:
         pipe.send(None)
     except UserError as error:
         pipe.send(error)
+    except StartAgain:
+        pipe.send(UserError("ended by a signal: the same command resumes it"))
     except Exception as error:
         traceback.print_exc()
         line = f"{type(error).__name__}: {reason_of(error)}"[:300]

@@ -21,6 +21,9 @@ MAX_PIXELS = 89_478_485
 # Formats of photographs and graphics. Pillow would pass EPS, which is a program, to Ghostscript.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
+# Endings of the files that are images
+IMAGE_SUFFIXES = tuple("jpg jpeg png webp avif bmp gif jp2 ppm tif tiff".split())
+
 
 class UnreadableImageError(UserError):
     """An image file cannot be decoded; the message is its path and the reason."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -97,6 +97,16 @@ class PretrainDataset(ItemDataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         item, sample = self._sample(index, "caption")
         return {**sample, "image_id": item["image_id"], "instance_id": item["instance_id"]}
+
+
+def number_images(datasets: Iterable[Any]) -> None:
+    """Make images of data sets that are trained on together differ in ``image_id``, in place."""
+    first = 0
+    for dataset in datasets:
+        if isinstance(dataset, PretrainDataset):
+            for item in dataset.annotation:
+                item["image_id"] += first
+            first += len({item["image_id"] for item in dataset.annotation})
 
 
 class RetrievalDataset(ItemDataset):

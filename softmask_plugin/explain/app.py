@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,7 +135,8 @@ def _scenes() -> list[Scene]:
 
 @st.cache_data(max_entries=64, show_spinner=False)
 def _explained(weights: Weights, image: Image.Image, caption: str) -> Explanation:
-    return explain_image(image, caption, _trained(weights))
+    found = explain_image(image, caption, _trained(weights))
+    return replace(found, image=found.image[:1, :1])  # the cache would keep it at full size
 
 
 @st.cache_resource(show_spinner="Encoding the images ...")
@@ -216,7 +218,7 @@ def _set_caption(true: bool = True) -> None:
     state = st.session_state
     state.caption = ""
     if state.source == SCENE:
-        scene = _scenes()[state.scene - 1]
+        scene = _scenes()[state.get("scene", 1) - 1]  # lost while another image is shown
         state.caption = captions(scene)[0].text if true else wrong_caption(scene)
 
 

@@ -72,6 +72,10 @@ class WordCam:
             UserError: A caption lacks its word, or the model cannot do the method.
         """
         captions, maps = as_list(captions), []
+        words = None if words is None else as_list(words)
+        if {len(captions), len(captions if words is None else words)} != {len(images)}:
+            given = f"{len(captions)} captions" + (f" and {len(words)} words" if words else "")
+            raise ValueError(f"{len(images)} images do not pair with {given}")
         with evaluating(self.matcher.model):
             for start in range(0, len(captions), self.batch_size):
                 some = slice(start, start + self.batch_size)
@@ -90,6 +94,6 @@ class WordCam:
     ) -> list[tuple[int, Sequence[int]]]:
         split = [
             (words_of(self.matcher, caption), words_of(self.matcher, word))
-            for caption, word in zip(captions, as_list(words), strict=True)
+            for caption, word in zip(captions, words, strict=True)
         ]
         return [(i, numbers_of(*each)) for i, each in enumerate(split)]

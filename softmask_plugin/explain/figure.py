@@ -138,12 +138,12 @@ class _Panel:
 
     def draw_word(self, word: int, x: float, heat: float, mask: float) -> None:
         explanation, text = self.pair.explanation, self.pair.explanation.words[word]
-        box = next((box for index, box, _ in self.pair.boxes if index == word), None)
+        boxes = [box for index, box, _ in self.pair.boxes if index == word]
         overlay = heat_overlay(self.picture, explanation.cams[word].numpy())
         fitting = (self.cell + GAP) / (len(text) * 1.1 * LETTER)  # points; bold is wider
-        title = self.show(x, heat, overlay, box)
+        title = self.show(x, heat, overlay, boxes)
         title.set_title(text, loc="center", pad=3, size=min(FONT, fitting))
-        self.show(x, mask, soft_masked(self.picture, explanation.masks[word].numpy()), box)
+        self.show(x, mask, soft_masked(self.picture, explanation.masks[word].numpy()), boxes)
         score, masked = explanation.score, float(explanation.masked_scores[word])
         gauge = self.place(x, mask + self.room, self.cell, GAUGE)
         gauge.set(xlim=(0, 1), ylim=(0, 1))
@@ -152,15 +152,14 @@ class _Panel:
         gauge.plot([score, score], [0.65, 0.85], color=INK, linewidth=1.2)
         gauge.text(0.5, 0.55, f"{score:.2f} → {masked:.2f}", ha="center", va="top")
 
-    def show(self, x: float, y: float, picture: np.ndarray, box: Box | None = None) -> Axes:
+    def show(self, x: float, y: float, picture: np.ndarray, boxes: Sequence[Box] = ()) -> Axes:
         from matplotlib.patches import Rectangle
 
         width, height = self.size
         x, y = x + (self.cell - width) / 2, y + (self.room - height) / 2  # in the cell's middle
         axes = self.place(x, y, width, height)
         axes.imshow(picture, **WHOLE)
-        if box is not None:
-            x0, y0, x1, y1 = box
+        for x0, y0, x1, y1 in boxes:
             for colour, linewidth in (("black", 2.0), ("white", 1.0)):  # on light and on dark
                 frame = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=colour, lw=linewidth)
                 axes.add_patch(frame)

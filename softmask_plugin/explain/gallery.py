@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,16 @@ from numpy.lib.npyio import NpzFile
 from PIL import Image
 from torch import Tensor
 
-from softmask_plugin.datasets.images import UnreadableImageError, open_rgb
+from softmask_plugin.datasets.images import IMAGE_SUFFIXES, UnreadableImageError, open_rgb
 from softmask_plugin.datasets.scenes.grammar import COLOURS, Scene, captions
 from softmask_plugin.errors import UserError, require_finite_scores
 from softmask_plugin.explain.trained import Trained
+from softmask_plugin.files.whole import write_whole
 from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.models.rerank import Reranker, progress_bar
 
 CANDIDATES = 32  # most similar images (ITC) that the matching head (ITM) scores for a text
 BATCH = 64  # images encoded at once
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def wrong_caption(scene: Scene) -> str:
@@ -95,16 +96,20 @@ def save_features(trained: Trained, images: Path, output: Path) -> tuple[int, in
     """
     model = _searching(trained)
     files, left_out = readable_images(images)
+    output.parent.mkdir(parents=True, exist_ok=True)
     opened = map(open_rgb, progress_bar(files, desc="images", unit="image"))
     with torch.no_grad():
         states = map(model.visual_encoder, _batches(trained, opened))
         features = torch.cat([model.image_features(each[:, 0]) for each in states])
     require_finite_scores("a feature", features)
     names = [file.relative_to(images).as_posix() for file in files]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("wb") as file:  # to a name, numpy would append .npz
-        np.savez(file, features=features, names=names, folder=str(images.absolute()))
+    write_whole(output, partial(_save, features=features, names=names, folder=images.absolute()))
     return len(files), left_out
+
+
+def _save(path: Path, folder: Path, **arrays: Any) -> None:
+    with path.open("wb") as file:  # to a name, numpy would append .npz
+        np.savez(file, folder=str(folder), **arrays)
 
 
 def search_features(
@@ -139,24 +144,28 @@ def search_features(
 
 
 def readable_images(folder: Path, limit: int | None = None) -> tuple[list[Path], int]:
-    """The first ``limit`` image files in a folder and below, sorted by path; None: all.
+    """The first ``limit`` image files in a folder and below that can be decoded, sorted by path;
+    None: all.
 
     Returns:
-        Those that can be decoded, and the number of files left out.
+        These, and the number of files left out.
 
     Raises:
-        UserError: There is no such folder, or none of the first ``limit`` files can be decoded.
+        UserError: There is no such folder, or no file in it can be decoded.
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: give a folder of images")
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
-    good = []
-    for file in files[:limit]:
+    suffixes = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in suffixes)
+    good: list[Path] = []
+    for file in files:
+        if len(good) == limit:
+            break
         with suppress(UnreadableImageError):
             open_rgb(file, min_side=1)
             good.append(file)
     if not good:
-        raise UserError(f"no readable image in {folder} ({', '.join(SUFFIXES)})")
+        raise UserError(f"no readable image in {folder} ({', '.join(suffixes)})")
     return good, len(files) - len(good)
 
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from softmask_plugin.models.rerank import progress_bar
 from softmask_plugin.pointing import Box, hits, is_box
 from softmask_plugin.processors.image import ImageEvalProcessor
 from softmask_plugin.processors.text import CaptionProcessor
+from softmask_plugin.tokenization import as_list
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,7 +69,9 @@ class ImageExplanation(Explanation):
             UserError: The width is out of range.
         """
         require_width(width)
-        boxes = [(word, each.boxes[0], "") for each in self.named for word in each.words]
+        boxes = [
+            (word, box, "") for each in self.named for word in each.words for box in each.boxes
+        ]
         shown = Shown(self.image, self, range(len(self.words)), boxes)
         return word_panels(shown, dpi=DPI, width=width)
 
@@ -198,9 +202,12 @@ def explain_image(
     known = model.matcher.caption_tokenizer.tokenizer.get_vocab()
     if model.bundled and not (_is_scene(picture) and known.keys() >= set(found.words)):
         logging.getLogger(__name__).warning(FOREIGN)
-    if words is not None:
-        found = _select(found, model, [words] if isinstance(words, str) else words)
     named = [_named(found, model, phrase, places) for phrase, places in (boxes or {}).items()]
+    if words is not None:
+        chosen = (_numbers(found, model, word) for word in as_list(words))
+        kept = sorted({*chain(*chosen, *(each.words for each in named))})
+        found = _select(found, kept)
+        named = [replace(each, words=[kept.index(i) for i in each.words]) for each in named]
     return ImageExplanation(**vars(found), image=np.asarray(picture), named=named)
 
 
@@ -262,9 +269,8 @@ def _is_scene(picture: Image.Image) -> bool:
     return bool(((low > 200) & (high < 250) & (high - low < 20)).mean() > 0.5)
 
 
-def _select(found: Explanation, model: Trained, words: Sequence[str]) -> Explanation:
-    """Keep only these words or phrases, each cleaned and split as the caption was."""
-    kept = sorted({i for word in words for i in _numbers(found, model, word)})
+def _select(found: Explanation, kept: Sequence[int]) -> Explanation:
+    """Keep only the words of these numbers."""
     return replace(
         found,
         words=[found.words[i] for i in kept],
@@ -276,6 +282,8 @@ def _select(found: Explanation, model: Trained, words: Sequence[str]) -> Explana
 
 def _named(found: Explanation, model: Trained, phrase: str, boxes: Sequence[Box]) -> Named:
     """Find a phrase, cleaned and split as the caption was, and check its boxes."""
+    if not boxes:
+        raise UserError(f"no box is given for '{phrase}'")
     for box in boxes:
         if not is_box(box):
             raise UserError(

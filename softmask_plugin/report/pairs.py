@@ -15,10 +15,7 @@ from PIL import Image
 
 from softmask_plugin.datasets.builder import Builder
 from softmask_plugin.datasets.task_datasets import (
-    EntailmentDataset,
     ItemDataset,
-    NLVRDataset,
-    PretrainDataset,
     RetrievalDataset,
 )
 from softmask_plugin.explain.figure import Shown, word_panels
@@ -27,7 +24,6 @@ from softmask_plugin.explain.pairs import explain
 from softmask_plugin.explain.trained import Trained
 from softmask_plugin.models.rerank import candidates
 
-KINDS = (PretrainDataset, RetrievalDataset, EntailmentDataset, NLVRDataset)
 GALLERY, RERANKED = 128, 16  # images to rank, and those that ITM ranks again: minutes on a CPU
 PANELS, WORDS = 3, 6  # pairs drawn, and words of each
 WIDTH, DPI = 3.6, 300  # of a panel, inches: legible on a phone
@@ -45,7 +41,7 @@ class Miss:
 
 
 def build_datasets(config: Mapping[str, Any]) -> dict[str, ItemDataset]:
-    """The data sets of a run that hold captions or labels, by split; ``train`` only if no other.
+    """The data sets of a run, by split; ``train`` only if no other.
 
     Raises:
         UserError: Their files are not found, or malformed.
@@ -54,8 +50,6 @@ def build_datasets(config: Mapping[str, Any]) -> dict[str, ItemDataset]:
     for name, section in (config.get("datasets") or {}).items():
         builder: Any = registry.get_builder_class(name)
         if builder is None or not issubclass(builder, Builder):
-            continue
-        if not issubclass(builder.eval_dataset_cls or builder.train_dataset_cls, KINDS):
             continue
         section = OmegaConf.create(section)
         splits = section.get(getattr(builder, "FILES", "num")) or {}
@@ -99,7 +93,8 @@ def worst_retrievals(
     proposed = {i: images.states[i] for i in again.any(dim=0).nonzero().flatten().tolist()}
     matches = reranker.match(proposed, texts.tokens, again.T).T
     matches += reranker.similarity_part(scores)
-    scores[again] = matches[again] - matches[again].min() + 2  # above all cosines
+    if again.any():
+        scores[again] = matches[again] - matches[again].min() + 2  # above all cosines
     own = scores.gather(1, torch.tensor(owners)[:, None])
     ranks = (scores > own).sum(dim=1) + 1
     worst: dict[int, int] = {}  # a caption for each image

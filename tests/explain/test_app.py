@@ -173,6 +173,8 @@ def test_an_upload_waits_for_its_file():
     drawn.radio("source").set_value(app.UPLOAD).run()
     assert not drawn.exception and not drawn.metric
     assert drawn.text_input("caption").value == ""
+    drawn.radio("source").set_value(app.SCENE).run()
+    assert not drawn.exception and drawn.text_input("caption").value and drawn.metric
 
 
 def test_an_unreadable_upload_is_one_line_and_the_next_one_works(photo_bytes):
@@ -204,6 +206,8 @@ def test_a_folder_is_searched(tmp_path):
     drawn = shown(str(tmp_path))
     assert sorted(text.value for text in drawn.text) == ["[b](x).png", "a.png"]
     assert any("1 more could not be read" in caption.value for caption in drawn.caption)
+    (tmp_path / "._a.png").write_bytes(b"what macOS leaves beside a file")
+    assert readable_images(tmp_path, 1) == ([tmp_path / "[b](x).png"], 3)
     with pytest.raises(UserError, match="no readable image in .*empty"):
         (tmp_path / "empty").mkdir()
         readable_images(tmp_path / "empty", 9)

@@ -36,7 +36,7 @@ def test_a_phrase_has_the_mean_map_of_its_words_wherever_it_stands(make_model, i
     torch.testing.assert_close(got[0], every[0, 7:9].mean(dim=0), rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(got[1], every[1, 2], rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(got[2], every[2, :2].mean(dim=0), rtol=1e-4, atol=1e-7)
-    (both,) = WordCam(model)(images[2:], CAPTIONS[2:], words="ring")
+    (both,) = WordCam(model, batch_size=1)(images[2:], CAPTIONS[2:], words="ring")
     torch.testing.assert_close(both, every[2, [1, 5]].mean(dim=0), rtol=1e-4, atol=1e-7)
 
 
@@ -67,9 +67,11 @@ def test_mistakes(make_other, images, given, words, message):
 
 def test_words_images_and_layers_must_fit(make_model, images):
     model = make_model()
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="3 images do not pair with 3 captions and 1 words"):
         WordCam(model)(images, CAPTIONS, words=["star"])
     with pytest.raises(ValueError, match="2 images do not pair with 3 captions"):
         WordCam(model)(images[:2], CAPTIONS)
+    with pytest.raises(ValueError, match="4 images do not pair with 3 captions"):
+        WordCam(model, batch_size=3)(images[[0, 1, 2, 2]], CAPTIONS)
     with pytest.raises(ValueError, match="layer 0 has no cross-attention"):
         WordCam(model, layer=0)(images, CAPTIONS)

@@ -312,6 +312,22 @@ def test_boxes_tell_own_from_other(photo, checkpoint, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_chosen_words_may_leave_out_a_phrase_with_boxes(photo, checkpoint):
+    """It is shown all the same, with all of its boxes."""
+    boxes = {"blue star": [(0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1)]}
+    whole = softmask_plugin.explain_image(photo, CAPTION, checkpoint, boxes=boxes)
+    found = softmask_plugin.explain_image(photo, CAPTION, checkpoint, "red", boxes=boxes)
+    assert found.words == ["red", "blue", "star"] and found.named[0].words == [1, 2]
+    assert found.pointing() == whole.pointing()
+    frames = [each for axes in found.figure().axes for each in axes.patches]
+    plain = softmask_plugin.explain_image(photo, CAPTION, checkpoint, ["red", "blue star"])
+    without = [each for axes in plain.figure().axes for each in axes.patches]
+    # Two boxes on the map and the mask of two words, each light and dark
+    assert len(frames) - len(without) == 2 * 2 * 2 * 2
+    with pytest.raises(UserError, match="no box is given for 'red'"):
+        softmask_plugin.explain_image(photo, CAPTION, checkpoint, boxes={"red": []})
+
+
 def test_a_figure_has_the_given_width(photo, checkpoint, tmp_path, capsys):
     for width, pixels in (("3.3", 990), ("7", 2100)):
         figure = tmp_path / "a.png"

@@ -189,6 +189,15 @@ class TestPage:
         svgs = write_report(tmp_path / "report.html", **parts).read_text().split("<svg")[1:]
         assert all("currentColor" in svg and "#1f2328" not in svg for svg in svgs)
 
+    @pytest.mark.parametrize(("acc", "chance"), [(0.846, 1 / 3), (84.6, 100 / 3)])
+    def test_accuracies_are_in_percent_whatever_the_task_counts_in(
+        self, tmp_path, parts, acc, chance
+    ):
+        parts |= {"metrics": {"results": {"test": {"acc": acc, "acc_chance": chance}}}}
+        page = Page(write_report(tmp_path / "report.html", **parts))
+        assert "84.6 %" in page.words.replace("84.6%", "84.6 %")
+        assert "chance 33.3%" in page.words
+
     def test_leaves_out_what_it_was_not_given(self, tmp_path, parts):
         parts |= {"metrics": {}, "records": [], "panels": []}
         page = Page(write_report(tmp_path / "report.html", **parts))

@@ -111,6 +111,15 @@ def test_ranks_are_those_of_the_evaluation(run, scoring):
         assert ranks[data.text.index(miss.caption)] == miss.rank
 
 
+def test_without_candidates_similarity_alone_ranks(run):
+    trained = load_trained(run)
+    (data,) = build_datasets(OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))).values()
+    _, scores = Reranker(trained.model, {"k_test": 0}).scores(DataLoader(data, batch_size=3))
+    for miss in worst_retrievals(trained, data, {"k_test": 0}):
+        text = data.text.index(miss.caption)
+        assert miss.rank == (scores[text] > scores[text, data.txt2img[text]]).sum() + 1
+
+
 def test_several_runs_side_by_side(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(run, tmp_path / "other")

@@ -20,14 +20,14 @@ from braceexpand import braceexpand
 from PIL import Image
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
-from softmask_plugin.datasets.images import UnreadableImageError, open_rgb
+from softmask_plugin.datasets.images import IMAGE_SUFFIXES, UnreadableImageError, open_rgb
 from softmask_plugin.datasets.tables.rows import parse_json, read_text, short, texts
 from softmask_plugin.errors import UserError
 
 INDEX = "index.json"  # webdataset's name
 
-# Suffixes of the images that are read; Pillow finds out the format of an "img".
-IMAGE_SUFFIXES = tuple("jpg jpeg png webp avif bmp gif jp2 ppm tif tiff img".split())
+# Suffixes of a shard's images; Pillow finds out the format of an "img"
+MEMBER_SUFFIXES = (*IMAGE_SUFFIXES, "img")
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 
@@ -151,7 +151,7 @@ def _is_cut(file: BinaryIO) -> bool:
 
 def _wanted(name: str) -> bool:
     _, suffix = base_plus_ext(name)
-    return (suffix or "").lower() in (*IMAGE_SUFFIXES, "json", "txt")
+    return (suffix or "").lower() in (*MEMBER_SUFFIXES, "json", "txt")
 
 
 def _reason(error: Exception) -> str:
@@ -173,9 +173,9 @@ def read_sample(
     """
     try:
         captions, image_id = _captions(sample)
-        suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in sample), None)
+        suffix = next((suffix for suffix in MEMBER_SUFFIXES if suffix in sample), None)
         if suffix is None:
-            raise ValueError(f"no image (.{', .'.join(IMAGE_SUFFIXES)})")
+            raise ValueError(f"no image (.{', .'.join(MEMBER_SUFFIXES)})")
         return open_rgb(f"{label}.{suffix}", min_side, sample[suffix]), captions, image_id
     except UnreadableImageError as error:
         raise BrokenSampleError(str(error)) from error

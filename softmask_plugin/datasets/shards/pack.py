@@ -13,8 +13,8 @@ from typing import Any
 import webdataset as wds
 from tqdm import tqdm
 
-from softmask_plugin.datasets.images import UnreadableImageError, open_rgb
-from softmask_plugin.datasets.shards.files import IMAGE_SUFFIXES, INDEX
+from softmask_plugin.datasets.images import IMAGE_SUFFIXES, UnreadableImageError, open_rgb
+from softmask_plugin.datasets.shards.files import INDEX
 from softmask_plugin.datasets.skip_log import SkipLog
 from softmask_plugin.datasets.tables.captions import parse_captions
 from softmask_plugin.datasets.tables.layouts import TableOptions

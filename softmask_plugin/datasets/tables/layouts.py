@@ -81,6 +81,7 @@ def find_columns(
         pair = str(row["identifier"]).rpartition("-")[0]
         folders = pair.partition("-")[0], str(row.get("directory", ""))
         row = row | {"pair": options.below(pair, *folders)}
+    row = {key: value for key, value in row.items() if value is not None}  # a short line of a CSV
     for layout in LAYOUTS:
         if found.keys() >= set(columns):
             break

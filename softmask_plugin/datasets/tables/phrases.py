@@ -106,8 +106,12 @@ def annotate(
     for mention in mentions:
         phrase, alone = clean(mention.phrase).split(), [(mention.phrase, None)]
         within = [(caption, _start(mention, caption, clean)) for caption in mention.captions]
+        known: set[str] = set()  # an image's captions may be the same once cleaned
         for given, start in alone if text == "phrase" else within:
             said = clean(given)
+            if said in known:
+                continue
+            known.add(said)
             if words := occurrences(phrase, said.split(), start):
                 blank = {"image": mention.image, "text": given, "boxes": boxes[mention.image]}
                 entry = entries.setdefault((mention.image, said), {**blank, "phrases": []})

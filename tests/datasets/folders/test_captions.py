@@ -27,6 +27,7 @@ from toy_folders import write
 from softmask_plugin.datasets import skip_log
 from softmask_plugin.datasets.skip_log import SkipLog
 from softmask_plugin.datasets.tables.captions import parse_captions
+from softmask_plugin.datasets.task_datasets import PretrainDataset, number_images
 from softmask_plugin.errors import UserError
 
 COLOURS = ["red", "green", "blue", "yellow", "purple", "orange"]
@@ -200,7 +201,7 @@ def test_an_unquoted_delimiter_does_not_cut_a_caption(tmp_path, caplog):
             "no 'image' and no 'caption' among .'img', 'captions'",
         ),
         ("a.jsonl", '{"image": "a.jpg"}\n{"image": ', "line 1: no 'caption'"),
-        ("a.csv", "", r"no 'image' and no 'caption' among its columns \[\]"),
+        ("a.csv", "", "a.csv holds no rows, or begins with an empty line"),
         ("a.csv", "file,caption\na,b", "no 'image' among its columns .*'file'"),
         ("a.csv", 'image,caption\na.jpg,"unclosed\n', "after line 1: unexpected end of data"),
         ("a.csv", "image,caption\n", "holds no rows"),
@@ -370,3 +371,14 @@ def test_the_log_is_above_the_run_folder_until_that_exists(tmp_path, monkeypatch
     assert SkipLog.of_run().path == tmp_path / "skipped_images.log"
     monkeypatch.setitem(registry.mapping["paths"], "output_dir", str(tmp_path / "job"))
     assert SkipLog.of_run().path == tmp_path / "job" / "skipped_images.log"
+
+
+def test_images_of_data_sets_that_train_together_differ():
+    def dataset(names):
+        items = [{"image_id": name, "image": name, "caption": ["a"]} for name in names]
+        return PretrainDataset(None, str, items, lambda *_: [])
+
+    datasets = [dataset("aab"), object(), dataset("ab")]
+    number_images(datasets)
+    ids = [[item["image_id"] for item in each.annotation] for each in (datasets[0], datasets[2])]
+    assert ids == [[0, 0, 1], [2, 3]]

@@ -228,6 +228,10 @@ def test_questions_of_daquar(images):
     row = {"question": "what is on the desk", "answer": "book, lamp", "image_id": "image3"}
     val = build("vqa_folder", f"questions.val={write('data.csv', [row])}")["val"]
     assert rows_of(val, "image", "answer") == [("image3.png", {"book, lamp": 1})]
+    with Path("data.csv").open("a") as file:
+        file.write("what else,no\n")  # a line cut short names no image
+    val = build("vqa_folder", "questions.val=data.csv")["val"]
+    assert len(val) == 1 and "None.png" not in Path("run/skipped_images.log").read_text()
 
 
 # ---- columns of other names

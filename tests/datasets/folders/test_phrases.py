@@ -183,6 +183,12 @@ def test_what_the_processor_cuts_off_does_not_occur():
     assert words_of(annotate(mentions, "caption", clean)) == [("we saw a dog", [[0]])]
 
 
+def test_captions_that_are_one_count_a_phrase_once():
+    mentions = [mention("a dog", "a dog runs", "A dog runs.")]
+    entries = annotate(mentions, "caption", CaptionProcessor())
+    assert words_of(entries) == [("a dog runs", [[0, 1]])]
+
+
 def test_phrases_share_a_pass_over_their_caption():
     """Captions that differ in case or punctuation alone are one; phrases in none are left out."""
     mentions = [
