@@ -17,6 +17,7 @@ from toy_models import plain_bert
 from transformers import BertConfig, BertForMaskedLM
 
 from softmask_plugin.errors import UserError
+from softmask_plugin.files.checkpoint import open_checkpoint
 from softmask_plugin.models import weights
 from softmask_plugin.models.pretrain import SoftMaskPretrain
 
@@ -419,3 +420,10 @@ def test_finetuned_weights_that_are_not_named(make_model):
     section = {**OmegaConf.structured(make_model().options), "load_finetuned": True}
     with pytest.raises(UserError, match="load_finetuned is true, but model.finetuned names no"):
         SoftMaskPretrain.from_config(OmegaConf.create(section))
+
+
+def test_a_token_may_be_what_ends_a_line_elsewhere(tmp_path):
+    words = ["[PAD]", "\u2028", "a\x85b"]
+    torch.save({"model": {"temp": torch.ones(())}}, tmp_path / "checkpoint_best.pth")
+    (tmp_path / "vocab.txt").write_text("\n".join([*words, ""]), "utf-8")
+    assert open_checkpoint(tmp_path).vocabulary == words

@@ -6,6 +6,8 @@ import copy
 import json
 import math
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from toys import ToyData, ToyModel, build, read_metrics, weights
 from softmask_plugin import launch
 from softmask_plugin.cli import main
 from softmask_plugin.errors import UserError
+from softmask_plugin.files.checkpoint import ASSETS
 from softmask_plugin.models.pretrain import SoftMaskPretrain
 
 
@@ -221,10 +224,13 @@ def test_replay_finds_where_it_began(tmp_path, capsys, monkeypatch):
 
     options = ["datasets.scenes_pretrain.num.train=8", "run.batch_size_train=4"]
     options += [f"run.output_dir={tmp_path}", "run.max_bad_steps=2", "run.max_epoch=1"]
+    words = shutil.copy(ASSETS / "scenes_vocab.txt", tmp_path / "words.txt")
+    options.append(f"model.tokenizer={words}")
     with monkeypatch.context() as patch, pytest.raises(UserError, match="2 steps in a row"):
         patch.setattr(SoftMaskPretrain, "from_config", classmethod(exploding))
         launch.run("scenes/train/pretrain_tiny", options)
     (file,) = tmp_path.glob("*/bad_step_2_rank0.pth")
+    Path(words).unlink()  # the run's folder has them
     assert main(["replay", str(file)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("losses: ") and "loss_itc nan" in line for line in lines)
