@@ -81,7 +81,8 @@ class CheckpointFiles:
         """Name a checkpoint of the folder, from which the run resumes, as :meth:`save` would now,
         and let none pass for a further one: not those that could not be used, which get another
         ending, nor those with numbers from when a step had another number of items."""
-        order, named = furthest_first(self.folder), self._path(epoch, step)
+        order = furthest_first(self.folder)
+        named = path if step is None else self._path(epoch, step)
         for refused in order[: order.index(path)]:
             refused.rename(refused.with_name(f"{refused.name}.refused"))
         path.replace(named)

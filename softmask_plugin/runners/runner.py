@@ -379,9 +379,9 @@ class SoftmaskRunner(PortableRunner):
         if path.parent == self.output_dir:
             self.log.cut(progress.logs)
             any_process(False, self.device)  # all have read the file before it gets another name
-            whole = progress.taken == 0
             if is_main_process():
-                self.files.continue_from(path, progress.epoch - whole, None if whole else self.step)
+                step = self.step if progress.taken else None  # of a part of an epoch
+                self.files.continue_from(path, progress.epoch, step)
         else:
             self.log_config()
             self._take_best_from(path.parent)

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lavis.common.dist_utils import get_world_size, is_main_process
+from lavis.common.dist_utils import is_main_process
 from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
 
@@ -67,8 +67,7 @@ class ItemTask(BaseTask):
             val_result,
             result_dir=registry.get_path("result_dir"),
             filename=f"{split_name}_{self.KIND}",
-            # Only a sampler of several processes repeats items, and LAVIS's search is quadratic
-            remove_duplicate=self.inst_id_key if get_world_size() > 1 else "",
+            remove_duplicate=self.inst_id_key,
         )
         if not is_main_process():
             return None

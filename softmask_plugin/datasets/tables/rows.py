@@ -202,9 +202,9 @@ def _csv_rows(
         quoting=csv.QUOTE_NONE if names else csv.QUOTE_MINIMAL,
         strict=True,
     )
-    if not reader.fieldnames:
-        raise UserError(f"{path} holds no rows, or begins with an empty line")
     try:
+        if not reader.fieldnames:
+            raise UserError(f"{path} holds no rows, or begins with an empty line")
         reader.fieldnames = [name.strip() for name in reader.fieldnames]
         header: dict[str, Any] = dict.fromkeys(reader.fieldnames, "")
         _with_our_columns(header, columns, options, "its columns ")
