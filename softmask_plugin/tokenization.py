@@ -86,9 +86,10 @@ class CaptionTokenizer:
             truncation=True,
             max_length=self._length_with_sep,
             return_token_type_ids=False,
-            return_tensors="pt",
         )
-        ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+        # Not by return_tensors, which makes a ValueError of Ctrl-C
+        ids = torch.tensor(batch["input_ids"], dtype=torch.long)
+        mask = torch.tensor(batch["attention_mask"], dtype=torch.bool)
         if not self.sep_token:
             mask = mask[:, 1:]
             ids = ids[:, :-1].masked_fill(~mask, self.tokenizer.pad_token_id)
