@@ -115,8 +115,12 @@ def same_negatives(monkeypatch):
     def quantile(weights, generator=None):
         return (weights.cumsum(-1) < 0.3 * weights.sum(-1, keepdim=True)).sum(-1)
 
+    def multinomial(weights, n):
+        assert n == 1
+        return quantile(weights)[..., None]
+
     monkeypatch.setattr(sampling, "draw_one", quantile)
-    monkeypatch.setattr(torch, "multinomial", lambda weights, n: quantile(weights)[..., None])
+    monkeypatch.setattr(torch, "multinomial", multinomial)
 
 
 @pytest.fixture

@@ -78,9 +78,12 @@ class CheckpointFiles:
         thread.shutdown(wait=False)
 
     def continue_from(self, path: Path, epoch: int, step: int | None) -> None:
-        """Name a checkpoint of the folder, from which the run resumes, as :meth:`save` would now,
-        and let none pass for a further one: not those that could not be used, which get another
-        ending, nor those with numbers from when a step had another number of items."""
+        """Give the checkpoint from which the run resumes the name that :meth:`save` would give it
+        now, so that no other passes for a further one.
+
+        Those that cannot be used end in ``.refused`` from then on. Those that have higher numbers
+        only because a step had fewer items are removed.
+        """
         order = furthest_first(self.folder)
         named = path if step is None else self._path(epoch, step)
         for refused in order[: order.index(path)]:

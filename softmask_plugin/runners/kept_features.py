@@ -59,11 +59,12 @@ def keep_features(
         if isinstance(distorting, ImageTrainProcessor):
             size, mean, std = distorting.image_size, distorting.mean, distorting.std
             dataset.vis_processor = ImageEvalProcessor(size, mean, std)
-        numbers = range(len(dataset))
-        firsts = {_image_of(dataset.annotation[i]): i for i in reversed(numbers)}  # of items
-        taken: Any = [*reversed(firsts.values())]  # which the loader takes as a data set
+        firsts: dict[Any, int] = {}  # several items may share an image
+        for number, item in enumerate(dataset.annotation):
+            firsts.setdefault(_image_of(item), number)
+        numbers: Any = [*firsts.values()]  # which the loader takes as a data set
         features, found = [], []
-        images = DataLoader(taken, collate_fn=partial(_processed, dataset), **loading)
+        images = DataLoader(numbers, collate_fn=partial(_processed, dataset), **loading)
         with torch.no_grad(), autocast:
             for which, batch in progress_bar(images, desc="features", unit="batch"):
                 features.append(encoder.shared(batch.to(device)).cpu())

@@ -22,8 +22,12 @@ def same_draws(monkeypatch):
     def quantile(weights, generator=None):
         return (weights.cumsum(-1) < 0.3).sum(-1)
 
+    def multinomial(weights, n):
+        assert n == 1
+        return quantile(weights)[..., None]
+
     monkeypatch.setattr(sampling, "draw_one", quantile)
-    monkeypatch.setattr(torch, "multinomial", lambda weights, n: quantile(weights)[..., None])
+    monkeypatch.setattr(torch, "multinomial", multinomial)
 
     def apply(model, batch):
         from softmask_plugin.nn.sampling import Draws, mask_tokens
