@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 
 from softmask_plugin import launch, report
 from softmask_plugin.config.check import option
-from softmask_plugin.datasets.scenes.builders import SceneRetrievalDataset
 from softmask_plugin.datasets.scenes.render import render
+from softmask_plugin.datasets.task_datasets import RetrievalDataset
 from softmask_plugin.explain.figure import Shown, word_panels
 from softmask_plugin.explain.pairs import Explanation, explain
 from softmask_plugin.explain.scenes import pointing
@@ -49,7 +49,7 @@ def main(output_dir: str | Path = "outputs/demo", options: Sequence[str] = ()) -
     evaluated, results = launch.run(EVALUATE, [*given, *shared], evaluate=True)
 
     model, loader = evaluated.unwrap_dist_model(evaluated.model), evaluated.dataloaders["test"]
-    scenes: SceneRetrievalDataset = loader.dataset
+    scenes: RetrievalDataset = loader.dataset
     texts = [each[0] for each in scenes.img2txt.values()][:PANELS]
     images = torch.stack([scenes[scenes.txt2img[text]]["image"] for text in texts])
     explained = explain(model, images, [scenes.text[text] for text in texts])
@@ -83,9 +83,9 @@ def main(output_dir: str | Path = "outputs/demo", options: Sequence[str] = ()) -
     return page
 
 
-def _panel(scenes: SceneRetrievalDataset, text: int, explanation: Explanation) -> Figure:
-    boxes = scenes.boxes(text)
-    (scene,) = scenes.annotation[scenes.txt2img[text]]["scenes"]
+def _panel(scenes: RetrievalDataset, text: int, explanation: Explanation) -> Figure:
+    entry = scenes.annotation[scenes.txt2img[text]]
+    (boxes, *_), (scene,) = entry["word_boxes"], entry["scenes"]  # of its first caption
     picture = np.asarray(render(scene, 256))
     words = [word for word, _, role in boxes if role in ("colour", "shape")]
     return word_panels(Shown(picture, explanation, words, boxes), dpi=DPI, width=WIDTH)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -98,6 +99,7 @@ def _table_options(file: str) -> TableOptions | None:
 
 
 def _texts_of(file: Path, options: TableOptions) -> list[str]:
+    options = replace(options, skipped=SkipLog(muted=True))  # the data set reports them
     errors = []
     for texts_of in (_captions, _questions_and_answers, _statements):
         try:
@@ -108,7 +110,7 @@ def _texts_of(file: Path, options: TableOptions) -> list[str]:
 
 
 def _captions(file: Path, options: TableOptions) -> list[str]:
-    items = parse_captions(file, "train", SkipLog(muted=True), options)  # the data set reports it
+    items = parse_captions(file, "train", options=options)
     return [caption for item in items for caption in item["caption"]]
 
 

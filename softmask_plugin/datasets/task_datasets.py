@@ -215,13 +215,9 @@ class VQAEvalDataset(ItemDataset, vqa_datasets.VQAEvalDataset):
 
 
 class GroundingDataset(ItemDataset):
-    """Images with a ``text``, whose words refer to things, for ``softmask_grounding``.
+    """Images with a ``text`` and boxes of what its words name, laid out as ``GroundingTask`` says.
 
-    An item's text is an expression, with ``box`` (the true one), ``boxes`` (the candidates) and
-    ``group``, under which its result is reported; or it has ``phrases`` and ``boxes``, see
-    ``tables.phrases.annotate``. Boxes are (x0, y0, x1, y1) in [0, 1] of the whole image, which
-    the image processor must therefore keep. A sample has ``image``, ``text_input``,
-    ``instance_id`` and ``index``.
+    Boxes are shares of the whole image, which the image processor must therefore keep.
     """
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -230,12 +226,7 @@ class GroundingDataset(ItemDataset):
 
 
 class FoilDataset(ItemDataset):
-    """Images with a true ``caption`` and a false one, its ``foil``, for ``softmask_foils``.
-
-    An item also has ``group``, under which its result is reported, and perhaps ``pair``, which a
-    second item shares: another image, with caption and foil exchanged, as in Winoground. A sample
-    has ``image``, ``caption``, ``foil``, ``instance_id`` and ``index``.
-    """
+    """Images with a true ``caption`` and a false one, its ``foil``, as ``FoilsTask`` takes them."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item, (image,) = self.open(index)

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from softmask_plugin.datasets.scenes.builders import SceneRetrievalDataset
 from softmask_plugin.datasets.scenes.grammar import Box
 from softmask_plugin.datasets.scenes.tasks import name_things
+from softmask_plugin.datasets.task_datasets import RetrievalDataset
 from softmask_plugin.explain.maps import word_maps
 from softmask_plugin.pointing import own_and_other, pointing_game
 
@@ -28,7 +28,7 @@ class Word(NamedTuple):
     others: list[Box]
 
 
-def pointing(model: Any, scenes: SceneRetrievalDataset) -> dict[str, Any]:
+def pointing(model: Any, scenes: RetrievalDataset) -> dict[str, Any]:
     """Play the pointing game on scenes.
 
     Returns:
@@ -62,7 +62,7 @@ def pointing(model: Any, scenes: SceneRetrievalDataset) -> dict[str, Any]:
     }
 
 
-def _map(model: Any, scenes: SceneRetrievalDataset, items: Sequence[Item]) -> Iterator[Word]:
+def _map(model: Any, scenes: RetrievalDataset, items: Sequence[Item]) -> Iterator[Word]:
     for start in range(0, len(items), BATCH):
         batch = items[start : start + BATCH]
         images = torch.stack([scenes[image]["image"] for image, _, _ in batch])

@@ -14,10 +14,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from softmask_plugin.datasets.builder import Builder
-from softmask_plugin.datasets.task_datasets import (
-    ItemDataset,
-    RetrievalDataset,
-)
+from softmask_plugin.datasets.task_datasets import ItemDataset, RetrievalDataset
 from softmask_plugin.explain.figure import Shown, word_panels
 from softmask_plugin.explain.gallery import Gallery
 from softmask_plugin.explain.pairs import explain

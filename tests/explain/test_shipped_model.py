@@ -15,10 +15,10 @@ from safetensors import safe_open
 from toy_builders import build_scenes
 
 from softmask_plugin import launch
-from softmask_plugin.datasets.scenes.builders import SceneRetrievalDataset
 from softmask_plugin.datasets.scenes.grammar import make_scenes
 from softmask_plugin.datasets.scenes.render import render_item
 from softmask_plugin.datasets.scenes.tasks import describe
+from softmask_plugin.datasets.task_datasets import RetrievalDataset
 from softmask_plugin.errors import UserError
 from softmask_plugin.explain.scenes import pointing
 from softmask_plugin.files.checkpoint import ASSETS, SHIPPED, open_checkpoint
@@ -70,7 +70,7 @@ def test_it_ranks_held_out_scenes():
     scenes = make_scenes("test", 200, seed=1)  # of another seed than those that were reported
     items = [{"image": str(i), **describe(scene, 1)} for i, scene in enumerate(scenes)]
     draw = partial(render_item, 60)
-    data = SceneRetrievalDataset(images["eval"], texts["eval"], items, draw)
+    data = RetrievalDataset(images["eval"], texts["eval"], items, draw)
     scores = Reranker(model).scores(torch.utils.data.DataLoader(data, batch_size=64))
     for score in scores:
         assert (score.argmax(axis=1) == range(200)).mean() > 0.85

@@ -32,10 +32,9 @@ class FolderBuilder(Builder):
         UserError: A key is missing or unknown, a file is malformed, or no image is left.
     """
 
-    FILES: str  # the key of the section that names one file per split
-    SPLITS: tuple[str, ...] = ("train", "val", "test")
+    FILES: str  # the key of the section that names one file for each split of the default YAML
 
-    def _parse(self, file: Path, split: str, skipped: SkipLog) -> Annotation:
+    def _parse(self, file: Path, split: str, options: TableOptions) -> Annotation:
         """Parse the file of a split: ``image``, or two ``images``, per item, and what is said."""
         raise NotImplementedError
 
@@ -48,7 +47,8 @@ class FolderBuilder(Builder):
         self.annotations: dict[str, Annotation] = {}  # of the splits built so far
         datasets: dict[str, ItemDataset] = {}
         for split, file in files.items():
-            annotation = self._existing(root, self._parse(file, split, at_build), at_build)
+            options = replace(TableOptions.of(self.place, self.config, split), skipped=at_build)
+            annotation = self._existing(root, self._parse(file, split, options), at_build)
             if split != "train":  # evaluation must know its gallery from the start
                 annotation = _readable(root, annotation, at_build, split)
             self.annotations[split] = annotation
@@ -58,21 +58,18 @@ class FolderBuilder(Builder):
             logging.info("%s %s: %d items, %d images", self.NAME, split, *counts)
         return datasets
 
-    def _table(self, split: str) -> TableOptions:
-        return TableOptions.of(self.place, self.config, split)
-
     def _paths(self) -> tuple[Path, dict[str, Path]]:
-        self._check_keys()
+        splits = list(self._check_keys()[self.FILES])
         section, place = self.config.get(self.FILES) or {}, f"{self.place}.{self.FILES}"
-        require_known(place, section, self.SPLITS)
+        require_known(place, section, splits)
         files = {}
-        for split in self.SPLITS:
+        for split in splits:
             if file := section.get(split):
                 if not isinstance(file, str):
                     raise UserError(f"{place}.{split} must be the path of one file")
                 files[split] = Path(file).expanduser()
         if not files:
-            raise UserError(f"{place} names no file: set its {' or '.join(self.SPLITS)}")
+            raise UserError(f"{place} names no file: set its {' or '.join(splits)}")
         if not self.config.get("images"):
             raise UserError(f"{self.place}.images is not set: give the folder of the images")
         root = Path(self.config.images).expanduser().absolute()

@@ -13,6 +13,7 @@ from softmask_plugin.datasets.folders.base import FolderBuilder
 from softmask_plugin.datasets.skip_log import SkipLog
 from softmask_plugin.datasets.tables.captions import parse_captions
 from softmask_plugin.datasets.tables.foils import parse_foils
+from softmask_plugin.datasets.tables.layouts import TableOptions
 from softmask_plugin.datasets.tables.questions import most_frequent, parse_answers, parse_questions
 from softmask_plugin.datasets.tables.statements import parse_statements
 from softmask_plugin.datasets.task_datasets import (
@@ -38,8 +39,8 @@ class CaptionsFolderBuilder(FolderBuilder):
     train_dataset_cls = PretrainDataset
     eval_dataset_cls = RetrievalDataset
 
-    def _parse(self, file: Path, split: str, skipped: SkipLog) -> Annotation:
-        return parse_captions(file, split, skipped, self._table(split))
+    def _parse(self, file: Path, split: str, options: TableOptions) -> Annotation:
+        return parse_captions(file, split, options)
 
 
 @register("builder", "vqa_folder")
@@ -51,8 +52,8 @@ class VQAFolderBuilder(FolderBuilder):
     train_dataset_cls = VQADataset
     eval_dataset_cls = VQAEvalDataset
 
-    def _parse(self, file: Path, split: str, skipped: SkipLog) -> Annotation:
-        return parse_questions(file, split != "test", skipped, self._table(split))
+    def _parse(self, file: Path, split: str, options: TableOptions) -> Annotation:
+        return parse_questions(file, split != "test", options)
 
     def _arguments(self, split: str) -> dict[str, Any]:
         return {} if split == "train" else {"answer_list": self._answer_list()}
@@ -60,7 +61,8 @@ class VQAFolderBuilder(FolderBuilder):
     def _answer_list(self) -> list[str] | None:
         answers = self.config.get("answers")
         if isinstance(answers, str):
-            return parse_answers(Path(answers).expanduser())
+            options = TableOptions(skipped=SkipLog.of_run())
+            return parse_answers(Path(answers).expanduser(), options)
         if answers is not None and (type(answers) is not int or answers < 1):
             raise UserError(
                 f"{self.place}.answers is {answers!r}: it must be the path of a file, a number of "
@@ -78,8 +80,8 @@ class EntailmentFolderBuilder(FolderBuilder):
     DATASET_CONFIG_DICT = {"default": shipped("datasets/entailment_folder/default.yaml")}
     train_dataset_cls = eval_dataset_cls = EntailmentDataset
 
-    def _parse(self, file: Path, split: str, skipped: SkipLog) -> Annotation:
-        return parse_statements(file, ("image",), self._labels(), skipped, self._table(split))
+    def _parse(self, file: Path, split: str, options: TableOptions) -> Annotation:
+        return parse_statements(file, ("image",), self._labels(), options)
 
     def _arguments(self, split: str) -> dict[str, Any]:
         return {"labels": self._labels()}
@@ -104,11 +106,9 @@ class NLVRFolderBuilder(FolderBuilder):
     DATASET_CONFIG_DICT = {"default": shipped("datasets/nlvr_folder/default.yaml")}
     train_dataset_cls = eval_dataset_cls = NLVRDataset
 
-    def _parse(self, file: Path, split: str, skipped: SkipLog) -> Annotation:
+    def _parse(self, file: Path, split: str, options: TableOptions) -> Annotation:
         # The labels are in the order of LAVIS's classes.
-        return parse_statements(
-            file, ("image0", "image1"), ("False", "True"), skipped, self._table(split)
-        )
+        return parse_statements(file, ("image0", "image1"), ("False", "True"), options)
 
     def _arguments(self, split: str) -> dict[str, Any]:
         swap = self.config.get("swap", True)
@@ -120,9 +120,9 @@ class NLVRFolderBuilder(FolderBuilder):
 class FoilsFolderBuilder(FolderBuilder):
     """Images with captions and foils: ``val`` and ``test``, for ``softmask_foils``."""
 
-    FILES, SPLITS = "foils", ("val", "test")
+    FILES = "foils"
     DATASET_CONFIG_DICT = {"default": shipped("datasets/foils_folder/default.yaml")}
     eval_dataset_cls = FoilDataset
 
-    def _parse(self, file: Path, split: str, skipped: SkipLog) -> Annotation:
-        return parse_foils(file, skipped, self._table(split))
+    def _parse(self, file: Path, split: str, options: TableOptions) -> Annotation:
+        return parse_foils(file, options)

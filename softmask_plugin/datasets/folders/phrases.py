@@ -27,7 +27,7 @@ from xml.etree import ElementTree
 from softmask_plugin.config.paths import shipped
 from softmask_plugin.datasets.folders.base import FolderBuilder
 from softmask_plugin.datasets.folders.refcoco import read_bytes, unit_boxes
-from softmask_plugin.datasets.skip_log import SkipLog
+from softmask_plugin.datasets.tables.layouts import TableOptions
 from softmask_plugin.datasets.tables.phrases import TEXTS, Mention, annotate, parse_phrases
 from softmask_plugin.datasets.tables.rows import image_name
 from softmask_plugin.datasets.task_datasets import Annotation, GroundingDataset
@@ -43,17 +43,16 @@ _PHRASE = re.compile(r"\[/EN#(\d+)/(\S+) ([^\[\]]+)\]")
 class PhrasesBuilder(FolderBuilder):
     """Images with phrases, which ``text`` gives to a model alone or within their captions."""
 
-    SPLITS = ("val", "test")
     eval_dataset_cls = GroundingDataset
 
-    def _mentions(self, file: Path, split: str, skipped: SkipLog) -> list[Mention]:
+    def _mentions(self, file: Path, options: TableOptions) -> list[Mention]:
         raise NotImplementedError
 
-    def _parse(self, file: Path, split: str, skipped: SkipLog) -> Annotation:
+    def _parse(self, file: Path, split: str, options: TableOptions) -> Annotation:
         text = self.config.text
         if text not in TEXTS:
             raise UserError(f"{self.place}.text is {text!r}: {suggest(text, TEXTS)}")
-        mentions = self._mentions(file, split, skipped)
+        mentions = self._mentions(file, options)
         annotation = annotate(mentions, text, self.text_processors["eval"])
         if not annotation:
             raise UserError(
@@ -73,8 +72,8 @@ class PhrasesFolderBuilder(PhrasesBuilder):
     FILES = "phrases"
     DATASET_CONFIG_DICT = {"default": shipped("datasets/phrases_folder/default.yaml")}
 
-    def _mentions(self, file: Path, split: str, skipped: SkipLog) -> list[Mention]:
-        return parse_phrases(file, skipped, self._table(split))
+    def _mentions(self, file: Path, options: TableOptions) -> list[Mention]:
+        return parse_phrases(file, options)
 
 
 @register("builder", "flickr30k_entities")
@@ -84,7 +83,7 @@ class Flickr30kEntitiesBuilder(PhrasesBuilder):
     FILES = "splits"
     DATASET_CONFIG_DICT = {"default": shipped("datasets/flickr30k_entities/default.yaml")}
 
-    def _mentions(self, file: Path, split: str, skipped: SkipLog) -> list[Mention]:
+    def _mentions(self, file: Path, options: TableOptions) -> list[Mention]:
         folder, problems = Path(self.config.data).expanduser(), list[str]()
         try:
             names = [image_name(f"{number}.jpg") for number in _lines(file)]
@@ -93,7 +92,7 @@ class Flickr30kEntitiesBuilder(PhrasesBuilder):
         mentions = [each for name in names for each in _read(folder, name, problems)]
         if not mentions:
             raise UserError(f"{file}: its {len(names)} images have no phrase with a box")
-        skipped.add(f"sentences of {file.name}", problems)
+        options.skipped.add(f"sentences of {file.name}", problems)
         return mentions
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from softmask_plugin.config.paths import shipped
 from softmask_plugin.datasets.folders.base import FolderBuilder
-from softmask_plugin.datasets.skip_log import SkipLog
+from softmask_plugin.datasets.tables.layouts import TableOptions
 from softmask_plugin.datasets.tables.rows import image_name, parse_json
 from softmask_plugin.datasets.task_datasets import Annotation, GroundingDataset
 from softmask_plugin.errors import UserError, reason_of
@@ -39,22 +39,40 @@ REFER = "REFER's refcoco+.zip (https://github.com/lichengunc/refer)"
 class RefCocoPlusGroundingBuilder(FolderBuilder):
     """RefCOCO+ with a detector's boxes as candidates; the groups are val, testA and testB."""
 
-    FILES, SPLITS = "annotations", ("val", "test")
+    FILES = "annotations"
     DATASET_CONFIG_DICT = {"default": shipped("datasets/refcoco/plus_grounding.yaml")}
     eval_dataset_cls = GroundingDataset
 
     @cached_property
-    def _boxes(self) -> Boxes:
-        files = (self.config[key] for key in ("refs", "instances", "detections"))
-        return Boxes(*(Path(file).expanduser() for file in files))
+    def _tables(self) -> tuple[Table, Table, Table, Table]:
+        """References, images and true boxes by their ids, and a detector's boxes by image."""
+        refs, instances, detections = (
+            Path(self.config[key]).expanduser() for key in ("refs", "instances", "detections")
+        )
+        content = Table(instances, REFER, parse_json(instances, read_bytes(instances, REFER)))
+        return (
+            Table(refs, REFER, load_plain_pickle(refs, REFER), "ref_id"),
+            Table(instances, REFER, content["images"], "id"),
+            Table(instances, REFER, content["annotations"], "id"),
+            Table(detections, ALBEF, parse_json(detections, read_bytes(detections, ALBEF))),
+        )
 
-    def _parse(self, file: Path, split: str, skipped: SkipLog) -> Annotation:
+    def _boxes(self, ref_id: int) -> dict[str, Any]:
+        """The true ``box``, the candidate ``boxes`` and the ``group`` of a reference."""
+        refs, images, truths, detections = self._tables
+        ref = refs[ref_id]
+        image = images[ref["image_id"]]
+        size = image["width"], image["height"]
+        (box,) = unit_boxes([truths[ref["ann_id"]]["bbox"]], *size)
+        boxes = unit_boxes(detections[str(ref["image_id"])], *size)
+        return {"box": box, "boxes": boxes, "group": ref["split"]}
+
+    def _parse(self, file: Path, split: str, options: TableOptions) -> Annotation:
         rows, annotation = parse_json(file, read_bytes(file, ALBEF)), []
-        options = self._table(split)
         for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
             try:
                 image = image_name(row["image"], options)
-                item = {"image": image, "text": row["text"], **self._boxes.of(row["ref_id"])}
+                item = {"image": image, "text": row["text"], **self._boxes(row["ref_id"])}
             except (KeyError, TypeError, ValueError) as error:
                 raise UserError(
                     f"{file}, entry {number}, or its entries in the other files are laid out "
@@ -80,30 +98,6 @@ class Table(dict[Any, Any]):
 
     def __missing__(self, key: Any) -> Any:
         raise UserError(f"{self.file} has no entry {key!r}: get that of {self.source}")
-
-
-class Boxes:
-    """True boxes, by the id of a reference, and a detector's boxes, by the id of an image.
-
-    UserError if one of the three files is missing or laid out differently.
-    """
-
-    def __init__(self, refs: Path, instances: Path, detections: Path) -> None:
-        content = Table(instances, REFER, parse_json(instances, read_bytes(instances, REFER)))
-        detected = parse_json(detections, read_bytes(detections, ALBEF))
-        self.refs = Table(refs, REFER, load_plain_pickle(refs, REFER), "ref_id")
-        self.images = Table(instances, REFER, content["images"], "id")
-        self.truths = Table(instances, REFER, content["annotations"], "id")
-        self.detections = Table(detections, ALBEF, detected)
-
-    def of(self, ref_id: int) -> dict[str, Any]:
-        """Return the true ``box``, the candidate ``boxes`` and the ``group`` of a reference."""
-        ref = self.refs[ref_id]
-        image = self.images[ref["image_id"]]
-        size = image["width"], image["height"]
-        (box,) = unit_boxes([self.truths[ref["ann_id"]]["bbox"]], *size)
-        boxes = unit_boxes(self.detections[str(ref["image_id"])], *size)
-        return {"box": box, "boxes": boxes, "group": ref["split"]}
 
 
 def unit_boxes(boxes: Any, width: float, height: float) -> list[list[float]]:

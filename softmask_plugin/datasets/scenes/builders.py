@@ -14,7 +14,7 @@ from softmask_plugin.config.run_options import flag
 from softmask_plugin.datasets import task_datasets as data
 from softmask_plugin.datasets.builder import Builder
 from softmask_plugin.datasets.scenes import grammar, tasks
-from softmask_plugin.datasets.scenes.grammar import MAX_OBJECTS, Box, Composition, Scene
+from softmask_plugin.datasets.scenes.grammar import MAX_OBJECTS, Composition, Scene
 from softmask_plugin.datasets.scenes.render import render_item
 from softmask_plugin.datasets.scenes.tasks import Item
 from softmask_plugin.datasets.tables.phrases import TEXTS
@@ -58,15 +58,6 @@ class ScenesBuilder(Builder):
         return datasets
 
 
-class SceneRetrievalDataset(data.RetrievalDataset):
-    """Scenes and captions to match, with the boxes of the things that the captions name."""
-
-    def boxes(self, text_index: int) -> list[tuple[int, Box, str]]:
-        """Return the word boxes of a caption, as in ``Caption.boxes``."""
-        image = self.txt2img[text_index]
-        return list(self.annotation[image]["word_boxes"][self.img2txt[image].index(text_index)])
-
-
 @register("builder", "scenes_pretrain")
 class ScenesPretrainBuilder(ScenesBuilder):
     """Scenes for pretraining: a train split."""
@@ -81,7 +72,7 @@ class ScenesRetrievalBuilder(ScenesBuilder):
 
     DATASET_CONFIG_DICT = {"default": shipped("datasets/scenes/retrieval.yaml")}
     train_dataset_cls = data.PretrainDataset
-    eval_dataset_cls = SceneRetrievalDataset
+    eval_dataset_cls = data.RetrievalDataset
 
     def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> list[Item]:
         limit = None if split == "train" else self._number("captions_per_image", 1)
@@ -111,9 +102,8 @@ class ScenesNLVRBuilder(ScenesBuilder):
         return 2 * items
 
     def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> list[Item]:
-        heldout = grammar.heldout_compositions(self.config.heldout)
         pairs = zip(scenes[::2], scenes[1::2], strict=True)
-        return [tasks.compare(left, right, pool, heldout) for left, right in pairs]
+        return [tasks.compare(left, right, pool) for left, right in pairs]
 
 
 @register("builder", "scenes_vqa")
@@ -162,16 +152,13 @@ class ScenesFoilsBuilder(ScenesBuilder):
     eval_dataset_cls = data.FoilDataset
 
     def _scenes_for(self, items: int) -> int:
-        return math.ceil(items / len(tasks.foil_groups(self.config.objects, self._curtain())))
+        flag(f"{self.place}.curtain", self.config.curtain)
+        return math.ceil(items / len(tasks.foil_groups(self.config.objects, self.config.curtain)))
 
     def _annotate(self, split: str, scenes: list[Scene], pool: Sequence[Composition]) -> list[Item]:
         items = [
             {"image": f"scene {i}", **item}
             for i, scene in enumerate(scenes)
-            for item in tasks.foils(scene, self._curtain())
+            for item in tasks.foils(scene, self.config.curtain)
         ]
         return items[: self.config.num[split]]
-
-    def _curtain(self) -> bool:
-        flag(f"{self.place}.curtain", self.config.curtain)
-        return self.config.curtain

@@ -97,7 +97,6 @@ class Scene:
     """Things of different (colour, shape), with a clear relation between any two."""
 
     things: tuple[Thing, ...]
-    novel: bool  # whether one of the things has a held-out composition
     texture: int  # seed of the image's grain and shades
 
     @property
@@ -193,7 +192,7 @@ def make_scenes(
             f"{num} {split} scenes of {objects} object(s) cannot all differ, only {most} do: "
             "ask for fewer"
         )
-    kept_back, allowed = heldout_compositions(heldout), allowed_compositions(split, heldout)
+    allowed = allowed_compositions(split, heldout)
     scenes: list[Scene] = []
     seen: set[frozenset[Composition]] = set()
     for index in range(num):
@@ -203,8 +202,7 @@ def make_scenes(
             if split == "train" or frozenset(shown) not in seen:
                 break
         seen.add(frozenset(shown))
-        novel = not kept_back.isdisjoint(shown)
-        scenes.append(Scene(_place(rng, shown, LAYOUTS[layout]), novel, int(rng.integers(2**63))))
+        scenes.append(Scene(_place(rng, shown, LAYOUTS[layout]), int(rng.integers(2**63))))
     return scenes
 
 

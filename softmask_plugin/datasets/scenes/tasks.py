@@ -9,7 +9,7 @@ are drawn in the same way. An item is an entry of a data set's annotation, with 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any, NamedTuple, TypeVar
@@ -205,14 +205,11 @@ def foils(scene: Scene, curtain: bool = False) -> list[Item]:
     return items
 
 
-def compare(
-    left: Scene, right: Scene, pool: Sequence[Composition], heldout: Collection[Composition]
-) -> Item:
+def compare(left: Scene, right: Scene, pool: Sequence[Composition]) -> Item:
     """State what two images show; each kind of statement is true half of the time.
 
     In each scene, one thing is replaced by one of the two things of ``pool`` that the statement is
-    about; one of ``heldout`` makes the scene ``novel``. Returns ``sentence`` and ``label``,
-    ``"True"`` or ``"False"``.
+    about. Returns ``sentence`` and ``label``, ``"True"`` or ``"False"``.
     """
     rng = _rng(left)
     free = [pair for pair in pool if pair not in left.compositions | right.compositions]
@@ -220,8 +217,8 @@ def compare(
     template, where_true, where_false = _pick(rng, _PAIR_STATEMENTS)
     label = _pick(rng, (True, False))
     on_left, on_right = _pick(rng, where_true if label else where_false)
-    left = _replace_first(left, named[on_left], heldout)
-    right = _replace_first(right, named[on_right], heldout)
+    left = _replace_first(left, named[on_left])
+    right = _replace_first(right, named[on_right])
     sentence = template.format(*(_a(" ".join(composition)) for composition in named))
     return {"scenes": (left, right), "sentence": sentence, "label": str(label)}
 
@@ -328,9 +325,7 @@ def _a(words: str) -> str:
     return f"{grammar.article(words)} {words}"
 
 
-def _replace_first(
-    scene: Scene, composition: Composition, heldout: Collection[Composition]
-) -> Scene:
+def _replace_first(scene: Scene, composition: Composition) -> Scene:
     first, *others = scene.things
-    things = (replace(first, colour=composition[0], shape=composition[1]), *others)
-    return replace(scene, things=things, novel=any(t.composition in heldout for t in things))
+    colour, shape = composition
+    return replace(scene, things=(replace(first, colour=colour, shape=shape), *others))

@@ -17,7 +17,6 @@ class CaptionShardsBuilder(Builder):
     """Builds ``train``, a stream. Relative paths start from the current folder."""
 
     DATASET_CONFIG_DICT = {"default": shipped("datasets/caption_shards/default.yaml")}
-    train_dataset_cls = ShardStream
 
     def build(self) -> dict[str, ShardStream]:
         """Build the stream; UserError at a wrong key or value, or if nothing counts the samples."""

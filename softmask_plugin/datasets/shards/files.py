@@ -20,7 +20,7 @@ from braceexpand import braceexpand
 from PIL import Image
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
-from softmask_plugin.datasets.images import IMAGE_SUFFIXES, UnreadableImageError, open_rgb
+from softmask_plugin.datasets.images import IMAGE_SUFFIXES, open_rgb
 from softmask_plugin.datasets.tables.rows import parse_json, read_text, short, texts
 from softmask_plugin.errors import UserError
 
@@ -33,10 +33,6 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 
 # Members as webdataset groups them: their bytes by suffix, and their common name as "__key__".
 RawSample = dict[str, Any]
-
-
-class BrokenSampleError(Exception):
-    """An unusable sample; the message is its name and the reason."""
 
 
 def find_shards(given: str | Iterable[str], where: str) -> list[Path]:
@@ -169,7 +165,7 @@ def read_sample(
     else in its ``.txt``. ``label`` names the sample in messages; ``min_side`` is ``open_rgb``'s.
 
     Raises:
-        BrokenSampleError: No image, an image that cannot be decoded, or no usable caption.
+        UserError: No image, an image that cannot be decoded, or no usable caption.
     """
     try:
         captions, image_id = _captions(sample)
@@ -177,10 +173,8 @@ def read_sample(
         if suffix is None:
             raise ValueError(f"no image (.{', .'.join(MEMBER_SUFFIXES)})")
         return open_rgb(f"{label}.{suffix}", min_side, sample[suffix]), captions, image_id
-    except UnreadableImageError as error:
-        raise BrokenSampleError(str(error)) from error
     except (ValueError, RecursionError) as error:
-        raise BrokenSampleError(f"{label}: {error}") from error
+        raise UserError(f"{label}: {error}") from error
 
 
 def _captions(sample: RawSample) -> tuple[list[str], str | None]:

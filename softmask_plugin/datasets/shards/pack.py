@@ -53,7 +53,7 @@ def pack_shards(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         log.unlink(missing_ok=True)  # of an earlier attempt
-        items = parse_captions(captions, "train", SkipLog(log), TableOptions(root=images))
+        items = parse_captions(captions, "train", TableOptions(root=images, skipped=SkipLog(log)))
         random.Random(seed).shuffle(items)
         defects: list[str] = []
         # On the same disk, so that the finished folder can be renamed

@@ -226,7 +226,7 @@ class ShardStream(wds.DataPipeline):
             key = sample["__key__"]
             try:
                 image, captions, image_id = files.read_sample(sample, f"{path}/{key}", min_side)
-            except files.BrokenSampleError as error:
+            except UserError as error:
                 defects.append(str(error))
                 continue
             with fixed_draws(self.seed, pass_, _hash(name), _hash(key)):

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from softmask_plugin.datasets.skip_log import SkipLog
 from softmask_plugin.datasets.tables.layouts import PLAIN, TableOptions
 from softmask_plugin.datasets.tables.rows import Row, image_name, parse_table, short, texts
 from softmask_plugin.errors import UserError
@@ -20,7 +19,6 @@ _KARPATHY_SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("te
 def parse_captions(
     path: str | Path,
     split: str | None = None,
-    skipped: SkipLog | None = None,
     options: TableOptions = PLAIN,
 ) -> list[dict[str, Any]]:
     """Parse a caption file into one entry per image, in the order of the file.
@@ -37,7 +35,6 @@ def parse_captions(
             Flickr8k's, Flickr30k's, open_clip's (docs/data.md). UTF-8.
         split: ``train``, ``val`` or ``test``: a part of a Karpathy file (None: all of it). Other
             files hold one split.
-        skipped: Where skipped rows are reported; None: a warning names the first.
         options: Names of columns, the separator, the images folder.
 
     Returns:
@@ -58,7 +55,7 @@ def parse_captions(
     columns, parts = ("image", "caption"), "rows or captions"
     unpack = partial(_unpack, path, split, options)
     images: dict[str, dict[str, Any]] = {}
-    for row in parse_table(path, columns, parse, skipped, "caption", parts, unpack, options):
+    for row in parse_table(path, columns, parse, "caption", parts, unpack, options):
         first = images.setdefault(row["image"], row)
         if first is not row:
             first["caption"] += row["caption"]

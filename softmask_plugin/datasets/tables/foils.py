@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from softmask_plugin.datasets.skip_log import SkipLog
 from softmask_plugin.datasets.tables.layouts import PLAIN, TableOptions
 from softmask_plugin.datasets.tables.rows import (
     SUFFIXES,
@@ -22,17 +21,14 @@ from softmask_plugin.errors import UserError
 _SIDES = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")  # ARO's
 
 
-def parse_foils(
-    path: str | Path, skipped: SkipLog | None = None, options: TableOptions = PLAIN
-) -> list[dict[str, Any]]:
+def parse_foils(path: str | Path, options: TableOptions = PLAIN) -> list[dict[str, Any]]:
     """Parse a file of foils, or all those in a folder, into one entry per usable row.
 
     Args:
         path: Rows ``{"image", "caption", "foil", "group" (optional), "pair" (optional)}``, or a
             file as published: SugarCrepe's, VALSE's, ARO's (VG-Relation and VG-Attribution),
             Winoground's (docs/data.md). The group of a row without one is the file's name.
-        skipped: Where skipped rows are reported; None: a warning names the first. VALSE's foils
-            that its annotators did not confirm are skipped, too.
+            VALSE's foils that its annotators did not confirm are skipped.
         options: Names of columns, the separator, the images folder.
 
     Returns:
@@ -49,13 +45,13 @@ def parse_foils(
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
         if not files:
             raise UserError(f"{path} holds no file that ends in {', '.join(SUFFIXES)}")
-    return [item for file in files for item in _parse_file(file, skipped, options)]
+    return [item for file in files for item in _parse_file(file, options)]
 
 
-def _parse_file(path: Path, skipped: SkipLog | None, options: TableOptions) -> list[dict[str, Any]]:
+def _parse_file(path: Path, options: TableOptions) -> list[dict[str, Any]]:
     named = (column for column in ("group", "pair") if column in options.keys)
     columns, parse = ("image", "caption", "foil", *named), partial(_items, path.stem, options)
-    rows = parse_table(path, columns, parse, skipped, "foil", unpack=_unpack, options=options)
+    rows = parse_table(path, columns, parse, "foil", unpack=_unpack, options=options)
     items = [item for row in rows for item in row]
     pairs: dict[str, list[tuple[str, str]]] = {}
     for item in items:

@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from softmask_plugin.datasets.skip_log import SkipLog
 from softmask_plugin.errors import UserError
 
 
@@ -24,6 +25,7 @@ class TableOptions:
     separator: str | None = None  # of a CSV; None: found in its first line
     root: Path | None = None  # the images folder, below which absolute image names must be
     annotations: Path | None = None  # VQA's file of answers to a file of questions
+    skipped: SkipLog = SkipLog()  # where unusable rows and parts of rows are reported
 
     @classmethod
     def of(cls, place: str, section: DictConfig, split: str) -> TableOptions:

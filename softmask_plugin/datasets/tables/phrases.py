@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from softmask_plugin.datasets.skip_log import SkipLog
 from softmask_plugin.datasets.tables.layouts import PLAIN, TableOptions, find_columns
 from softmask_plugin.datasets.tables.rows import image_name, one_text, parse_table, short, texts
 
@@ -30,9 +29,7 @@ class Mention:
     first: int | None = None  # its first word in its only caption, from 0; None: look for it
 
 
-def parse_phrases(
-    path: str | Path, skipped: SkipLog | None = None, options: TableOptions = PLAIN
-) -> list[Mention]:
+def parse_phrases(path: str | Path, options: TableOptions = PLAIN) -> list[Mention]:
     """Parse a file of phrases and boxes; unusable rows and phrases are skipped and reported.
 
     Rows of the same image, phrase (in any case) and captions are one phrase with all their boxes.
@@ -42,7 +39,6 @@ def parse_phrases(
             "caption": text or [texts] (optional), "category": name or [names] (optional)}``, or
             rows by image, ``{"image", "caption" (optional), "phrases": [{"phrase", "box", ...}]}``.
             Boxes are shares of the image's width and height; in a CSV four numbers each.
-        skipped: Where skipped rows are reported; None: a warning names the first.
         options: Names of columns, the separator, the images folder.
 
     Raises:
@@ -64,9 +60,7 @@ def parse_phrases(
             raise ValueError(f"no usable phrase of image {short(image)}")
         return found
 
-    rows = parse_table(
-        path, ["image"], parse, skipped, "phrase", "rows or phrases", options=options
-    )
+    rows = parse_table(path, ["image"], parse, "phrase", "rows or phrases", options=options)
     merged: dict[tuple[Any, ...], Mention] = {}
     for mention in chain.from_iterable(rows):
         same = mention.image, mention.phrase.casefold(), *mention.captions

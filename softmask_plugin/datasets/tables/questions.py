@@ -10,7 +10,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from softmask_plugin.datasets.skip_log import SkipLog
 from softmask_plugin.datasets.tables.layouts import PLAIN, TableOptions
 from softmask_plugin.datasets.tables.rows import (
     Row,
@@ -28,7 +27,6 @@ from softmask_plugin.errors import UserError
 def parse_questions(
     path: str | Path,
     answered: bool = True,
-    skipped: SkipLog | None = None,
     options: TableOptions = PLAIN,
 ) -> list[dict[str, Any]]:
     """Parse a question file into one entry per question, in the order of the file.
@@ -42,7 +40,6 @@ def parse_questions(
             text, a list of texts (of several annotators), or a mapping of texts to weights. Also
             files as published: VQA's (with ``options.annotations``) and DAQUAR's (docs/data.md).
         answered: Whether each row needs an answer.
-        skipped: Where skipped rows are reported; None: a warning names the first.
         options: Names of columns, the separator, the images folder, VQA's annotations.
 
     Returns:
@@ -69,7 +66,7 @@ def parse_questions(
 
     columns = ["image", "question"] + ["answer"] * (answered and given is None)
     unpack, parts = partial(_vqa_rows, path, "answer" in columns, options), "rows or answers"
-    rows = parse_table(path, columns, parse, skipped, "question", parts, unpack, options)
+    rows = parse_table(path, columns, parse, "question", parts, unpack, options)
     free = count(max(asked, default=-1) + 1)
     questions: dict[int, dict[str, Any]] = {}
     for row in rows:
@@ -82,7 +79,7 @@ def parse_questions(
     return list(questions.values())
 
 
-def parse_answers(path: str | Path) -> list[str]:
+def parse_answers(path: str | Path, options: TableOptions = PLAIN) -> list[str]:
     """Parse a list of candidate answers, each once: a JSON list of texts, or one text per line.
 
     UserError if the file is missing, malformed, or holds no answer.
@@ -96,7 +93,7 @@ def parse_answers(path: str | Path) -> list[str]:
         answers = dict.fromkeys(map(_normalize, texts(entries, "answer", complaints)))
     except ValueError as error:
         raise UserError(f"{path} holds no answer: {error}") from error
-    SkipLog().add(f"parts of {path.name}", [f"{path}: {c}" for c in complaints])
+    options.skipped.add(f"parts of {path.name}", [f"{path}: {c}" for c in complaints])
     return list(answers)
 
 

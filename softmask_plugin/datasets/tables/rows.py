@@ -8,10 +8,10 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeVar
 
-from softmask_plugin.datasets.skip_log import SkipLog
 from softmask_plugin.datasets.tables.layouts import PLAIN, TableOptions, find_columns
 from softmask_plugin.errors import UserError
 
@@ -30,7 +30,6 @@ def parse_table(
     path: str | Path,
     columns: Sequence[str],
     parse: Callable[[dict[str, Any], list[str]], Item],
-    skipped: SkipLog | None = None,
     kind: str = "table",
     parts: str = "rows",
     unpack: Callable[[dict[str, Any]], Iterable[Row] | None] = lambda content: None,
@@ -45,7 +44,6 @@ def parse_table(
             those of a published layout.
         parse: Turns a row into an item. It raises ValueError if the row is unusable, and appends to
             its second argument a complaint about each unusable part of the row.
-        skipped: Where problems are reported; None: a warning names the first.
         kind: What errors call the file, as in "caption file".
         parts: What reports count, a plural noun.
         unpack: Returns the rows of a JSON object that has a layout of its own; None if it has not.
@@ -65,7 +63,7 @@ def parse_table(
         problems += [f"{path}, {where}: {complaint}" for complaint in complaints]
     if not items:
         raise UserError(f"no usable row: {problems[0]}" if problems else f"{path} holds no rows")
-    (skipped or SkipLog()).add(f"{parts} of {path.name}", problems)
+    options.skipped.add(f"{parts} of {path.name}", problems)
     return items
 
 
@@ -104,17 +102,22 @@ def image_name(value: Any, options: TableOptions = PLAIN) -> str:
 
 def one_text(value: Any, what: str) -> str:
     """Return a text with a letter or digit, or a number as text; ValueError for anything else."""
-    text = _text(value)
-    if text is None:
-        raise ValueError(f"no usable {what}: {short(value)}")
-    return text
+    if type(value) is int or (isinstance(value, float) and math.isfinite(value)):
+        return str(value)
+    if isinstance(value, str) and any(map(str.isalnum, value)):
+        # JSON can spell half a surrogate pair, which no tokenizer takes
+        return value.strip().encode("utf-8", "replace").decode("utf-8")
+    raise ValueError(f"no usable {what}: {short(value)}")
 
 
 def texts(value: Any, what: str, complaints: list[str]) -> list[str]:
     """Return those of a text or a list of texts that ``one_text`` would; ``complaints`` counts the
     others. ValueError if none is usable."""
     given = value if isinstance(value, list) else [value]
-    usable = [text for text in map(_text, given) if text is not None]
+    usable = []
+    for each in given:
+        with suppress(ValueError):
+            usable.append(one_text(each, what))
     if not usable:
         raise ValueError(f"no usable {what}: {short(value)}")
     if len(usable) < len(given):
@@ -126,15 +129,6 @@ def short(value: Any) -> str:
     """``repr``, cut to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _text(value: Any) -> str | None:
-    if type(value) is int or (isinstance(value, float) and math.isfinite(value)):
-        return str(value)
-    if isinstance(value, str) and any(map(str.isalnum, value)):
-        # JSON can spell half a surrogate pair, which no tokenizer takes
-        return value.strip().encode("utf-8", "replace").decode("utf-8")
-    return None
 
 
 def _checked(row: Any, columns: Sequence[str], options: TableOptions) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from softmask_plugin.datasets.skip_log import SkipLog
 from softmask_plugin.datasets.tables.layouts import PLAIN, TableOptions
 from softmask_plugin.datasets.tables.rows import image_name, one_text, parse_table, short
 from softmask_plugin.errors import suggest
@@ -16,7 +15,6 @@ def parse_statements(
     path: str | Path,
     images: Sequence[str],
     labels: Sequence[str],
-    skipped: SkipLog | None = None,
     options: TableOptions = PLAIN,
 ) -> list[dict[str, Any]]:
     """Parse a file of statements into one entry per usable row; other rows are reported.
@@ -25,7 +23,6 @@ def parse_statements(
         path: Rows with the columns ``images``, which name one each, ``sentence`` and ``label``, or
             a file as published: SNLI-VE's, e-SNLI-VE's, NLVR2's (docs/data.md).
         labels: Names of the classes. A row's label is a name, in any case, or a number from 0.
-        skipped: Where skipped rows are reported; None: a warning names the first.
         options: Names of columns, the separator, the images folder.
 
     Returns:
@@ -45,7 +42,7 @@ def parse_statements(
         }
 
     columns = (*images, "sentence", "label")
-    return parse_table(path, columns, parse, skipped, "statement", options=options)
+    return parse_table(path, columns, parse, "statement", options=options)
 
 
 def _label(value: Any, labels: Sequence[str]) -> str:

@@ -27,6 +27,7 @@ from toy_folders import write
 from softmask_plugin.datasets import skip_log
 from softmask_plugin.datasets.skip_log import SkipLog
 from softmask_plugin.datasets.tables.captions import parse_captions
+from softmask_plugin.datasets.tables.layouts import TableOptions
 from softmask_plugin.datasets.task_datasets import PretrainDataset, number_images
 from softmask_plugin.errors import UserError
 
@@ -169,7 +170,8 @@ def test_a_bad_row_is_skipped_and_reported(tmp_path, caplog, row):
     good = {"image": "a.jpg", "caption": "fine"}
     path = write(tmp_path / "a.json", [good, row])
     skipped = SkipLog(tmp_path / "skipped.log")
-    assert [item["image"] for item in parse_captions(path, skipped=skipped)] == ["a.jpg"]
+    options = TableOptions(skipped=skipped)
+    assert [item["image"] for item in parse_captions(path, options=options)] == ["a.jpg"]
     assert "Skipped 1 rows or captions of a.json" in caplog.text
     assert f"{path}, entry 2: " in skipped.path.read_text()
     write(path, [row])
