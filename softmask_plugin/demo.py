@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from softmask_plugin.explain.figure import Shown, word_panels
 from softmask_plugin.explain.pairs import Explanation, explain
 from softmask_plugin.explain.scenes import pointing
 from softmask_plugin.files.checkpoint import furthest_first
+from softmask_plugin.files.whole import write_json
 from softmask_plugin.host.environment import environment
 from softmask_plugin.models.rerank import Reranker
 from softmask_plugin.report.pairs import DPI, WIDTH
@@ -78,7 +78,7 @@ def main(output_dir: str | Path = "outputs/demo", options: Sequence[str] = ()) -
         config=trained.config.to_dict(),
         environment=environment(trained.device),
     )
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    write_json(output / "metrics.json", metrics)
     _print(page, metrics)
     return page
 

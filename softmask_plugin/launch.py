@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import io
 import os
-import random
 import secrets
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,6 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from lavis.common.config import Config
@@ -23,6 +21,7 @@ from lavis.common.logger import setup_logger
 from lavis.common.registry import registry
 from lavis.tasks import setup_task
 from omegaconf import DictConfig, OmegaConf
+from timm.utils import random_seed
 from torch.distributed.rendezvous import rendezvous
 
 from softmask_plugin.config.check import find_config, option, read_config
@@ -96,8 +95,8 @@ def prepared(cfg: Config) -> Iterator[Any]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     init_distributed(cfg.run_cfg)
     seed = int(cfg.run_cfg.seed)
-    deterministic = bool(setting(cfg.run_cfg, "deterministic"))
-    seed_everything(seed, deterministic)
+    make_repeatable(bool(setting(cfg.run_cfg, "deterministic")))
+    random_seed(seed)
     setup_logger()
 
     task = setup_task(cfg)
@@ -115,7 +114,7 @@ def prepared(cfg: Config) -> Iterator[Any]:
         if isinstance(model, AlignedBase):
             check_ranking(model, cfg.run_cfg)
         # Every rank has built the same model; from here on each draws its own data and dropout
-        seed_everything(seed + cfg.run_cfg.get("rank", 0), deterministic)
+        random_seed(seed, cfg.run_cfg.get("rank", 0))
 
         # LAVIS's runner registers both paths itself, and fails if they are registered already
         del paths["output_dir"], paths["result_dir"]
@@ -221,19 +220,11 @@ def leave_distributed() -> None:
         dist.destroy_process_group()
 
 
-def seed_everything(seed: int, deterministic: bool) -> None:
-    """Seed the random generators of Python, numpy and torch; ask cuDNN for repeatable kernels.
-
-    Args:
-        seed: Random seed.
-        deterministic: Use only repeatable kernels (``run.deterministic``), which is slower on CUDA;
-            an operation without one ends the run.
-    """
+def make_repeatable(deterministic: bool) -> None:
+    """Ask cuDNN for repeatable kernels; if ``deterministic`` (``run.deterministic``), use no others
+    at all, which is slower on CUDA: an operation without one ends the run."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it
     torch.use_deterministic_algorithms(deterministic)
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True

@@ -48,7 +48,7 @@ def test_evaluation_leaves_the_training_run_alone(tmp_path, options):
 
 def test_a_run_leaves_nothing_open(options):
     evaluated, _ = launch.run(TRAIN, [*options, "run.evaluate=true"])
-    boards = evaluated.log._boards
+    boards = evaluated.log.boards
     boards.write({"split": "test", "loss": 1.0})  # opens TensorBoard
     assert boards._writer is not None
     evaluated.evaluate(skip_reload=True)

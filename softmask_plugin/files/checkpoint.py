@@ -137,17 +137,17 @@ def _locate(source: str) -> Path:
         return packaged_file(source, *WEIGHTS)
     if source.startswith(HUB):
         return _from_hub(source.removeprefix(HUB))
-    if not source.startswith(SHIPPED):
-        path = Path(source).expanduser()
-        if path.is_dir():
-            found = [path / BEST, *furthest_first(path), path / EXPORTED[0]]
-            path = next((file for file in found if file.is_file()), found[0])
-        return path
-    name = source.removeprefix(SHIPPED)
-    shipped = {file.stem: file for file in ASSETS.glob("*.safetensors")}
-    if name not in shipped:
-        raise UserError(f"no weights '{name}' are shipped: {suggest(name, shipped)}")
-    return shipped[name]
+    if source.startswith(SHIPPED):
+        name = source.removeprefix(SHIPPED)
+        shipped = {file.stem: file for file in ASSETS.glob("*.safetensors")}
+        if name not in shipped:
+            raise UserError(f"no weights '{name}' are shipped: {suggest(name, shipped)}")
+        return shipped[name]
+    path = Path(source).expanduser()
+    if path.is_dir():
+        found = [path / BEST, *furthest_first(path), path / EXPORTED[0]]
+        path = next((file for file in found if file.is_file()), found[0])
+    return path
 
 
 def _from_hub(name: str) -> Path:

@@ -108,7 +108,7 @@ def _check_lavis_own_configs() -> None:
 
     LAVIS merges ``--options`` too late for ``model.arch`` and ``model.model_type`` to choose the
     defaults, and so the weights, and it evaluates random ones without a word. Its runners never
-    work on a CPU: a model that is there already they lose, and their loaders use CUDA.
+    work on a CPU: they lose a model that is already on its device, and their loaders use CUDA.
     """
     from lavis.common.config import Config
     from lavis.common.registry import registry

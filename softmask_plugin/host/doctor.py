@@ -29,7 +29,7 @@ from softmask_plugin.host.environment import has_bf16
 
 KINDS = ("model", "processor", "builder", "task", "runner", "lr_scheduler")
 
-# A run of which the doctor takes a few steps
+# The doctor takes a few steps of this run
 RUN = "scenes/train/pretrain_tiny"
 OPTIONS = (
     *("run.batch_size_train=4", "datasets.scenes_pretrain.num.train=32", "run.num_workers=0"),

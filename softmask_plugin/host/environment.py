@@ -56,8 +56,7 @@ def noted_environments(folder: Path) -> list[dict[str, object]]:
     path = folder / FILE
     try:
         noted = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-        # Earlier versions kept only the last start, without a list
-        return [dict(start) for start in ([noted] if isinstance(noted, dict) else noted)]
+        return [dict(start) for start in noted]
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is not a JSON list of objects: delete it") from error
 

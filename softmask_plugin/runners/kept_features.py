@@ -24,8 +24,8 @@ ON = "run.keep_features is true, but "
 
 
 def _processed(dataset: ItemDataset, numbers: list[int]) -> tuple[list[Any], Tensor]:
-    """The processed images of some items, (items, 3, H, W), and which they are: that of the next
-    item where one cannot be read."""
+    """Processed images of some items, (items, 3, H, W), and what identifies each; the next item's
+    stands in for an image that cannot be read."""
     opened = [dataset.open(number) for number in numbers]
     pixels = [dataset.vis_processor(image) for _, (image,) in opened]
     return [_image_of(item) for item, _ in opened], default_collate(pixels)
@@ -55,6 +55,8 @@ def keep_features(
     for dataset in chain(*(getattr(each, "datasets", [each]) for each in datasets)):
         if not isinstance(dataset, ItemDataset) or isinstance(dataset, NLVRDataset):
             raise UserError(f"{ON}{type(dataset).__name__} has no single images: remove the key")
+        if isinstance(dataset.vis_processor, nn.Identity):  # kept before
+            continue
         distorting = dataset.vis_processor
         if isinstance(distorting, ImageTrainProcessor):
             size, mean, std = distorting.image_size, distorting.mean, distorting.std

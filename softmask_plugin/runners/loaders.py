@@ -37,9 +37,6 @@ class SeededItems(Dataset[Any]):
         self.dataset = dataset
         self.seed = seed
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
     def __getitem__(self, key: tuple[int, ...]) -> Any:
         with fixed_draws(self.seed, *key):
             return self.dataset[key[1]]

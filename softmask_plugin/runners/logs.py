@@ -30,7 +30,7 @@ class RunLog:
     NAMES = ("metrics.jsonl", "log.txt", "evaluate.txt")  # ours, and LAVIS's
 
     def __init__(self, folder: Path, boards: Boards) -> None:
-        self._folder, self._boards = folder, boards
+        self._folder, self.boards = folder, boards
         self.seconds = 0.0  # training time before this process
 
     def lengths(self) -> dict[str, int]:
@@ -62,16 +62,12 @@ class RunLog:
         if is_main_process():
             with (self._folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-            self._boards.write(record)
-
-    def close(self) -> None:
-        """Close the boards."""
-        self._boards.close()
+            self.boards.write(record)
 
     @contextmanager
     def progress(self, done: int, total: int) -> Iterator[None]:
         """Show a bar over the run's optimizer steps, from ``done`` to ``total``."""
-        self._bar = tqdm(
+        self.bar = tqdm(
             total=total,
             initial=done,
             desc="train",
@@ -79,21 +75,17 @@ class RunLog:
             dynamic_ncols=True,
             disable=None if is_main_process() else True,  # None: quiet where there is no terminal
         )
-        self._boards.began = done
+        self.boards.began = done
         self._done, self._total, self._start = done, total, time.monotonic()
-        with logging_redirect_tqdm(), self._bar:
+        with logging_redirect_tqdm(), self.bar:
             yield
-
-    def advance(self) -> None:
-        """Move the bar by one step."""
-        self._bar.update()
 
     def training(self, record: dict[str, Any]) -> None:
         """Write a training line (epoch, step, lr, loss terms, pairs_per_s) and show it."""
         self.write({"split": "train", **record, "time": round(self.clock, 2)})
         speed, loss = f"{record['pairs_per_s']:.0f} pairs/s", record.get("loss", math.nan)
-        self._bar.set_postfix_str(f"epoch {record['epoch']}, loss {loss:.3f}, {speed}")
-        if self._bar.disable:
+        self.bar.set_postfix_str(f"epoch {record['epoch']}, loss {loss:.3f}, {speed}")
+        if self.bar.disable:
             seconds = time.monotonic() - self._start
             left = (self._total - record["step"]) * seconds / (record["step"] - self._done)
             terms = ", ".join(f"{k} {v:.3f}" for k, v in record.items() if k.startswith("loss"))

@@ -17,7 +17,7 @@ from lavis.datasets.data_utils import apply_to_sample
 from lavis.runners.runner_base import RunnerBase
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from softmask_plugin.config.run_options import check_values, positive, setting
 from softmask_plugin.errors import UserError
@@ -169,7 +169,9 @@ class PortableRunner(RunnerBase):
                 "pin_memory": self.cuda_enabled,
                 "worker_init_fn": spare_workers,
             }
-            if is_train:
+            # An endless stream has no other loader
+            streamed = isinstance(dataset, (tuple, IterableDataset))
+            if is_train and (streamed or not self.evaluate_only):
                 loaders.append(train_loader(dataset, int(run.seed), ratios, **options))
             else:
                 loaders.append(eval_loader(dataset, shard, **options))

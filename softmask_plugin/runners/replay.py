@@ -37,7 +37,10 @@ def replay(file: str | Path) -> list[str]:
     content = checkpoint.training
     if (vocabulary := checkpoint.path.parent / "vocab.txt").is_file():
         config.model.tokenizer = str(vocabulary)
-    model = registry.get_model_class(config.model.arch).from_config(_without_weights(config.model))
+    for key in ("pretrained", "finetuned", "vit_weights", "bert_weights", "load_finetuned"):
+        if key in config.model:
+            config.model[key] = None  # the file has all weights
+    model = registry.get_model_class(config.model.arch).from_config(config.model)
     try:
         model.load_state_dict(checkpoint.state)
     except RuntimeError as error:
@@ -67,12 +70,6 @@ def replay(file: str | Path) -> list[str]:
     bad_grads = [name for name, grad in grads.items() if not bool(grad.isfinite().all())]
     lines.append(f"gradients that are not finite: {len(bad_grads)} of {len(grads)} parameters")
     return lines
-
-
-def _without_weights(model: Any) -> Any:
-    """The model's section without weights to start from: the file has them all."""
-    nothing = ("pretrained", "finetuned", "vit_weights", "bert_weights", "load_finetuned")
-    return OmegaConf.merge(model, {key: None for key in nothing if key in model})
 
 
 @contextmanager

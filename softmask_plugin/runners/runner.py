@@ -67,11 +67,6 @@ class SoftmaskRunner(PortableRunner):
         step: Optimizer steps since the run began, including skipped ones.
         progress: What a checkpoint holds besides weights, optimizer and scaler.
         meter: Losses of the current epoch.
-        bad_steps: Counts skipped steps.
-        files: Checkpoints of the run's folder.
-        signals: SIGTERM and SIGUSR1, which end the run early.
-        log: metrics.jsonl, boards and progress bar.
-        panels: Pictures of what the soft mask attenuates.
     """
 
     # ---- Set-up
@@ -113,7 +108,7 @@ class SoftmaskRunner(PortableRunner):
         with ExitStack() as last_first:  # the error of a checkpoint comes after one of the boards
             last_first.callback(release, self.output_dir)
             last_first.callback(self.files.finish)
-            last_first.callback(self.log.close)
+            last_first.callback(self.log.boards.close)
 
     # ---- Train
 
@@ -139,6 +134,11 @@ class SoftmaskRunner(PortableRunner):
             self._close()
 
     def _train(self) -> dict[str, Any]:
+        if "train" in (*self.valid_splits, *self.test_splits):
+            raise UserError(
+                "run.valid_splits and run.test_splits cannot name 'train': evaluate it afterwards, "
+                "with run.evaluate=true"
+            )
         for split in (*self.valid_splits, *self.test_splits):
             self.loader(split)  # find mistakes before training, not after it
         if "test" in self.datasets and "test" not in self.test_splits:
@@ -205,7 +205,7 @@ class SoftmaskRunner(PortableRunner):
             self.train_step(batches, epoch, group)
             items, is_last = len(group) * loader.step_items, group.stop == end
             progress.taken, pairs = progress.taken + items, pairs + items
-            self.log.advance()
+            self.log.bar.update()
             if self.step % self.log_freq == 0 or is_last:
                 means, now = self.meter.drain(), time.perf_counter()
                 self._log_training(epoch, means, pairs / (now - clock))
@@ -388,7 +388,7 @@ class SoftmaskRunner(PortableRunner):
         logging.info("resumed from %s: epoch %d, step %d", path, progress.epoch, self.step)
 
     def _take_best_from(self, folder: Path) -> None:
-        """In a new folder: copy the best checkpoint until then, or choose anew."""
+        """In a new folder: copy the best checkpoint so far, or forget which it was."""
         if not is_main_process() or self.progress.best_epoch is None:
             return
         best, progress = folder / BEST, self.progress

@@ -93,6 +93,11 @@ def test_it_evaluates_as_with_the_images_and_opens_each_once(make_other, tmp_pat
     assert found[0] == found[1]
 
 
+def test_features_are_kept_once_if_evaluation_follows_training(make_other, tmp_path):
+    runner, _ = run(make_other, tmp_path, keep_features=True, test_splits=["val"])
+    assert runner.train() == runner.evaluate()
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

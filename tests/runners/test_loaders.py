@@ -41,6 +41,17 @@ def test_data_without_other_splits_names_the_options_that_mend_it(tmp_path):
     build(tmp_path, splits=splits, valid_splits=["dev"], test_splits=[]).train()
 
 
+def test_the_train_split_is_evaluated_by_itself(tmp_path):
+    named = {"evaluate": True, "test_splits": ["train"]}
+    found = build(tmp_path, **named).train()["train"]
+    assert found == build(tmp_path, train_splits=[], **named).train()["train"]
+    for splits in ({"valid_splits": ["train"]}, {"test_splits": ["train"]}):
+        runner = build(tmp_path, **splits)
+        with pytest.raises(UserError, match="cannot name 'train': evaluate it afterwards"):
+            runner.train()
+        assert not runner.model.seen
+
+
 def test_data_sets_are_concatenated(tmp_path):
     runner = build(tmp_path)
     runner.datasets["more"] = {"train": ToyData(18)}
