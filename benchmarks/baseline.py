@@ -9,9 +9,6 @@ from contextlib import redirect_stdout
 from typing import Any, TypeVar
 from unittest.mock import patch
 
-import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
-
-# isort: split
 import torch
 from lavis.models.albef_models.albef_classification import AlbefClassification
 from lavis.models.albef_models.albef_feature_extractor import AlbefFeatureExtractor

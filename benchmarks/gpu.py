@@ -8,9 +8,6 @@ import gc
 import logging
 import statistics
 
-import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
-
-# isort: split
 import torch
 
 from benchmarks.harness import Row, alternate, compare, timed

@@ -14,9 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
-
-# isort: split
 import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
@@ -65,15 +62,9 @@ class Cost:
 def alternate(
     subjects: dict[str, Callable[[], float]], rounds: int, title: str
 ) -> dict[str, list[float]]:
-    """Call each subject in turn, once per round, after a first round that is not counted.
+    """Call all subjects by turns, once per round; return their durations in s by name.
 
-    Args:
-        subjects: By name, functions that do the work once and return its duration in seconds.
-        rounds: Number of turns of each.
-        title: Title of the progress bar.
-
-    Returns:
-        Durations by name, in the order of the rounds.
+    A subject does the work once and returns how long it took. A first round is not counted.
     """
     times: dict[str, list[float]] = {name: [] for name in subjects}
     for turn in tqdm(range(rounds + 1), desc=title, unit="round", leave=False):
@@ -151,11 +142,7 @@ def tensor_peak(work: Callable[[], Any], kept: Sequence[torch.Tensor]) -> float:
 def machine() -> dict[str, Any]:
     """What the figures depend on: date, hardware and versions."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "cores": os.cpu_count(),
-        **environment(device),
-    }
+    return {"date": time.strftime("%Y-%m-%d"), "cores": os.cpu_count(), **environment(device)}
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
-
-# isort: split
 from typing import Any
 from unittest.mock import patch
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
-
-# isort: split
 import numpy as np
 import torch
 from omegaconf import OmegaConf
@@ -40,14 +37,8 @@ SMALL: dict[str, Any] = {
 def build(
     small: bool, captions: str | None, cls: Any = SoftMaskPretrain, **changes: Any
 ) -> AlignedBase:
-    """A model with random weights.
-
-    Args:
-        small: Whether to build a small model instead of base.
-        captions: Caption file whose words make the vocabulary; None: the scenes' vocabulary.
-        cls: Its class.
-        changes: Options that differ from the defaults.
-    """
+    """A model with random weights, of size base or small and with ``changes`` of its options. Its
+    vocabulary is made from a caption file; None: it is that of the scenes."""
     torch.manual_seed(0)
     given: Any = {"tokenizer": captions or "scenes", **(SMALL if small else {})}
     return cls(read_options(cls.OPTIONS, OmegaConf.merge(given, changes)))
@@ -56,14 +47,8 @@ def build(
 def texts(
     model: AlignedBase, captions: str | None, count: int, words: int | None = None
 ) -> list[str]:
-    """The first captions of a file; without one, random captions.
-
-    Args:
-        model: Its tokenizer gives the random words.
-        captions: A caption file; None: random captions.
-        count: Number of captions.
-        words: Words of a random caption; None: drawn from WORDS.
-    """
+    """The first ``count`` captions of a file. Without one, captions of random words that the model
+    knows, ``words`` in each; None: as many as drawn from WORDS."""
     if captions is not None:
         found = [c for item in parse_captions(captions, "val") for c in item["caption"]]
         return [found[i % len(found)] for i in range(count)]

@@ -6,9 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
-
-# isort: split
 import torch
 from lavis.processors.blip_processors import BlipImageTrainProcessor
 from PIL import Image

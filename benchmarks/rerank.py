@@ -12,9 +12,6 @@ from contextlib import redirect_stdout
 from typing import Any
 from unittest.mock import patch
 
-import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
-
-# isort: split
 import torch
 from lavis.common import dist_utils
 from lavis.models.albef_models import compute_sim_matrix

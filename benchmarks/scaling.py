@@ -8,9 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
-
-# isort: split
 import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm

@@ -17,9 +17,6 @@ from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
-
-# isort: split
 import numpy as np
 import webdataset as wds
 from matplotlib.figure import Figure

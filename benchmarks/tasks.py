@@ -1,4 +1,4 @@
-"""``make tasks``: what pretraining is worth on each downstream task, on rendered scenes.
+"""``make tasks``: how much pretraining helps each downstream task, on rendered scenes.
 
 A tiny model is pretrained (for BLIP one of its own); then each task fine-tunes a copy of it and an
 untrained model alike, with LAVIS's own tasks. Grounding needs no training: it uses the word maps of
@@ -14,9 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
-
-# isort: split
 from softmask_plugin import launch, report
 from softmask_plugin.ablate.table import markdown_table
 from softmask_plugin.config.check import option

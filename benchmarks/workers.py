@@ -20,9 +20,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
-
-# isort: split
 import torch
 import torch.distributed as dist
 from lavis.common.config import Config

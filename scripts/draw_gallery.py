@@ -116,7 +116,7 @@ def learn(matcher: Matcher, states: Tensor, scenes: list[Scene], steps: int) -> 
     """Train a model to match and, if it has an MLM head, to predict words.
 
     Returns:
-        Share of the last 20 steps' pairs that it told right.
+        Share of the last 20 steps' pairs that it classified correctly.
     """
     model, draw, right = matcher.model.train(), random.Random(0), []
     texts = [[each.text for each in captions(scene)] for scene in scenes]
@@ -124,7 +124,6 @@ def learn(matcher: Matcher, states: Tensor, scenes: list[Scene], steps: int) -> 
         states = model.ln_vision(states)
     weights = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(weights, RATE, weight_decay=0.02)
-    label = torch.arange(3 * BATCH) < BATCH
     for step in progress_bar(range(steps), desc=type(model).__name__):
         optimizer.param_groups[0]["lr"] = RATE * min(1, step / 20) * (1 - step / steps)
         chosen = [draw.randrange(len(scenes)) for _ in range(BATCH)]
@@ -136,8 +135,9 @@ def learn(matcher: Matcher, states: Tensor, scenes: list[Scene], steps: int) -> 
         owners = torch.arange(BATCH).repeat(3)
         pairs = Pairs(tokens, matcher.read(tokens), states[chosen], 6, owners)
         logits = matcher.match(pairs)
-        truth = label | torch.cat([label[:BATCH] & False] * 2 + [(changed == own.ids).all(1)])
-        loss = F.cross_entropy(logits, truth.long(), torch.tensor([1.0, 2.0]))
+        unchanged = (changed == own.ids).all(dim=1)  # captions without a word to change
+        truth = torch.cat([torch.ones(BATCH), torch.zeros(BATCH), unchanged]).long()
+        loss = F.cross_entropy(logits, truth, torch.tensor([1.0, 2.0]))
         if isinstance(model, AlbefPretrain):
             rows = torch.arange(BATCH)
             word = (torch.rand(BATCH) * (own.words.amax(dim=1) + 1)).long()

@@ -1,1 +1,1 @@
-"""``softmask ablate``: train variants over seeds at equal budget, and tell what each is worth."""
+"""``softmask ablate``: train variants over seeds at equal budget, and measure what each gains."""

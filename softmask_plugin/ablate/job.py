@@ -53,7 +53,7 @@ class Job:
 
     @property
     def is_ready(self) -> bool:
-        """Whether nothing must end before it can run."""
+        """Whether it needs no trunk, or its trunk is finished."""
         return self.trunk is None or not self.trunk.unfinished
 
     # ---- Its folder
@@ -117,7 +117,7 @@ class Job:
 
     @property
     def has_to_time(self) -> bool:
-        """Whether to measure the cost: it is up to the first seed, and 1 for the baseline."""
+        """Whether to measure the cost: only the first seed does, and the baseline's is 1."""
         first = self.seed == self.plan.seeds[0]
         return first and self.variant not in (self.plan.baseline, TRUNK) and not self.cost
 
@@ -168,7 +168,7 @@ class Job:
     def run(self) -> Iterator[tuple[Stage, dict[str, Any]]]:
         """Run or resume the unfinished stages; yield each and its result, once that is written.
 
-        Last, measure the cost if it is up to this job. UserError if another process works on the
+        Last, measure the cost if this job has to. UserError if another process works on the
         job, or if a stage was begun with another configuration.
         """
         self.home.mkdir(parents=True, exist_ok=True)

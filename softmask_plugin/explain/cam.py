@@ -10,19 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softmask_plugin.explain.lavis_models import matcher_of
-from softmask_plugin.explain.maps import Method, phrase_maps, word_maps
+from softmask_plugin.explain.maps import Method, Phrases, phrase_maps, word_maps
 from softmask_plugin.explain.matcher import Target, match_logit
 from softmask_plugin.explain.pairs import evaluating, numbers_of, words_of
 from softmask_plugin.tokenization import as_list
 
 
 class WordCam:
-    """Maps the words of captions, batch by batch: ``word_maps`` behind a familiar door.
+    """Maps the words of captions, batch by batch: ``word_maps`` as pytorch-grad-cam has it.
 
     >>> with WordCam(model, method="gradcam") as cam:  # doctest: +SKIP
     ...     maps = cam(images, captions, words=["red ring", "heart"])
 
-    Between calls it holds nothing and the model is as it was, so ``with`` is a habit, not a need.
+    Between calls it holds nothing and the model is as it was, so ``with`` is optional.
 
     Args:
         model: A model with a matching head, of this plugin or of LAVIS.
@@ -89,11 +89,7 @@ class WordCam:
             maps = [F.pad(each, (0, 0, 0, 0, 0, width - each.shape[1])) for each in maps]
         return torch.cat(maps)
 
-    def _phrases(
-        self, captions: Sequence[str], words: Sequence[str]
-    ) -> list[tuple[int, Sequence[int]]]:
-        split = [
-            (words_of(self.matcher, caption), words_of(self.matcher, word))
-            for caption, word in zip(captions, words, strict=True)
-        ]
+    def _phrases(self, captions: Sequence[str], words: Sequence[str]) -> Phrases:
+        pairs = zip(captions, words, strict=True)
+        split = ([words_of(self.matcher, each) for each in pair] for pair in pairs)
         return [(i, numbers_of(*each)) for i, each in enumerate(split)]

@@ -109,7 +109,7 @@ class ImageExplanation(Explanation):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with mpl.rc_context({"pdf.fonttype": 42}):  # text can be searched and selected
-                figure.savefig(path, dpi=DPI, metadata=undated.get(path.suffix))
+                figure.savefig(path, dpi=DPI, metadata=undated.get(path.suffix.lower()))
         except OSError as error:
             raise UserError(f"cannot write the figure {path} ({error.strerror})") from error
         return path
@@ -206,7 +206,8 @@ def explain_image(
     if words is not None:
         chosen = (_numbers(found, model, word) for word in as_list(words))
         kept = sorted({*chain(*chosen, *(each.words for each in named))})
-        found = _select(found, kept)
+        parts = {name: getattr(found, name)[kept] for name in ("cams", "masks", "masked_scores")}
+        found = replace(found, words=[found.words[i] for i in kept], **parts)
         named = [replace(each, words=[kept.index(i) for i in each.words]) for each in named]
     return ImageExplanation(**vars(found), image=np.asarray(picture), named=named)
 
@@ -267,17 +268,6 @@ def _is_scene(picture: Image.Image) -> bool:
     pixels = np.asarray(picture.resize((64, 64))).astype(int)
     low, high = pixels.min(axis=2), pixels.max(axis=2)
     return bool(((low > 200) & (high < 250) & (high - low < 20)).mean() > 0.5)
-
-
-def _select(found: Explanation, kept: Sequence[int]) -> Explanation:
-    """Keep only the words of these numbers."""
-    return replace(
-        found,
-        words=[found.words[i] for i in kept],
-        cams=found.cams[kept],
-        masks=found.masks[kept],
-        masked_scores=found.masked_scores[kept],
-    )
 
 
 def _named(found: Explanation, model: Trained, phrase: str, boxes: Sequence[Box]) -> Named:

@@ -1,4 +1,4 @@
-"""What a run's checkpoint makes of the run's own images: word panels and the worst retrievals."""
+"""A run's own images, as its checkpoint sees them: word panels and the worst retrievals."""
 
 from __future__ import annotations
 

@@ -59,8 +59,8 @@ def retrieval_chance(img2txt: Mapping[int, Sequence[int]]) -> dict[str, float]:
 
 def chance_of(dataset: Any) -> dict[str, float]:
     """Scores of guessing on an evaluation split, by the names and in the units of LAVIS's metrics:
-    those of a random ranking, of the most frequent class or answer, or of a coin between caption
-    and foil. Empty if it is of another kind, or if a question has several answers."""
+    those of a random ranking, of the most frequent class or answer, or of tossing a coin between
+    caption and foil. Empty if it is of another kind, or if a question has several answers."""
     if hasattr(dataset, "img2txt"):
         return retrieval_chance(dataset.img2txt)
     items = getattr(dataset, "annotation", ())

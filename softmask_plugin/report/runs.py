@@ -132,7 +132,7 @@ class _Run:
         }
 
     def pairs(self, panels: bool) -> dict[str, Any]:
-        """What the best checkpoint makes of the run's images: word panels, and retrievals."""
+        """The run's images, as the best checkpoint sees them: word panels, and retrievals."""
         dataset, arch = next(iter(self.datasets.values()), None), self.model.get("arch")
         aligned = issubclass(registry.get_model_class(arch) or object, AlignedBase)
         if not aligned or not isinstance(dataset, (PretrainDataset, RetrievalDataset)):

@@ -19,12 +19,14 @@ import pytest
 import torch
 from ablations import EVALUATE, SMALL, done, small_plan
 from forks import FORK, be_another_process
+from omegaconf import OmegaConf
 
 from softmask_plugin import cli, launch
 from softmask_plugin.ablate import command, cost, pool
 from softmask_plugin.ablate import job as jobs
 from softmask_plugin.ablate.job import Job
 from softmask_plugin.ablate.plan import read_plan
+from softmask_plugin.config.check import find_config
 from softmask_plugin.errors import UserError
 
 SLOT = [{"OMP_NUM_THREADS": "1", "SLOT": "0"}]
@@ -257,9 +259,18 @@ def test_ctrl_c_says_how_to_resume(write_plan, tmp_path, monkeypatch):
         command.main(write_plan(variants={"albef": []}), tmp_path / "out")
 
 
-def test_a_step_is_timed_with_the_mask_on(write_plan, tmp_path, monkeypatch):
-    variant = ["model.soft_mask.enabled=true", "model.soft_mask.start_iter=250"]
-    plan = read_plan(write_plan(variants={"albef": [], "late": variant}))
+@pytest.mark.parametrize(("in_the_file", "in_the_plan"), [(None, 250), (250, 0)])
+def test_a_step_is_timed_with_the_mask_on(
+    write_plan, tmp_path, monkeypatch, in_the_file, in_the_plan
+):
+    variant = ["model.soft_mask.enabled=true", f"model.soft_mask.start_iter={in_the_plan}"]
+    base = small_plan()["base"]
+    if in_the_file:
+        config = OmegaConf.load(find_config(base["config"]))
+        config.model.soft_mask = {"start_iter": in_the_file}
+        OmegaConf.save(config, tmp_path / "late.yaml")
+        base["config"] = str(tmp_path / "late.yaml")
+    plan = read_plan(write_plan(base=base, variants={"albef": [], "late": variant}))
     launched, run = [], launch.run
     monkeypatch.setattr(launch, "run", lambda *given: launched.append(run(*given)) or launched[0])
     assert next(cost.take_steps(plan, "late", str(tmp_path))) > 0
