@@ -20,7 +20,7 @@ def register(kind: str, name: str) -> Callable[[Class], Class]:
     """Class decorator: LAVIS's ``registry.register_<kind>(name)``, safe to run again.
 
     LAVIS raises KeyError for a known name, as on a second import or a notebook's reload. Here a
-    class replaces its own earlier self. The name becomes its attribute ``NAME``.
+    class replaces its earlier version. The name becomes its attribute ``NAME``.
 
     Args:
         kind: ``builder``, ``task``, ``processor``, ``model``, ``lr_scheduler``, ``runner`` or

@@ -31,16 +31,9 @@ from softmask_plugin.nn.sampling import draw_one
 Kind = Literal["soft", "hard", "random", "uniform"]
 WordChoice = Literal["uniform", "content", "energy"]
 
-# In half precision, the gradient of a score with respect to one attention probability underflows.
-# So the score is scaled by this factor, and the gradient is divided by it in float32.
-GRADIENT_SCALE = 2.0**10
-
 
 def grad_cam(score: Tensor, attention: Tensor, first_patch: int = 1) -> Tensor:
     """Word-conditional Grad-CAM of a matching score.
-
-    The backward pass runs from the score only to the attention: no parameter gets a gradient, and
-    the graph remains for the loss's own backward pass.
 
     Args:
         score: s+, (B,); each entry depends only on its own row of ``attention``.
@@ -50,9 +43,18 @@ def grad_cam(score: Tensor, attention: Tensor, first_patch: int = 1) -> Tensor:
     Returns:
         G, (B, T, P), >= 0, float32, detached.
     """
-    total = score.float().sum() * GRADIENT_SCALE
-    (gradient,) = torch.autograd.grad(total, attention, retain_graph=True)
-    return word_cam(attention.detach(), gradient.float() / GRADIENT_SCALE, first_patch)
+    return word_cam(attention.detach(), gradient_of(score, attention), first_patch)
+
+
+def gradient_of(score: Tensor, inner: Tensor) -> Tensor:
+    """Gradient of scores for a tensor in their graph, in its shape, float32.
+
+    The backward pass runs from the score only to that tensor: no parameter gets a gradient, and the
+    graph remains for the loss's own backward pass.
+    """
+    scale = 2.0**10  # in half precision, the gradient for one attention probability underflows
+    (scaled,) = torch.autograd.grad(score.float().sum() * scale, inner, retain_graph=True)
+    return scaled.float() / scale
 
 
 def word_cam(attention: Tensor, gradient: Tensor, first_patch: int = 1) -> Tensor:
@@ -64,9 +66,6 @@ def word_cam(attention: Tensor, gradient: Tensor, first_patch: int = 1) -> Tenso
 def mask_effect(score: Tensor, keep: Tensor) -> Tensor:
     """How much each patch's mask would lower a score, to first order.
 
-    The backward pass runs from the score only to the factors: no parameter gets a gradient, and the
-    graph remains for the loss's own backward pass.
-
     Args:
         score: Scores of any number; each depends only on its own row of ``keep``.
         keep: The factors m that the score was computed with, (B, S), in the graph.
@@ -74,9 +73,7 @@ def mask_effect(score: Tensor, keep: Tensor) -> Tensor:
     Returns:
         G, (B, P), >= 0, float32, detached.
     """
-    total = score.float().sum() * GRADIENT_SCALE
-    (gradient,) = torch.autograd.grad(total, keep, retain_graph=True)
-    return (gradient[:, 1:].float() / GRADIENT_SCALE).relu()
+    return gradient_of(score, keep)[:, 1:].relu()
 
 
 def word_score(logits: Tensor, targets: Tensor) -> Tensor:

@@ -258,6 +258,8 @@ class ContrastOptions(AlignedOptions, MomentumOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.soft_mask.layer = self.checked_map_layer("soft_mask.layer", self.soft_mask.layer)
+        if self.soft_mask.in_mlm and not hasattr(self, "mlm_weight"):
+            raise UserError("model.soft_mask.in_mlm is true: this model has no MLM")
         if self.soft_mask.score != "match" and self.soft_mask.words == "energy":
             raise UserError(
                 "model.soft_mask.words is energy, which goes by the sums of maps, and those of "
@@ -286,8 +288,6 @@ class RetrievalOptions(ContrastOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.soft_mask.in_mlm:
-            raise UserError("model.soft_mask.in_mlm is true: a retrieval model has no MLM")
         if self.soft_mask.score == "word":
             raise UserError("model.soft_mask.score is 'word': a retrieval model has no MLM")
 
@@ -342,11 +342,6 @@ class BlipPretrainOptions(BlipOptions):
     image_size: int = ranged(224, 1)  # pixels; must equal the image processors' image_size
     lm_weight: float = ranged(1.0, 0)  # weight of the loss of captioning
     label_smoothing: float = ranged(0.1, 0, 1)  # label smoothing over a caption's words
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.soft_mask.in_mlm:
-            raise UserError("model.soft_mask.in_mlm is true: softmask_blip_pretrain has no MLM")
 
 
 def read_options(schema: type, section: DictConfig | dict[str, Any]) -> Any:

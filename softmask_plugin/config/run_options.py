@@ -29,7 +29,7 @@ def must_be(what: str, accepts: Callable[[Any], bool]) -> Check:
 
 
 def whole(least: int, most: float = inf, null: bool = True) -> Check:
-    """Accept whole numbers in a range, and null unless told otherwise."""
+    """Accept whole numbers in a range, and null unless ``null`` is false."""
     allowed = f"of at least {least}" if most == inf else f"in [{least}, {most}]"
 
     def accepts(value: Any) -> bool:
@@ -48,7 +48,7 @@ def _number(value: Any) -> float:
     return found if isfinite(found) else nan
 
 
-number = must_be("a number", lambda value: value is None or isfinite(_number(value)))
+number = must_be("a number", lambda value: isfinite(_number(value)))
 amount = must_be("a number >= 0", lambda value: value is None or _number(value) >= 0)
 positive = must_be("a number above 0", lambda value: _number(value) > 0)
 flag = must_be("true or false", lambda value: isinstance(value, bool))
@@ -211,7 +211,7 @@ RUN: dict[str, Key] = {
         "ranks the whole gallery",
         flag,
     ),
-    "world_size": Key(1, "number of processes; with Slurm, set it above 1", whole(1)),
+    "world_size": Key(1, "number of processes; with Slurm, set it above 1", whole(1, null=False)),
     "dist_url": Key(
         "env://", "where the processes meet; `env://`: as MASTER_ADDR and MASTER_PORT say"
     ),
@@ -254,12 +254,14 @@ RUN: dict[str, Key] = {
     ),
     "inference_method": Key("rank", "VQA: `rank` given answers; LAVIS's models also `generate`"),
     "num_ans_candidates": Key(
-        128, "VQA: answers compared in full, those with the likeliest first words", whole(1)
+        128,
+        "VQA: answers compared in full, those with the likeliest first words",
+        whole(1, null=False),
     ),
     "prompt": Key("", "VQA: text before each question, for LAVIS's models"),
-    "num_beams": Key(3, "beams of LAVIS's models that generate text", whole(1)),
-    "max_len": Key(10, "greatest length of generated text, tokens", whole(1)),
-    "min_len": Key(1, "least length of generated text, tokens", whole(0)),
+    "num_beams": Key(3, "beams of LAVIS's models that generate text", whole(1, null=False)),
+    "max_len": Key(10, "greatest length of generated text, tokens", whole(1, null=False)),
+    "min_len": Key(1, "least length of generated text, tokens", whole(0, null=False)),
     "report_metric": Key(True, "captioning: whether LAVIS scores the captions", flag),
 }
 

@@ -14,7 +14,7 @@ _UNUSED = "num_batches_tracked"  # the norms keep their statistics, and older fi
 
 
 def load_backbone(embed: HybridEmbed, state: StateDict, source: str) -> None:
-    """Load a file's weights into the backbone; one line of the log says which it has no use for.
+    """Load a file's weights into the backbone; one line of the log lists those it does not use.
 
     Tensors are matched by timm's names or, where other code named them, by order: each must then
     have the shape and the kind (weight, bias, running mean or variance) of timm's. Either way each
@@ -65,14 +65,11 @@ def _by_order(given: StateDict, whole: StateDict, name: str, source: str) -> Sta
     if len(given) != len(whole):
         raise _misfit(source, name, f"it has {len(given)} tensors, not {len(whole)}")
     for (key, tensor), (own, wanted) in zip(given.items(), whole.items(), strict=True):
-        if tensor.shape != wanted.shape or _kind(key) != _kind(own):
+        kind, other = (each.rpartition("_")[2] for each in (key, own))
+        if tensor.shape != wanted.shape or kind != other:
             shapes = tuple(tensor.shape), tuple(wanted.shape)
             raise _misfit(source, name, f"'{key}' {shapes[0]} stands for '{own}' {shapes[1]}")
     return dict(zip(whole, given.values(), strict=True))
-
-
-def _kind(key: str) -> str:
-    return key.rpartition("_")[2]
 
 
 def _misfit(source: str, name: str, why: str) -> UserError:

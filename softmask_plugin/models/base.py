@@ -6,16 +6,15 @@ import io
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from lavis.common.registry import registry
 from lavis.models.base_model import BaseModel
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import nn
 from transformers import BertTokenizerFast
-from transformers.utils import ModelOutput
 
 from softmask_plugin.config.options import ModelOptions, read_options
 from softmask_plugin.config.paths import shipped, whole_yaml
@@ -28,13 +27,6 @@ from softmask_plugin.tokenization import Captions, CaptionTokenizer
 from softmask_plugin.vocabulary import build_tokenizer
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-@dataclass
-class LossOutput(ModelOutput):
-    """Loss of a step (a scalar)."""
-
-    loss: Tensor | None = None
 
 
 def require_pairs(texts: int, images: int, each: int = 1) -> None:

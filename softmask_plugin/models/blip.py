@@ -171,7 +171,9 @@ class SoftMaskBlipPretrain(BlipBase):
             logits = self.text_decoder.decode(written, memory)
         smoothing = self.options.label_smoothing
         loss_lm = distilled_cross_entropy(logits, written.targets, None, 0.0, smoothing)
-        return self.output(mask, loss_itc, loss_itm, loss_soft, local=loss_local, lm=loss_lm)
+        return self.output(
+            mask, itc=loss_itc, itm=loss_itm, soft=loss_soft, local=loss_local, lm=loss_lm
+        )
 
     def contrast(
         self, online: Features, momentum: Features, alpha: float, ids: Tensor | None = None

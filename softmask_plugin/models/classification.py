@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lavis.models.albef_models.albef_outputs import AlbefOutputWithLogits
 from torch import Tensor, nn
 
 from softmask_plugin.config.options import ClassificationOptions
 from softmask_plugin.errors import require_finite_scores
 from softmask_plugin.losses import distilled_cross_entropy
-from softmask_plugin.models.base import LossOutput, shipped_types
+from softmask_plugin.models.base import shipped_types
 from softmask_plugin.models.distillation import DistilledBase
 from softmask_plugin.nn.sampling import Draws
 from softmask_plugin.nn.vision import Visible
 from softmask_plugin.registry import register
 from softmask_plugin.tokenization import Captions
-
-
-@dataclass
-class ClassificationOutput(LossOutput):
-    """Loss of a step (a scalar) and logits (B, classes)."""
-
-    logits: Tensor | None = None
 
 
 @register("model", "softmask_classification")
@@ -42,8 +35,9 @@ class SoftMaskClassification(DistilledBase):
         )
         self.add_momentum("visual_encoder", "text_encoder", "cls_head")
 
-    def forward(self, samples: dict[str, Any]) -> ClassificationOutput:
-        """Compute the loss of one step; in training mode, also update the momentum model.
+    def forward(self, samples: dict[str, Any]) -> AlbefOutputWithLogits:
+        """Compute the loss of one step (a scalar) and logits (B, classes); in training mode, also
+        update the momentum model.
 
         Args:
             samples: The images that ``images`` takes, ``text_input`` (list of B sentences),
@@ -60,7 +54,7 @@ class SoftMaskClassification(DistilledBase):
             with torch.no_grad():
                 teacher = self.logits(images, captions, "_m")
         loss = distilled_cross_entropy(logits, self.labels(samples), teacher, alpha)
-        return ClassificationOutput(loss=loss, logits=logits)
+        return AlbefOutputWithLogits(loss=loss, logits=logits)
 
     @torch.no_grad()
     def predict(self, samples: dict[str, Any]) -> dict[str, Tensor]:

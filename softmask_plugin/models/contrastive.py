@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from lavis.models.albef_models.albef_outputs import AlbefOutput
 from lavis.models.base_model import concat_all_gather
 from torch import Tensor, nn
 
 from softmask_plugin.config.options import ContrastOptions
 from softmask_plugin.losses import local_contrast, local_contrast_across
 from softmask_plugin.models.aligned import Features
-from softmask_plugin.models.base import LossOutput
 from softmask_plugin.models.distillation import MomentumDistillation
 from softmask_plugin.models.masking import SoftMask, SoftMaskedBase
 from softmask_plugin.nn.image_memory import ImageMemory, View
@@ -30,13 +30,10 @@ IGNORED = -100  # the label that cross_entropy leaves out by default
 
 
 @dataclass
-class ContrastiveOutput(LossOutput):
+class ContrastiveOutput(AlbefOutput):
     """Losses of a step (scalars, None if an innovation is off) and its soft mask (see SoftMask);
     ``loss`` is the weighted sum of the others."""
 
-    loss_itc: Tensor | None = None
-    loss_itm: Tensor | None = None
-    loss_mlm: Tensor | None = None
     loss_lm: Tensor | None = None
     loss_soft: Tensor | None = None
     loss_mlm_soft: Tensor | None = None
@@ -215,13 +212,10 @@ class ContrastiveBase(SoftMaskedBase, MomentumDistillation):
         "soft negative" and "soft negative words". A batch of one has only words as negatives.
 
         Args:
-            pairs: Pairs so far.
             caption: Text states of B captions.
             changed: Token ids of the captions with a word changed, (B, T).
-            mask: The soft mask.
             scored: The tokens of a positive pair that the losses need.
             similarity: Decides how hard negatives are drawn.
-            draws: Random streams of the step.
         """
         option, masked = self.options.soft_mask, View(keep=mask.keep)
         pairs.add("positive", caption, wanted=scored)
@@ -279,56 +273,35 @@ class ContrastiveBase(SoftMaskedBase, MomentumDistillation):
         """
         # If all pairs of a batch share an image, there are no negatives: what was drawn is ignored
         exists = ~similarity.same.all(dim=1)
-        itm = self.matching_loss(fused, "positive", "negative", exists, changed)
-        if "soft" not in fused:
-            return itm, None
-        return itm, self.matching_loss(fused, "soft", "soft negative", exists, changed)
 
-    def matching_loss(
-        self,
-        fused: dict[str, Tokens],
-        positive: str,
-        negative: str,
-        exists: Tensor,
-        changed: Tensor,
-    ) -> Tensor:
-        """Cross-entropy of the multi-modal [CLS] of a group of positives, and of the negatives that
-        exist in groups whose name starts with ``negative``."""
-        names = [name for name in fused if name.startswith(negative)]
-        logits = self.match(torch.cat([fused[name].cls for name in (positive, *names)]))
-        found = [changed if name.endswith("words") else exists for name in names]
-        labels = [torch.where(each, 0, IGNORED) for each in found]
-        return F.cross_entropy(
-            logits.float(), torch.cat([exists.new_ones(len(exists), dtype=torch.long), *labels])
-        )
+        def loss(positive: str, negative: str) -> Tensor:
+            labels, names = [torch.ones_like(exists, dtype=torch.long)], [positive]
+            for name in fused:
+                if name.startswith(negative):
+                    found = changed if name.endswith("words") else exists
+                    labels.append(torch.where(found, 0, IGNORED))
+                    names.append(name)
+            logits = self.match(torch.cat([fused[name].cls for name in names]))
+            return F.cross_entropy(logits.float(), torch.cat(labels))
 
-    def output(
-        self,
-        mask: SoftMask,
-        itc: Tensor,
-        itm: Tensor | None = None,
-        soft: Tensor | None = None,
-        mlm: Tensor | None = None,
-        mlm_soft: Tensor | None = None,
-        local: Tensor | None = None,
-        lm: Tensor | None = None,
-    ) -> ContrastiveOutput:
-        """Sum the losses with their weights; None: not computed."""
+        soft = loss("soft", "soft negative") if "soft" in fused else None
+        return loss("positive", "negative"), soft
+
+    def output(self, mask: SoftMask, **losses: Tensor | None) -> ContrastiveOutput:
+        """Sum the losses, ``itc`` to ``lm``, with their weights; None: not computed."""
         option = self.options
-        loss = option.itc.weight * itc
-        if itm is not None:
-            loss = loss + option.itm_weight * itm
-        if mlm is not None:
-            loss = loss + option.mlm_weight * mlm
-        if soft is not None:
-            loss = loss + option.soft_mask.weight * option.itm_weight * soft
-        if mlm_soft is not None:
-            loss = loss + option.soft_mask.weight * option.mlm_weight * mlm_soft
-        if local is not None:
-            loss = loss + option.local_weight * local
-        if lm is not None:
-            loss = loss + option.lm_weight * lm
-        return ContrastiveOutput(loss, itc, itm, mlm, lm, soft, mlm_soft, local, *mask)
+        weight = {
+            "itc": option.itc.weight,
+            "itm": option.itm_weight,
+            "mlm": getattr(option, "mlm_weight", 0.0),  # not every model has this loss
+            "lm": getattr(option, "lm_weight", 0.0),
+            "local": option.local_weight,
+        }
+        weight["soft"] = option.soft_mask.weight * weight["itm"]
+        weight["mlm_soft"] = option.soft_mask.weight * weight["mlm"]
+        total: Any = sum(weight[name] * loss for name, loss in losses.items() if loss is not None)
+        named = {f"loss_{name}": loss for name, loss in losses.items()}
+        return ContrastiveOutput(loss=total, **named, **mask._asdict())
 
 
 def forget_pointer(model: nn.Module, _: Any) -> None:

@@ -62,12 +62,9 @@ class SoftMaskedBase(AlignedBase):
         what it means to the match, whose pass goes into ``pairs``.
 
         Args:
-            pairs: Pairs so far.
             online: B images and captions.
             words: Word index per token, (B, T); -1 where the soft mask may not pick.
             scored: The tokens of a positive pair that the losses need.
-            memory: Keys and values of the images.
-            draws: Random streams of the step.
         """
         option = self.options.soft_mask
         if option.score == "similarity":
@@ -99,7 +96,6 @@ class SoftMaskedBase(AlignedBase):
             words: Word index per token, (B, T); -1 where the soft mask may not pick.
             predicted: Flat positions of the M tokens in (B, T), int64.
             targets: Their ids, (M,).
-            draws: Random streams of the step.
 
         Returns:
             The logits, and the soft mask.

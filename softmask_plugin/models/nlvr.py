@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from lavis.models.albef_models.albef_outputs import AlbefOutput
 from torch import Tensor, nn
 
 from softmask_plugin.config.options import AlignedOptions, NlvrOptions
-from softmask_plugin.models.base import LossOutput, SoftMaskBase, shipped_types
+from softmask_plugin.models.base import SoftMaskBase, shipped_types
 from softmask_plugin.models.classification import SoftMaskClassification
 from softmask_plugin.nn.bert import BertModel, BertShape
 from softmask_plugin.nn.momentum import momentum_copy
@@ -66,7 +67,7 @@ class SoftMaskNlvrPretrain(TwoImageBase):
         self.vision_proj = momentum_copy(nn.Linear(options.vit.width, options.embed_dim))
         self.ta_head = nn.Linear(options.bert.width, 3)
 
-    def forward(self, samples: dict[str, Any]) -> LossOutput:
+    def forward(self, samples: dict[str, Any]) -> AlbefOutput:
         """Compute the loss of one step from ``image`` (B, 3, H, W) and ``text_input`` (list of B
         captions); the wrong images of a caption come from the batch."""
         draws = Draws(torch.initial_seed(), self.step_of(samples))
@@ -77,7 +78,7 @@ class SoftMaskNlvrPretrain(TwoImageBase):
         memory = self.bert.remember(states[first], states[second])
         text, cls_only = self.bert.encode(captions.ids, captions.packing), captions.packing.cls_only
         logits = self.ta_head(self.bert.fuse(text, memory, wanted=cls_only).cls).float()
-        return LossOutput(loss=nn.functional.cross_entropy(logits, label))
+        return AlbefOutput(loss=nn.functional.cross_entropy(logits, label))
 
 
 def assign(similarity: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:

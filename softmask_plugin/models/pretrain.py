@@ -100,7 +100,7 @@ class SoftMaskPretrain(ContrastiveBase):
         loss_itc, similarity = self.contrast(online, momentum, alpha)
         loss_local = self.contrast_words(online)
         if not matches:
-            return self.output(SoftMask(), loss_itc, local=loss_local)
+            return self.output(SoftMask(), itc=loss_itc, local=loss_local)
         memory = self.bert.remember(online.image)
 
         # Mask: what a word of the caption means to the match or, hidden, to its own prediction, or
@@ -134,13 +134,21 @@ class SoftMaskPretrain(ContrastiveBase):
         teacher = self.momentum_words(momentum, text, alpha)
         if logits is None:
             logits = self.word_logits(groups.get("words", groups["positive"]), text)
-        loss_mlm = self.word_loss(logits, text, teacher, alpha)
+        loss_mlm = distilled_cross_entropy(logits, text.targets, teacher, alpha)
         loss_mlm_soft = None
         if mlm_with_mask:
             logits = self.word_logits(groups.get("soft words", groups["soft"]), text)
-            loss_mlm_soft = self.word_loss(logits, text, teacher, alpha)
+            loss_mlm_soft = distilled_cross_entropy(logits, text.targets, teacher, alpha)
 
-        return self.output(mask, loss_itc, loss_itm, loss_soft, loss_mlm, loss_mlm_soft, loss_local)
+        return self.output(
+            mask,
+            itc=loss_itc,
+            itm=loss_itm,
+            mlm=loss_mlm,
+            soft=loss_soft,
+            mlm_soft=loss_mlm_soft,
+            local=loss_local,
+        )
 
     def tokenize_masked(self, captions: list[str], draws: Draws) -> Text:
         """Tokenize and mask captions on the host, where finding the masked positions is free."""
@@ -186,7 +194,3 @@ class SoftMaskPretrain(ContrastiveBase):
     def word_logits(self, fused: Tokens, text: Text) -> Tensor:
         """Logits of the masked words, (words, vocabulary)."""
         return self.text_encoder(fused.only(text.masked).states)
-
-    def word_loss(self, logits: Tensor, text: Text, teacher: Tensor | None, alpha: float) -> Tensor:
-        """MLM of the masked words, mixed with distillation; 0 if no word is masked."""
-        return distilled_cross_entropy(logits, text.targets, teacher, alpha)

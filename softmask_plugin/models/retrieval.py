@@ -56,4 +56,4 @@ class SoftMaskRetrieval(ContrastiveBase):
         mask, loss_itm, loss_soft = self.match_clean(
             online, text, changed, memory, similarity, draws
         )
-        return self.output(mask, loss_itc, loss_itm, loss_soft, local=loss_local)
+        return self.output(mask, itc=loss_itc, itm=loss_itm, soft=loss_soft, local=loss_local)

@@ -7,12 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from lavis.models.albef_models.albef_outputs import AlbefOutput
 from torch import Tensor
 
 from softmask_plugin.config.options import VqaOptions
 from softmask_plugin.errors import UserError, require_finite_scores
 from softmask_plugin.losses import distilled_cross_entropy
-from softmask_plugin.models.base import LossOutput, shipped_types
+from softmask_plugin.models.base import shipped_types
 from softmask_plugin.models.distillation import DistilledBase
 from softmask_plugin.nn.bert import BertForMaskedLM
 from softmask_plugin.nn.image_memory import ImageMemory, View
@@ -53,7 +54,7 @@ class SoftMaskVqa(DistilledBase):
         self.known_answers: tuple[Sequence[str], Captions] | None = None
         self.add_momentum("visual_encoder", "text_encoder", "text_decoder")
 
-    def forward(self, samples: dict[str, Any]) -> LossOutput:
+    def forward(self, samples: dict[str, Any]) -> AlbefOutput:
         """Compute the loss of one step; in training mode, also update the momentum model.
 
         Args:
@@ -81,7 +82,7 @@ class SoftMaskVqa(DistilledBase):
             logits, answers.targets, teacher, alpha, self.options.label_smoothing, "none"
         )
         weight = torch.as_tensor(samples["weight"], device=device)[answers.owner]
-        return LossOutput(loss=(weight * losses).sum() / len(images))
+        return AlbefOutput(loss=(weight * losses).sum() / len(images))
 
     @torch.no_grad()
     def predict_answers(
@@ -123,7 +124,7 @@ class SoftMaskVqa(DistilledBase):
         known = self.known_answers[1]
         memory = self.questions(samples["image"], self.tokenize(questions))
         likely = self.likely_starts(memory, known.ids[:, 1].to(self.device), len(questions))
-        chosen = likely.topk(min(num_ans_candidates, len(answer_list)), dim=1).indices
+        chosen = likely.topk(min(int(num_ans_candidates), len(answer_list)), dim=1).indices
         losses = self.answer_losses(memory, known, chosen)
         require_finite_scores("an answer's score", likely, losses)
         best = chosen.gather(1, losses.argmin(1, keepdim=True))

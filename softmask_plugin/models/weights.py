@@ -97,7 +97,9 @@ def load(model: nn.Module, checkpoint: Checkpoint, bert: BertOptions) -> None:
     _require_encoders(state, fixed, source)
     require_sound(fitting, source)
     if "queue_ptr" in fitting:
-        _require_position(int(fitting["queue_ptr"]), own["image_queue"], source)
+        pointer, size = int(fitting["queue_ptr"]), own["image_queue"].shape[1]
+        if not 0 <= pointer < max(1, size):
+            raise UserError(f"{source}: 'queue_ptr' is {pointer}, outside of its queue")
     model.load_state_dict(fitting, strict=False)
     other = (state.keys() & own.keys()) - fitting.keys()
     logging.log(
@@ -166,7 +168,9 @@ def _initialise_text(model: Any, name: str, state: StateDict, source: str) -> No
     state = adapt(state, own, model.options.bert)
     added = len(model.tokenizer) - model.tokenizer.vocab_size  # tokens that a BERT lacks
     for key, tensor in state.items():
-        if added and key in own and own[key].shape == (len(tensor) + added, *tensor.shape[1:]):
+        if not added or not tensor.ndim or key not in own:
+            continue
+        if own[key].shape == (len(tensor) + added, *tensor.shape[1:]):
             state[key] = torch.cat([tensor, own[key][-added:]])
     state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
     _load_matching(encoder, state, source)
@@ -179,7 +183,7 @@ def deepen(state: StateDict, layers: int) -> StateDict:
     deeper = dict(state)
     for match, tensor in numbered:
         if match:
-            for layer in range(layers - 1 - (depth - 1 - int(match[2])), depth - 1, -depth):
+            for layer in range(layers - depth + int(match[2]), depth - 1, -depth):
                 deeper[f"{match[1]}{layer}{match[3]}"] = tensor
     return deeper
 
@@ -234,11 +238,6 @@ def _resized(embedding: Tensor, encoder: nn.Module, name: str) -> Tensor:
             f"{name} of shape {tuple(embedding.shape)} is of no square image: is it a checkpoint "
             "of a vision transformer?"
         ) from error
-
-
-def _require_position(pointer: int, queue: Tensor, source: object) -> None:
-    if not 0 <= pointer < max(1, queue.shape[1]):
-        raise UserError(f"{source}: 'queue_ptr' is {pointer}, outside of its queue")
 
 
 def _load_matching(module: nn.Module, state: StateDict, name: str) -> None:

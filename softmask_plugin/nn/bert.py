@@ -52,7 +52,7 @@ def require_cross_attention(layer: int, layers: Sequence[int]) -> None:
 
 
 class Bert(nn.Module):
-    """What transformers' BERT has and this one does not."""
+    """Base of both BERTs: a clear error where LAVIS looks for ``base_model``."""
 
     @property
     def base_model(self) -> Any:

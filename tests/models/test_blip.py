@@ -436,3 +436,7 @@ def test_a_bert_lacks_two_tokens_which_stay_new(make_blip, tmp_path):
     model.tokenizer.add_tokens("another")
     with pytest.raises(UserError, match="set model.vit, model.bert and model.tokenizer"):
         model.load_encoders()
+    broken = {"bert.embeddings.word_embeddings.weight": torch.tensor(1.0)}
+    bert.save_pretrained(tmp_path, state_dict={**bert.state_dict(), **broken})
+    with pytest.raises(UserError, match="set model.vit, model.bert and model.tokenizer"):
+        model.load_encoders()

@@ -175,7 +175,8 @@ def test_vqa_answers(make_other, monkeypatch, candidates, at_once):
         theirs = baseline.albef_vqa(ours).eval()
         batch = {"image": images(3, seed), "text_input": vqa_batch(0)["text_input"]}
         before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
-        got = ours.predict_answers(dict(batch), ANSWERS, num_ans_candidates=candidates)
+        spelt = float(candidates)  # as YAML reads 1e2
+        got = ours.predict_answers(dict(batch), ANSWERS, num_ans_candidates=spelt)
         with torch.no_grad():
             assert got == theirs.predict_answers(dict(batch), ANSWERS, candidates)
         assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
