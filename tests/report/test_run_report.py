@@ -31,7 +31,7 @@ def folder(tmp_path):
     config = {"model": {"arch": "softmask_retrieval"}, "run": {"max_epoch": 2, "note": EVIL}}
     OmegaConf.save(config, folder / "config.yaml")
     environment = {"torch": "9.9.9", "processor": "abacus"}
-    (folder / "environment.json").write_text(json.dumps(environment))
+    (folder / "environment.json").write_text(json.dumps([environment]))
     write(folder, [train_record(10), train_record(20, epoch=1, skipped_steps=3), *VAL, *TEST])
     return folder
 
