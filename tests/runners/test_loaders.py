@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import ChainDataset
 from toys import RUN, DrawingData, ToyConfig, ToyData, ToyModel, ToyTask, build, weights
 
+from softmask_plugin.datasets.task_datasets import PretrainDataset
 from softmask_plugin.errors import UserError
 from softmask_plugin.runners import SoftmaskRunner, loaders
 from softmask_plugin.runners.loaders import train_loader
@@ -50,6 +51,19 @@ def test_the_train_split_is_evaluated_by_itself(tmp_path):
         with pytest.raises(UserError, match="cannot name 'train': evaluate it afterwards"):
             runner.train()
         assert not runner.model.seen
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_pairs_to_train_with_are_no_gallery(tmp_path, joined):
+    items = [{"image": "a.jpg", "image_id": 0, "caption": ["a"]}] * 4
+    pairs = PretrainDataset(None, None, items, None)
+    runner = build(tmp_path, splits={"train": pairs}, evaluate=True, test_splits=["train"])
+    if joined:
+        runner.datasets["more"] = {"train": pairs}
+    with pytest.raises(
+        UserError, match="lacks what evaluation needs: name its file as that of 'val'"
+    ):
+        runner.train()
 
 
 def test_data_sets_are_concatenated(tmp_path):
