@@ -62,9 +62,9 @@ class Cost:
 def alternate(
     subjects: dict[str, Callable[[], float]], rounds: int, title: str
 ) -> dict[str, list[float]]:
-    """Call all subjects by turns, once per round; return their durations in s by name.
+    """Let subjects take turns, one call each per round; return their durations by name, in seconds.
 
-    A subject does the work once and returns how long it took. A first round is not counted.
+    A subject does its work once and returns the duration. The first round does not count.
     """
     times: dict[str, list[float]] = {name: [] for name in subjects}
     for turn in tqdm(range(rounds + 1), desc=title, unit="round", leave=False):

@@ -102,9 +102,15 @@ def main(argv: list[str] | None = None) -> int:
     """Run the trial; return 1 if anything was lost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200, help="at least, default: %(default)s")
-    parser.add_argument("--by", nargs="+", default=["KILL"], help="signals; default: KILL")
-    parser.add_argument("--workers", type=int, default=1, help="of the loader; default: 1")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments; default: 0")
+    parser.add_argument(
+        "--by", nargs="+", default=["KILL"], help="signals, drawn each time; default: KILL"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, help="data-loader workers, default: %(default)s"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the random moments, default: %(default)s"
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
     outcome = trial(args.kills, args.workers, args.seed, args.by)

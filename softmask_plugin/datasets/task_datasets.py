@@ -233,3 +233,13 @@ class FoilDataset(ItemDataset):
         texts = {key: self.text_processor(item[key]) for key in ("caption", "foil")}
         ids = {"instance_id": item["instance_id"], "index": index}
         return {"image": self.vis_processor(image), **texts, **ids}
+
+
+def require_evaluable(dataset: Any, split: str) -> None:
+    """Raise UserError if a data set, or one of several joined, serves training alone."""
+    for each in getattr(dataset, "datasets", [dataset]):
+        if isinstance(each, (PretrainDataset, VQADataset)):
+            raise UserError(
+                f"the '{split}' split lacks what evaluation needs: name its file as that of "
+                "'val' or 'test'"
+            )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from softmask_plugin.config.run_options import setting
-from softmask_plugin.datasets.task_datasets import PretrainDataset, VQADataset
+from softmask_plugin.datasets.task_datasets import require_evaluable
 from softmask_plugin.errors import StartAgain, UserError
 from softmask_plugin.files.checkpoint import BEST, open_checkpoint
 from softmask_plugin.files.whole import write_whole
@@ -446,15 +446,10 @@ class SoftmaskRunner(PortableRunner):
         """Evaluate one split; arguments as for :meth:`evaluate`.
 
         Raises:
-            UserError: A metric is not finite, or the data set gives what training needs alone.
+            UserError: A metric is not finite, or the data set serves training alone.
         """
         loader = self.loader(split_name)
-        kinds = {type(each) for each in getattr(loader.dataset, "datasets", [loader.dataset])}
-        if not kinds.isdisjoint({PretrainDataset, VQADataset}):
-            raise UserError(
-                f"the '{split_name}' split lacks what evaluation needs: name its file as that of "
-                "'val' or 'test'"
-            )
+        require_evaluable(loader.dataset, split_name)
         self.model.eval()
         epoch = cur_epoch if isinstance(cur_epoch, int) else None
         if cur_epoch == "best" and not skip_reload:

@@ -22,6 +22,7 @@ from softmask_plugin.datasets.scenes.grammar import (
     LAYOUTS,
     SHAPES,
     allowed_compositions,
+    heldout_compositions,
     make_scenes,
 )
 from softmask_plugin.datasets.scenes.render import render_item
@@ -77,7 +78,7 @@ def test_a_neutral_hypothesis_may_be_true_or_false_in_the_same_picture():
 @given(seeds, splits, st.integers(1, 4))
 @settings(max_examples=60, deadline=None)
 def test_statements_about_pairs_have_the_right_label(seed, split, objects):
-    pool = allowed_compositions(split, HELDOUT)
+    pool, heldout = allowed_compositions(split, HELDOUT), heldout_compositions(HELDOUT)
     scenes = make_scenes(split, 10, seed, objects, HELDOUT)
     for left, right in zip(scenes[::2], scenes[1::2], strict=True):
         item = compare(left, right, pool)
@@ -87,6 +88,7 @@ def test_statements_about_pairs_have_the_right_label(seed, split, objects):
             assert after.things[1:] == before.things[1:]
             assert after.things[0].box == before.things[0].box
             assert len(after.compositions) == objects
+            assert split != "train" or heldout.isdisjoint(after.compositions)
 
 
 @given(seeds, splits, st.integers(1, 4), layouts)
