@@ -16,7 +16,8 @@ from tempfile import TemporaryDirectory
 from softmask_plugin import load_trained
 from softmask_plugin.datasets.images import open_rgb
 from softmask_plugin.datasets.scenes import captions, make_scenes, render
-from softmask_plugin.explain.gallery import Gallery
+from softmask_plugin.errors import UserError
+from softmask_plugin.explain.gallery import Gallery, readable_images
 
 
 def main() -> None:
@@ -35,12 +36,15 @@ def main() -> None:
 
 
 def search(folder: Path, query: str, checkpoint: str) -> None:
-    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png"))
-    if not files:
-        sys.exit(f"no .jpg, .jpeg or .png in {folder}")
+    try:
+        files, skipped = readable_images(folder)  # in its subfolders, too
+    except UserError as error:
+        sys.exit(str(error))
+    if skipped:
+        print(f"unreadable images left out: {skipped}")
     gallery = Gallery(load_trained(checkpoint), map(open_rgb, files))  # encodes each image once
     for hit in gallery.search(query, count=5):
-        print(f"{hit.match:.3f}  {hit.similarity:+.3f}  {files[hit.index].name}")
+        print(f"{hit.match:.3f}  {hit.similarity:+.3f}  {files[hit.index].relative_to(folder)}")
 
 
 def save_scenes(folder: Path) -> None:

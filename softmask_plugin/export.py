@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCardData
@@ -143,10 +144,16 @@ def _metrics(checkpoint: Checkpoint) -> str:
     progress = Progress.of(training)
     whole = progress.epoch - 1 if progress.taken == 0 else None
     epoch = progress.best_epoch if checkpoint.path.name == BEST else whole
+
+    def is_of(record: dict[str, Any]) -> bool:
+        if epoch is None:  # the run may have ended within an epoch, at this step
+            return checkpoint.path.stem == f"checkpoint_{record['epoch']}_{record['step']}"
+        return bool(record["epoch"] == epoch)
+
     rows = [
         f"| {record['split']} | {name} | {value:.4g} |\n"
         for record in read_metrics(folder)
-        if record["split"] != "train" and record["epoch"] == epoch is not None
+        if record["split"] != "train" and is_of(record)
         for name, value in numbers_of(record).items()
     ]
     return "".join(["\n| split | metric | value |\n|---|---|---|\n", *rows]) if rows else ""

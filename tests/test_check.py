@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
-
 # isort: split
 import itertools
 import tempfile

@@ -139,9 +139,11 @@ def test_albef_layout_has_token_types_that_add_nothing(checkpoint, model, tmp_pa
     assert "trained with [SEP]" in (folder / "README.md").read_text()
 
 
-def test_a_run_is_exported_with_its_metrics(tmp_path, capsys):
+@pytest.mark.parametrize(("steps", "validated"), [(2, ["val"]), (3, [])])  # an epoch has two
+def test_a_run_is_exported_with_its_metrics(tmp_path, capsys, steps, validated):
     options = [
-        *(f"run.output_dir={tmp_path / 'runs'}", "run.max_epoch=1", "run.test_splits=[test]"),
+        *(f"run.output_dir={tmp_path / 'runs'}", f"run.max_steps={steps}"),
+        *("run.max_epoch=2", f"run.valid_splits={validated}", "run.test_splits=[test]"),
         *("run.batch_size_train=4", "run.batch_size_eval=4", "run.num_workers=0", "run.k_test=4"),
         *(f"datasets.scenes_retrieval.num.{split}=8" for split in ("train", "val", "test")),
     ]
@@ -151,7 +153,7 @@ def test_a_run_is_exported_with_its_metrics(tmp_path, capsys):
     assert capsys.readouterr().out.endswith(f"Model: {folder}\n")
     card = (folder / "README.md").read_text()
     assert "license:" not in card and "License:\nnone given." in card
-    for split in ("val", "test"):
+    for split in (*validated, "test"):
         (found,) = (each for each in read_metrics(trained.output_dir) if each["split"] == split)
         assert f"| {split} | txt_r1 | {found['txt_r1']:.4g} |" in card
     model = SoftMaskRetrieval.from_pretrained(str(folder))

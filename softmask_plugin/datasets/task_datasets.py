@@ -12,6 +12,7 @@ from lavis.datasets.datasets import nlvr_datasets, vqa_datasets
 from lavis.datasets.datasets.base_dataset import BaseDataset
 from lavis.datasets.datasets.snli_ve_datasets import SNLIVisualEntialmentDataset
 from PIL import Image
+from torch.utils.data import IterableDataset
 
 from softmask_plugin.datasets.coco_vqa import write_coco_vqa
 from softmask_plugin.datasets.images import UnreadableImageError
@@ -238,7 +239,7 @@ class FoilDataset(ItemDataset):
 def require_evaluable(dataset: Any, split: str) -> None:
     """Raise UserError if a data set, or one of several joined, serves training alone."""
     for each in getattr(dataset, "datasets", [dataset]):
-        if isinstance(each, (PretrainDataset, VQADataset)):
+        if isinstance(each, (PretrainDataset, VQADataset, IterableDataset)):
             raise UserError(
                 f"the '{split}' split lacks what evaluation needs: name its file as that of "
                 "'val' or 'test'"

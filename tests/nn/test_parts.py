@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
-
 # isort: split
 import pytest
 import torch

@@ -112,12 +112,17 @@ def test_search_your_own_folder(checkpoint, folder, monkeypatch, capsys):
     for name in range(3, 16):
         (folder / f"{name}.png").unlink()
     (folder / "1.png").rename(folder / "1.PNG")
+    (folder / "in").mkdir()
+    (folder / "2.png").rename(folder / "in" / "2.png")
+    (folder / "3.png").write_bytes(b"cut off")
     in_process("search_folder", monkeypatch, folder, "--checkpoint", checkpoint, "--images", folder)
-    found = [line.split()[2] for line in capsys.readouterr().out.splitlines()[-3:]]
-    assert sorted(found) == ["0.png", "1.PNG", "2.png"]
+    lines = capsys.readouterr().out.splitlines()[-4:]
+    assert lines[0] == "unreadable images left out: 1"
+    found = [line.split()[2] for line in lines[1:]]
+    assert sorted(found) == ["0.png", "1.PNG", "in/2.png"]
     (empty := folder / "empty").mkdir()
     given = ("--checkpoint", checkpoint, "--images", empty)
-    with pytest.raises(SystemExit, match="no .jpg, .jpeg or .png in .*empty"):
+    with pytest.raises(SystemExit, match="no readable image in .*empty"):
         in_process("search_folder", monkeypatch, folder, *given)
 
 

@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader
 from toy_builders import build_scenes
 from transformers import BertTokenizerFast
 
-import softmask_plugin  # noqa: F401  (registers the builders and processors)
 from softmask_plugin.config.paths import PACKAGE
 from softmask_plugin.datasets.scenes.grammar import (
     ABOVE,

@@ -16,7 +16,6 @@ from scene_truth import answer, entailment_label, meant, pair_truth
 from torch.utils.data import DataLoader
 from toy_builders import build_scenes, section
 
-import softmask_plugin  # noqa: F401  (registers the builders, processors and tasks)
 from softmask_plugin.compare import compare
 from softmask_plugin.datasets.scenes.grammar import heldout_compositions
 from softmask_plugin.datasets.scenes.tasks import ANSWERS

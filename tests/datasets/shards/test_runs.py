@@ -12,6 +12,7 @@ from benchmarks.material import photos, write_jpegs
 from benchmarks.traces import differences, trace
 from softmask_plugin import launch
 from softmask_plugin.datasets.shards.pack import pack_shards
+from softmask_plugin.errors import UserError
 from softmask_plugin.models.pretrain import SoftMaskPretrain
 
 PROJECT = "lavis_configs/projects/caption_shards/train/pretrain_tiny.yaml"
@@ -29,7 +30,7 @@ def shards(tmp_path_factory):
     return root / "shards"
 
 
-def train(shards, folder, workers):
+def train(shards, folder, workers, **more):
     options = {
         "model.tokenizer": "scenes",
         "model.image_size": 32,
@@ -46,6 +47,7 @@ def train(shards, folder, workers):
         "run.log_freq": 3,
         "run.save_every_steps": 3,
         "run.resume_ckpt_path": "auto",
+        **more,
     }
     return launch.run(PROJECT, [f"{key}={value}" for key, value in options.items()])[0]
 
@@ -76,9 +78,13 @@ def test_an_interrupted_stream_resumes_with_the_very_next_sample(
         assert not differences(trace(again.output_dir), whole)
 
 
-def test_too_few_shards_are_an_error_before_training(shards, tmp_path):
-    from softmask_plugin.errors import UserError
+def test_a_stream_is_not_evaluated(shards, tmp_path):
+    asked = {"run.evaluate": True, "run.test_splits": ["train"], "model.load_pretrained": False}
+    with pytest.raises(UserError, match="the 'train' split lacks what evaluation needs"):
+        train(shards, tmp_path, 0, **asked)
 
+
+def test_too_few_shards_are_an_error_before_training(shards, tmp_path):
     with pytest.raises(UserError, match="6 shards cannot be split among 1 processes x 7 workers"):
         train(shards, tmp_path, 7)
 
