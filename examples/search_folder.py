@@ -27,19 +27,19 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="shipped:scenes_tiny")
     given = parser.parse_args()
 
-    if given.images is not None:
-        search(given.images, given.query, given.checkpoint)
-    else:
-        with TemporaryDirectory() as folder:
-            save_scenes(Path(folder))
-            search(Path(folder), given.query, given.checkpoint)
+    try:
+        if given.images is not None:
+            search(given.images, given.query, given.checkpoint)
+        else:
+            with TemporaryDirectory() as folder:
+                save_scenes(Path(folder))
+                search(Path(folder), given.query, given.checkpoint)
+    except UserError as error:
+        sys.exit(str(error))
 
 
 def search(folder: Path, query: str, checkpoint: str) -> None:
-    try:
-        files, skipped = readable_images(folder)  # in its subfolders, too
-    except UserError as error:
-        sys.exit(str(error))
+    files, skipped = readable_images(folder)  # in its subfolders, too
     if skipped:
         print(f"unreadable images left out: {skipped}")
     gallery = Gallery(load_trained(checkpoint), map(open_rgb, files))  # encodes each image once

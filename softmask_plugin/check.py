@@ -47,15 +47,17 @@ def check(cfg_path: str, options: Sequence[str] = ()) -> Iterator[str]:
 def timed_steps(runner: SoftmaskRunner) -> Iterator[float]:
     """Take training steps without end; yield the duration of each, data loading included, s.
 
-    They are steps of the last epoch, in which every loss is on, and ``run.keep_features`` is not
+    They count as the run's last step, in which every loss is on, and ``run.keep_features`` is not
     followed, which would take longer than they do.
     """
     runner.model.train()
-    loader, last = runner.train_loader, max(runner.max_epoch - 1, 0)
+    loader, accumulated = runner.train_loader, runner.accum_grad_iters
+    epoch, step = divmod(max(runner.total_steps - 1, 0), runner.steps_per_epoch)
+    group = range(step * accumulated, (step + 1) * accumulated)
     batches = itertools.chain.from_iterable(loader.batches(i, 0) for i in itertools.count())
     while True:
         began = now()
-        runner.train_step(batches, last)
+        runner.train_step(batches, epoch, group)
         yield now() - began
 
 
@@ -77,6 +79,8 @@ def _check(runner: SoftmaskRunner) -> Iterator[str]:
     weights = sum(each.numel() for each in runner.unwrap_dist_model(runner.model).parameters())
     yield f"model   {model['arch']}, type {model['model_type']}: {weights:,} weights"
     train = [] if runner.evaluate_only else ["train"]
+    if train:
+        runner.require_splits()
     for split in (*runner.valid_splits, *runner.test_splits, *train):
         loader = runner.loader(split)
         batch = next(loader.batches(0, 0) if split == "train" else iter(loader))

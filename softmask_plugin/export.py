@@ -108,7 +108,7 @@ def export(
     vocabulary.write_text("\n".join([*words, ""]), "utf-8")
     card = CARD.format(
         data=ModelCardData(license=license, library_name="softmask_plugin", tags=["softmask"]),
-        name=folder.name,
+        name=folder.resolve().name,
         arch=model["arch"],
         type=model.get("model_type"),
         data_sets=", ".join(processors) or "not recorded",

@@ -137,7 +137,7 @@ def load_config(
     """
     if evaluate:
         options = [*options, "run.evaluate=true"]
-    path, content = Path(cfg_path), None
+    path, content = Path(cfg_path).expanduser(), None
     if evaluate and (path.is_dir() or path.suffix in WEIGHTS):
         content = open_checkpoint(cfg_path).config
         if content is None:
@@ -180,6 +180,11 @@ def init_distributed(run_cfg: DictConfig) -> None:
     run_cfg.distributed = True
     run_cfg.dist_backend = "nccl" if cuda else "gloo"
     if cuda:
+        if run_cfg.gpu >= (count := torch.cuda.device_count()):
+            raise UserError(
+                f"{local} is {run_cfg.gpu}, but this process sees {count} CUDA devices: start one "
+                "process for each device, and let each see all devices of its machine"
+            )
         torch.cuda.set_device(run_cfg.gpu)
     if not dist.is_initialized():
         join_group(run_cfg)

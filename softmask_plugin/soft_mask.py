@@ -108,7 +108,7 @@ def pick_words(
             that may not be picked (padding, special tokens and, with ``content``, function words).
         choice: With ``uniform`` and ``content`` all words are equally likely; with ``energy`` their
             probability is proportional to the sum of their map.
-        generator: Random stream on the device of ``cam``.
+        generator: Random stream on the device of ``word_ids``.
 
     Returns:
         Id of the picked word, (B,); -1 for a caption without a word to pick.

@@ -157,5 +157,6 @@ class CaptionTokenizer:
         """
         barred = self.is_special[ids]
         if content_only:
-            barred = barred | self.is_function_word[ids]
+            goes_on = self.is_piece[captions.ids].roll(-1, dims=1)  # "with", "##ered" is no "with"
+            barred = barred | (self.is_function_word[ids] & ~goes_on)
         return captions.words.masked_fill(barred, -1)

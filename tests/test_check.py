@@ -68,6 +68,20 @@ def test_slow_steps_are_few(monkeypatch, capsys):
     assert "time    about 8:20:00 for 1,000 steps" in capsys.readouterr().out
 
 
+def test_losses_that_start_late_are_timed(capsys):
+    """ITM and the mask start with the last of six steps."""
+    late = [
+        "model.itc_steps=5",
+        "model.soft_mask.start_iter=5",
+        "datasets.scenes_pretrain.num.train=8",
+    ]
+    common = [each for each in OPTIONS if "scenes_retrieval" not in each and "val" not in each]
+    given = ["--options", *common, "run.valid_splits=[]", "model.load_pretrained=false", *late]
+    assert cli.main(["check", "--cfg-path", "scenes/train/pretrain_tiny", *given]) == 0
+    (step,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("step "))
+    assert ", loss_itm " in step and ", loss_soft " in step
+
+
 def test_an_evaluation(capsys):
     name = "scenes/eval/retrieval_tiny"
     given = ["run.output_dir=runs", "run.batch_size_eval=4", "model.load_pretrained=false"]
@@ -82,6 +96,8 @@ def test_an_evaluation(capsys):
     [
         ("run.max_epoch=many", "run.max_epoch is 'many'"),
         ("run.test_splits=[dev]", "set run.test_splits=[]"),
+        ("run.valid_splits=[train]", "cannot name 'train'"),
+        ("run.amp=bf15", "run.amp is 'bf15'"),
         ("run.batch_size_train=9", "set run.batch_size_train=8"),
         ("run.output_dir=/proc/version/runs", "/proc/version cannot be written"),
         ("run.runner=runner_base", "run.runner=softmask_runner"),

@@ -97,6 +97,10 @@ def test_a_process_of_a_job_that_lacks_its_place(config, monkeypatch):
     cfg.run_cfg.world_size = 2
     with pytest.raises(UserError, match="run.dist_url env:// does not say .*MASTER_ADDR"):
         launch.init_distributed(cfg.run_cfg)
+    cfg.run_cfg.device = "cuda"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="SLURM_LOCALID is 1, but this process sees 1 CUDA dev"):
+        launch.init_distributed(cfg.run_cfg)
 
 
 def test_two_data_sets_to_evaluate():

@@ -71,6 +71,15 @@ def test_pickable_words(tokenizer):
     assert tokenizer.pickable(captions, seen, True).tolist() == [[-1, -1, 1, -1, 1, 2, -1]]
 
 
+def test_a_word_that_begins_like_a_function_word_can_be_picked(tmp_path):
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "with", "##ered", "tree"]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces))
+    tokenizer = CaptionTokenizer(build_tokenizer(str(tmp_path / "vocab.txt")), max_length=10)
+    captions = tokenizer.tokenize(["a withered tree with"])
+    picked = tokenizer.pickable(captions, captions.ids, content_only=True)
+    assert picked.tolist() == [[-1, -1, 1, 1, 2, -1, -1]]
+
+
 def test_words_that_name_nothing():
     tokenizer = CaptionTokenizer(build_tokenizer("scenes"), max_length=30)
     text = "there is a large blue star to the left of a ring and below the cross"

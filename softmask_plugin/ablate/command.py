@@ -74,7 +74,8 @@ def main(
 def _discard(jobs: Sequence[Job]) -> None:
     """Discard the results of jobs, unless another plan has results in one of their folders."""
     own = {stage.name for stage in jobs[0].stages}
-    for other in (each for job in jobs for each in job.home.glob("*/") if each.name not in own):
+    found = (each for job in jobs for each in job.home.glob("*") if each.is_dir())
+    for other in (each for each in found if each.name not in own):
         raise UserError(
             f"--again: {other} belongs to another plan with the same pretraining: delete its "
             "folder yourself, or name another --output-dir"

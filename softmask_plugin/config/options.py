@@ -180,7 +180,7 @@ class AlignedOptions(ModelOptions):
 
     embed_dim: int = ranged(256, 1)  # size of the features that ITC compares
     temp: float = ranged(0.07, 0.001, 0.5)  # temperature of their similarities, at the start if it
-    # is learned; a checkpoint brings its own
+    # is learned; a checkpoint brings its own, but softmask_nlvr_pretrain keeps this, as ALBEF does
     text_pool: str = choice("cls", "mean")  # what ITC compares of a text: its [CLS], as in ALBEF,
     # or the mean of its tokens
 

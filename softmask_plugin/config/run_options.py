@@ -174,6 +174,10 @@ RUN: dict[str, Key] = {
         False,
         "mixed precision: `auto` (bf16 where the device has instructions for it, else fp16 on CUDA "
         "and none on a CPU), `true` (fp16 on CUDA, bf16 on a CPU), `bf16` or `fp16`",
+        must_be(
+            "auto, true, false, bf16 or fp16",
+            lambda value: isinstance(value, bool) or value in ("auto", "bf16", "fp16"),
+        ),
     ),
     "compile": Key(
         False,

@@ -24,7 +24,7 @@ from softmask_plugin.files.whole import write_whole
 from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.models.rerank import Reranker, progress_bar
 
-CANDIDATES = 32  # most similar images (ITC) that the matching head (ITM) scores for a text
+CANDIDATES = 32  # most similar images (ITC), at least, that ITM's head scores for a text
 BATCH = 64  # images encoded at once
 
 
@@ -66,9 +66,9 @@ class Gallery:
         model, reranker = self.trained.model, self.reranker
         texts = reranker.encode_texts([self.trained.text_processor(text)])
         similarity = reranker.similarity(self.images, texts)[:, 0]
-        similar = similarity.topk(min(CANDIDATES, len(similarity)))
+        similar = similarity.topk(min(max(CANDIDATES, count), len(similarity)))
         found, similarities = similar.indices.tolist(), similar.values.tolist()
-        copies = texts.tokens.take(torch.zeros_like(similar.indices))
+        copies = texts.tokens.take(torch.zeros(len(found), dtype=torch.long, device=model.device))
         states = torch.stack([self.images.states[i] for i in found])
         memory = model.bert.remember(states.to(model.device))
         logits = model.match(model.bert.fuse(copies, memory, wanted=copies.packing.cls_only).cls)
@@ -99,8 +99,9 @@ def save_features(trained: Trained, images: Path, output: Path) -> tuple[int, in
     output.parent.mkdir(parents=True, exist_ok=True)
     opened = map(open_rgb, progress_bar(files, desc="images", unit="image"))
     with torch.no_grad():
-        states = map(model.visual_encoder, _batches(trained, opened))
-        features = torch.cat([model.image_features(each[:, 0]) for each in states])
+        batches = (each.to(model.device) for each in _batches(trained, opened))
+        states = map(model.visual_encoder, batches)
+        features = torch.cat([model.image_features(each[:, 0]).cpu() for each in states])
     require_finite_scores("a feature", features)
     names = [file.relative_to(images).as_posix() for file in files]
     write_whole(output, partial(_save, features=features, names=names, folder=images.absolute()))
@@ -132,7 +133,8 @@ def search_features(
             features = torch.from_numpy(stored["features"])
             paths = [Path(str(stored["folder"]), name) for name in stored["names"].tolist()]
         wanted = Reranker(model).encode_texts([cleaned]).features[0].cpu()
-        nearest = (features @ wanted).topk(min(CANDIDATES, len(paths))).indices.tolist()
+        wide = min(max(CANDIDATES, count), len(paths))
+        nearest = (features @ wanted).topk(wide).indices.tolist()
     except FileNotFoundError as error:
         raise UserError(f"no file {file}: make it with softmask features") from error
     except Exception as error:  # a damaged file can fail in any way

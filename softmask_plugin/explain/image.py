@@ -171,8 +171,8 @@ def explain_image(
         words: The word or words to explain, at every place in the caption; None: all.
         arch, model_type: The model of a checkpoint that does not name one, such as
             ``softmask_image_text_matching`` and ``base`` for ALBEF.pth.
-        boxes: Where phrases of the caption are: boxes ``(x0, y0, x1, y1)`` in [0, 1] of each, which
-            the figure outlines and ``pointing`` compares with the maps.
+        boxes: Where phrases of the caption are: the box or boxes ``(x0, y0, x1, y1)`` in [0, 1] of
+            each, which the figure outlines and ``pointing`` compares with the maps.
 
     Raises:
         UserError: The image or the checkpoint cannot be loaded, the model has no matching head, the
@@ -199,8 +199,10 @@ def explain_image(
         found = replace(found, caption=" ".join(processor.words(caption)))
     if found.cut:
         logging.getLogger(__name__).warning("%s (%s)", found.cut, limit)
-    known = model.matcher.caption_tokenizer.tokenizer.get_vocab()
-    if model.bundled and not (_is_scene(picture) and known.keys() >= set(found.words)):
+    tokenizer = model.matcher.caption_tokenizer.tokenizer
+    if model.bundled and not (
+        _is_scene(picture) and tokenizer.get_vocab().keys() >= set(found.words)
+    ):
         logging.getLogger(__name__).warning(FOREIGN)
     named = [_named(found, model, phrase, places) for phrase, places in (boxes or {}).items()]
     if words is not None:
@@ -272,6 +274,7 @@ def _is_scene(picture: Image.Image) -> bool:
 
 def _named(found: Explanation, model: Trained, phrase: str, boxes: Sequence[Box]) -> Named:
     """Find a phrase, cleaned and split as the caption was, and check its boxes."""
+    boxes = [(x0, y0, x1, y1) for x0, y0, x1, y1 in np.reshape(boxes, (-1, 4)).tolist()]
     if not boxes:
         raise UserError(f"no box is given for '{phrase}'")
     for box in boxes:

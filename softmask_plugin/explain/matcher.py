@@ -83,7 +83,8 @@ class Matcher(ABC):
     def encode(self, images: Tensor, captions: Captions, owners: Tensor | None = None) -> Pairs:
         """Encode processed images (N, 3, H, W) and B captions."""
         seen, side = self.see(images.to(self.model.device))
-        return Pairs(captions, self.read(captions), seen, side, owners)
+        own = None if owners is None else owners.to(self.model.device)
+        return Pairs(captions, self.read(captions), seen, side, own)
 
     def hide(self, pairs: Pairs, hidden: Tensor, rows: Tensor) -> Pairs:
         """These captions (n,) with [MASK] in place of the ``hidden`` tokens, (n, T)."""

@@ -81,6 +81,7 @@ def explain(model: Any, images: Tensor, captions: Sequence[str]) -> list[Explana
 
     Raises:
         UserError: A map or a score is NaN or infinite.
+        ValueError: There are not as many captions as images.
     """
     matcher = matcher_of(model)
     with evaluating(matcher.model):

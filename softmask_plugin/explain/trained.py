@@ -57,13 +57,17 @@ class Trained:
 
     @classmethod
     def of(cls, model: Any) -> Trained:
-        """Pair a model with its default processors: this plugin's, or BLIP's for one of LAVIS.
+        """Pair a model with the processors of its type, or BLIP's for one of LAVIS.
 
         Raises:
             UserError: It is no model with a matching head.
         """
         image_size = matcher_of(model).image_size
-        preprocess = {} if isinstance(model, AlignedBase) else LAVIS_PROCESSORS
+        preprocess: Any = LAVIS_PROCESSORS
+        if isinstance(model, AlignedBase):
+            types, own = model.PRETRAINED_MODEL_CONFIG_DICT, model.options.model_type
+            known: Any = OmegaConf.load(model.default_config_path(own)) if own in types else {}
+            preprocess = known.get("preprocess") or {}
         return cls(model, *_processors(preprocess, image_size))
 
 

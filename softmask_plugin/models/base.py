@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import torch
 from lavis.common.registry import registry
 from lavis.models.base_model import BaseModel
 from omegaconf import DictConfig
@@ -69,6 +70,11 @@ class SoftMaskBase(BaseModel):
         shape = BertShape(**vars(options.bert), image_width=options.vit.width)
         shape = replace(shape, vocab_size=max(shape.vocab_size or 0, len(self.tokenizer)))
         self.text_encoder: Any = self.build_text_encoder(shape)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are. LAVIS's own lists all parameters at each access."""
+        return next(self.parameters()).device
 
     @property
     def bert(self) -> BertModel:

@@ -118,7 +118,7 @@ class ContrastiveBase(SoftMaskedBase, MomentumDistillation):
             targets_i2t = _mixed_targets(positives, momentum.image_feat, texts, self.temp, alpha)
             targets_t2i = _mixed_targets(positives, momentum.text_feat, images, self.temp, alpha)
             loss = self.itc_loss(sim_i2t, sim_t2i, targets_i2t, targets_t2i)
-        if self.training:
+        if self.training and self.options.queue_size:
             fresh = {"image_queue": momentum.image_feat, "text_queue": momentum.text_feat}
             self.fresh.append(fresh if ids is None else {**fresh, "idx_queue": ids[:, None]})
             if not self.paced:
@@ -145,6 +145,8 @@ class ContrastiveBase(SoftMaskedBase, MomentumDistillation):
     @torch.no_grad()
     def enqueue_fresh(self) -> None:
         """Put the features of the current step, on all ranks, into the queues."""
+        if not self.fresh:
+            return
         if self.pointer is None:
             self.pointer = int(self.queue_ptr)
         queues = [getattr(self, name) for name in self.fresh[0]]

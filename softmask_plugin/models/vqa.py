@@ -50,8 +50,8 @@ class SoftMaskVqa(DistilledBase):
         )
         self.text_decoder = BertForMaskedLM(shape)
         self.answer_tokenizer = CaptionTokenizer(self.tokenizer, options.bert.max_positions)
-        # A list of answers and its tokens, which later calls with the same list share
-        self.known_answers: tuple[Sequence[str], Captions] | None = None
+        # Answers and their tokens, which later calls with the same ones share
+        self.known_answers: tuple[list[str], Captions] | None = None
         self.add_momentum("visual_encoder", "text_encoder", "text_decoder")
 
     def forward(self, samples: dict[str, Any]) -> AlbefOutput:
@@ -119,8 +119,9 @@ class SoftMaskVqa(DistilledBase):
                 "softmask_vqa ranks answers, but its data set gives no list of them: for "
                 "vqa_folder set answers, or questions.train to use its answers"
             )
-        if self.known_answers is None or self.known_answers[0] is not answer_list:
-            self.known_answers = answer_list, self.answer_tokenizer.tokenize(list(answer_list))
+        answers = list(answer_list)  # a copy, since the caller may change its list
+        if self.known_answers is None or self.known_answers[0] != answers:
+            self.known_answers = answers, self.answer_tokenizer.tokenize(answers)
         known = self.known_answers[1]
         memory = self.questions(samples["image"], self.tokenize(questions))
         likely = self.likely_starts(memory, known.ids[:, 1].to(self.device), len(questions))

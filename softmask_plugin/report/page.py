@@ -19,7 +19,7 @@ from PIL import Image
 
 from softmask_plugin.errors import UserError
 from softmask_plugin.report.figures import METRICS, loss_curves, validation_curves
-from softmask_plugin.report.pairs import GALLERY, Miss
+from softmask_plugin.report.pairs import GALLERY, RERANKED, Miss
 from softmask_plugin.runners.meter import numbers_of
 from softmask_plugin.style import COLOURS, INK
 
@@ -91,6 +91,7 @@ def write_report(
         panels=[_svg(panel) for panel in panels],
         misses=misses,
         gallery=GALLERY,
+        reranked=RERANKED,
         config=OmegaConf.to_yaml(OmegaConf.create(dict(config))),
         environment=environment,
     )

@@ -124,7 +124,7 @@ class _Run:
             best = max(scored, key=lambda record: record["agg_metrics"])["epoch"]
             chosen |= {r["split"]: r for r in evaluated if r.get("epoch") == best}
         return {
-            split if record.get("epoch") is None else f"{split}, epoch {record['epoch'] + 1}": {
+            split if record.get("epoch") is None else f"{split}, epoch {record['epoch']}": {
                 **numbers_of(record),
                 **{f"{k}_chance": v for k, v in chance_of(self.datasets.get(split)).items()},
             }
@@ -139,7 +139,8 @@ class _Run:
             return {}
         found: dict[str, Any] = {}
         try:
-            evaluated = str(self.model.get("pretrained")) if self.run.get("evaluate") else ""
+            named = "finetuned" if self.model.get("load_finetuned") else "pretrained"
+            evaluated = str(self.model.get(named)) if self.run.get("evaluate") else ""
             local = Path(evaluated).exists() or evaluated.startswith(SHIPPED)  # ask no network
             trained = load_trained(evaluated if evaluated and local else self.folder)
             trained.model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -157,8 +158,9 @@ class _Run:
         if not train:
             done = "Nothing was trained." if self.records else "Nothing is logged yet."
             return done + self.notes
-        text = f"Logged up to step {train[-1]['step']}, in epoch {train[-1]['epoch'] + 1}"
-        text += f" of {self.run['max_epoch']}." if self.run.get("max_epoch") else "."
+        text = f"Logged up to step {train[-1]['step']}, in epoch {train[-1]['epoch']}"
+        last = self.run.get("max_epoch")
+        text += f" (0 to {last - 1})." if last else "."
         schema = getattr(registry.get_model_class(self.model.get("arch")), "OPTIONS", ModelOptions)
         default = getattr(schema(), "soft_mask", SoftMaskOptions(enabled=False))
         enabled = (self.model.get("soft_mask") or {}).get("enabled", default.enabled)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from softmask_plugin.config.run_options import setting
-from softmask_plugin.errors import UserError
+from softmask_plugin.errors import UserError, reason_of
 from softmask_plugin.runners.meter import numbers_of
 
 PROJECT = "softmask"  # on Weights & Biases, unless run.wandb names one
@@ -89,13 +89,18 @@ class Boards:
         if self._wandb and self._run is None:
             import wandb
 
-            self._run = wandb.init(
-                project=self._wandb if isinstance(self._wandb, str) else PROJECT,
-                id=self._folder.name,
-                name=self._folder.name,
-                dir=str(self._folder),
-                resume="allow",
-                config=dict(self._config),
-            )
+            try:
+                self._run = wandb.init(
+                    project=self._wandb if isinstance(self._wandb, str) else PROJECT,
+                    id=self._folder.name,
+                    name=self._folder.name,
+                    dir=str(self._folder),
+                    resume="allow",
+                    config=dict(self._config),
+                )
+            except Exception as error:  # of kinds of its own
+                raise UserError(
+                    f"run.wandb: {reason_of(error)}: run 'wandb login', or set WANDB_MODE=offline"
+                ) from error
             # A split's numbers may belong to an earlier step, which wandb's own count forbids
             self._run.define_metric("*", step_metric="step")

@@ -134,14 +134,18 @@ class SoftmaskRunner(PortableRunner):
         finally:
             self._close()
 
-    def _train(self) -> dict[str, Any]:
+    def require_splits(self) -> None:
+        """Find mistakes in the splits before training, not after it: UserError."""
         if "train" in (*self.valid_splits, *self.test_splits):
             raise UserError(
                 "run.valid_splits and run.test_splits cannot name 'train': evaluate it afterwards, "
                 "with run.evaluate=true"
             )
         for split in (*self.valid_splits, *self.test_splits):
-            self.loader(split)  # find mistakes before training, not after it
+            self.loader(split)
+
+    def _train(self) -> dict[str, Any]:
+        self.require_splits()
         if "test" in self.datasets and "test" not in self.test_splits:
             logging.info("the 'test' split is not tested: add run.test_splits=[test] to do so")
         self._keep_features(*self.train_splits, *self.valid_splits, *self.test_splits)
@@ -327,8 +331,8 @@ class SoftmaskRunner(PortableRunner):
         progress.skipped_in_a_row = self.bad_steps.in_a_row
         progress.meter = self.meter.fold()  # this and the next line involve all processes
         progress.stream = self.train_loader.state()
-        progress.logs = self.log.lengths()
         if is_main_process():
+            progress.logs = self.log.lengths()
             content: dict[str, Any] = {
                 "model": trained_state(self._model),
                 "optimizer": self.optimizer.state_dict(),

@@ -34,13 +34,13 @@ class ItemTask(BaseTask):
         """Keep the items of the data set that is evaluated next.
 
         Raises:
-            UserError: The model has no matching head, or the data set is of another kind.
+            UserError: The model or the data set is of another kind.
         """
         cannot = f"run.task softmask_{self.KIND} cannot evaluate"
         if not isinstance(model, self.MODELS):
             raise UserError(
-                f"{cannot} {type(model).__name__}, which has no matching head: use "
-                "softmask_pretrain, softmask_retrieval or softmask_image_text_matching"
+                f"{cannot} {type(model).__name__}: use softmask_pretrain, softmask_retrieval or "
+                "softmask_image_text_matching"
             )
         self.annotation = getattr(dataset, "annotation", None) or []
         if not self.is_suitable():

@@ -57,6 +57,8 @@ def test_search_finds_what_is_described(folder, capsys):
         assert len(lines) == 3 and lines[0].endswith(f"/{wanted}.png")
         found = explain_image(render(scene, 60), text, load_trained())
         assert float(lines[0].split()[0]) == pytest.approx(found.score, abs=0.0051)
+    assert search(folder, "star", "--count", str(COUNT)) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + COUNT
 
 
 @pytest.mark.parametrize("ranking", ["itm", "itm+itc", "itm+logit", "words"])

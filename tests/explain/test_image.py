@@ -86,6 +86,15 @@ def test_every_kind_of_image_and_model(make_other, photo, kind):
     assert torch.equal(found.cams, again.cams) and found.score == again.score
 
 
+def test_a_model_has_the_processors_of_its_type(make_other):
+    model = make_other(SoftMaskImageTextMatching)
+    usual = Trained.of(model).image_processor.mean
+    model.options.model_type = "small"
+    assert list(Trained.of(model).image_processor.mean) == [0.5] * 3 != list(usual)
+    model.options.model_type = "of my own"
+    assert Trained.of(model).image_processor.mean == usual
+
+
 def test_chosen_words_are_explained_at_every_place(make_model, photo):
     model = make_model()
     whole = softmask_plugin.explain_image(photo, CAPTION, model)
@@ -324,6 +333,9 @@ def test_chosen_words_may_leave_out_a_phrase_with_boxes(photo, checkpoint):
     without = [each for axes in plain.figure().axes for each in axes.patches]
     # Two boxes on the map and the mask of two words, each light and dark
     assert len(frames) - len(without) == 2 * 2 * 2 * 2
+    for one in ((0, 0, 0.5, 0.5), np.array([0, 0, 0.5, 0.5])):
+        alone = softmask_plugin.explain_image(photo, CAPTION, checkpoint, boxes={"blue star": one})
+        assert alone.named[0].boxes == [(0, 0, 0.5, 0.5)]
     with pytest.raises(UserError, match="no box is given for 'red'"):
         softmask_plugin.explain_image(photo, CAPTION, checkpoint, boxes={"red": []})
 

@@ -147,6 +147,18 @@ def test_pairs_need_a_text_for_each_image(make_other, make_batch, call):
 # ---- questions
 
 
+def test_vqa_follows_a_list_of_answers_that_changes(make_other, make_batch):
+    model, samples = make_other(SoftMaskVqa).eval(), {**make_batch(2), "text_input": ["a", "b"]}
+    answers = ["red", "blue"]
+    assert set(model.predict_answers(samples, answers)) <= {"red", "blue"}
+    for changed in (["red", "blue", "green"], ["circle", "star", "ring"]):
+        answers[:] = changed
+        model.known_answers, known = None, model.known_answers
+        expected = model.predict_answers(samples, [*changed])
+        model.known_answers = known
+        assert model.predict_answers(samples, answers) == expected
+
+
 def test_vqa_says_what_is_missing(make_other, make_batch):
     model = make_other(SoftMaskVqa).eval()
     image = make_batch(2)["image"]

@@ -14,6 +14,7 @@ from toy_models import CAPTIONS, SMALL
 
 from benchmarks.ranks import on_ranks
 from softmask_plugin.losses import local_contrast, local_contrast_across
+from softmask_plugin.models import contrastive
 from softmask_plugin.nn.sampling import Draws
 
 
@@ -253,7 +254,9 @@ def test_odd_captions_give_finite_losses_and_gradients(
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 4, 10])
-def test_any_queue_size_works_with_any_batch(make_model, make_batch, size):
+def test_any_queue_size_works_with_any_batch(make_model, make_batch, monkeypatch, size):
+    gathered = []
+    monkeypatch.setattr(contrastive, "concat_all_gather", lambda x: gathered.append(x) or x)
     model = make_model(queue_size=size)
     pointer = 0
     for step in range(5):
@@ -262,6 +265,8 @@ def test_any_queue_size_works_with_any_batch(make_model, make_batch, size):
         pointer = (pointer + min(4, size)) % size if size else 0
         assert int(model.queue_ptr) == pointer
         torch.testing.assert_close(model.image_queue.norm(dim=0), torch.ones(size))
+    assert bool(gathered) == bool(size)  # without a queue, other ranks' features are of no use
+    model.advance()
     assert_sound(model, out)
 
 

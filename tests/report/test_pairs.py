@@ -62,11 +62,23 @@ def test_the_best_epoch_with_chance_and_pictures_of_the_checkpoint(run, tmp_path
     page = Page(tmp_path / "out.html")
     assert "25.0% Text finds image, R@1 chance 12.5%" in page.words
     assert "12.5% Image finds text, R@1 chance 12.5%" in page.words
-    assert "val, epoch 2 Text finds image, R@1 25 12.5" in page.words.replace("2Text", "2 Text")
+    assert "val, epoch 1 Text finds image, R@1 25 12.5" in page.words.replace("1Text", "1 Text")
     assert "Mean of all recalls 30" in page.words
     assert "What each word sees" in page.words and "set run.panel_every" not in page.words
     assert "Captions whose own image ranks lowest" in page.words
     assert 2 <= page.tags.count("img") <= 2 * MISSES
+
+
+@pytest.mark.parametrize("key", ["pretrained", "finetuned"])
+def test_an_evaluation_shows_the_weights_that_it_had(run, tmp_path, key):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("*.pth"))
+    config = OmegaConf.load(run / "config.yaml")
+    config.model |= {key: str(run / "checkpoint_best.pth"), f"load_{key}": True}
+    config.run.evaluate = True
+    OmegaConf.save(config, tmp_path / "run" / "config.yaml")
+    report(tmp_path / "run")
+    page = Page(tmp_path / "run" / "report.html")
+    assert "What each word sees" in page.words and "Without pairs" not in page.words
 
 
 def test_kept_pictures_are_shown_instead(run, tmp_path):
@@ -128,7 +140,7 @@ def test_several_runs_side_by_side(run, tmp_path, monkeypatch):
     report(run, "other")
     page = Page(tmp_path / "report.html")
     squeezed = page.words.replace(" ", "")
-    assert "MetricA:val,epoch2B:val,epoch2Textfindsimage,R@12512.52512.5" in squeezed
+    assert "MetricA:val,epoch1B:val,epoch1Textfindsimage,R@12512.52512.5" in squeezed
     assert "run.k_test46" in squeezed and str(run) in squeezed
 
 

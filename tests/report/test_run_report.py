@@ -46,9 +46,9 @@ def test_a_finished_run(folder, capsys):
     page = Page(folder / "report.html")
     text = page.words
     assert "softmask_retrieval 20260101-000000-abcd" in text
-    assert "step 20, in epoch 2 of 2" in text
+    assert "step 20, in epoch 1 (0 to 1)" in text
     assert "20 steps, 100 pairs/s, 3 steps skipped" in text
-    table = "Metricval,epoch2test,epoch2Textfindsimage,R@1–7.25Imagefindstext,R@11112.5"
+    table = "Metricval,epoch1test,epoch1Textfindsimage,R@1–7.25Imagefindstext,R@11112.5"
     assert table in text.replace(" ", "")
     places = [text.index(f"After step {step}") for step in (5, 10, 100)]
     assert places == sorted(places)
@@ -62,7 +62,7 @@ def test_a_finished_run(folder, capsys):
     ("records", "summary"),
     [
         ([], "Nothing is logged yet."),
-        ([train_record(3)], "Logged up to step 3, in epoch 1 of 2."),
+        ([train_record(3)], "Logged up to step 3, in epoch 0 (0 to 1)."),
         (TEST, "Nothing was trained."),
     ],
 )

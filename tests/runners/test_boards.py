@@ -152,6 +152,15 @@ def test_weights_and_biases_where_asked_for(tmp_path, wandb, value, project):
     assert wandb.lines[3].keys() == {"val/agg_metrics", "step"}
 
 
+def test_weights_and_biases_that_do_not_start_are_one_line(tmp_path, wandb):
+    def init(**_):
+        raise RuntimeError("api_key not configured")
+
+    wandb.init = init
+    with pytest.raises(UserError, match="run.wandb: .*api_key not configured.*'wandb login'"):
+        build(tmp_path, wandb=True).train()
+
+
 def test_weights_and_biases_only_where_asked_for(tmp_path, wandb, monkeypatch):
     build(tmp_path, job_id="a").train()
     assert not wandb.told

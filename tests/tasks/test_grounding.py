@@ -338,5 +338,5 @@ def test_a_data_set_without_boxes_is_refused(model, images):
 
 
 def test_a_model_that_does_not_match_is_refused(dataset):
-    with pytest.raises(UserError, match="cannot evaluate Linear, which has no matching head"):
+    with pytest.raises(UserError, match="cannot evaluate Linear: use softmask_pretrain"):
         task_of().before_evaluation(torch.nn.Linear(1, 1), dataset)

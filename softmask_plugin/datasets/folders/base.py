@@ -14,6 +14,7 @@ from lavis.common.dist_utils import is_main_process
 from PIL import Image
 from tqdm import tqdm
 
+from softmask_plugin.config.values import require_section
 from softmask_plugin.datasets.builder import Builder
 from softmask_plugin.datasets.images import UnreadableImageError, open_rgb
 from softmask_plugin.datasets.skip_log import SkipLog
@@ -60,8 +61,11 @@ class FolderBuilder(Builder):
 
     def _paths(self) -> tuple[Path, dict[str, Path]]:
         splits = list(self._check_keys()[self.FILES])
+        for key in (self.FILES, "annotations"):
+            if (given := self.config.get(key)) is not None:
+                require_section(f"{self.place}.{key}", given)
+                require_known(f"{self.place}.{key}", given, splits)
         section, place = self.config.get(self.FILES) or {}, f"{self.place}.{self.FILES}"
-        require_known(place, section, splits)
         files = {}
         for split in splits:
             if file := section.get(split):
@@ -72,7 +76,7 @@ class FolderBuilder(Builder):
             raise UserError(f"{place} names no file: set its {' or '.join(splits)}")
         if not self.config.get("images"):
             raise UserError(f"{self.place}.images is not set: give the folder of the images")
-        root = Path(self.config.images).expanduser().absolute()
+        root = Path(str(self.config.images)).expanduser().absolute()
         if not root.is_dir():
             raise UserError(f"{self.place}.images: there is no folder {root}")
         return root, files

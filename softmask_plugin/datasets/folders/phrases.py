@@ -84,7 +84,7 @@ class Flickr30kEntitiesBuilder(PhrasesBuilder):
     DATASET_CONFIG_DICT = {"default": shipped("datasets/flickr30k_entities/default.yaml")}
 
     def _mentions(self, file: Path, options: TableOptions) -> list[Mention]:
-        folder, problems = Path(self.config.data).expanduser(), list[str]()
+        folder, problems = Path(str(self.config.data)).expanduser(), list[str]()
         try:
             names = [image_name(f"{number}.jpg") for number in _lines(file)]
         except ValueError as error:

@@ -79,6 +79,8 @@ class RefCocoPlusGroundingBuilder(FolderBuilder):
                     f"differently ({error!r}): get those of {ALBEF} and {REFER}"
                 ) from error
             annotation.append(item)
+        if not annotation:
+            raise UserError(f"{file} holds no entries: get that of {ALBEF}")
         return annotation
 
 

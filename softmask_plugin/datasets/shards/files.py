@@ -42,7 +42,7 @@ def find_shards(given: str | Iterable[str], where: str) -> list[Path]:
     or several of these. UserError, with the option's name ``where``, at a URL, at a malformed
     pattern, or if nothing is found.
     """
-    names = [given] if isinstance(given, str) else list(given)
+    names = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
     if not names or not all(isinstance(name, str) and name for name in names):
         raise UserError(f"{where} is not set: give shards (.tar files), a pattern or a folder")
     found = [path.absolute() for name in names for path in _expand(name, where)]

@@ -79,7 +79,7 @@ def _coco_rows(entries: list[Any], annotations: list[Any], options: TableOptions
     names = {}
     for entry in entries:
         with suppress(AttributeError, KeyError, TypeError):  # what has no name is reported below
-            folder = PurePosixPath(entry.get("coco_url", "")).parent.name  # as in .../val2017/1.jpg
+            folder = PurePosixPath(entry.get("coco_url") or "").parent.name  # .../val2017/1.jpg
             names[str(entry["id"])] = options.below(entry["file_name"], folder)
     return [
         (f"annotation {number}", {**row, "image": names.get(str(row.get("image_id")))})

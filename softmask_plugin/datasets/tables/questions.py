@@ -116,7 +116,8 @@ def _vqa_rows(
         return None
     if need_answers and not any("answer" in entry for entry in entries if isinstance(entry, dict)):
         raise UserError(
-            f"{path} holds no answers: name VQA's file of annotations in {options.place}annotations"
+            f"{path} holds no answers: name VQA's file of annotations in "
+            f"{options.place}annotations.<split>"
         )
     images = str(content.get("data_subtype")).replace("test-dev", "test")  # as in train2014
     rows = []

@@ -213,7 +213,7 @@ def test_questions_of_vqa(images, folder):
 def test_questions_of_vqa_without_their_annotations(images):
     vqa(images)
     with pytest.raises(
-        UserError, match="name VQA's file of annotations in datasets.vqa_folder.ann"
+        UserError, match="VQA's file of annotations in datasets.vqa_folder.annotations.<split>"
     ):
         build("vqa_folder", "questions.val=questions.json")
     test = build("vqa_folder", "questions.test=questions.json")["test"]

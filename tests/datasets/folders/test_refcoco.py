@@ -125,7 +125,9 @@ def test_a_missing_file_is_named_with_where_to_get_it(release, file):
 
 
 @pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("content", [b"", b"{", b"3", b"[1, 2]", b'{"a": 1}', b"\xff\xfe\x00"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"3", b"[]", b"[1, 2]", b'{"a": 1}', b"\xff\xfe\x00"]
+)
 def test_any_other_content_is_refused_in_one_line(release, file, content):
     Path("data", file).write_bytes(content)
     with pytest.raises(UserError, match=Path(file).stem[:4]) as error:
