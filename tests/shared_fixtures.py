@@ -96,6 +96,17 @@ def make_batch():
     return make
 
 
+@pytest.fixture
+def model(make_model):
+    return make_model().eval()
+
+
+@pytest.fixture
+def images():
+    """Two of noise, of a small model's size."""
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+
+
 @pytest.fixture(scope="session")
 def albef_twin():
     """LAVIS's AlbefPretrain of the same shape with the same weights: ``albef_twin(model)``."""

@@ -18,23 +18,9 @@ from softmask_plugin.tokenization import CaptionTokenizer
 from softmask_plugin.vocabulary import build_tokenizer
 from softmask_plugin.word_changes import change_words
 
-PIECES = [
-    "the",
-    "on",
-    "red",
-    "blue",
-    "tall",
-    "dog",
-    "cat",
-    "hat",
-    "pur",
-    "ro",
-    "##ple",
-    "##se",
-    ".",
-]
+PIECES = "the on red blue tall dog cat hat pur ro ##ple ##se .".split()
 FIXED = {"the", "on", "."}
-WORDS = ["the", "on", "red", "blue", "tall", "dog", "cat", "hat", "purple", "rose", "."]
+WORDS = "the on red blue tall dog cat hat purple rose .".split()
 LENGTH = {"purple": 2, "rose": 2}
 
 

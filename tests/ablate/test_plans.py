@@ -9,6 +9,8 @@ from softmask_plugin import cli
 from softmask_plugin.ablate.plan import read_plan
 from softmask_plugin.errors import UserError
 
+STAGE = {"name": "a", "config": EVALUATE, "metrics": ["txt_r1"]}
+
 
 def test_a_plan_gives_the_options_of_each_run(write_plan):
     deep = ["model.bert.layers=6", "model.vit.patch_dropout=0.5", "model.itc.gamma=1"]
@@ -63,51 +65,29 @@ def test_variants_may_train_longer_if_the_plan_says_so(write_plan):
             {"variants": {"albef": [], "b": ["datasets.scenes_pretrain={num: {train: 9}}"]}},
             "datasets.scenes_pretrain.num.train is 9 instead of 16",
         ),
-        (
-            {"variants": {"albef": ["run.seed=3"]}},
-            "variants.albef: remove 'run.seed=3', which",
-        ),
+        ({"variants": {"albef": ["run.seed=3"]}}, "variants.albef: remove 'run.seed=3', which"),
         (
             {"base": {"config": EVALUATE, "options": ["run.output_dir=x"]}},
             "base.options: remove 'run.output_dir=x'",
         ),
         ({"evaluate": []}, "evaluate is empty"),
-        ({"evaluate": [{"name": "a", "config": EVALUATE, "metrics": []}]}, "metrics is empty"),
+        ({"evaluate": [{**STAGE, "metrics": []}]}, "metrics is empty"),
         ({"variants": {"albef": ["model.itc.gama=1"]}}, "did you mean 'gamma'"),
         ({"variants": {"albef": ["model.soft_mask.layer=3"]}}, "stage 'pretrain'"),
         ({"variants": {"albef": ["run.runner=runner_base"]}}, "softmask_runner"),
         ({"evaluate": [{"name": "a", "config": EVALUATE}]}, "has no 'metrics'"),
-        ({"evaluate": [{"name": "a", "config": EVALUATE, "metrics": ["r1"]}]}, "metric 'r1'"),
-        (
-            {"evaluate": [{"name": "a", "config": EVALUATE, "metrics": ["txt_r1"]}] * 2},
-            "two stages are called 'a'",
-        ),
+        ({"evaluate": [{**STAGE, "metrics": ["r1"]}]}, "metric 'r1'"),
+        ({"evaluate": [STAGE] * 2}, "two stages are called 'a'"),
         ({"evaluate": [{"name": "a", "confg": EVALUATE}]}, "did you mean 'config'"),
         (
-            {
-                "evaluate": [
-                    {
-                        "name": "a",
-                        "config": EVALUATE,
-                        "metrics": ["txt_r1"],
-                        "options": ["run.test_splits=[val,test]"],
-                    }
-                ]
-            },
+            {"evaluate": [{**STAGE, "options": ["run.test_splits=[val,test]"]}]},
             "run.test_splits is ['val', 'test']: name the one to measure",
         ),
         (
-            {
-                "evaluate": [
-                    {"name": "a", "config": EVALUATE, "metrics": ["txt_r1"], "pretrained": False}
-                ]
-            },
+            {"evaluate": [{**STAGE, "pretrained": False}]},
             "stage 'a': there are no weights to evaluate",
         ),
-        (
-            {"evaluate": [{"name": "a", "config": EVALUATE, "metrics": ["txt_r1"], "train": 1}]},
-            "it must be true or false",
-        ),
+        ({"evaluate": [{**STAGE, "train": 1}]}, "it must be true or false"),
     ],
 )
 def test_a_mistake_in_a_plan_gets_one_line(write_plan, changes, message):

@@ -84,11 +84,6 @@ def test_bounds_of_the_map_layer(layer, fits):
             read_options(PretrainOptions, section)
 
 
-def test_an_unknown_loss_gets_the_nearest_name(make_model):
-    with pytest.raises(UserError, match="no loss is registered as 'focal': did you mean 'focal_"):
-        make_model(itc={"loss": "focal"})
-
-
 @pytest.mark.parametrize(
     "name", ["pretrain", "retrieval", "image_text_matching", "feature_extractor"]
 )

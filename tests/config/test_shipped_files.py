@@ -41,6 +41,7 @@ def for_trial(name):
     return ["run.device=cpu", *without]
 
 
+@cache  # checking a configuration takes a while
 def loaded(name, *options):
     return launch.load_config(name, [*for_trial(name), *options], evaluate="/eval/" in name)
 

@@ -80,10 +80,7 @@ def test_a_word_panel_is_fit_to_print(width, shape):
     figure = word_panels(shown, width=width)
     assert width is None or figure.get_figwidth() == pytest.approx(width)
     assert figure.get_figheight() < 15  # where each of four words has a row of its own
-    texts = [
-        *figure.texts,
-        *(text for axes in figure.axes for text in (axes.title, *axes.texts)),
-    ]
+    texts = [*figure.texts, *(text for axes in figure.axes for text in (axes.title, *axes.texts))]
     texts = [text for text in texts if text.get_text()]
     assert {text.get_fontsize() for text in texts if len(text.get_text()) < 12} == {6.5, 8}
     figure.draw_without_rendering()

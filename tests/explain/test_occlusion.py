@@ -17,16 +17,6 @@ from softmask_plugin.explain.occlusion import paint
 CAPTIONS = ["a small red circle above a large blue star", "a black heart"]
 
 
-@pytest.fixture
-def model(make_model):
-    return make_model().eval()
-
-
-@pytest.fixture
-def images():
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-
-
 def test_painting_takes_whole_patches():
     images, base = torch.zeros(1, 3, 6, 6), torch.ones(1, 3, 6, 6)
     painted = torch.tensor([[True, False, False, False, True, False, False, False, True]])

@@ -23,11 +23,6 @@ def model(make_model):
     return make_model()
 
 
-@pytest.fixture
-def images():
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-
-
 def fuse_plainly(twin, model, image_states, caption, keep=None):
     """LAVIS's match probability of one pair, image features masked before any projection."""
     tokens = model.caption_tokenizer.tokenize([caption])

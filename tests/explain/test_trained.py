@@ -15,12 +15,7 @@ def test_references_between_sections_are_resolved(make_model, tmp_path):
     """Earlier versions saved the configuration with its references."""
     model = make_model()
     reference = "${datasets.scenes_pretrain.vis_processor.eval.image_size}"
-    section = {
-        **SMALL,
-        "arch": "softmask_pretrain",
-        "model_type": "tiny",
-        "image_size": reference,
-    }
+    section = {**SMALL, "arch": "softmask_pretrain", "model_type": "tiny", "image_size": reference}
     processor = {
         "eval": {"name": "softmask_image_eval", "image_size": 32, "mean": [0.1, 0.2, 0.3]},
         "train": {"name": "softmask_image_train", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},

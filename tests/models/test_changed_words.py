@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from toy_models import CAPTIONS, matching_logits
+from toy_models import CAPTIONS, TWINS, matching_logits, record
 
-from benchmarks.baseline import albef_pretrain, albef_retrieval
 from softmask_plugin.datasets.scenes.grammar import captions, make_scenes
 from softmask_plugin.models import SoftMaskPretrain, SoftMaskRetrieval
 from softmask_plugin.nn.sampling import Draws
@@ -17,38 +16,15 @@ from softmask_plugin.nn.tokens import Packing
 from softmask_plugin.tokenization import Captions
 
 MANY = [captions(scene)[0].text for scene in make_scenes("train", 32)]
-TWINS = {SoftMaskPretrain: albef_pretrain, SoftMaskRetrieval: albef_retrieval}
-
-
-@pytest.fixture
-def record(monkeypatch):
-    """Record what a model draws in a step, by the name of the drawing method."""
-
-    def spy(model):
-        drawn = {}
-
-        def watch(name, method):
-            def call(*args):
-                drawn[name] = method(*args)
-                return drawn[name]
-
-            monkeypatch.setattr(model, name, call)
-
-        for name in ("change_words", "negatives"):
-            watch(name, getattr(model, name))
-        return drawn
-
-    return spy
 
 
 @pytest.mark.parametrize("cls", [SoftMaskPretrain, SoftMaskRetrieval])
 @pytest.mark.parametrize("size", [1, 2, 6])
-def test_itm_is_the_mean_over_lavis_logits_of_all_pairs(
-    albef, make_other, make_batch, record, cls, size
-):
+def test_itm_is_the_mean_over_lavis_logits_of_all_pairs(albef, make_other, make_batch, cls, size):
     off = {key: value for key, value in albef.items() if key in cls.OPTIONS.__annotations__}
     model = make_other(cls, itm_words=True, **(albef if cls is SoftMaskPretrain else off)).eval()
-    drawn, batch = record(model), {**make_batch(size), "image_id": torch.arange(size)}
+    drawn = record(model, "change_words", "negatives")
+    batch = {**make_batch(size), "image_id": torch.arange(size)}
     out, clean = model(batch), model.tokenize(CAPTIONS[:size])
     changed = replace(clean, ids=drawn["change_words"])
     exists = (changed.ids != clean.ids).any(dim=1)

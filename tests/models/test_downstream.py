@@ -6,6 +6,7 @@ import pytest
 import torch
 from lavis.models import load_model_and_preprocess
 from lavis.models.base_model import BaseModel
+from toy_models import whole_batch
 
 from softmask_plugin.errors import UserError
 from softmask_plugin.models import (
@@ -229,23 +230,10 @@ def test_an_unknown_head_is_refused(make_other, make_batch):
 
 @pytest.mark.parametrize(
     "cls",
-    [
-        SoftMaskRetrieval,
-        SoftMaskClassification,
-        SoftMaskNlvr,
-        SoftMaskNlvrPretrain,
-        SoftMaskVqa,
-    ],
+    [SoftMaskRetrieval, SoftMaskClassification, SoftMaskNlvr, SoftMaskNlvrPretrain, SoftMaskVqa],
 )
 def test_a_step_in_bf16_is_near_float32(make_other, make_batch, cls):
-    images = make_batch(4)["image"]
-    batch = {
-        **make_batch(4, epoch=4),
-        **{"image_id": torch.arange(4), "label": torch.tensor([0, 1, 1, 0])},
-        **{"image0": images, "image1": images.flip(0)},
-        **{"answer": ["yes", "a ring", "no", "two"], "n_answers": torch.ones(4, dtype=torch.long)},
-        "weight": torch.ones(4),
-    }
+    batch = whole_batch(make_batch(4, epoch=4))
     exact = make_other(cls).train()(dict(batch))["loss"]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rounded = make_other(cls).train()(dict(batch))["loss"]

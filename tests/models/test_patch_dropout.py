@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy_models import BLIP, CAPTIONS, SMALL, TRAINED
+from toy_models import BLIP, SMALL, TRAINED, whole_batch
 
 from softmask_plugin.explain.pairs import explain
 from softmask_plugin.nn.sampling import Draws
@@ -14,14 +14,6 @@ HALF = {"vit": {**SMALL["vit"], "patch_dropout": 0.5}}
 MODELS = [*TRAINED, *BLIP]
 
 pytestmark = pytest.mark.usefixtures("same_negatives")
-
-
-def batch_of(make_batch, **progress):
-    samples = make_batch(4, **progress)
-    images, labels = samples["image"], torch.tensor([0, 1, 0, 1])
-    samples |= {"image0": images, "image1": images.flip(0)}
-    samples |= {"image_id": torch.arange(4), "label": labels}
-    return samples | {"answer": CAPTIONS[:4], "n_answers": [1] * 4, "weight": torch.ones(4)}
 
 
 def encode_one_by_one(encoder, visible):
@@ -49,7 +41,7 @@ def test_a_step_equals_one_on_images_cut_one_by_one(make_other, make_batch, cls,
         monkeypatch.setattr(VisionTransformer, "forward", forward)
         torch.manual_seed(0)
         model = make_other(cls, **HALF).train()
-        out = model(batch_of(make_batch))
+        out = model(whole_batch(make_batch(4)))
         out.loss.backward()
         losses = {name: out[name] for name in out if name.startswith("loss")}
         found.append((losses, {name: p.grad for name, p in model.named_parameters()}))
@@ -71,7 +63,7 @@ def test_whole_images_leave_no_trace_of_it(make_other, make_batch, cls):
     """In evaluation, and in training after the steps that it lasts, to the last bit."""
     losses = []
     for changes in ({}, {"vit": {**HALF["vit"], "patch_dropout_steps": 8}}):
-        model, samples = make_other(cls, **changes), batch_of(make_batch)  # of step 8
+        model, samples = make_other(cls, **changes), whole_batch(make_batch(4))  # of step 8
         losses.append(torch.stack([model.train(mode)(samples).loss for mode in (False, True)]))
     assert torch.equal(*losses)
 

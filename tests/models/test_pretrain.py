@@ -10,31 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from toy_models import CAPTIONS, SMALL
+from toy_models import CAPTIONS, SMALL, record
 
 from benchmarks.ranks import on_ranks
 from softmask_plugin.losses import local_contrast, local_contrast_across
 from softmask_plugin.models import contrastive
 from softmask_plugin.nn.sampling import Draws
 
-
-def record(model, monkeypatch):
-    """Record what ``model`` draws in a step, by the name of the drawing method, and the pairs of
-    ``draw_mask``."""
-    drawn = {}
-
-    def spy(name, method):
-        def call(*args):
-            if name == "draw_mask":
-                drawn["pairs"] = args[0]
-            drawn[name] = method(*args)
-            return drawn[name]
-
-        monkeypatch.setattr(model, name, call)
-
-    for name in ("tokenize_masked", "negatives", "draw_mask"):
-        spy(name, getattr(model, name))
-    return drawn
+DRAWN = ("tokenize_masked", "negatives", "draw_mask")
 
 
 def losses(out):
@@ -91,11 +74,9 @@ def test_switching_one_innovation_leaves_the_draws_of_the_others(
         model = make_model(**changes)
         # Fixed similarities: the draws alone are compared, not what they are drawn from
         monkeypatch.setattr(
-            type(model),
-            "contrast",
-            lambda self, online, *_: (online.image_feat.sum(), similarity),
+            type(model), "contrast", lambda self, online, *_: (online.image_feat.sum(), similarity)
         )
-        drawn.append(record(model, monkeypatch))
+        drawn.append(record(model, *DRAWN))
         model(make_batch(6))
     for a, b in zip(*(d["negatives"] for d in drawn), strict=True):
         assert torch.equal(a, b)
@@ -154,12 +135,12 @@ def test_kinds_mask_the_same_amount(make_model, make_batch):
     assert not torch.equal(masks["random"], masks["soft"])
 
 
-def test_strength_zero_is_no_mask(make_model, make_batch, monkeypatch):
+def test_strength_zero_is_no_mask(make_model, make_batch):
     model = make_model(soft_mask={"strength": 0.0, "in_mlm": True})
-    drawn = record(model, monkeypatch)
+    drawn = record(model, *DRAWN)
     out = model(make_batch(6))
     assert (out.keep == 1).all()
-    logits = model.match(drawn["pairs"].fused["positive"].cls)
+    logits = model.match(drawn["given", "draw_mask"][0].fused["positive"].cls)
     own = F.cross_entropy(logits, torch.ones(6, dtype=torch.long))
     torch.testing.assert_close(out.loss_soft, own)
     torch.testing.assert_close(out.loss_mlm_soft, out.loss_mlm)
@@ -202,9 +183,9 @@ def test_the_words_own_mask_picks_only_what_mlm_hides(make_model, make_batch, wo
 
 
 @pytest.mark.parametrize("words", ["uniform", "content"])
-def test_special_and_masked_tokens_are_never_picked(make_model, make_batch, monkeypatch, words):
+def test_special_and_masked_tokens_are_never_picked(make_model, make_batch, words):
     model = make_model(soft_mask={"words": words}, text={"mask_prob": 0.5})
-    drawn, picked = record(model, monkeypatch), set()
+    drawn, picked = record(model, *DRAWN), set()
     for step in range(20):
         out = model(make_batch(6, epoch=step))
         text = drawn["tokenize_masked"]

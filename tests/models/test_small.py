@@ -19,8 +19,8 @@ from omegaconf import OmegaConf
 from packages import install, listed
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch.utils.data import Dataset
-from toy_models import CAPTIONS, EVERY_MODEL, SMALL, TRAINED, plain_bert
+from toy_items import Pairs
+from toy_models import CAPTIONS, EVERY_MODEL, SMALL, TRAINED, plain_bert, whole_batch
 from toys import build, read_metrics
 from transformers import BertConfig, BertModel
 
@@ -234,44 +234,19 @@ def test_new_cross_attention_is_initialised_as_albefs(make_other, site):
 # ---- training
 
 
-def batch_of(make_batch):
-    samples = make_batch(4, 64)
-    images, labels = samples["image"], torch.tensor([0, 1, 0, 1])
-    samples |= {"image0": images, "image1": images.flip(0)}
-    samples |= {"image_id": torch.arange(4), "label": labels}
-    return samples | {"answer": CAPTIONS[:4], "n_answers": [1] * 4, "weight": torch.ones(4)}
-
-
 @pytest.mark.parametrize("cls", TRAINED)
 def test_a_step_trains_all_but_the_backbone_and_runs_it_once(make_other, make_batch, cls):
     model = make_other(cls, **HYBRID).train()
     embed, calls = model.visual_encoder.patch_embed, []
     embed.backbone.register_forward_hook(lambda *_: calls.append(1))
     before = {key: tensor.clone() for key, tensor in embed.backbone.state_dict().items()}
-    model(batch_of(make_batch)).loss.backward()
+    model(whole_batch(make_batch(4, 64))).loss.backward()
     assert len(calls) == 1
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
     assert not [name for name, _ in model.named_parameters() if "backbone" in name]
     for key, tensor in embed.backbone.state_dict().items():
         assert torch.equal(tensor, before[key]), key
-
-
-class Pairs(Dataset):
-    """Eight pairs as a data set of LAVIS's."""
-
-    def __init__(self):
-        self.images = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, index):
-        return {"image": self.images[index], "text_input": CAPTIONS[index % len(CAPTIONS)]}
-
-    def collater(self, items):
-        texts = [item["text_input"] for item in items]
-        return {"image": torch.stack([item["image"] for item in items]), "text_input": texts}
 
 
 def run(make_other, folder, job_id, **options):
@@ -281,14 +256,8 @@ def run(make_other, folder, job_id, **options):
     model = make_other(SoftMaskPretrain, **hybrid, text_pool="mean", itm_hard_steps=3)
     options = {"init_lr": 1e-3, "max_epoch": 2, "keep_checkpoints": None, **options}
     options["lr_scale"] = {"text_encoder": 0.5, "crossattention": 1}
-    return build(
-        folder,
-        ImageTextPretrainTask(),
-        model,
-        job_id,
-        {"train": Pairs()},
-        **options,
-    )
+    data = {"train": Pairs(8, 64)}
+    return build(folder, ImageTextPretrainTask(), model, job_id, data, **options)
 
 
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(make_other, tmp_path):

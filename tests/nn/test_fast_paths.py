@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from toy_models import SMALL
+from toy_models import SMALL, record
 
 from softmask_plugin.losses import local_contrast
 from softmask_plugin.nn import image_memory
@@ -201,10 +201,8 @@ def test_a_whole_step_equals_separate_passes(
     ).train()
     twin = albef_twin(ours)
     batch = make_batch(size)
-    seen = {}
-    for name in ("tokenize_masked", "negatives", "mask_of", "contrast", "encode_momentum"):
-        spy(ours, name, seen)
-    spy(ours.visual_encoder, "visible", seen)
+    seen = record(ours, "tokenize_masked", "negatives", "mask_of", "encode_momentum")
+    shown = record(ours.visual_encoder, "visible")
     out = ours(batch)
     none = torch.empty(0, dtype=torch.long)
     text, (image_of, text_of) = seen["tokenize_masked"], seen.get("negatives", (none, none))
@@ -213,7 +211,7 @@ def test_a_whole_step_equals_separate_passes(
 
     mask, ids, masked_ids = text.tokens.mask, text.ids[:size], text.ids[-size:]
     assert torch.equal(ids, masked_ids) == shared
-    image = lavis_image_states(twin.visual_encoder, seen["visible"])
+    image = lavis_image_states(twin.visual_encoder, shown["visible"])
     assert image.shape[1] == 1 + 16 * (1 - patch_dropout) == keep.shape[1]
 
     def encode(tokens, encoder=twin.text_encoder):
@@ -414,14 +412,3 @@ def test_recomputing_repeats_no_product():
             call(lambda x: linear(F.gelu(x)), x).sum().backward()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
-
-
-def spy(model, name, seen):
-    """Record what a method returns during the step."""
-    method = getattr(model, name)
-
-    def call(*args, **kwargs):
-        seen[name] = method(*args, **kwargs)
-        return seen[name]
-
-    object.__setattr__(model, name, call)

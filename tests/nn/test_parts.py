@@ -75,10 +75,7 @@ def test_a_copied_model_updates_its_own_momentum_encoders(make_model):
 # ---- queue
 
 
-@given(
-    size=st.integers(0, 9),
-    lengths=st.lists(st.integers(1, 14), max_size=8),
-)
+@given(size=st.integers(0, 9), lengths=st.lists(st.integers(1, 14), max_size=8))
 def test_queue_equals_a_plain_list(size, lengths):
     queues = [torch.full((1, size), -1.0), torch.full((2, size), -1.0)]
     plain, pointer, number = [-1.0] * size, 0, 0

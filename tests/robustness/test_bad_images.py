@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import toy_builders
+import toy_folders
 from lavis.common.registry import registry
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -86,9 +86,7 @@ def here(tmp_path, monkeypatch):
 def build(*names: str, split: str = "train"):
     rows = [{"image": name, "caption": f"a caption of {name}"} for name in names]
     Path("captions.json").write_text(json.dumps(rows))
-    small = (f"vis_processor.{mode}.image_size=16" for mode in ("train", "eval"))
-    options = "images=photos", f"captions.{split}=captions.json", *small
-    return toy_builders.build("captions_folder", *options)[split]
+    return toy_folders.build("captions_folder", f"captions.{split}=captions.json")[split]
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

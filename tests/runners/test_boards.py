@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from toy_items import Pairs
 from toys import RUN, ToyModel, ToyTask, build, interrupt, read_metrics
 
 from benchmarks.traces import differences, trace
@@ -39,20 +40,6 @@ def board(folder):
     return scalars, pictures
 
 
-class PairData(torch.utils.data.Dataset):
-    def __init__(self, size=24):
-        self.images = torch.randn(size, 3, 32, 32, generator=torch.Generator().manual_seed(5))
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        caption = ["a small red circle", "a green square", "there is a blue star", "a heart"]
-        return {"image": self.images[index], "text_input": caption[index % 4]}
-
-    collater = staticmethod(torch.utils.data.default_collate)
-
-
 class PairTask(ToyTask):
     def valid_step(self, model, samples):
         raise NotImplementedError
@@ -65,10 +52,12 @@ def pretraining(tmp_path_factory, make_model):
     def make(folder=None, **run):
         options = {"init_lr": 1e-3, "log_freq": 2, "resume_ckpt_path": "auto", **run}
         folder = folder or tmp_path_factory.mktemp("run")
-        data = {"train": PairData()}
+        data = {"train": Pairs(24, 32)}
         return build(folder, PairTask(), make_model(), splits=data, **options)
 
-    return make
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(panels, "PAIRS", 2)  # each takes a while to draw
+        yield make
 
 
 # ---- boards

@@ -106,14 +106,20 @@ def interrupted(folder, after, **options):
     return interrupt(build(folder, **{**OPTIONS, **options}), after)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupts."""
+    runner = build(tmp_path_factory.mktemp("whole"), **OPTIONS)
+    runner.train()
+    return runner
+
+
 def assert_same(one, other):
     assert not differences(trace(one), other)
 
 
-def test_interrupted_anywhere_a_run_ends_as_if_it_was_not(tmp_path):
+def test_interrupted_anywhere_a_run_ends_as_if_it_was_not(tmp_path, whole):
     """At each forward pass of training, validation and test; first, once and then once more."""
-    whole = build(tmp_path / "whole", **OPTIONS)
-    whole.train()
     expected = trace(whole.output_dir)
     assert len(expected["metrics.jsonl"]) > 9 and whole.progress.best_epoch is not None
     calls = len(whole.model.seen)
@@ -182,9 +188,9 @@ DAMAGES = ["truncated", "empty", "one bit", "foreign", "not finite", "of code"]
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_broken_checkpoint_is_refused_by_name_and_the_one_before_used(tmp_path, caplog, how):
-    whole = build(tmp_path / "whole", **OPTIONS)
-    whole.train()
+def test_a_broken_checkpoint_is_refused_by_name_and_the_one_before_used(
+    tmp_path, whole, caplog, how
+):
     folder = interrupted(tmp_path / "broken", 32)
     newest, before = furthest_first(build(tmp_path / "broken", **OPTIONS).output_dir)
     damage(newest, how)

@@ -24,11 +24,7 @@ from softmask_plugin.tasks.foils import FoilsTask, changed_words
 
 # (caption, foil, index of the changed word)
 ITEMS = [
-    (
-        "a small red circle above a blue star",
-        "a small pink circle above a blue star",
-        2,
-    ),
+    ("a small red circle above a blue star", "a small pink circle above a blue star", 2),
     ("a ring", "a heart", 1),
     ("a black heart below a red ring", "a black heart above a red ring", 3),
     ("a large blue star", "a small blue star", 1),
@@ -38,11 +34,6 @@ ITEMS = [
 
 def pairs(images, annotation):
     return Items(images, annotation, caption="caption", foil="foil")
-
-
-@pytest.fixture
-def model(make_model):
-    return make_model().eval()
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-import toy_builders
 from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,7 +21,7 @@ from lavis.tasks.retrieval import RetrievalTask
 from omegaconf import OmegaConf
 from PIL import Image, ImageFile
 from torch.utils.data import DataLoader
-from toy_folders import write
+from toy_folders import build, write
 
 from softmask_plugin.datasets import skip_log
 from softmask_plugin.datasets.skip_log import SkipLog
@@ -53,11 +52,6 @@ def output_dir(tmp_path, monkeypatch):
     """A run's output folder, as LAVIS's runner registers it."""
     monkeypatch.setitem(registry.mapping["paths"], "output_dir", str(tmp_path / "run"))
     return tmp_path / "run"
-
-
-def build(*options: str) -> dict:
-    small = (f"vis_processor.{mode}.image_size=8" for mode in ("train", "eval"))
-    return toy_builders.build("captions_folder", *small, *options)
 
 
 # ---- parsing
@@ -224,7 +218,7 @@ def test_a_malformed_file_is_refused_by_name(tmp_path, name, content, message):
 
 
 def test_train_items(folder):
-    train = build("images=photos", "captions.train=captions.json")["train"]
+    train = build("captions_folder", "captions.train=captions.json")["train"]
     assert len(train) == 6
     item = train[2]
     assert item["image"].shape == (3, 8, 8) and item["image"].dtype == torch.float32
@@ -243,12 +237,12 @@ def test_images_of_one_image_id_are_positives_of_each_other(folder):
     for row, image_id in zip(rows, [9, "a", 9, None, "a", ""], strict=True):
         row["image_id"] = image_id
     write(Path("captions.json"), rows)
-    train = build("images=photos", "captions.train=captions.json")["train"]
+    train = build("captions_folder", "captions.train=captions.json")["train"]
     assert [train[i]["image_id"] for i in range(6)] == [0, 1, 0, 2, 1, 3]
 
 
 def test_evaluation_has_the_layout_of_lavis(folder, output_dir):
-    datasets = build("images=photos", "captions.val=captions.json", "captions.test=captions.json")
+    datasets = build("captions_folder", "captions.val=captions.json", "captions.test=captions.json")
     assert list(datasets) == ["val", "test"]
     val = datasets["val"]
     assert val.image == [f"{colour}.png" for colour in COLOURS]
@@ -267,15 +261,15 @@ def test_evaluation_has_the_layout_of_lavis(folder, output_dir):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["captions.train=captions.json"], "images is not set"),
-        (["images=photos"], "captions names no file"),
+        (["captions.train=captions.json", "images=null"], "images is not set"),
+        ([], "captions names no file"),
         (["images=phtos", "captions.train=captions.json"], "there is no folder .*phtos"),
-        (["images=photos", "captions.valid=captions.json"], "captions.valid: did you mean 'val'"),
-        (["images=photos", "image=x"], "unknown key .*image: did you mean 'images'"),
-        (["images=photos", "captions.train=[a.json,b.json]"], "must be the path of one file"),
+        (["captions.valid=captions.json"], "captions.valid: did you mean 'val'"),
+        (["image=x"], "unknown key .*image: did you mean 'images'"),
+        (["captions.train=[a.json,b.json]"], "must be the path of one file"),
         (["images=.", "captions.train=captions.json"], "none of the 6 images exists: .*red.png"),
         (
-            ["images=photos", "captions.train=captions.json", "vis_processor.train.blur=0"],
+            ["captions.train=captions.json", "vis_processor.train.blur=0"],
             "unknown key softmask_image_train.blur: did you mean 'blur_p'",
         ),
     ],
@@ -283,14 +277,14 @@ def test_evaluation_has_the_layout_of_lavis(folder, output_dir):
 )
 def test_wrong_options_get_one_clear_line(folder, options, message):
     with pytest.raises(UserError, match=message) as caught:
-        build(*options)
+        build("captions_folder", *options)
     assert "\n" not in str(caught.value)
 
 
 def test_missing_images_are_counted_and_named(folder, output_dir, caplog):
     for colour in ("red", "blue"):
         Path(f"photos/{colour}.png").unlink()
-    train = build("images=photos", "captions.train=captions.json")["train"]
+    train = build("captions_folder", "captions.train=captions.json")["train"]
     assert [item["image"] for item in train.annotation] == [
         f"{colour}.png" for colour in ("green", "yellow", "purple", "orange")
     ]
@@ -304,7 +298,7 @@ def test_missing_images_are_counted_and_named(folder, output_dir, caplog):
 def test_unreadable_training_images_are_replaced_and_named_once(folder, output_dir):
     Path("photos/green.png").write_bytes(b"no image")
     Path("photos/blue.png").write_bytes(Path("photos/blue.png").read_bytes()[:-30])
-    train = build("images=photos", "captions.train=captions.json")["train"]
+    train = build("captions_folder", "captions.train=captions.json")["train"]
     assert len(train) == 6 and not output_dir.exists()
     for _ in range(2):  # epochs, each with new workers
         ids = [s["image_id"] for s in DataLoader(train, batch_size=None, num_workers=2)]
@@ -340,7 +334,7 @@ def test_the_log_works_while_another_process_holds_its_lock(tmp_path, monkeypatc
 
 def test_the_gallery_leaves_out_unreadable_images(folder, output_dir, caplog):
     Path("photos/green.png").write_bytes(b"no image")
-    val = build("images=photos", "captions.val=captions.json")["val"]
+    val = build("captions_folder", "captions.val=captions.json")["val"]
     assert len(val) == 5 and "green.png" not in val.image
     assert len(val.text) == 10 and val.img2txt[1] == [2, 3] and "blue" in val.text[2]
     assert val[1]["image"][2].mean() > val[1]["image"][0].mean()  # it is the blue one
@@ -352,15 +346,15 @@ def test_nothing_readable_is_an_error(folder):
     for path in Path("photos").iterdir():
         path.write_bytes(b"")
     with pytest.raises(UserError, match="none of the 6 val images can be read: .*red.png"):
-        build("images=photos", "captions.val=captions.json")
-    train = build("images=photos", "captions.train=captions.json")["train"]
+        build("captions_folder", "captions.val=captions.json")
+    train = build("captions_folder", "captions.train=captions.json")["train"]
     with pytest.raises(UserError, match="images in a row cannot be read"):
         train[0]
 
 
 def test_pillows_setting_for_truncated_files_is_restored(folder):
     before = ImageFile.LOAD_TRUNCATED_IMAGES
-    build("images=photos", "captions.val=captions.json")
+    build("captions_folder", "captions.val=captions.json")
     assert before == ImageFile.LOAD_TRUNCATED_IMAGES
 
 

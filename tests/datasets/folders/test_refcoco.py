@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections import OrderedDict
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import toy_builders
 from PIL import Image
 from torch.utils.data import DataLoader
+from toy_folders import write
 
 from softmask_plugin.datasets.folders.refcoco import load_plain_pickle, unit_boxes
 from softmask_plugin.errors import UserError
@@ -33,10 +33,6 @@ def name_of(image_id: int) -> str:
 def expression(ref_id: int, text: str) -> dict:
     image_id = {ref["ref_id"]: ref["image_id"] for ref in REFS}.get(ref_id, 7)
     return {"image": name_of(image_id), "text": text, "ref_id": ref_id, "patch": [0, 1]}
-
-
-def write(path: str, content: object) -> None:
-    Path(path).write_text(json.dumps(content))
 
 
 @pytest.fixture

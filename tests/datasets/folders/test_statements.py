@@ -118,7 +118,7 @@ def test_pairs_equal_those_of_lavis(colour_photos):
 def test_swapped_pairs_stay_true(colour_photos):
     """Whichever image is left, the sentence is true; other words keep their letters."""
     rows = [
-        {**PAIRS[0], "sentence": "The left one is bright red, the rightmost blue", "label": True},
+        {**PAIRS[0], "sentence": "The left one is bright red, the rightmost blue", "label": True}
     ]
     plain = [f"vis_processor.train.{key}" for key in ("min_scale=null", "randaugment_ops=0")]
     train = build("nlvr_folder", f"sentences.train={write('a.json', rows)}", *plain)["train"]

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import toy_items
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from scene_truth import answer, entailment_label, meant, pair_truth
@@ -31,9 +32,7 @@ def task_of(name):
 
 def evaluate(task, model, dataset, split="test"):
     """What LAVIS's runners do for a split."""
-    task.before_evaluation(model=model, dataset=dataset)
-    loader = DataLoader(dataset, 7, collate_fn=dataset.collater)
-    found = task.evaluation(model, loader, cuda_enabled=False)
+    found = toy_items.evaluate(task, model, dataset, 7)
     return task.after_evaluation(val_result=found, split_name=split, epoch="best")
 
 
