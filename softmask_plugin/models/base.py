@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -19,6 +20,7 @@ from transformers import BertTokenizerFast
 
 from softmask_plugin.config.options import ModelOptions, read_options
 from softmask_plugin.config.paths import shipped, whole_yaml
+from softmask_plugin.config.values import flat
 from softmask_plugin.errors import UserError, suggest
 from softmask_plugin.files.checkpoint import HUB, Checkpoint, open_checkpoint
 from softmask_plugin.models import weights
@@ -27,6 +29,8 @@ from softmask_plugin.nn.vision import VisionTransformer
 from softmask_plugin.tokenization import Captions, CaptionTokenizer
 from softmask_plugin.vocabulary import build_tokenizer
 
+# Options that no tensor shows, and that change what the weights compute
+UNSEEN = ("bert.heads", "bert.image_cls", "vit.heads", "vit_layer_norm_epsilon", "text_pool")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -157,8 +161,22 @@ class SoftMaskBase(BaseModel):
         """Load an open checkpoint; one line of the log says what did not match. Captions end with
         [SEP] if they did when it was trained, unless ``sep_token`` is set."""
         weights.load(self, checkpoint, self.options.bert)
+        self._warn_of_options(checkpoint)
         if self.asked_sep_token is None:
             self.options.sep_token = self.caption_tokenizer.sep_token = checkpoint.sep_token
+
+    def _warn_of_options(self, checkpoint: Checkpoint) -> None:
+        section = (checkpoint.config or {"model": {}})["model"]
+        schema = getattr(registry.get_model_class(section.get("arch")), "OPTIONS", None)
+        if schema is None:
+            return
+        trained, own = {**flat(asdict(schema())), **flat(section)}, flat(asdict(self.options))
+        for key in UNSEEN:
+            if key in own and trained.get(key, own[key]) != own[key]:
+                logging.warning(
+                    f"{checkpoint.path} was trained with model.{key}={trained[key]}, and this "
+                    f"model has {own[key]}: set it as it was, unless you mean to change it"
+                )
 
     def step_of(self, samples: dict[str, Any]) -> int:
         """Index of the step in the run."""

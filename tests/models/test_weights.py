@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -63,6 +64,19 @@ def test_a_file_of_lavis_loads_to_the_last_tensor(make_other, tmp_path, caplog, 
     left = [key for key in state if key == "idx_queue"]  # numbers of other data's images
     assert f"loaded {len(state) - len(left)} of {len(state)} tensors" in line
     assert line.partition("; ")[2] == "".join(f"left as they were: {key}" for key in left)
+
+
+def test_an_option_that_no_tensor_shows_is_compared(make_model, tmp_path, caplog):
+    bert = {**asdict(make_model().options.bert), "image_cls": False}
+    made = make_model(bert=bert)
+    section = {**asdict(made.options), "arch": "softmask_pretrain"}
+    for name, config in (("a.pth", {"model": section}), ("b.pth", None)):
+        torch.save({"model": made.state_dict(), "config": config}, tmp_path / name)
+    make_model(bert=bert).load_checkpoint(str(tmp_path / "a.pth"))
+    make_model().load_checkpoint(str(tmp_path / "b.pth"))  # it does not say
+    assert "trained with" not in caplog.text
+    make_model().load_checkpoint(str(tmp_path / "a.pth"))
+    assert "trained with model.bert.image_cls=False, and this model has True" in caplog.text
 
 
 def test_without_momentum_encoders_they_start_from_the_online_ones(make_model, tmp_path):
