@@ -59,6 +59,7 @@ class Trainer:
         dtype: Type of mixed precision, bf16 or fp16; None: none.
         make: Function of ``small`` and ``captions`` that builds ours.
         twin: Function that makes its rival from ours.
+        batches: Number of different batches.
     """
 
     def __init__(
@@ -71,10 +72,11 @@ class Trainer:
         dtype: torch.dtype | None = None,
         make: Callable[..., Any] = build,
         twin: Callable[..., Any] = albef_pretrain,
+        batches: int = 16,
     ) -> None:
         model = make(small, captions)
-        many = texts(model, captions, 16 * size)
-        self.batches = [batch(model, many[i::16], i, device) for i in range(16)]
+        many = texts(model, captions, batches * size)
+        self.batches = [batch(model, many[i::batches], i, device) for i in range(batches)]
         self.model: Any = (model if name == "ours" else twin(model)).train().to(device)
         self.device = device
         self.autocast = torch.autocast(device, dtype, enabled=dtype is not None)

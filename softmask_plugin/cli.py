@@ -40,6 +40,11 @@ examples:
 PARSER.add_argument("--version", action="version", version=version("softmask-plugin"))
 COMMANDS = PARSER.add_subparsers(title="commands", metavar="COMMAND", required=True)
 FLAGS: dict[str, list[str]] = {}  # options of each command
+TOO_SMALL = (
+    "the GPU has too little memory: for a run, lower run.batch_size_train (and raise "
+    "run.accum_grad_iters) or run.batch_size_eval, or set run.amp=auto; for other commands, "
+    "CUDA_VISIBLE_DEVICES= takes the CPU"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,6 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141  # as a shell reports SIGPIPE
     except OSError as error:
         return _end(2, f"error: {advice_on(error)}")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; it may not be imported yet
+            raise
+        return _end(2, f"error: {TOO_SMALL}")
     finally:
         if signal.getsignal(signal.SIGINT) is _interrupt_once:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -265,7 +274,7 @@ def _explain(
 
     if captions and images and not any((image, caption, word, box, width, json)):
         output = output or "explanations"
-        done, left_out = explain_file(captions, images, output, load_trained(**weights))
+        done, left_out = explain_file(captions, images, output, load_trained(**weights).on_gpu())
         print(f"{done} pairs explained, {left_out} left out: {output}")
         return
     if not image or caption is None or captions or images:
@@ -276,7 +285,7 @@ def _explain(
     require_format(output)
     require_width(width)
     boxes = _boxes(box or [])
-    found = explain_image(image, caption, load_trained(**weights), word, boxes=boxes)
+    found = explain_image(image, caption, load_trained(**weights).on_gpu(), word, boxes=boxes)
     figure = found.save(output, width)
     if json == "-":
         print(dumps(found.as_dict()))
@@ -312,7 +321,7 @@ def _features(images: str, output: str, **weights: Any) -> None:
     from softmask_plugin.explain.gallery import save_features
     from softmask_plugin.explain.trained import load_trained
 
-    done, left_out = save_features(load_trained(**weights), Path(images), Path(output))
+    done, left_out = save_features(load_trained(**weights).on_gpu(), Path(images), Path(output))
     print(f"{done} images encoded, {left_out} unreadable: {output}")
 
 
@@ -329,7 +338,7 @@ def _search(text: str, features: str, count: int, **weights: Any) -> None:
     from softmask_plugin.explain.trained import load_trained
 
     print("match  similarity")
-    for file, hit in search_features(load_trained(**weights), Path(features), text, count):
+    for file, hit in search_features(load_trained(**weights).on_gpu(), Path(features), text, count):
         print(f" {hit.match:.2f}       {hit.similarity:+.2f}  {file}")
 
 

@@ -125,7 +125,7 @@ def plain(text: str) -> str:
 
 @st.cache_resource(show_spinner="Loading the model ...")
 def _trained(weights: Weights) -> Trained:
-    return load_trained(*weights)
+    return load_trained(*weights).on_gpu()
 
 
 @st.cache_resource

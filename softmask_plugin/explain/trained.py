@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from lavis.common.registry import registry
 from lavis.models.albef_models.albef_pretrain import AlbefPretrain
 from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
@@ -37,7 +38,8 @@ class Trained:
     """A model with a matching head and its processors.
 
     Attributes:
-        model: One of this plugin or of LAVIS, in evaluation mode, on the CPU.
+        model: One of this plugin or of LAVIS, in evaluation mode; ``load_trained`` leaves it on the
+            CPU.
         image_processor: Turns a PIL image into a tensor (3, H, W).
         text_processor: Cleans a caption.
         bundled: Whether the weights are those that come with the package.
@@ -54,6 +56,11 @@ class Trained:
     def matcher(self) -> Matcher:
         """The model as maps and explanations use it."""
         return matcher_of(self.model)
+
+    def on_gpu(self) -> Trained:
+        """The same, with its model moved to the GPU if there is one."""
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return self
 
     @classmethod
     def of(cls, model: Any) -> Trained:

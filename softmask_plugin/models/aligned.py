@@ -88,7 +88,8 @@ class AlignedBase(SoftMaskBase):
 
     def match(self, cls: Tensor) -> Tensor:
         """Matching logits (N, 2) of multi-modal [CLS] states (N, width): [no match, match]."""
-        return self.itm_head(cls)
+        with torch.autocast(cls.device.type, enabled=False):  # bf16 would tie close scores
+            return self.itm_head(cls.float())
 
     def compute_sim_matrix(
         self, data_loader: Any, task_cfg: DictConfig

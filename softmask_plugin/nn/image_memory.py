@@ -55,7 +55,7 @@ class LayerMemory:
             if view.images is None:
                 out = self.attend_view(rows, view, dropout)
             else:  # a copy of K and V per layer is too much to keep for the backward pass
-                out = recompute(self.attend_view, rows, view, dropout)
+                out = recompute(self.attend_view, rows, view, dropout, draws=dropout > 0)
             outputs.append(out.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1))
         if start != len(query):
             raise ValueError(f"views cover {start} captions of {len(query)}")

@@ -189,7 +189,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
         """Normalise tokens (B, N, width), then let them attend to each other."""
-        qkv = recompute(lambda x: self.qkv(norm(x)), x)
+        qkv = recompute(lambda x: self.qkv(norm(x)), x, draws=False)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
@@ -204,5 +204,5 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
         """Normalise and transform each token of (B, N, width)."""
-        inner = recompute(lambda x: self.fc1(norm(x)), x)
-        return recompute(lambda inner: self.fc2(F.gelu(inner)), inner)
+        inner = recompute(lambda x: self.fc1(norm(x)), x, draws=False)
+        return recompute(lambda inner: self.fc2(F.gelu(inner)), inner, draws=False)

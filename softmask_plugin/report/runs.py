@@ -142,14 +142,15 @@ class _Run:
             named = "finetuned" if self.model.get("load_finetuned") else "pretrained"
             evaluated = str(self.model.get(named)) if self.run.get("evaluate") else ""
             local = Path(evaluated).exists() or evaluated.startswith(SHIPPED)  # ask no network
-            trained = load_trained(evaluated if evaluated and local else self.folder)
-            trained.model.to("cuda" if torch.cuda.is_available() else "cpu")
+            trained = load_trained(evaluated if evaluated and local else self.folder).on_gpu()
             if panels:
                 found["panels"] = draw_pairs(trained, dataset)
             if isinstance(dataset, RetrievalDataset):
                 found["misses"] = worst_retrievals(trained, dataset, self.run)
         except UserError as error:
             self.notes = f" Without pairs: {error}."
+        except torch.OutOfMemoryError:
+            self.notes = " Without pairs: the GPU has too little memory left."
         return found
 
     def summary(self, pictures: bool) -> str:

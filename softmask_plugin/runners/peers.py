@@ -50,8 +50,9 @@ def from_main_process(find: Callable[[], T]) -> T:
 
 @contextmanager
 def peers_needed() -> Iterator[None]:
-    """Turn a communication error into a UserError: another process ended or hangs. One that died is
-    noticed at once, one that hangs after ``run.dist_timeout``."""
+    """Turn a communication error into a UserError: another process ended or hangs. gloo notices one
+    that died at once, and one that hangs after ``run.dist_timeout``. nccl itself ends the process
+    after that time, without an error to catch; torchrun ends it before."""
     try:
         yield
     except RuntimeError as error:

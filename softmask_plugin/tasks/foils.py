@@ -101,8 +101,9 @@ class FoilsTask(ItemTask):
             maps = phrase_maps(map_words(matcher, pairs, changed)).flatten(1)
             seed = int(samples["index"][0])
             logits = match_through(matcher, pairs, maps, self.mask, seed=seed)[1].double()
-        features = features.unflatten(0, (-1, 2))
-        itc = (features @ model.image_features(states[:, 0])[:, :, None]).squeeze(2)
+        with torch.autocast(states.device.type, enabled=False):  # bf16 would tie close captions
+            features = features.unflatten(0, (-1, 2))
+            itc = (features @ model.image_features(states[:, 0])[:, :, None]).squeeze(2)
         itm = (logits[:, 1] - logits[:, 0]).view(-1, 2)
         require_finite_scores("a match or a similarity", itm, itc)
         items = [self.annotation[index] for index in samples["index"].tolist()]

@@ -272,6 +272,18 @@ def command(photo, checkpoint, *more):
     return cli.main([*given, "--checkpoint", str(checkpoint), *more])
 
 
+def test_commands_use_a_gpu_if_there_is_one(photo, checkpoint, monkeypatch, capsys):
+    def move(self, device):
+        assert device == "cuda"
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.nn.Module, "to", move)
+    assert command(photo, checkpoint) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the GPU has too little memory" in line and "CUDA_VISIBLE_DEVICES= takes" in line
+
+
 @pytest.mark.parametrize(
     ("suffix", "start"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml")]
 )

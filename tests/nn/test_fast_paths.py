@@ -394,7 +394,7 @@ def test_recomputing_repeats_the_dropout(layer_memory, monkeypatch):
     for again in (True, False):
         if not again:
             monkeypatch.setattr(
-                image_memory, "recompute", lambda function, *given: function(*given)
+                image_memory, "recompute", lambda function, *given, draws: function(*given)
             )
         torch.manual_seed(3)
         out = memory.attend(query, [view], 0.5)

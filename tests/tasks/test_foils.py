@@ -58,6 +58,16 @@ def task_of(**run) -> FoilsTask:
 
 
 @torch.no_grad()
+def test_mixed_precision_keeps_the_digits_that_tell_texts_apart(model, dataset):
+    with torch.autocast("cpu", torch.bfloat16):
+        results = evaluate(task_of(), model, dataset)
+    for kind in ("itm", "itc"):
+        scores = torch.tensor([row[kind] for row in results])
+        assert not torch.equal(scores.bfloat16().float(), scores)
+        assert (scores[:, 0] != scores[:, 1]).all()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 def test_scores_equal_those_of_lavis_modules(make_model, images, dataset, albef_twin, pool):
     model = make_model(text_pool=pool).eval()
