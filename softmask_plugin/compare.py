@@ -159,11 +159,9 @@ def _read(run: Path, split: str) -> tuple[Kind, Results]:
             rows = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {file}: {reason_of(error)}") from error
-        known = (
-            {*rows[0]} if isinstance(rows, list) and rows and isinstance(rows[0], dict) else set()
-        )
+        known = {*rows[0]} if isinstance(rows, list) and rows and isinstance(rows[0], dict) else {}
         for kind in KINDS:
-            if {"instance_id", *kind.keys} <= known:
+            if {"instance_id", *kind.keys} <= {*known}:
                 return kind, {str(row["instance_id"]): row for row in rows}
     names = ", ".join(kind.name for kind in KINDS)
     raise UserError(f"{run} has no results of each item of split '{split}', as {names} save them")
