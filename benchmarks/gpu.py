@@ -71,12 +71,12 @@ def run(small: bool, captions: str | None, rounds: int) -> list[Row]:
     rows.append(Row("share of the measured matrix rate", "TFLOP/s", reached, rate))
     if cuda and not small:
         trainers.clear()
-        mine, other = (
+        (batch, ours), (their_batch, lavis) = (
             largest(name, captions, dtype)
             for name, dtype in (("ours", torch.bfloat16), ("lavis", theirs))
         )
-        note = f"ours at batch {mine[0]}, LAVIS at {other[0]}"
-        if mine[1] and other[1]:
-            both = mine[1], other[1]
-            rows.append(Row("the largest batch of each", "pairs/s", *both, 2.5, True, note=note))
+        if ours and lavis:
+            note = f"ours at batch {batch}, LAVIS at {their_batch}"
+            name = "the largest batch of each"
+            rows.append(Row(name, "pairs/s", ours, lavis, 2.5, True, note=note))
     return rows

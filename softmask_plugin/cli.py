@@ -40,7 +40,7 @@ examples:
 PARSER.add_argument("--version", action="version", version=version("softmask-plugin"))
 COMMANDS = PARSER.add_subparsers(title="commands", metavar="COMMAND", required=True)
 FLAGS: dict[str, list[str]] = {}  # options of each command
-TOO_SMALL = (
+GPU_FULL = (
     "the GPU has too little memory: for a run, lower run.batch_size_train (and raise "
     "run.accum_grad_iters) or run.batch_size_eval, or set run.amp=auto; for other commands, "
     "CUDA_VISIBLE_DEVICES= takes the CPU"
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; it may not be imported yet
             raise
-        return _end(2, f"error: {TOO_SMALL}")
+        return _end(2, f"error: {GPU_FULL}")
     finally:
         if signal.getsignal(signal.SIGINT) is _interrupt_once:
             signal.signal(signal.SIGINT, signal.default_int_handler)

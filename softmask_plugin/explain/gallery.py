@@ -66,7 +66,7 @@ class Gallery:
         model, reranker = self.trained.model, self.reranker
         texts = reranker.encode_texts([self.trained.text_processor(text)])
         similarity = reranker.similarity(self.images, texts)[:, 0]
-        similar = similarity.topk(min(max(CANDIDATES, count), len(similarity)))
+        similar = _most_similar(similarity, count)
         found, similarities = similar.indices.tolist(), similar.values.tolist()
         copies = texts.tokens.take(torch.zeros(len(found), dtype=torch.long, device=model.device))
         states = torch.stack([self.images.states[i] for i in found])
@@ -133,8 +133,7 @@ def search_features(
             features = torch.from_numpy(stored["features"])
             paths = [Path(str(stored["folder"]), name) for name in stored["names"].tolist()]
         wanted = Reranker(model).encode_texts([cleaned]).features[0].cpu()
-        wide = min(max(CANDIDATES, count), len(paths))
-        nearest = (features @ wanted).topk(wide).indices.tolist()
+        nearest = _most_similar(features @ wanted, count).indices.tolist()
     except FileNotFoundError as error:
         raise UserError(f"no file {file}: make it with softmask features") from error
     except Exception as error:  # a damaged file can fail in any way
@@ -143,6 +142,11 @@ def search_features(
     if not torch.allclose(gallery.images.features.cpu(), features[nearest], atol=1e-3):
         raise UserError(f"{file} is of another model or of other images: make it again")
     return [(paths[nearest[hit.index]], hit) for hit in gallery.search(text, count)]
+
+
+def _most_similar(similarity: Tensor, count: int) -> Any:
+    """The values and indices of the candidates for ``count`` hits, most similar first."""
+    return similarity.topk(min(max(CANDIDATES, count), len(similarity)))
 
 
 def readable_images(folder: Path, limit: int | None = None) -> tuple[list[Path], int]:

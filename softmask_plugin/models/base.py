@@ -20,7 +20,7 @@ from transformers import BertTokenizerFast
 
 from softmask_plugin.config.options import ModelOptions, read_options
 from softmask_plugin.config.paths import shipped, whole_yaml
-from softmask_plugin.config.values import flat
+from softmask_plugin.config.values import comparable, flat
 from softmask_plugin.errors import UserError, suggest
 from softmask_plugin.files.checkpoint import HUB, Checkpoint, open_checkpoint
 from softmask_plugin.models import weights
@@ -166,15 +166,12 @@ class SoftMaskBase(BaseModel):
             self.options.sep_token = self.caption_tokenizer.sep_token = checkpoint.sep_token
 
     def _warn_of_options(self, checkpoint: Checkpoint) -> None:
-        section = (checkpoint.config or {"model": {}})["model"]
-        schema = getattr(registry.get_model_class(section.get("arch")), "OPTIONS", None)
-        if schema is None:
-            return
-        trained, own = {**flat(asdict(schema())), **flat(section)}, flat(asdict(self.options))
-        for key in UNSEEN:
+        trained = comparable(flat(checkpoint.config or {}))
+        own = flat({"model": asdict(self.options)})
+        for key in (f"model.{name}" for name in UNSEEN):
             if key in own and trained.get(key, own[key]) != own[key]:
                 logging.warning(
-                    f"{checkpoint.path} was trained with model.{key}={trained[key]}, and this "
+                    f"{checkpoint.path} was trained with {key}={trained[key]}, and this "
                     f"model has {own[key]}: set it as it was, unless you mean to change it"
                 )
 

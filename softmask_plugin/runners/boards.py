@@ -98,7 +98,7 @@ class Boards:
                     resume="allow",
                     config=dict(self._config),
                 )
-            except Exception as error:  # of kinds of its own
+            except Exception as error:  # it has error classes of its own
                 raise UserError(
                     f"run.wandb: {reason_of(error)}: run 'wandb login', or set WANDB_MODE=offline"
                 ) from error

@@ -135,7 +135,7 @@ class SoftmaskRunner(PortableRunner):
             self._close()
 
     def require_splits(self) -> None:
-        """Find mistakes in the splits before training, not after it: UserError."""
+        """Raise UserError at a mistake in the splits, before training rather than after it."""
         if "train" in (*self.valid_splits, *self.test_splits):
             raise UserError(
                 "run.valid_splits and run.test_splits cannot name 'train': evaluate it afterwards, "

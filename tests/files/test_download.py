@@ -299,7 +299,7 @@ def test_a_name_server_that_never_answers_is_not_waited_for(hub, monkeypatch):
     start = time.monotonic()
     with pytest.raises(UserError, match="no answer from http://localhost:.* within 1 s"):
         from_hub("no BERT 'a/b'", "a/b", uncached)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 2
 
 
 def test_what_the_cache_has_is_used_without_asking_the_hub(hub, monkeypatch):

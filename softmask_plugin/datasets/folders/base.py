@@ -76,7 +76,7 @@ class FolderBuilder(Builder):
             raise UserError(f"{place} names no file: set its {' or '.join(splits)}")
         if not self.config.get("images"):
             raise UserError(f"{self.place}.images is not set: give the folder of the images")
-        root = Path(str(self.config.images)).expanduser().absolute()
+        root = Path(str(self.config.images)).expanduser().absolute()  # 2014 is an int
         if not root.is_dir():
             raise UserError(f"{self.place}.images: there is no folder {root}")
         return root, files
