@@ -16,9 +16,9 @@ from benchmarks.lavis_models import LAVIS, lavis_model
 __all__ = ["LAVIS", "toy"]
 
 
-def toy(cls: Any, image: int = 32, patch: int = 8, heads: int = 4) -> Any:
+def toy(cls: Any, image: int = 32, patch: int = 8, heads: int = 4, seed: int = 0) -> Any:
     """One of ``LAVIS`` with five BERT layers, in evaluation mode."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = BertConfig(
         hidden_size=8 * heads,
         num_hidden_layers=5,
@@ -35,8 +35,9 @@ def toy(cls: Any, image: int = 32, patch: int = 8, heads: int = 4) -> Any:
     model = lavis_model(cls, vit(**shape), config)
     with torch.no_grad():  # so that words and patches matter, but not wildly
         gain = 1.5 if issubclass(cls, AlbefBase) else 0.7
-        for name, parameter in model.named_parameters():
+        draws = torch.Generator().manual_seed(seed)  # transformers' depend on its version
+        for name, parameter in sorted(model.named_parameters()):
             if parameter.ndim > 1 and "visual" not in name:
-                parameter.mul_(gain)
-            parameter.add_(0.1 * torch.randn_like(parameter))
+                parameter.normal_(0, 0.2 * gain, generator=draws)
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=draws))
     return model.eval()
