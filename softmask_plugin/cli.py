@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import softmask_plugin
-from softmask_plugin.config.paths import find_file, shipped_configs, shipped_plans, summary
+from softmask_plugin.config.paths import find_file, shipped_configs, shipped_plans
 from softmask_plugin.errors import StartAgain, UserError, advice_on, reason_of, suggest
 from softmask_plugin.host import stack
 
@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0; 1 if the doctor finds a problem; 2 for a user error or one of files and
         networks, 130 for Ctrl-C, each with one line; 75 if a signal ended a training run that the
-        same command goes on with; 141 if the output's pipe is closed.
+        same command with run.resume_ckpt_path=auto goes on with; 141 if the output's pipe is
+        closed.
         Any other exception keeps its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -483,7 +484,8 @@ def _configs(name: str | None) -> None:
         return
     width = max(map(len, shipped))
     for short, file in shipped.items():
-        print(f"{short:<{width}}  {summary(file)}".rstrip())
+        first = file.read_text(encoding="utf-8").partition("\n")[0]  # a comment in each of them
+        print(f"{short:<{width}}  {first.lstrip('# ')}")
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ class UserError(Exception):
 
 
 class StartAgain(SystemExit):
-    """A signal ended the run, and the same command goes on with it: exit code 75, which sysexits.h
-    calls EX_TEMPFAIL."""
+    """A signal ended the run, and the same command with run.resume_ckpt_path=auto goes on with it:
+    exit code 75, which sysexits.h calls EX_TEMPFAIL."""
 
     CODE = 75
 
@@ -98,9 +98,7 @@ def require_finite_scores(what: str, *scores: Tensor) -> None:
         what: Name of one score in the message, such as "a retrieval score".
         scores: Tensors of any shape.
     """
-    import torch  # not with the command line, whose help needs none
-
-    if not all(bool(torch.isfinite(values).all()) for values in scores):
+    if not all(values.isfinite().all() for values in scores):
         raise UserError(
             f"{what} is NaN or infinite: the weights or the images are broken; try another "
             "checkpoint"

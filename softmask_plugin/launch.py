@@ -42,6 +42,7 @@ TRAINED = [
     "model.load_finetuned=false",
     "model.finetuned=null",
     "model.trust_checkpoint=false",
+    "run.world_size=1",  # with the training's, one process within a Slurm job would seek others
 ]
 
 
@@ -198,7 +199,7 @@ def join_group(run_cfg: DictConfig) -> None:
     processes; half of the restarts then hung (gloo, torch 2.13). So each attempt uses names of its
     own.
     """
-    timeout = timedelta(seconds=float(setting(run_cfg, "dist_timeout")))
+    timeout = timedelta(seconds=setting(run_cfg, "dist_timeout"))
     url, rank, size = setting(run_cfg, "dist_url"), run_cfg.rank, run_cfg.world_size
     try:
         store, _, _ = next(rendezvous(url, rank, size, timeout=timeout))

@@ -166,7 +166,9 @@ def test_a_file_that_does_not_exist_ends_the_evaluation(tmp_path):
 MEAN = (0.1, 0.2, 0.3)
 
 
-def test_a_runs_folder_or_checkpoint_is_evaluated_with_nothing_else_to_name(tmp_path, options):
+def test_a_runs_folder_or_checkpoint_is_evaluated_with_nothing_else_to_name(
+    tmp_path, options, monkeypatch
+):
     data = "datasets.scenes_retrieval"
     trained, _ = launch.run(
         "lavis_configs/projects/scenes/train/retrieval_tiny.yaml",
@@ -186,10 +188,13 @@ def test_a_runs_folder_or_checkpoint_is_evaluated_with_nothing_else_to_name(tmp_
     (moved / "checkpoint_0.pth").rename(moved / "checkpoint_best.pth")
     content = torch.load(moved / "checkpoint_best.pth", weights_only=True)
     content["config"]["model"]["finetuned"] = "elsewhere.pth"  # full-size types name one
+    content["config"]["run"]["world_size"] = 8  # processes
     torch.save(content, moved / "checkpoint_best.pth")
     alone.write_bytes((moved / "checkpoint_best.pth").read_bytes())
     line = (moved / "metrics.jsonl").read_text().splitlines()[-1]
     expected = {k: v for k, v in json.loads(line).items() if k not in ("split", "epoch", "step")}
+    monkeypatch.setenv("SLURM_PROCID", "0")  # in a job of one process
+    monkeypatch.setenv("SLURM_LOCALID", "0")
     for given in (moved, alone):
         evaluated, results = launch.run(str(given), [], evaluate=True)
         assert results["test"] == pytest.approx(expected)

@@ -59,12 +59,6 @@ def shipped_plans() -> dict[str, Path]:
     return {_short(file): file for file in sorted((CONFIGS / "ablation").glob("*.yaml"))}
 
 
-def summary(file: Path) -> str:
-    """First line of a YAML file, if it is a comment."""
-    first = file.read_text(encoding="utf-8").partition("\n")[0]
-    return first.lstrip("# ") if first.startswith("#") else ""
-
-
 def find_file(option: str, name: str | Path, shipped: Mapping[str, Path]) -> Path:
     """Find the file that an option of the command line names.
 

@@ -11,19 +11,20 @@ from omegaconf import ListConfig
 from softmask_plugin.errors import UserError, suggest
 from softmask_plugin.soft_mask import Kind
 
-Check = Callable[[str, Any], None]  # gets a key's place and value; raises UserError
+Check = Callable[[str, Any], Any]  # gets a key's place and value; returns it, or raises UserError
 
 # In place of a default
 NEEDED = "needed"
 NEEDED_TO_TRAIN = "needed to train"
 
 
-def must_be(what: str, accepts: Callable[[Any], bool]) -> Check:
-    """Accept some values only, which ``what`` describes."""
+def must_be(what: str, accepts: Callable[[Any], bool], kind: type | None = None) -> Check:
+    """Accept some values only, which ``what`` describes; numbers, also text, become a ``kind``."""
 
-    def check(where: str, value: Any) -> None:
+    def check(where: str, value: Any) -> Any:
         if not accepts(value):
             raise UserError(f"{where} is {value!r}: it must be {what}")
+        return kind(float(value)) if kind and isinstance(value, (str, float)) else value
 
     return check
 
@@ -36,7 +37,7 @@ def whole(least: int, most: float = inf, null: bool = True) -> Check:
         count = _number(value)
         return (null and value is None) or (count % 1 == 0 and least <= count <= most)
 
-    return must_be(f"a whole number {allowed}", accepts)
+    return must_be(f"a whole number {allowed}", accepts, int)
 
 
 def _number(value: Any) -> float:
@@ -48,9 +49,9 @@ def _number(value: Any) -> float:
     return found if isfinite(found) else nan
 
 
-number = must_be("a number", lambda value: isfinite(_number(value)))
-amount = must_be("a number >= 0", lambda value: value is None or _number(value) >= 0)
-positive = must_be("a number above 0", lambda value: _number(value) > 0)
+number = must_be("a number", lambda value: isfinite(_number(value)), float)
+amount = must_be("a number >= 0", lambda value: value is None or _number(value) >= 0, float)
+positive = must_be("a number above 0", lambda value: _number(value) > 0, float)
 flag = must_be("true or false", lambda value: isinstance(value, bool))
 project = must_be("true, false or a project's name", lambda value: isinstance(value, (bool, str)))
 folder = must_be("the path of a folder", lambda value: isinstance(value, str))
@@ -71,9 +72,10 @@ factors = must_be(
 def one_of(*words: str) -> Check:
     """Accept some words only."""
 
-    def check(where: str, value: Any) -> None:
+    def check(where: str, value: Any) -> Any:
         if value not in words:
             raise UserError(f"{where} is '{value}': {suggest(str(value), words)}")
+        return value
 
     return check
 
@@ -83,7 +85,7 @@ class Key(NamedTuple):
 
     default: Any
     meaning: str
-    check: Check = lambda where, value: None  # whatever uses the value checks it
+    check: Check = lambda where, value: value  # whatever uses the value checks it
 
 
 RUN: dict[str, Key] = {
@@ -154,7 +156,9 @@ RUN: dict[str, Key] = {
     ),
     "weight_decay": Key(NEEDED_TO_TRAIN, "weight decay of matrices; others have none", amount),
     "beta2": Key(
-        0.999, "AdamW's beta2", must_be("a number in [0, 1)", lambda value: 0 <= _number(value) < 1)
+        0.999,
+        "AdamW's beta2",
+        must_be("a number in [0, 1)", lambda value: 0 <= _number(value) < 1, float),
     ),
     "accum_grad_iters": Key(
         1, "batches per optimizer step; gradients are averaged", whole(1, null=False)
@@ -162,7 +166,7 @@ RUN: dict[str, Key] = {
     "clip_grad_norm": Key(
         None,
         "largest gradient norm; null: no clipping",
-        must_be("a number above 0", lambda value: value is None or _number(value) > 0),
+        must_be("a number above 0", lambda value: value is None or _number(value) > 0, float),
     ),
     "max_bad_steps": Key(
         10,
@@ -248,7 +252,7 @@ RUN: dict[str, Key] = {
         0.5,
         "`softmask_grounding`: a box's score is the map's sum in it over area^alpha; 0 favours "
         "large boxes, 1 small ones",
-        amount,
+        must_be("a number >= 0", lambda value: _number(value) >= 0, float),
     ),
     "foil_mask": Key(
         "none",
@@ -272,14 +276,12 @@ RUN: dict[str, Key] = {
 
 def setting(run: Any, key: str) -> Any:
     """The value of a key in a ``run:`` section, checked, or its default."""
-    if key not in run:
-        return RUN[key].default
-    RUN[key].check(f"run.{key}", run[key])
-    return run[key]
+    return RUN[key].check(f"run.{key}", run[key]) if key in run else RUN[key].default
 
 
 def check_values(run: Any) -> None:
-    """Raise UserError if a known key of a ``run:`` section has a bad value."""
+    """Raise UserError if a known key of a ``run:`` section has a bad value. Texts of numbers, such
+    as ``${oc.env:NAME}`` gives, become numbers."""
     for key in run:
         if key in RUN:
-            setting(run, key)
+            run[key] = setting(run, key)

@@ -44,6 +44,7 @@ def from_hub(what: str, name: str, load: Callable[..., Any]) -> Any:
         UserError: The cache lacks a file, and the hub does not answer.
         OSError, ValueError: The hub lacks it too, or it is broken.
     """
+    name = os.path.expanduser(name)
     try:
         return load(name, local_files_only=True)
     except (OSError, ValueError):

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from huggingface_hub import try_to_load_from_cache
 
 import softmask_plugin
-from softmask_plugin.config.paths import CONFIGS
+from softmask_plugin.config.paths import CONFIGS, shipped_configs
 from softmask_plugin.errors import UserError, one_line
 from softmask_plugin.host import stack
 from softmask_plugin.host.environment import has_bf16
@@ -109,7 +109,7 @@ def _no_cuda() -> tuple[str, str, str]:
 
 
 def _files() -> Iterator[tuple[str, ...]]:
-    shipped = sorted((CONFIGS / "projects").rglob("*.yaml"))
+    shipped = shipped_configs()
     missing = "" if shipped else "the shipped YAML files are missing: reinstall softmask-plugin"
     yield "configs", f"{len(shipped)} in {CONFIGS}", missing
     folder = Path("outputs").absolute()

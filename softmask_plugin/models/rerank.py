@@ -63,10 +63,10 @@ class Reranker:
     ) -> None:
         run = run or {}
         self.model, self.text_batch = model, text_batch
-        self.k_test = int(setting(run, "k_test"))
+        self.k_test = setting(run, "k_test")
         self.by_words = setting(run, "rank_by") == "words"
         self.scoring: str = setting(run, "rerank_scoring")
-        self.memory = 2**30 * float(setting(run, "rerank_memory"))  # bytes
+        self.memory = 2**30 * setting(run, "rerank_memory")  # bytes
         option = model.options
         if self.by_words and not (
             getattr(option, "local_weight", 0) and option.local_negatives == "batch"

@@ -57,10 +57,8 @@ def keep_features(
             raise UserError(f"{ON}{type(dataset).__name__} has no single images: remove the key")
         if isinstance(dataset.vis_processor, nn.Identity):  # kept before
             continue
-        distorting = dataset.vis_processor
-        if isinstance(distorting, ImageTrainProcessor):
-            size, mean, std = distorting.image_size, distorting.mean, distorting.std
-            dataset.vis_processor = ImageEvalProcessor(size, mean, std)
+        if isinstance(train := dataset.vis_processor, ImageTrainProcessor):
+            dataset.vis_processor = ImageEvalProcessor(train.image_size, train.mean, train.std)
         firsts: dict[Any, int] = {}  # several items may share an image
         for number, item in enumerate(dataset.annotation):
             firsts.setdefault(_image_of(item), number)

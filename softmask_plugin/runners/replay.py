@@ -37,9 +37,10 @@ def replay(file: str | Path) -> list[str]:
     content = checkpoint.training
     if (vocabulary := checkpoint.path.parent / "vocab.txt").is_file():
         config.model.tokenizer = str(vocabulary)
-    for key in ("pretrained", "finetuned", "vit_weights", "bert_weights", "load_finetuned"):
-        if key in config.model:
-            config.model[key] = None  # the file has all weights
+    # The file has all weights
+    config.model.update(
+        load_pretrained=False, load_finetuned=False, vit_weights=None, bert_weights=None
+    )
     model = registry.get_model_class(config.model.arch).from_config(config.model)
     try:
         model.load_state_dict(checkpoint.state)
@@ -64,7 +65,7 @@ def replay(file: str | Path) -> list[str]:
         lines += [f"first output that is not finite: {name}" for name in found[:1]]
         for key, value in batch.items():
             if isinstance(value, Tensor) and value.is_floating_point():
-                bad = (~value.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+                bad = [i for i, row in enumerate(value) if not row.isfinite().all()]
                 lines += [f"input '{key}' is not finite in sample {i} of the batch" for i in bad]
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     bad_grads = [name for name, grad in grads.items() if not bool(grad.isfinite().all())]

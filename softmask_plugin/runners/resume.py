@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from softmask_plugin.config.options import read_options
-from softmask_plugin.config.values import differences, flat
+from softmask_plugin.config.values import comparable, differences, flat
 from softmask_plugin.errors import UserError
 from softmask_plugin.files.checkpoint import Checkpoint, furthest_first, open_checkpoint
 from softmask_plugin.models.base import SoftMaskBase
@@ -135,11 +135,11 @@ def restore_optimizer(
 def log_changes(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
     """Name the run options that differ from the checkpoint's; the new ones are used."""
     before, now = (
-        {key: value for key, value in each["run"].items() if key not in PLACES}
+        comparable(flat({"run": {k: v for k, v in each["run"].items() if k not in PLACES}}))
         for each in (checkpoint.config or config, config)
     )
     for key, was, now_is in differences(before, now):
-        logging.warning("run.%s was %s in %s, it is %s now", key, was, checkpoint.path, now_is)
+        logging.warning("%s was %s in %s, it is %s now", key, was, checkpoint.path, now_is)
 
 
 def _require_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:

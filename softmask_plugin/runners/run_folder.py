@@ -18,7 +18,7 @@ AUTO = "auto"  # run.resume_ckpt_path: the newest run below run.output_dir that 
 _held: dict[Path, IO[bytes]] = {}
 
 
-def claim(output_dir: Path, job_id: str, resume: bool = False) -> Path:
+def claim(output_dir: Path, job_id: str, resume: bool) -> Path:
     """Claim a folder that no other living process has, the same one on every rank; UserError if
     none can be made.
 

@@ -260,8 +260,12 @@ class SoftmaskRunner(PortableRunner):
                     self.scaler.scale(loss / len(group) * verdict).backward()
                 taken.append(samples)
         self.step += 1
-        norm = self._clip()
+        self.scaler.unscale_(self.optimizer)
+        grads = [p.grad for p in self._model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads)
         if math.isfinite(norm.item()):  # the only place in a step that waits for the device
+            if (limit := setting(self.config.run_cfg, "clip_grad_norm")) is not None:
+                nn.utils.clip_grads_with_norm_(self._model.parameters(), limit, norm)
             self.scaler.step(self.optimizer)
             if isinstance(self._model, MomentumDistillation):
                 self._model.advance()
@@ -278,16 +282,6 @@ class SoftmaskRunner(PortableRunner):
         if isinstance(self.model, DistributedDataParallel) and not wanted:
             return self.model.no_sync()
         return nullcontext()
-
-    def _clip(self) -> Tensor:
-        """Unscale and clip the gradient; return its norm from before, a scalar, which is not finite
-        if any of its numbers is not."""
-        self.scaler.unscale_(self.optimizer)
-        limit = setting(self.config.run_cfg, "clip_grad_norm")
-        if limit is None:
-            parameters = self._model.parameters()
-            return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        return nn.utils.clip_grad_norm_(self._model.parameters(), float(limit))
 
     def _skip(self, batches: list[dict[str, Any]]) -> None:
         if isinstance(self._model, MomentumDistillation):
@@ -408,6 +402,8 @@ class SoftmaskRunner(PortableRunner):
         """Number the step by its place in the data; the number of processes may have changed."""
         progress, items = self.progress, self.train_loader.step_items
         in_epoch = progress.taken // (items * self.accum_grad_iters)
+        if not self.train_loader.left(progress.taken):  # the last step may have fewer batches
+            in_epoch = self.steps_per_epoch
         self.step = progress.epoch * self.steps_per_epoch + in_epoch
         if progress.step_items not in (0, items):
             logging.warning(

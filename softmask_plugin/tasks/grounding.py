@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.ops.boxes import box_iou
 
 from softmask_plugin.config.run_options import setting
-from softmask_plugin.errors import UserError, require_finite_scores
+from softmask_plugin.errors import require_finite_scores
 from softmask_plugin.explain.lavis_models import WITH_HEAD, matcher_of
 from softmask_plugin.explain.maps import phrase_maps, word_maps
 from softmask_plugin.pointing import Box, energy_inside, group_suffixes, hits
@@ -74,8 +74,6 @@ class GroundingTask(ItemTask):
 
     def __init__(self, alpha: float) -> None:
         super().__init__()
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha >= 0:
-            raise UserError(f"run.grounding_alpha is {alpha!r}: it must be a number >= 0")
         self.alpha = alpha
         self.items: list[dict[str, Any]] = []  # what each map has to find
 

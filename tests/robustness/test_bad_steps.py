@@ -18,6 +18,7 @@ from softmask_plugin.cli import main
 from softmask_plugin.errors import UserError
 from softmask_plugin.files.checkpoint import ASSETS
 from softmask_plugin.models.pretrain import SoftMaskPretrain
+from softmask_plugin.models.vqa import SoftMaskVqa
 
 
 def spoiled(*indices, value=math.nan):
@@ -64,6 +65,22 @@ class BadGradient(torch.autograd.Function):
     @staticmethod
     def backward(context, grad):
         return grad * math.inf
+
+
+class BadTemperature(ToyModel):
+    """The gradient of one parameter is not finite."""
+
+    def forward(self, samples):
+        output = super().forward(samples)
+        if self.training and len(self.seen) == 3:
+            output["loss"] = output["loss"] + 0 * BadGradient.apply(self.temp).sum()
+        return output
+
+
+@pytest.mark.parametrize("limit", [None, 1.0])
+def test_only_bad_parameters_are_named(tmp_path, caplog, limit):
+    build(tmp_path, model=BadTemperature(), max_epoch=1, clip_grad_norm=limit).train()
+    assert "the gradient of 1 parameters is not finite, first temp" in caplog.text
 
 
 class FlakyModel(ToyModel):
@@ -145,6 +162,13 @@ def test_bad_steps_are_counted_across_a_restart(tmp_path):
 def test_counts_are_checked(tmp_path, option, value):
     with pytest.raises(UserError, match=f"run.{option} is {value!r}: it must be a whole number"):
         build(tmp_path, **{option: value})
+
+
+def test_numbers_given_as_text_are_numbers(tmp_path):
+    texts = {"keep_checkpoints": "2", "save_every_steps": "3", "beta2": "0.98", "max_epoch": "1"}
+    runner = build(tmp_path, max_bad_steps="4", clip_grad_norm="0.5", **texts)
+    runner.train()
+    assert runner.bad_steps.limit == 4 and runner.optimizer.param_groups[0]["betas"][1] == 0.98
 
 
 # ---- pretraining
@@ -239,6 +263,26 @@ def test_replay_finds_where_it_began(tmp_path, capsys, monkeypatch):
     )  # its variance overflows
     (grads,) = [line for line in lines if line.startswith("gradients that are not finite")]
     assert not grads.startswith("gradients that are not finite: 0 ")
+
+
+def test_a_bad_step_of_questions_is_replayed(tmp_path, capsys, monkeypatch):
+    """Its batch has weights, one a question, and its YAML loads a checkpoint."""
+    original = SoftMaskVqa.from_config
+
+    def exploding(cls, config):
+        model = original(config)
+        with torch.no_grad():
+            model.visual_encoder.blocks[0].mlp.fc1.weight.fill_(1e30)
+        return model
+
+    options = ["datasets.scenes_vqa.num.train=8", "run.batch_size_train=4", "run.max_epoch=1"]
+    options += [f"run.output_dir={tmp_path}", "run.max_bad_steps=1", "model.load_finetuned=false"]
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="1 steps in a row"):
+        patch.setattr(SoftMaskVqa, "from_config", classmethod(exploding))
+        launch.run("scenes/train/vqa_tiny", options)
+    (file,) = tmp_path.glob("*/bad_step_1_rank0.pth")
+    assert main(["replay", str(file)]) == 0
+    assert "first output that is not finite: visual_encoder." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [b"", b"text", None])

@@ -37,15 +37,18 @@ def at_call(model, number, act):
     model.register_forward_pre_hook(lambda *_: act() if next(calls) == number else None)
 
 
-def test_a_signal_at_any_moment_loses_and_repeats_nothing(tmp_path):
-    """In every other forward pass of training and validation; a test ends by itself."""
-    whole = build(tmp_path / "whole", **OPTIONS)
+@pytest.mark.parametrize("lengths", [{}, {"accum_grad_iters": 3, "max_steps": 6}])
+def test_a_signal_at_any_moment_loses_and_repeats_nothing(tmp_path, lengths):
+    """In every other forward pass of training and validation; a test ends by itself. An epoch has
+    10 batches, so its last step may have fewer than others."""
+    options = OPTIONS | lengths
+    whole = build(tmp_path / "whole", **options)
     whole.train()
     expected, calls = trace(whole.output_dir), len(whole.model.seen)
     handlers = [signal.getsignal(each) for each in SIGNALS]
     tested = calls - 3
     for after in range(0, calls, 2):
-        first, number = build(tmp_path / str(after), **OPTIONS), SIGNALS[after // 2 % len(SIGNALS)]
+        first, number = build(tmp_path / str(after), **options), SIGNALS[after // 2 % len(SIGNALS)]
         at_call(first.model, after, lambda number=number: signal.raise_signal(number))
         if after >= tested:
             first.train()
@@ -57,7 +60,7 @@ def test_a_signal_at_any_moment_loses_and_repeats_nothing(tmp_path):
         seen = first.model.seen
         assert all(each["training"] == seen[after]["training"] for each in seen[after:])
         assert len(seen) - after <= 3  # the rest of a step or of a validation
-        again = build(tmp_path / str(after), **OPTIONS)
+        again = build(tmp_path / str(after), **options)
         assert again.output_dir == first.output_dir
         again.train()
         assert len(seen) + len(again.model.seen) == calls
