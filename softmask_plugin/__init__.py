@@ -1,8 +1,9 @@
 """SoftMask++ (arXiv 2304.00719) for Salesforce LAVIS.
 
-Importing this package registers its models, losses, processors, data sets, task and runner with
-LAVIS. Without LAVIS the torch-only parts (``losses``, ``soft_mask``, ``nn``) can still be imported;
-if LAVIS is installed but cannot work with the other packages, a warning says what to do.
+Importing this package registers its models, losses, processors, data sets, tasks, schedule and
+runner with LAVIS. Without LAVIS the torch-only parts (``losses``, ``soft_mask``, ``nn``) can still
+be imported; if LAVIS is installed but cannot work with the other packages, a warning says what to
+do.
 """
 
 import gc

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import lavis.models
 import pytest
 from lavis.common.registry import registry
+from lavis.tasks.base_task import BaseTask
 
 from softmask_plugin.errors import UserError
 
@@ -46,6 +49,16 @@ def test_an_unknown_model_or_type_gets_the_nearest_names(load):
     with pytest.raises(UserError, match="'tyni' of SoftMaskPretrain: did you mean 'tiny'"):
         load("softmask_pretrain", "tyni")
     assert type(load("softmask_pretrain", "tiny")).__name__ in ("SoftMaskPretrain", "tuple")
+
+
+def test_duplicate_results_are_left_out_as_lavis_does(tmp_path):
+    rows = [{"id": i % 7 if i % 2 else str(i % 5), "n": i} for i in range(40)]
+    file = BaseTask.save_result(rows, str(tmp_path), "results", remove_duplicate="id")
+    firsts = {row["id"]: row for row in reversed(rows)}
+    expected = sorted(firsts.values(), key=lambda row: row["n"])
+    assert json.loads(Path(file).read_text()) == expected and len(expected) == 12
+    file = BaseTask.save_result(rows, str(tmp_path), "results")
+    assert json.loads(Path(file).read_text()) == rows
 
 
 def test_the_registry_itself_is_lavis_own():
