@@ -14,13 +14,15 @@ from softmask_plugin import launch
 from softmask_plugin.ablate.plan import Plan
 from softmask_plugin.check import timed_steps
 from softmask_plugin.config.check import option
+from softmask_plugin.config.values import comparable
 
 
 def relative_cost(plan: Plan, variant: str, rounds: int = 15) -> list[float] | None:
     """Time a variant's pretraining step, data loading included, over the baseline's.
 
     The two take turns in one process, so that other load on the machine slows both alike. The first
-    step of each is not counted. What starts later in training, a mask or ITM, is on from the start.
+    step of each is not counted. What starts later in training, a mask, ITM or the momentum model's
+    targets, is on from the start.
 
     Returns:
         Quartiles of the ratio over the rounds; None if two models do not fit into memory.
@@ -38,8 +40,9 @@ def relative_cost(plan: Plan, variant: str, rounds: int = 15) -> list[float] | N
 def take_steps(plan: Plan, variant: str, folder: str) -> Iterator[float]:
     """Take a variant's pretraining steps; yield the duration of each, in seconds."""
     options, asked = plan.options(variant, plan.base), plan.asked[variant, plan.base.name]
-    late = ("model.itc_steps", "model.soft_mask.start_iter")  # the timed steps are the first
-    options += [f"{key}=0" for key in late if key in asked]
+    # The timed steps are the first
+    late = ("model.alpha_epochs", "model.itc_steps", "model.soft_mask.start_iter")
+    options += [f"{key}=0" for key in late if key in comparable(asked)]
     options += ["run.max_epoch=0", "run.valid_splits=[]", "run.test_splits=[]"]  # only set up
     options += [option("run.output_dir", folder)]
     runner: Any = launch.run(plan.base.config, options)[0]

@@ -42,7 +42,7 @@ BUDGET = re.compile(
 # Options that differ from run to run, or do not affect results
 FREE = re.compile(r"run\.(seed|output_dir|num_workers|tensorboard|wandb|panel_every)\b.*")
 
-# Metrics of known tasks, the higher the better. Other tasks' are only found missing after the run.
+# Metrics of known tasks. Other tasks' are only found missing after the run.
 METRICS = {
     "retrieval": "txt_r1 txt_r5 txt_r10 txt_r_mean img_r1 img_r5 img_r10 img_r_mean r_mean".split(),
     "softmask_grounding": ["acc", "pointing"],

@@ -200,9 +200,8 @@ def explain_image(
     if found.cut:
         logging.getLogger(__name__).warning("%s (%s)", found.cut, limit)
     tokenizer = model.matcher.caption_tokenizer.tokenizer
-    if model.bundled and not (
-        _is_scene(picture) and tokenizer.get_vocab().keys() >= set(found.words)
-    ):
+    known = tokenizer.get_vocab().keys() - {tokenizer.unk_token}
+    if model.bundled and not (_is_scene(picture) and known >= set(found.words)):
         logging.getLogger(__name__).warning(FOREIGN)
     named = [_named(found, model, phrase, places) for phrase, places in (boxes or {}).items()]
     if words is not None:

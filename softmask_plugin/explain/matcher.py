@@ -171,10 +171,12 @@ class AlignedMatcher(Matcher):
     def __init__(self, model: AlignedBase) -> None:
         super().__init__(model)
         self.caption_tokenizer, self.image_size = model.caption_tokenizer, model.options.image_size
-        self.layer, self.score = model.map_layer, model.map_score
-        mask = getattr(model.options, "soft_mask", None)
-        if mask is not None and mask.enabled:
-            self.mask = mask
+        option = model.options
+        if (mask := getattr(option, "soft_mask", None)) is None:  # it only matches
+            self.layer, self.score = option.map_layer, option.map_score
+        else:
+            self.layer, self.score = mask.layer, mask.score
+            self.mask = mask if mask.enabled else self.mask
 
     def see(self, images: Tensor) -> tuple[Any, int]:
         """The images, as ``Seen``."""
@@ -217,7 +219,7 @@ class AlignedMatcher(Matcher):
 
     def predict(self, pairs: Pairs, wanted: Tensor, keep: Tensor) -> Tensor:
         """As ``Matcher.predict``."""
-        if not hasattr(self.model.text_encoder, "cls"):
+        if self.model.headless or not hasattr(self.model.text_encoder, "cls"):
             return super().predict(pairs, wanted, keep)
         view = View(images=pairs.owners, keep=keep)
         packing = Packing.of(wanted)

@@ -109,7 +109,7 @@ def occlusion_maps(
     for row, owner in enumerate(owners):
         image, (words,) = images[owner, None], real[row].nonzero(as_tuple=True)
         hidden = pairs.captions.words[row] == words[:, None]
-        hidden = torch.cat([torch.zeros_like(hidden[:1]), hidden])  # first the whole caption
+        hidden = F.pad(hidden, (0, 0, 1, 0))  # first the whole caption
         copies = paint(image.expand(len(every), -1, -1, -1), every, _mean_colour(image))
         scores = []
         for some in torch.cat([image, copies]).split(max(1, PASSES // len(hidden))):

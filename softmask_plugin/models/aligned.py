@@ -32,6 +32,8 @@ class Features(NamedTuple):
 class AlignedBase(SoftMaskBase):
     """The encoders with projections to a common space, a temperature and a matching head."""
 
+    headless = False  # whether the weights lack the MLM head that the text encoder may have
+
     def __init__(self, options: ModelOptions) -> None:
         super().__init__(options)
         option = self.options
@@ -40,21 +42,12 @@ class AlignedBase(SoftMaskBase):
         self.itm_head = torch.nn.Linear(option.bert.width, 2)
         self.temp = torch.nn.Parameter(torch.tensor(option.temp))
 
-    @property
-    def map_layer(self) -> int:
-        """BERT layer whose cross-attention gives the maps of words."""
-        return self.options.map_layer
-
-    @property
-    def map_score(self) -> str:
-        """What the maps of words show, see ``soft_mask.score``."""
-        return self.options.map_score
-
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """Load an open checkpoint; without an MLM head in it, maps can only explain the match."""
         super().load_weights(checkpoint)
         predicts = any(".cls.predictions." in key for key in checkpoint.state)
-        if isinstance(self.options, MatchingOptions) and self.map_score == "word" and not predicts:
+        self.headless = isinstance(self.options, MatchingOptions) and not predicts
+        if self.headless and self.options.map_score == "word":
             logging.warning("%s has no MLM head: word maps explain the match", checkpoint.path)
             self.options.map_score = "match"
 

@@ -22,7 +22,6 @@ from softmask_plugin.models.base import bert_of, shipped_types
 from softmask_plugin.models.contrastive import ContrastiveBase, ContrastiveOutput, Similarity
 from softmask_plugin.models.retrieval import SoftMaskRetrieval
 from softmask_plugin.nn.bert import BertForMaskedLM, BertModel, BertShape
-from softmask_plugin.nn.sampling import Draws
 from softmask_plugin.nn.tokens import DecoderText, Packing, Tokens
 from softmask_plugin.registry import register
 
@@ -139,8 +138,7 @@ class SoftMaskBlipPretrain(BlipBase):
             samples: ``image`` (B, 3, H, W), ``text_input`` (list of B captions), and ``epoch``,
                 ``iters``, ``num_iters_per_epoch`` from LAVIS's tasks.
         """
-        step, alpha = self.progress(samples)
-        draws = Draws(torch.initial_seed(), step)
+        draws, alpha = self.progress(samples)
         images = self.visual_encoder.visible(samples["image"], draws)
         clean = self.caption_tokenizer.tokenize(samples["text_input"])
         text, changed = self.as_matched(clean, draws)
@@ -154,7 +152,7 @@ class SoftMaskBlipPretrain(BlipBase):
         memory = self.bert.remember(online.image)  # the decoder's as well
 
         mask, logits = None, None
-        if self.masks_at(step) and self.options.soft_mask.score == "word":
+        if self.masks_at(draws.step) and self.options.soft_mask.score == "word":
             predicted = written.predicting.cells_in(text.words.shape[1]) + 1
             logits, mask = self.draw_word_mask(
                 lambda view: self.text_decoder.decode(written, memory, view),

@@ -13,7 +13,6 @@ from softmask_plugin.errors import require_finite_scores
 from softmask_plugin.losses import distilled_cross_entropy
 from softmask_plugin.models.base import shipped_types
 from softmask_plugin.models.distillation import DistilledBase
-from softmask_plugin.nn.sampling import Draws
 from softmask_plugin.nn.vision import Visible
 from softmask_plugin.registry import register
 from softmask_plugin.tokenization import Captions
@@ -44,8 +43,7 @@ class SoftMaskClassification(DistilledBase):
                 ``label`` (B,) int64 or a list, and ``epoch``, ``iters``, ``num_iters_per_epoch``
                 from LAVIS's tasks.
         """
-        step, alpha = self.progress(samples)
-        draws = Draws(torch.initial_seed(), step)
+        draws, alpha = self.progress(samples)
         images = self.visual_encoder.visible(self.images(samples), draws)
         captions = self.tokenize(samples["text_input"])
         logits, teacher = self.logits(images, captions), None

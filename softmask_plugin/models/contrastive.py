@@ -73,8 +73,8 @@ class ContrastiveBase(SoftMaskedBase, MomentumDistillation):
 
     @property
     def first_match(self) -> int:
-        """The first step with ITM."""
-        return 0
+        """The first step with all losses, not ITC's alone."""
+        return getattr(self.options, "itc_steps", 0)  # not every model has this option
 
     @torch.no_grad()
     def encode_momentum(self, images: Tensor | Visible, ids: Tensor, packing: Packing) -> Features:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from softmask_plugin.models.base import SoftMaskBase, bert_of, require_pairs
 from softmask_plugin.nn.momentum import MomentumPairs, momentum_copy
+from softmask_plugin.nn.sampling import Draws
 from softmask_plugin.nn.tokens import Packing, Tokens
 from softmask_plugin.nn.vision import Visible
 from softmask_plugin.tokenization import Captions
@@ -46,11 +47,12 @@ class MomentumDistillation(SoftMaskBase):
         super().load_encoders()
         self.momentum.restart()
 
-    def progress(self, samples: dict[str, Any]) -> tuple[int, float]:
-        """Index of the step in the run, and the weight alpha of the soft targets."""
+    def progress(self, samples: dict[str, Any]) -> tuple[Draws, float]:
+        """The draws of the step, and the weight alpha of the soft targets."""
         step, alpha = self.step_of(samples), self.options.alpha
         ramp = self.options.alpha_epochs * samples.get("num_iters_per_epoch", 0)
-        return step, alpha * (min(1.0, step / ramp) if ramp > 0 else 1.0)
+        draws = Draws(torch.initial_seed(), step)
+        return draws, alpha * (min(1.0, step / ramp) if ramp > 0 else 1.0)
 
     def advance(self) -> None:
         """After an optimizer step: update what changes once per step (see ``paced``)."""

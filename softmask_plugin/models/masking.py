@@ -35,16 +35,6 @@ class SoftMask(NamedTuple):
 class SoftMaskedBase(AlignedBase):
     """Models that mask images in training by what a word of the caption sees in them."""
 
-    @property
-    def map_layer(self) -> int:
-        """BERT layer whose cross-attention gives the maps of words."""
-        return self.options.soft_mask.layer
-
-    @property
-    def map_score(self) -> str:
-        """What the maps of words explain."""
-        return self.options.soft_mask.score
-
     def masks_at(self, step: int) -> bool:
         """Whether the soft mask is on at a step."""
         return self.options.soft_mask.enabled and step >= self.options.soft_mask.start_iter

@@ -48,11 +48,6 @@ class Text(NamedTuple):
         parts = encoded.split([self.tokens] * (len(encoded.packing.mask) // len(self.words)))
         return parts[0], parts[-1]
 
-    @property
-    def is_changed(self) -> Tensor:
-        """True for the captions that could be changed, (B,)."""
-        return (self.changed != self.ids[: len(self.changed)]).any(dim=1)
-
 
 @register("model", "softmask_pretrain")
 class SoftMaskPretrain(ContrastiveBase):
@@ -72,11 +67,6 @@ class SoftMaskPretrain(ContrastiveBase):
         super().__init__(options)
         self.add_momentum("visual_encoder", "text_encoder", "vision_proj", "text_proj")
 
-    @property
-    def first_match(self) -> int:
-        """The first step with ITM and MLM."""
-        return self.options.itc_steps
-
     def forward(self, samples: dict[str, Any]) -> ContrastiveOutput:
         """Compute a step's losses; in training mode, also update momentum encoders and queues.
 
@@ -84,13 +74,12 @@ class SoftMaskPretrain(ContrastiveBase):
             samples: ``image`` (B, 3, H, W), ``text_input`` (list of B captions), and ``epoch``,
                 ``iters``, ``num_iters_per_epoch`` from LAVIS's tasks.
         """
-        step, alpha = self.progress(samples)
-        option, draws = self.options, Draws(torch.initial_seed(), step)
+        (draws, alpha), option = self.progress(samples), self.options
         images = self.visual_encoder.visible(samples["image"], draws)
         text = self.tokenize_masked(samples["text_input"], draws)
 
         # Encode: each image once, each caption once, those for MLM where it needs them
-        matches = step >= self.first_match
+        matches = draws.step >= self.first_match
         online = self.encode(images, *text.captions(masked=matches))
         momentum = self.encode_momentum(images, *text.captions(masked=matches and alpha > 0))
         caption, masked_caption = text.versions(online.text)
@@ -106,7 +95,7 @@ class SoftMaskPretrain(ContrastiveBase):
         # Mask: what a word of the caption means to the match or, hidden, to its own prediction, or
         # what is like it
         pairs, mask, logits = Pairs(), SoftMask(), None
-        if self.masks_at(step) and option.soft_mask.score == "word":
+        if self.masks_at(draws.step) and option.soft_mask.score == "word":
             group = "positive" if option.text.shared else "words"
             wanted = text.scored if option.text.shared else text.masked
 
@@ -117,7 +106,7 @@ class SoftMaskPretrain(ContrastiveBase):
             logits, mask = self.draw_word_mask(
                 predict, online.image, text.words, text.masked.index, text.targets, draws
             )
-        elif self.masks_at(step):
+        elif self.masks_at(draws.step):
             mask = self.draw_mask(pairs, online, text.words, text.scored, memory, draws)
 
         # Match
@@ -128,7 +117,8 @@ class SoftMaskPretrain(ContrastiveBase):
             if mlm_with_mask:
                 pairs.add("soft words", masked_caption, View(keep=mask.keep), text.masked)
         groups = pairs.fuse(self.bert, memory)
-        loss_itm, loss_soft = self.matching_losses(groups, similarity, text.is_changed)
+        is_changed = (text.changed != text.ids[: len(text.changed)]).any(dim=1)
+        loss_itm, loss_soft = self.matching_losses(groups, similarity, is_changed)
 
         # Predict words
         teacher = self.momentum_words(momentum, text, alpha)

@@ -9,7 +9,6 @@ import torch
 from softmask_plugin.config.options import RetrievalOptions
 from softmask_plugin.models.base import shipped_types
 from softmask_plugin.models.contrastive import ContrastiveBase, ContrastiveOutput
-from softmask_plugin.nn.sampling import Draws
 from softmask_plugin.registry import register
 
 NO_IMAGE = -100  # initial content of the queue of image ids, as in LAVIS
@@ -41,8 +40,7 @@ class SoftMaskRetrieval(ContrastiveBase):
                 int64, and ``epoch``, ``iters``, ``num_iters_per_epoch`` from LAVIS's tasks.
         """
         ids = torch.as_tensor(samples["image_id"], device=self.device)
-        step, alpha = self.progress(samples)
-        draws = Draws(torch.initial_seed(), step)
+        draws, alpha = self.progress(samples)
         images = self.visual_encoder.visible(samples["image"], draws)
         clean = self.caption_tokenizer.tokenize(samples["text_input"])
         text, changed = self.as_matched(clean, draws)

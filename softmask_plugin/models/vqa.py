@@ -17,7 +17,6 @@ from softmask_plugin.models.base import shipped_types
 from softmask_plugin.models.distillation import DistilledBase
 from softmask_plugin.nn.bert import BertForMaskedLM
 from softmask_plugin.nn.image_memory import ImageMemory, View
-from softmask_plugin.nn.sampling import Draws
 from softmask_plugin.nn.tokens import DecoderText
 from softmask_plugin.nn.vision import Visible
 from softmask_plugin.registry import register
@@ -63,8 +62,7 @@ class SoftMaskVqa(DistilledBase):
                 question, ``weight`` (answers,), and ``epoch``, ``iters``, ``num_iters_per_epoch``
                 from LAVIS's tasks.
         """
-        step, alpha = self.progress(samples)
-        draws = Draws(torch.initial_seed(), step)
+        draws, alpha = self.progress(samples)
         images = self.visual_encoder.visible(samples["image"], draws)
         captions = self.tokenize(samples["text_input"])
         tokenized, device = self.answer_tokenizer.tokenize(samples["answer"]), self.device

@@ -27,7 +27,7 @@ from softmask_plugin.nn.hybrid import HybridEmbed
 BERT_FILES = ("pytorch_model.bin", "model.safetensors")
 # Tensors of the encoders, without the MLM head and the position ids, which are no weights
 _ENCODER = re.compile(r"(visual_encoder|text_(en|de)coder)(_m)?\.(?!cls\.)(?!.*position_ids$)")
-_LAYER = ".layer."
+_LAYER = re.compile(r"\.layer\.|^visual_encoder(_m)?\.blocks\.")
 _NUMBER = re.compile(r"(.*\.layer\.)(\d+)(\..*)")
 _SMALL = 10_000  # weights that a tensor counts for beside its own: modules take memory too
 DEIT_URL = "https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth"
@@ -118,7 +118,8 @@ def _require_encoders(state: StateDict, own: StateDict, source: object) -> None:
     """Raise UserError where an encoder would keep random weights or lose trained ones."""
     ours, theirs = ({k for k in keys if _ENCODER.match(k)} for keys in (own, state))
     mine = {key.partition(".")[0] for key in ours}
-    for key in sorted(ours | {k for k in theirs if k.partition(".")[0] in mine and _LAYER in k}):
+    layers = {k for k in theirs if k.partition(".")[0] in mine and _LAYER.search(k)}
+    for key in sorted(ours | layers):
         given, wanted = (str(tuple(d[key].shape)) if key in d else "none" for d in (state, own))
         if given != wanted:
             raise UserError(

@@ -263,7 +263,8 @@ def test_ctrl_c_says_how_to_resume(write_plan, tmp_path, monkeypatch):
 def test_a_step_is_timed_with_the_mask_on(
     write_plan, tmp_path, monkeypatch, in_the_file, in_the_plan
 ):
-    variant = ["model.soft_mask.enabled=true", f"model.soft_mask.start_iter={in_the_plan}"]
+    late = f"model.soft_mask.start_iter={in_the_plan}"
+    variant = ["model.soft_mask.enabled=true", late, "model.alpha=0.4"]
     base = small_plan()["base"]
     if in_the_file:
         config = OmegaConf.load(find_config(base["config"]))
@@ -276,6 +277,8 @@ def test_a_step_is_timed_with_the_mask_on(
     assert next(cost.take_steps(plan, "late", str(tmp_path))) > 0
     ((runner, _),) = launched
     assert runner._model.options.soft_mask.start_iter == 0
+    first = {"epoch": 0, "iters": 0, "num_iters_per_epoch": 9}
+    assert runner._model.progress(first)[1] == 0.4
 
 
 def test_a_cost_counts_only_for_the_pair_it_was_measured_with(

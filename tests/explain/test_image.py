@@ -143,7 +143,7 @@ def test_the_bundled_model_says_that_a_photo_is_foreign_to_it(make_model, photo,
     softmask_plugin.explain_image(photo, CAPTION, make_model())
     assert not caplog.messages
     scene = render(make_scenes("test", 1)[0], 224)
-    for image, caption in ((photo, CAPTION), (scene, "a dog on a sofa")):
+    for image, caption in ((photo, CAPTION), (scene, "a dog on a sofa"), (scene, "звезда")):
         softmask_plugin.explain_image(image, caption, bundled)
         assert caplog.messages == [FOREIGN]
         caplog.clear()

@@ -87,6 +87,13 @@ def test_occlusion_is_what_a_word_adds_with_and_without_a_patch(model, images):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-6)
 
 
+def test_a_caption_without_words_has_no_occlusion_maps(model, images):
+    whole = word_maps(model, images, CAPTIONS, method="occlusion")
+    got = word_maps(model, images, [CAPTIONS[0], ""], method="occlusion")
+    torch.testing.assert_close(got.maps[0], whole.maps[0])
+    assert not got.real[1].any() and not got.maps[1].any()
+
+
 def test_maps_of_the_bundled_model_beat_a_random_order():
     trained = load_trained()
     scenes = [scene for scene in make_scenes("test", 16) if len(scene.things) == 2]

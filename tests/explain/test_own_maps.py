@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from toy_models import SMALL
 
+from softmask_plugin.errors import UserError
 from softmask_plugin.explain.maps import word_maps
 from softmask_plugin.explain.pairs import explain
 from softmask_plugin.models.features import SoftMaskFeatureExtractor
@@ -93,12 +94,16 @@ def test_inference_models_have_the_maps_of_pretraining(make_model, make_other, i
         torch.testing.assert_close(one.masked_scores, other.masked_scores)
 
 
-def test_without_an_mlm_head_the_maps_explain_the_match(make_model, make_other, tmp_path, caplog):
+def test_without_an_mlm_head_the_maps_explain_the_match(
+    make_model, make_other, images, tmp_path, caplog
+):
     state = make_model().state_dict()
     headless = {key: value for key, value in state.items() if ".cls." not in key}
     for name, content, score in (("whole", state, "word"), ("headless", headless, "match")):
         torch.save({"model": content}, tmp_path / f"{name}.pth")
         model = make_other(SoftMaskImageTextMatching, map_score="word")
         model.load_from_pretrained(tmp_path / f"{name}.pth")
-        assert model.map_score == score
+        assert model.options.map_score == score
     assert "headless.pth has no MLM head: word maps explain the match" in caplog.text
+    with pytest.raises(UserError, match="predicts no masked words"):
+        word_maps(model.eval(), images, CAPTIONS, method="word")

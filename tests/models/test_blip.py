@@ -353,7 +353,8 @@ def test_an_option_that_blip_does_not_have_is_named(make_blip, cls, changes, mes
 
 @pytest.mark.parametrize(("layers", "layer"), [(12, 7), (9, 7), (8, 6), (3, 1)])
 def test_the_map_layer_is_that_of_lavis_grad_cam_but_never_the_last(make_blip, layers, layer):
-    assert make_blip(SoftMaskBlipRetrieval, bert={"layers": layers}).map_layer == layer
+    model = make_blip(SoftMaskBlipRetrieval, bert={"layers": layers})
+    assert model.options.soft_mask.layer == layer
 
 
 # ---- weights

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from lavis.models.albef_models.albef_pretrain import AlbefPretrain
 from toy_models import assert_same_step
 
-from softmask_plugin.nn.sampling import Draws, mask_tokens
+from softmask_plugin.nn.sampling import mask_tokens
 
 
 @pytest.fixture
@@ -20,7 +19,7 @@ def same_draws(monkeypatch, same_negatives):
 
     def apply(model, batch):
         def mask(self, input_ids, vocab_size, device, targets, probability_matrix):
-            step, _ = model.progress(batch)
+            draws, _ = model.progress(batch)
             clean = model.caption_tokenizer.tokenize(batch["text_input"])
             width = clean.ids.shape[1]
             assert (input_ids[:, width:] == 0).all()  # LAVIS pads to 30 tokens, we to the longest
@@ -30,7 +29,7 @@ def same_draws(monkeypatch, same_negatives):
                 self.tokenizer.mask_token_id,
                 vocab_size,
                 float(probability_matrix[0, 0]),
-                Draws(torch.initial_seed(), step).stream("mlm"),
+                draws.stream("mlm"),
             )
             input_ids[:, :width] = ids
             targets[:, width:] = -100

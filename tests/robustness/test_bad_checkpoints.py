@@ -143,8 +143,9 @@ def test_a_position_outside_of_the_queue(make_model, tmp_path, pointer):
         ("text_encoder.bert.embeddings.position_embeddings.weight", lambda tensor: tensor[1:]),
         ("visual_encoder.blocks.1.mlp.fc1.weight", lambda tensor: None),
         ("text_encoder.bert.encoder.layer.5.output.dense.weight", lambda _: torch.ones(32, 64)),
+        ("visual_encoder.blocks.2.mlp.fc1.weight", lambda _: torch.ones(192, 48)),
     ],
-    ids=["words", "positions", "missing", "another layer"],
+    ids=["words", "positions", "missing", "another layer", "another block"],
 )
 def test_encoders_that_do_not_fit(make_model, tmp_path, key, change):
     state = make_model().state_dict()

@@ -67,7 +67,7 @@ def test_maps_equal_the_grad_cam_of_lavis_modules(model, images, albef_twin):
     """LAVIS's own attention, hooks and gradients, one pair; words of several tokens averaged."""
     caption, twin = "a circlestar ring", albef_twin(model).eval()
     tokens = model.caption_tokenizer.tokenize([caption])
-    look = twin.text_encoder.bert.encoder.layer[model.map_layer].crossattention.self
+    look = twin.text_encoder.bert.encoder.layer[model.options.soft_mask.layer].crossattention.self
     look.save_attention = True
     logits = matching_logits(twin, tokens, twin.visual_encoder(images[:1]))
     logits[0, 1].backward()

@@ -127,7 +127,7 @@ def test_each_image_of_a_batch_is_encoded_once_and_each_text_once(model, dataset
     monkeypatch.setattr(model.visual_encoder, "forward", lambda x: seen.append(len(x)) or see(x))
     monkeypatch.setattr(model.bert, "encode", lambda x, y: seen.append(len(x)) or read(x, y))
     evaluate(model, dataset, batch_size=4)
-    hidden = [15] if model.map_score == "word" else []  # each word once more, behind [MASK]
+    hidden = [15] if model.options.soft_mask.score == "word" else []  # once more, behind [MASK]
     assert sorted(seen) == [2, 4, *hidden]
 
 
