@@ -36,13 +36,9 @@ def _metrics(results: Sequence[Result]) -> dict[str, float]:
 def item_scores(results: Sequence[Result]) -> dict[str, np.ndarray]:
     """``acc``, ``acc_itc``, ``right`` and ``wrong`` of each of N results, (N,), in [0, 1]."""
     itm, itc = (np.array([row[key] for row in results], dtype=float) for key in ("itm", "itc"))
+    acc, acc_itc = (np.heaviside(each[:, 0] - each[:, 1], 0.5) for each in (itm, itc))
     right, wrong = expit(itm).T
-    return {"acc": _better(itm), "acc_itc": _better(itc), "right": right, "wrong": wrong}
-
-
-def _better(scores: np.ndarray) -> np.ndarray:
-    """1 where the first of two scores is higher, 0 where it is lower, 0.5 if they tie."""
-    return (1 + np.sign(scores[:, 0] - scores[:, 1])) / 2
+    return {"acc": acc, "acc_itc": acc_itc, "right": right, "wrong": wrong}
 
 
 def _pair_scores(results: Sequence[Result]) -> dict[str, np.ndarray]:

@@ -36,7 +36,14 @@ def pointing_game(samples: Iterable[tuple[ArrayLike, Box, str]]) -> dict[str, di
     """
     rows: dict[str, list[tuple[float, ...]]] = {}
     for heat, box, role in samples:
-        row = _score(np.asarray(heat, dtype=np.float64), box)
+        heat = np.asarray(heat, dtype=np.float64)
+        if heat.ndim != 2 or heat.size == 0 or not np.isfinite(heat).all() or heat.min() < 0:
+            raise ValueError(f"a heat map must be (h, w), finite and >= 0; got shape {heat.shape}")
+        if not is_box(box):
+            raise ValueError(f"a box must be (x0, y0, x1, y1) with 0 <= x0 < x1 <= 1; got {box}")
+        x0, y0, x1, y1 = box
+        (hit,), (chance,) = hits(heat[None], [box])
+        row = hit, chance, *energy_inside(heat[None], box), (x1 - x0) * (y1 - y0)
         for group in ("all", role):
             rows.setdefault(group, []).append(row)
     names = ("hit", "chance", "energy_inside", "area", "count")
@@ -70,17 +77,6 @@ def own_and_other(samples: Collection[tuple[ArrayLike, Box, Sequence[Box]]]) -> 
     names = ("own", "other", "gap", "chance", "chosen")
     means = (float(each.mean()) for each in (own, other, own - other, chance, chosen))
     return {**dict(zip(names, means, strict=True)), "count": len(heat)}
-
-
-def _score(heat: np.ndarray, box: Box) -> tuple[float, float, float, float]:
-    if heat.ndim != 2 or heat.size == 0 or not np.isfinite(heat).all() or heat.min() < 0:
-        raise ValueError(f"a heat map must be (h, w), finite and >= 0; got shape {heat.shape}")
-    if not is_box(box):
-        raise ValueError(f"a box must be (x0, y0, x1, y1) with 0 <= x0 < x1 <= 1; got {box}")
-    x0, y0, x1, y1 = box
-    (hit,), (chance,) = hits(heat[None], [box])
-    (energy,) = energy_inside(heat[None], [box])
-    return float(hit), float(chance), float(energy), (x1 - x0) * (y1 - y0)
 
 
 def is_box(box: Box) -> bool:

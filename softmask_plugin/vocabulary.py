@@ -52,7 +52,7 @@ def build_tokenizer(source: str | list[str] | None, vocab_size: int = 8192) -> B
     if source.startswith(PACKAGED):
         source = str(packaged_file(source, "vocab.txt"))
     path = SCENES_VOCABULARY if source == "scenes" else Path(source).expanduser()
-    table = _table_options(source) or (PLAIN if path.suffix in SUFFIXES else None)
+    table = _table_options(source) or (PLAIN if path.suffix.lower() in SUFFIXES else None)
     is_list = path.suffix == ".txt" and table is None
     if (is_list or table) and not path.is_file():
         raise UserError(f"no tokenizer '{source}' (model.tokenizer): there is no such file")
@@ -139,6 +139,5 @@ def _train(texts: list[str], vocab_size: int) -> BertTokenizerFast:
         special_tokens=[*SPECIAL_TOKENS, *(f"##{letter}" for letter in inner)],
         show_progress=False,
     )
-    with TemporaryDirectory() as folder:
-        (vocabulary,) = tokenizer.save_model(folder)
-        return BertTokenizerFast(vocab_file=vocabulary, do_lower_case=True)
+    vocabulary = tokenizer.get_vocab()
+    return build_tokenizer(sorted(vocabulary, key=vocabulary.__getitem__))

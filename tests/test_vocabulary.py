@@ -67,6 +67,20 @@ def test_an_unreachable_hub_gets_one_line(monkeypatch, error):
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_a_file_of_captions_may_end_in_capitals(tmp_path):
+    rows = [{"image": "a.jpg", "caption": "a red fox"}] * 2
+    for name in ("a.json", "B.JSON"):
+        (tmp_path / name).write_text(json.dumps(rows))
+    one, other = (build_tokenizer(str(tmp_path / name)) for name in ("a.json", "B.JSON"))
+    assert one.get_vocab() == other.get_vocab() and "fox" in one.get_vocab()
+
+
+def test_a_saved_tokenizer_in_the_users_home(tmp_path, monkeypatch):
+    build_tokenizer("scenes").save_pretrained(tmp_path / "bert")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert build_tokenizer("~/bert").get_vocab() == build_tokenizer("scenes").get_vocab()
+
+
 @pytest.mark.parametrize("name", ["", "no/such/vocab.txt", "folder"])
 def test_a_path_that_leads_nowhere_gets_one_line(tmp_path, monkeypatch, name):
     (tmp_path / "folder").mkdir()

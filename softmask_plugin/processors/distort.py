@@ -1,4 +1,4 @@
-"""Colour jitter, greyscale, sharpness, blur and flip of an RGB array (H, W, 3), uint8, by OpenCV.
+"""Colour jitter, greyscale, sharpness and blur of an RGB array (H, W, 3), uint8, by OpenCV.
 
 They equal torchvision's up to rounding. Pillow's, which torchvision calls, take seven times as long
 and round more coarsely. LAVIS depends on OpenCV.
@@ -74,11 +74,6 @@ def blur(pixels: Pixels, sigma: tuple[float, float]) -> Pixels:
     # OpenCV's own Gaussian blur, of the same size, takes a third longer
     kernel = cv2.getGaussianKernel(round(6 * deviation + 1) | 1, deviation, cv2.CV_32F)
     return cv2.sepFilter2D(pixels, -1, kernel, kernel)
-
-
-def flip(pixels: Pixels) -> Pixels:
-    """Swap left and right."""
-    return cv2.flip(pixels, 1)
 
 
 class ColorJitter(transforms.ColorJitter):

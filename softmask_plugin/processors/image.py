@@ -17,7 +17,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop, v2
 from softmask_plugin.datasets.images import to_rgb
 from softmask_plugin.errors import suggest
 from softmask_plugin.processors.base import Processor
-from softmask_plugin.processors.distort import ColorJitter, blur, flip, greyscale
+from softmask_plugin.processors.distort import ColorJitter, blur, greyscale
 from softmask_plugin.processors.randaugment import RandAugment
 from softmask_plugin.registry import register
 
@@ -191,7 +191,7 @@ class ImageTrainProcessor(ImageEvalProcessor):
         if blur_p:
             steps.append(v2.RandomApply([partial(blur, sigma=blur_sigma)], blur_p))
         if flip_p and not keep_left_right:
-            steps.append(v2.RandomApply([flip], flip_p))
+            steps.append(v2.RandomApply([partial(cv2.flip, flipCode=1)], flip_p))
         if randaugment_ops:
             ops = SHAPE_OPS if keep_colours else SHAPE_OPS + COLOUR_OPS
             fill = [round(255 * channel) for channel in self.mean]  # about zero when normalised

@@ -33,12 +33,9 @@ class RandAugment:
             op = self.ops[int(torch.randint(len(self.ops), ()))]
             if op in _PLAIN:
                 pixels = _PLAIN[op](pixels)
-                continue
-            strength = -self.strength if torch.rand(()) <= 0.5 else self.strength
-            if op in _ENHANCE:
-                pixels = _ENHANCE[op](pixels, 1 + 0.9 * strength)
             else:
-                pixels = _MOVE[op](pixels, strength, self.fill)
+                strength = -self.strength if torch.rand(()) <= 0.5 else self.strength
+                pixels = _SIGNED[op](pixels, strength, self.fill)
         return pixels
 
 
@@ -98,8 +95,9 @@ _PLAIN: dict[str, Callable[..., Pixels]] = {
     "AutoContrast": partial(_each_channel, _autocontrast),
     "Equalize": partial(_each_channel, _equalize),
 }
-_ENHANCE = {"Brightness": brightness, "Sharpness": sharpness}
-_MOVE: dict[str, Callable[..., Pixels]] = {
+_SIGNED: dict[str, Callable[..., Pixels]] = {
+    "Brightness": lambda pixels, strength, _: brightness(pixels, 1 + 0.9 * strength),
+    "Sharpness": lambda pixels, strength, _: sharpness(pixels, 1 + 0.9 * strength),
     "ShearX": partial(_shear, axis=0),
     "ShearY": partial(_shear, axis=1),
     "TranslateX": partial(_translate, axis=0),

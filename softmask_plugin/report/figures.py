@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,26 +53,26 @@ def loss_curves(*runs: Sequence[Mapping[str, Any]]) -> list[Figure]:
     Args:
         runs: For each run, the lines of its ``metrics.jsonl``; only those of split ``train`` count.
     """
-    series: Series = {}
+    series: Series = defaultdict(lambda: defaultdict(list))
     for run, records in enumerate(runs):
         for record in records:
             if record.get("split") == "train":
-                for key in record:
-                    if key in CURVES or key.startswith("loss"):
-                        _add(series, key, run, record["step"], record[key])
+                for key, value in record.items():
+                    if value is not None and (key in CURVES or key.startswith("loss")):
+                        series[key][run].append((record["step"], value))
     order = [*CURVES, *sorted(series.keys() - CURVES.keys())]
     return [_curve(CURVES.get(key, key), series[key]) for key in order if key in series]
 
 
 def validation_curves(*runs: Sequence[Mapping[str, Any]]) -> list[Figure]:
     """Draw each metric of splits other than ``train`` that were evaluated more than once."""
-    series: Series = {}
+    series: Series = defaultdict(lambda: defaultdict(list))
     for run, records in enumerate(runs):
         for record in records:
             if record.get("split") != "train" and record.get("step") is not None:
                 for key, value in numbers_of(record).items():
                     title = f"{record['split']}: {METRICS.get(key, key)}"
-                    _add(series, title, run, record["step"], value)
+                    series[title][run].append((record["step"], value))
     return [
         _curve(title, points)
         for title, points in series.items()
@@ -80,11 +81,6 @@ def validation_curves(*runs: Sequence[Mapping[str, Any]]) -> list[Figure]:
 
 
 Series = dict[str, dict[int, list[tuple[float, float]]]]  # points (step, value) by title and run
-
-
-def _add(series: Series, title: str, run: int, step: float, value: float | None) -> None:
-    if value is not None:
-        series.setdefault(title, {}).setdefault(run, []).append((step, value))
 
 
 def _curve(title: str, runs: Mapping[int, list[tuple[float, float]]]) -> Figure:

@@ -53,6 +53,8 @@ def build_datasets(config: Mapping[str, Any]) -> dict[str, ItemDataset]:
         if any(splits.get(split) for split in ("val", "test")):
             splits.pop("train", None)
         datasets |= builder(section).build()
+    if len(datasets) > 1:
+        datasets.pop("train", None)
     return datasets
 
 

@@ -38,7 +38,8 @@ def _table(split: str, numbers: Mapping[str, float], chance: Mapping[str, float]
     rows = [[split, *names], ["", *(f"{numbers[name]:.4g}" for name in names)]]
     if guesses:
         rows.append(["chance", *(f"{guess:.4g}" for guess in guesses.values())])
-    return ["  ".join(f"{cell:>8}" for cell in row).rstrip() for row in rows]
+    widths = [max(8, *map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.rjust, row, widths)).rstrip() for row in rows]
 
 
 def _next(runner: Any, folder: str) -> list[list[str]]:

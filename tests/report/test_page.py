@@ -197,6 +197,7 @@ class TestPage:
         page = Page(write_report(tmp_path / "report.html", **parts))
         assert "84.6 %" in page.words.replace("84.6%", "84.6 %")
         assert "chance 33.3%" in page.words
+        assert f"{acc:.4g} {chance:.3g} " in page.words  # a table has the task's own numbers
 
     def test_leaves_out_what_it_was_not_given(self, tmp_path, parts):
         parts |= {"metrics": {}, "records": [], "panels": []}

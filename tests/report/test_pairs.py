@@ -13,6 +13,7 @@ from report.test_run_report import write
 from torch.utils.data import DataLoader
 
 from softmask_plugin import cli
+from softmask_plugin.config.paths import shipped
 from softmask_plugin.datasets.scenes.grammar import captions, make_scenes
 from softmask_plugin.datasets.scenes.render import render
 from softmask_plugin.explain.trained import load_trained
@@ -51,6 +52,15 @@ def run(make_model, tmp_path_factory):
     ]
     write(folder, [train_record(1), *evaluations, train_record(9)])
     return folder
+
+
+def test_training_pairs_are_built_if_there_are_no_others(run):
+    read = {"data_type": "images", "images": str(run / "photos")}
+    train = {"captions_folder": read | {"captions": {"train": str(run / "val.json")}}}
+    assert [*build_datasets({"datasets": train})] == ["train"]
+    val = OmegaConf.to_container(OmegaConf.load(shipped("datasets/scenes/retrieval.yaml")))
+    val["datasets"]["scenes_retrieval"]["num"] = {"val": 2}
+    assert [*build_datasets({"datasets": train | val["datasets"]})] == ["val"]
 
 
 def report(*given):

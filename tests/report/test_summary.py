@@ -12,7 +12,7 @@ from toys import ScriptedTask, ToyData, build
 
 from softmask_plugin import cli
 from softmask_plugin.report.records import chance_of, retrieval_chance
-from softmask_plugin.report.summary import run_summary
+from softmask_plugin.report.summary import _table, run_summary
 
 
 class Constant:
@@ -64,6 +64,13 @@ def labelled(*labels):
     data.annotation = [{"label": label} for label in labels]
     data.class_labels = {label: i for i, label in enumerate(sorted({*labels}))}
     return data
+
+
+def test_numbers_stand_below_long_names():
+    names = ("acc_itc_attribute", "acc")
+    lines = _table("test", dict.fromkeys(names, 44.0), dict.fromkeys(names, 50.0))
+    assert [line[:27].split()[-1] for line in lines] == ["acc_itc_attribute", "44", "50"]
+    assert [len(line) for line in lines] == [37] * 3
 
 
 def test_a_run_with_validation_and_test(tmp_path):

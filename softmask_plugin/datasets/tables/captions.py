@@ -82,9 +82,11 @@ def _coco_rows(entries: list[Any], annotations: list[Any], options: TableOptions
             folder = PurePosixPath(entry.get("coco_url") or "").parent.name  # .../val2017/1.jpg
             names[str(entry["id"])] = options.below(entry["file_name"], folder)
     return [
-        (f"annotation {number}", {**row, "image": names.get(str(row.get("image_id")))})
+        (
+            f"annotation {number}",
+            row | {"image": names.get(str(row.get("image_id")))} if isinstance(row, dict) else row,
+        )
         for number, row in enumerate(annotations, 1)
-        if isinstance(row, dict)
     ]
 
 

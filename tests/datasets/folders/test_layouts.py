@@ -91,6 +91,7 @@ def test_captions_of_coco(images, caplog, folder):
             {"image_id": 139, "id": 2, "caption": "A room."},
             {"image_id": 285, "id": 3, "caption": "A big bear."},
             {"image_id": 7, "id": 4, "caption": "of no image"},
+            3,
         ],
     }
     Path("captions_val2017.json").write_text(json.dumps(content))
@@ -100,6 +101,7 @@ def test_captions_of_coco(images, caplog, folder):
         (f"{folder}000000000139.jpg", ["A room."], "139"),
     ]
     assert "annotation 4: expected an image name" in caplog.text
+    assert "annotation 5: expected 'image' and 'caption', got 3" in caplog.text
 
 
 SNLI_VE = {
