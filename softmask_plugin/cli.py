@@ -10,6 +10,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -153,14 +154,11 @@ def utf8(given: str) -> str:
 
 
 FILE = "a YAML file, or one that 'softmask configs' lists"
-OPTIONS = argument(
-    "--options",
-    nargs="+",
-    default=[],
-    metavar="KEY=VALUE",
-    help="override keys of the YAML, such as run.max_epoch=5",
+OPTIONS = partial(  # given twice, both count
+    argument, "--options", action="extend", nargs="+", default=[], metavar="KEY=VALUE"
 )
-YAML = (argument("--cfg-path", required=True, help=FILE), OPTIONS)
+OF_YAML = OPTIONS(help="override keys of the YAML, such as run.max_epoch=5")
+YAML = (argument("--cfg-path", required=True, help=FILE), OF_YAML)
 WEIGHTS = (
     argument(
         "--checkpoint",
@@ -169,7 +167,7 @@ WEIGHTS = (
     ),
     argument("--model", dest="arch", help="model of a checkpoint that names none, like ALBEF.pth"),
     argument("--type", dest="model_type", metavar="TYPE", help="type of that model, such as base"),
-    OPTIONS,
+    OPTIONS(help="override keys of the model, such as model.trust_checkpoint=true"),
 )
 
 # Commands import what they need when they run: the doctor must work where LAVIS does not, and help
@@ -216,7 +214,7 @@ def _check(**args: Any) -> None:
     "demo",
     "train a tiny model on rendered scenes and write a report (about 6 minutes on two cores)",
     argument("--output-dir", default="outputs/demo", help="default: %(default)s"),
-    OPTIONS,
+    OF_YAML,
 )
 def _demo(**args: Any) -> None:
     from softmask_plugin import demo
@@ -272,6 +270,7 @@ def _explain(
         require_width,
     )
     from softmask_plugin.explain.trained import load_trained
+    from softmask_plugin.files.whole import require_other
 
     if captions and images and not any((image, caption, word, box, width, json)):
         output = output or "explanations"
@@ -284,6 +283,7 @@ def _explain(
         )
     output = output or "explanation.png"
     require_format(output)
+    require_other(output, image)
     require_width(width)
     boxes = _boxes(box or [])
     found = explain_image(image, caption, load_trained(**weights).on_gpu(), word, boxes=boxes)
@@ -338,8 +338,9 @@ def _search(text: str, features: str, count: int, **weights: Any) -> None:
     from softmask_plugin.explain.gallery import search_features
     from softmask_plugin.explain.trained import load_trained
 
+    hits = search_features(load_trained(**weights).on_gpu(), Path(features), text, count)
     print("match  similarity")
-    for file, hit in search_features(load_trained(**weights).on_gpu(), Path(features), text, count):
+    for file, hit in hits:
         print(f" {hit.match:.2f}       {hit.similarity:+.2f}  {file}")
 
 
@@ -412,7 +413,7 @@ def _export(**args: Any) -> None:
     argument("--baseline", help="variant to compare with; default: the plan's baseline"),
     argument("--only", nargs="+", default=[], metavar="NAME", help="variants to run; default: all"),
     argument("--again", action="store_true", help="first discard the results of these variants"),
-    OPTIONS,
+    OF_YAML,
 )
 def _ablate(**args: Any) -> None:
     from softmask_plugin.ablate.command import main as ablate

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+MOST = 40  # names that a message lists
+
+
 class UserError(Exception):
     """A mistake that the user can fix. The command line prints its message without a traceback.
 
@@ -75,7 +78,10 @@ def suggest(name: str, choices: Iterable[str]) -> str:
     for cutoff in (0.9, 0.8, 0.7, 0.6, 0.5):
         if close := difflib.get_close_matches(str(name), names, cutoff=cutoff):
             return did_you_mean(close)
-    return "choose from " + ", ".join(f"'{n}'" for n in names) if names else "none is available"
+    if not names:
+        return "none is available"
+    rest = f" and {len(names) - MOST} more" if len(names) > MOST else ""
+    return "choose from " + ", ".join(f"'{name}'" for name in names[:MOST]) + rest
 
 
 def require_known(place: str, keys: Iterable[object], known: Iterable[object]) -> None:

@@ -106,6 +106,8 @@ def export(
     }
     OmegaConf.save(OmegaConf.create(sections), shared)
     vocabulary.write_text("\n".join([*words, ""]), "utf-8")
+    if layout is None:
+        weights.chmod(vocabulary.stat().st_mode)  # safetensors lets only the owner read
     card = CARD.format(
         data=ModelCardData(license=license, library_name="softmask_plugin", tags=["softmask"]),
         name=folder.resolve().name,

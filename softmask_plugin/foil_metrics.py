@@ -27,10 +27,15 @@ def foil_metrics(results: Sequence[Result]) -> dict[str, float]:
 
 
 def _metrics(results: Sequence[Result]) -> dict[str, float]:
+    members: dict[Any, list[Result]] = {}
+    for row in results:
+        members.setdefault(row.get("pair"), []).append(row)
+    members.pop(None, None)
+    whole = {name: rows for name, rows in members.items() if len(rows) == 2}  # both were readable
     # Results of one pair, or else of one image, are not independent
-    units = np.array([str(row.get("pair", row["image"])) for row in results])
-    pairs = _pair_scores(results)
-    return _means(item_scores(results), units) | _means(pairs, np.arange(len(pairs["text"])))
+    names = [row["pair"] if row.get("pair") in whole else row["image"] for row in results]
+    scores, pair_scores = item_scores(results), _pair_scores([*whole.values()])
+    return _means(scores, np.array(names, str)) | _means(pair_scores, np.arange(len(whole)))
 
 
 def item_scores(results: Sequence[Result]) -> dict[str, np.ndarray]:
@@ -41,13 +46,8 @@ def item_scores(results: Sequence[Result]) -> dict[str, np.ndarray]:
     return {"acc": acc, "acc_itc": acc_itc, "right": right, "wrong": wrong}
 
 
-def _pair_scores(results: Sequence[Result]) -> dict[str, np.ndarray]:
-    """Winoground's scores of each whole pair; an image of others may be missing."""
-    members: dict[Any, list[Result]] = {}
-    for row in results:
-        if row.get("pair") is not None:
-            members.setdefault(row["pair"], []).append(row)
-    pairs = [rows for rows in members.values() if len(rows) == 2]
+def _pair_scores(pairs: Sequence[Sequence[Result]]) -> dict[str, np.ndarray]:
+    """Winoground's scores of each pair."""
     itm = np.array([[row["itm"] for row in rows] for rows in pairs], dtype=float)
     caption, foil = itm.reshape(-1, 2, 2).transpose(2, 0, 1)  # (pairs, images) each
     text, image = (caption > foil).all(axis=1), (caption > foil[:, ::-1]).all(axis=1)

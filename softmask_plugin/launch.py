@@ -141,7 +141,7 @@ def load_config(
     path, content = Path(cfg_path).expanduser(), None
     if evaluate and (path.is_dir() or path.suffix in WEIGHTS):
         content = open_checkpoint(cfg_path).config
-        if content is None:
+        if not (content or {}).get("run", {}).get("task"):  # softmask export leaves it out
             raise UserError(
                 f"{path} does not say how it was trained: name a YAML file with --cfg-path, and "
                 f"add {option('model.pretrained', cfg_path)} to --options"

@@ -17,7 +17,7 @@ import softmask_plugin.__main__ as script_runner
 from softmask_plugin import cli, launch
 from softmask_plugin.config import check as config_check
 from softmask_plugin.config.paths import CONFIGS, find_file, shipped_configs, shipped_plans
-from softmask_plugin.errors import UserError
+from softmask_plugin.errors import UserError, suggest
 from softmask_plugin.host import doctor, stack
 
 
@@ -122,6 +122,17 @@ def test_a_misspelt_name_gets_the_nearest(config, capsys, arguments, message):
     assert cli.main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("softmask: error: ") and message in line
+
+
+def test_options_add_up(config, capsys):
+    more = ["--options", "run.max_epoc=1"]
+    assert cli.main(["train", "--cfg-path", "my.yaml", *more, "--options", "run.seed=3"]) == 2
+    assert "did you mean 'max_epoch'?" in capsys.readouterr().err
+
+
+def test_many_choices_are_not_all_listed():
+    assert suggest("other", [f"m{i}" for i in range(900)]).endswith("'m133' and 860 more")
+    assert suggest("other", ["m1", "m2"]) == "choose from 'm1', 'm2'"
 
 
 def test_a_text_may_begin_like_an_option(capsys):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,6 +78,17 @@ def test_the_script_calls_the_command(monkeypatch):
 
 
 # ---- Ctrl-C
+
+
+def test_ctrl_c_while_the_command_is_imported_is_one_line(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("SOFTMASK_COMMAND", "")
+    monkeypatch.setattr(sys, "meta_path", [SimpleNamespace(find_spec=interrupt)])
+    monkeypatch.delitem(sys.modules, "softmask_plugin.cli")
+    assert softmask_command.main() == 130
+    assert capsys.readouterr().err == "softmask: interrupted: the same command starts anew\n"
 
 
 def command_in_a_group(file, arguments):

@@ -83,8 +83,10 @@ def test_a_folder_gives_the_same_scores_to_the_bit(model, checkpoint, tmp_path):
     assert load_trained(folder).image_processor.mean == tuple(MEAN)
     momentum = loaded.visual_encoder_m.state_dict()  # starts anew from the online encoder
     assert same(momentum.values(), loaded.visual_encoder.state_dict().values())
-    names = sorted(path.name for path in folder.iterdir())
+    files = sorted(folder.iterdir())
+    names = [path.name for path in files]
     assert names == ["README.md", "config.yaml", "model.safetensors", "vocab.txt"]
+    assert len({path.stat().st_mode for path in files}) == 1  # whoever reads one reads all
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert not {key for key in [*file.keys()] if "_m." in key or "queue" in key}
     for text in (folder / "config.yaml", folder / "README.md"):
@@ -177,7 +179,10 @@ def test_what_cannot_be_exported_or_read_back_is_one_line(checkpoint, tmp_path):
     with pytest.raises(UserError, match="nan.pth: 'temp' holds NaN"):
         export(tmp_path / "nan.pth", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    shared = export(checkpoint, tmp_path / "shared")
+    with pytest.raises(UserError, match="shared does not say how it was trained: name a YAML"):
+        launch.load_config(shared, evaluate=True)
     with pytest.raises(UserError, match="is a SoftMaskPretrain, and SoftMaskRetrieval was asked"):
         SoftMaskRetrieval.from_pretrained(str(checkpoint))
-    with pytest.raises(UserError, match="unknown type 'tyni' of SoftMaskPretrain"):
+    with pytest.raises(UserError, match="'tyni' of SoftMaskPretrain, and no such file or folder"):
         SoftMaskPretrain.from_pretrained("tyni")

@@ -25,7 +25,7 @@ from scipy.sparse import csr_matrix, diags
 
 from softmask_plugin.datasets.tables.captions import parse_captions
 from softmask_plugin.errors import UserError
-from softmask_plugin.files.whole import write_json
+from softmask_plugin.files.whole import require_other, write_json
 from softmask_plugin.tokenization import is_content
 from softmask_plugin.word_changes import Words, draw_changes
 
@@ -52,6 +52,7 @@ def write_foils(captions: str | Path, output: str | Path, seed: int = 42) -> tup
     Raises:
         UserError: The caption file is unusable, or nothing in it can be changed.
     """
+    require_other(Path(output).expanduser(), captions)
     items = parse_captions(captions)
     foils = make_foils(items, seed)
     if not foils:

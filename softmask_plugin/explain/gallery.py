@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -19,6 +19,7 @@ from torch import Tensor
 from softmask_plugin.datasets.images import IMAGE_SUFFIXES, UnreadableImageError, open_rgb
 from softmask_plugin.datasets.scenes.grammar import COLOURS, Scene, captions
 from softmask_plugin.errors import UserError, require_finite_scores
+from softmask_plugin.explain.image import FOREIGN, is_scene
 from softmask_plugin.explain.trained import Trained
 from softmask_plugin.files.whole import write_whole
 from softmask_plugin.models.aligned import AlignedBase
@@ -96,6 +97,8 @@ def save_features(trained: Trained, images: Path, output: Path) -> tuple[int, in
     """
     model = _searching(trained)
     files, left_out = readable_images(images)
+    if trained.bundled and not is_scene(open_rgb(files[0])):
+        logging.getLogger(__name__).warning(FOREIGN)
     output.parent.mkdir(parents=True, exist_ok=True)
     opened = map(open_rgb, progress_bar(files, desc="images", unit="image"))
     with torch.no_grad():
@@ -137,8 +140,14 @@ def search_features(
     except FileNotFoundError as error:
         raise UserError(f"no file {file}: make it with softmask features") from error
     except Exception as error:  # a damaged file can fail in any way
-        raise UserError(f"{file} is of another model, or not made by softmask features") from error
-    gallery = Gallery(trained, (open_rgb(paths[i]) for i in nearest))
+        hint = "; name the one it was made with by --checkpoint" if trained.bundled else ""
+        raise UserError(
+            f"{file} is of another model, or not made by softmask features{hint}"
+        ) from error
+    try:
+        gallery = Gallery(trained, (open_rgb(paths[i]) for i in nearest))
+    except UnreadableImageError as error:
+        raise UserError(f"{error}: it has changed since {file}, so make that again") from error
     if not torch.allclose(gallery.images.features.cpu(), features[nearest], atol=1e-3):
         raise UserError(f"{file} is of another model or of other images: make it again")
     return [(paths[nearest[hit.index]], hit) for hit in gallery.search(text, count)]
@@ -167,8 +176,11 @@ def readable_images(folder: Path, limit: int | None = None) -> tuple[list[Path],
     for file in files:
         if len(good) == limit:
             break
-        with suppress(UnreadableImageError):
+        try:
             open_rgb(file, min_side=1)
+        except UnreadableImageError as error:
+            logging.getLogger(__name__).warning("left out: %s", error)
+        else:
             good.append(file)
     if not good:
         raise UserError(f"no readable image in {folder} ({', '.join(suffixes)})")

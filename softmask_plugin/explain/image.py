@@ -201,7 +201,7 @@ def explain_image(
         logging.getLogger(__name__).warning("%s (%s)", found.cut, limit)
     tokenizer = model.matcher.caption_tokenizer.tokenizer
     known = tokenizer.get_vocab().keys() - {tokenizer.unk_token}
-    if model.bundled and not (_is_scene(picture) and known >= set(found.words)):
+    if model.bundled and not (is_scene(picture) and known >= set(found.words)):
         logging.getLogger(__name__).warning(FOREIGN)
     named = [_named(found, model, phrase, places) for phrase, places in (boxes or {}).items()]
     if words is not None:
@@ -231,6 +231,8 @@ def explain_file(
         UserError: The caption file is malformed, or no image can be read.
     """
     output, explained = Path(output), 0
+    if not Path(images).is_dir():
+        raise UserError(f"no folder {images}: give the folder of the images")
     rows = parse_captions(captions, options=TableOptions(root=Path(images)))
     pairs = [(row["image"], caption) for row in rows for caption in row["caption"]]
     output.mkdir(parents=True, exist_ok=True)
@@ -264,7 +266,7 @@ def require_width(width: float | None) -> None:
         raise UserError(f"the figure's width is {width:g}: it must be 2 to 40 inches")
 
 
-def _is_scene(picture: Image.Image) -> bool:
+def is_scene(picture: Image.Image) -> bool:
     """Whether most of the picture is the light grey ground of rendered scenes."""
     pixels = np.asarray(picture.resize((64, 64))).astype(int)
     low, high = pixels.min(axis=2), pixels.max(axis=2)

@@ -88,7 +88,7 @@ def open_checkpoint(
     """
     path = _locate(str(source))
     if not path.is_file():
-        raise UserError(f"no checkpoint at {source}: give a file or a URL")
+        raise UserError(f"no checkpoint at {source}: {_instead(Path(source).expanduser())}")
     content = _load(path, trusted, device)
     if not trusted:
         _require_bounded(content, path)
@@ -148,6 +148,16 @@ def _locate(source: str) -> Path:
         found = [path / BEST, *furthest_first(path), path / EXPORTED[0]]
         path = next((file for file in found if file.is_file()), found[0])
     return path
+
+
+def _instead(path: Path) -> str:
+    """What to give in the place of a path that has no checkpoint."""
+    if not path.is_dir():
+        return "give a file, a run's folder or a URL"
+    runs = sorted(path.glob("*/checkpoint_*.pth"), key=lambda file: file.stat().st_mtime)
+    if runs:
+        return f"name one of the runs in it, such as the newest, {runs[-1].parent}"
+    return "this folder is of no run that has saved one yet, nor of softmask export"
 
 
 def _from_hub(name: str) -> Path:

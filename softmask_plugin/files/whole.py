@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from softmask_plugin.errors import UserError
+
 LEFTOVERS = ".*.tmp"  # files that a killed process may leave in the folder
 
 
@@ -33,6 +35,12 @@ def write_whole(path: Path, make: Callable[[Path], object]) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def require_other(output: str | Path, given: str | Path) -> None:
+    """Raise UserError if a file to write is the one to read."""
+    if Path(output).resolve() == Path(given).resolve():
+        raise UserError(f"{output} would be overwritten: name another file with -o")
 
 
 def write_json(path: Path, content: Any) -> None:

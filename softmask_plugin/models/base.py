@@ -114,8 +114,13 @@ class SoftMaskBase(BaseModel):
                 name OWNER/NAME of an export on the Hugging Face hub.
         """
         source, exists = str(model_type), Path(model_type).exists()
-        if source in cls.PRETRAINED_MODEL_CONFIG_DICT or not (exists or "/" in source):
+        if source in (types := cls.PRETRAINED_MODEL_CONFIG_DICT):
             return super().from_pretrained(source)
+        if not (exists or "/" in source):
+            raise UserError(
+                f"unknown type '{source}' of {cls.__name__}, and no such file or folder: "
+                f"{suggest(source, types)}"
+            )
         on_hub = not exists and _HUB_NAME.fullmatch(source)
         checkpoint = open_checkpoint(HUB + source if on_hub else source)
         section = {**(checkpoint.config or {"model": {}})["model"], "trust_checkpoint": False}

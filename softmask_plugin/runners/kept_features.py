@@ -70,7 +70,7 @@ def keep_features(
                 features.append(encoder.shared(batch.to(device)).cpu())
                 found += which
         kept, rows = torch.cat(features), {image: row for row, image in enumerate(found)}
-        logging.info("features of %d images kept: %d MB", len(kept), kept.nbytes // 10**6)
+        logging.info("features of %d images kept: %d MB", len(rows), kept.nbytes // 10**6)
         dataset.open_images = partial(_open, kept, rows)
         dataset.vis_processor = nn.Identity()
 

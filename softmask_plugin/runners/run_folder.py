@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import shutil
 from pathlib import Path
 from typing import IO
 
@@ -31,10 +32,13 @@ def claim(output_dir: Path, job_id: str, resume: bool) -> Path:
 
 
 def release(folder: Path) -> None:
-    """Give up a claimed folder."""
+    """Give up a claimed folder; one in which nothing was written goes with it."""
     file = _held.pop(folder, None)
-    if file is not None:
-        file.close()
+    if file is None:
+        return
+    file.close()
+    if not any(each.is_file() and each.name != ".lock" for each in folder.rglob("*")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _claim(output_dir: Path, job_id: str, resume: bool) -> Path:

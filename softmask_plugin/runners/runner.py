@@ -148,8 +148,8 @@ class SoftmaskRunner(PortableRunner):
         self.require_splits()
         if "test" in self.datasets and "test" not in self.test_splits:
             logging.info("the 'test' split is not tested: add run.test_splits=[test] to do so")
+        self._resume()  # first: a mistake in it must not cost the time of all features
         self._keep_features(*self.train_splits, *self.valid_splits, *self.test_splits)
-        self._resume()
         self._note_setup()
         with self.log.progress(self.step, self.total_steps):
             while not self._finished:

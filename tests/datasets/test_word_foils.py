@@ -137,3 +137,5 @@ def test_a_file_without_kinds_of_words_is_an_error(tmp_path):
     with pytest.raises(word_foils.UserError, match="no caption of .*a.csv can be changed"):
         write_foils(tmp_path / "a.csv", tmp_path / "foils.json")
     assert not (tmp_path / "foils.json").exists()
+    with pytest.raises(word_foils.UserError, match="a.csv would be overwritten: name another"):
+        write_foils(tmp_path / "a.csv", tmp_path / "." / "a.csv")

@@ -9,13 +9,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from softmask_plugin import cli
 from softmask_plugin.datasets.scenes.grammar import captions, make_scenes
 from softmask_plugin.datasets.scenes.render import render
+from softmask_plugin.errors import UserError
 from softmask_plugin.explain import trained
-from softmask_plugin.explain.gallery import Gallery
-from softmask_plugin.explain.image import explain_image
+from softmask_plugin.explain.gallery import Gallery, save_features, search_features
+from softmask_plugin.explain.image import FOREIGN, explain_image
 from softmask_plugin.explain.trained import Trained, load_trained
 
 COUNT = 36  # more than the matching head scores
@@ -86,13 +88,24 @@ def test_a_search_ranks_as_the_evaluation_of_its_run(make_model, ranking):
         ("!", (), "give a text with a word"),
         ("star", ("--count", "0"), "--count 1 or more"),
         ("star", ("--features", "none.npz"), "no file none.npz: make it with softmask features"),
-        ("star", ("--features", __file__), "is of another model, or not made by softmask"),
+        ("star", ("--features", __file__), "features; name the one it was made with by --checkp"),
     ],
 )
 def test_a_mistake_gets_one_line(folder, capsys, text, more, message):
     assert search(folder, text, *more) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_a_photo_is_foreign_to_the_bundled_model(tmp_path, caplog):
+    Image.new("RGB", (60, 60), "green").save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no image")
+    save_features(load_trained(), tmp_path, tmp_path / "features.npz")
+    assert FOREIGN in caplog.messages
+    assert f"left out: {tmp_path / 'b.png'}: no image of a known format" in caplog.messages
+    with pytest.raises(UserError, match="no image of a known format: it has changed since"):
+        (tmp_path / "a.png").write_bytes(b"no image")
+        search_features(load_trained(), tmp_path / "features.npz", "a star", 1)
 
 
 def test_a_file_of_features_runs_no_code(tmp_path, capsys):

@@ -372,6 +372,7 @@ def test_the_same_pair_gives_the_same_file(photo, checkpoint, tmp_path):
     ("more", "message"),
     [
         (("-o", "a.gif"), "must end with .png, .pdf, .svg"),
+        (("--image", "a.png", "-o", "./a.png"), "a.png would be overwritten: name another file"),
         (("--word", "sta"), "did you mean 'star'"),
         (("--image", "none.jpg"), "error: none.jpg: No such file or directory"),
         (("--image", "."), "error: .: not a regular file"),
@@ -415,6 +416,7 @@ def test_a_file_of_captions_is_explained_pair_by_pair(photo, checkpoint, tmp_pat
     for more, message in (
         ([], "no image of .*captions.json can be read in .*: give their folder"),
         (["--word", "ring"], "give --image and --caption; or only --captions, --images"),
+        (["--images", "none"], "no folder none: give the folder of the images"),
     ):
         assert cli.main(["explain", *given, *more]) == 2
         assert re.search(message, capsys.readouterr().err)

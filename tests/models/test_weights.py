@@ -140,8 +140,16 @@ def test_files_of_another_kind_get_one_line(tmp_path, content):
 
 
 def test_a_missing_file_gets_one_line(make_model, tmp_path):
-    for path in (tmp_path / "no.pth", tmp_path):
-        with pytest.raises(UserError, match="no checkpoint at .*: give a file or a URL"):
+    run = tmp_path / "runs" / "newest"
+    run.mkdir(parents=True)
+    (run / "checkpoint_0.pth").touch()
+    hints = {
+        tmp_path / "no.pth": "give a file, a run's folder or a URL",
+        tmp_path: "of no run that has saved one yet",
+        run.parent: f"name one of the runs in it, such as the newest, {run}",
+    }
+    for path, hint in hints.items():
+        with pytest.raises(UserError, match=f"no checkpoint at {path}: .*{hint}"):
             make_model().load_checkpoint(str(path))
 
 

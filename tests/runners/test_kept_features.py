@@ -100,7 +100,11 @@ def test_features_are_kept_once_if_evaluation_follows_training(make_other, tmp_p
 
 @pytest.mark.parametrize(
     "options, message",
-    [({"model": {}}, "no backbone is frozen"), ({"panel_every": 1}, "panel_every")],
+    [
+        ({"model": {}}, "no backbone is frozen"),
+        ({"panel_every": 1}, "panel_every"),
+        ({"resume_ckpt_path": "none.pth"}, "no checkpoint at none.pth"),  # before it takes time
+    ],
 )
 def test_what_cannot_be_kept_gets_one_line(make_other, tmp_path, options, message):
     with pytest.raises(UserError, match=message) as caught:

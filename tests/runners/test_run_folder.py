@@ -71,6 +71,15 @@ def test_a_living_run_is_not_taken_over_a_killed_one_is(tmp_path, another):
     run_folder.release(tmp_path / "job")
 
 
+def test_a_folder_in_which_nothing_was_written_goes(tmp_path):
+    for name in ("nothing", "something"):
+        (run_folder.claim(tmp_path, name, resume=False) / "result").mkdir()
+    (tmp_path / "something" / "result" / "a.json").touch()
+    for name in ("nothing", "something"):
+        run_folder.release(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["something"]
+
+
 def test_the_newest_run_goes_on(tmp_path):
     for age, name in enumerate(("new", "newest", "old")):
         (tmp_path / name).mkdir()

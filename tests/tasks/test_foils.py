@@ -203,6 +203,8 @@ def test_winoground_scores():
     assert metrics["image_g"] == 40 and metrics["text_interval_g"] == metrics["text_interval"]
     half = foil_metrics([*pair("both", (3, 1), (3, 1)), *pair("half", (1, 3))])  # one image is gone
     assert half["text"] == 100 and half["acc"] == pytest.approx(200 / 3)
+    alone = [row((1, 0), image="a", pair="half"), row((0, 1), image="a"), row((2, 1), image="a")]
+    assert "acc_interval" not in foil_metrics(alone)  # of one image
 
 
 # ---- the task in LAVIS's loop

@@ -94,7 +94,10 @@ def _karpathy_rows(path: str | Path, split: str | None, entries: list[Any]) -> l
     splits = Counter(str(entry.get("split")) for entry in entries if isinstance(entry, dict))
     wanted = set(splits) if split is None else _KARPATHY_SPLITS[split]
     if not splits.keys() & wanted:
-        raise UserError(f"{path} has no image of split '{split}'; its splits: {dict(splits)}")
+        have = (
+            f"its splits: {dict(splits)}" if splits.keys() - {"None"} else "no entry names a split"
+        )
+        raise UserError(f"{path} has no image of split '{split}'; {have}")
     return [
         (f"image {number}", _karpathy_row(entry) if isinstance(entry, dict) else entry)
         for number, entry in enumerate(entries, 1)

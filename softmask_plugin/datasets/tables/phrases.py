@@ -156,8 +156,8 @@ def _boxes(value: Any) -> list[list[float]]:
         raise ValueError(f"expected a box of four numbers, got {short(value)}") from error
     inside = (boxes >= 0) & (boxes <= 1)
     if not len(boxes) or not (inside.all() and (boxes[:, :2] < boxes[:, 2:]).all()):
-        raise ValueError(
-            f"box {short(value)} is not [x0, y0, x1, y1] in [0, 1]: divide pixels by the image's "
-            "width and height"
-        )
+        remedy = "x1 and y1 are the right and the bottom side, not width and height"
+        if (boxes > 1).any():
+            remedy = "divide pixels by the image's width and height"
+        raise ValueError(f"box {short(value)} is not [x0, y0, x1, y1] in [0, 1]: {remedy}")
     return boxes.tolist()

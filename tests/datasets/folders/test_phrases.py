@@ -77,17 +77,19 @@ def test_other_names_of_columns(tmp_path, nested):
     ]
 
 
-PIXELS = "is not [x0, y0, x1, y1] in [0, 1]: divide pixels by the image's width and height"
+NO_BOX = "is not [x0, y0, x1, y1] in [0, 1]: "
+PIXELS = f"{NO_BOX}divide pixels by the image's width and height"
+SIDES = f"{NO_BOX}x1 and y1 are the right and the bottom side, not width and height"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"box": [10, 5, 20, 10]}, f"box [10, 5, 20, 10] {PIXELS}"),
-        ({"box": [0.5, 0, 0.5, 1]}, PIXELS),
-        ({"box": [0, 0.5, 1, 0.4]}, PIXELS),
-        ({"box": [-0.1, 0, 1, 1]}, PIXELS),
-        ({"box": [float("nan"), 0, 1, 1]}, PIXELS),
+        ({"box": [0.5, 0, 0.5, 1]}, SIDES),
+        ({"box": [0, 0.5, 1, 0.4]}, SIDES),
+        ({"box": [-0.1, 0, 1, 1]}, NO_BOX),
+        ({"box": [float("nan"), 0, 1, 1]}, NO_BOX),
         ({"box": [0, 0, 1]}, "expected a box of four numbers, got [0, 0, 1]"),
         ({"box": "left"}, "expected a box of four numbers, got ['left']"),
         ({"box": {"x": 1}}, "expected a box of four numbers"),
