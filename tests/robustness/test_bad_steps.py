@@ -236,22 +236,26 @@ def test_accumulated_batches_move_queue_and_momentum_once(pretraining, make_batc
             torch.testing.assert_close(queue[:, columns], feats.T)
 
 
-def test_replay_finds_where_it_began(tmp_path, capsys, monkeypatch):
-    """A run on scenes, where a block of the image encoder gives values of 1e30 and more."""
-    original = SoftMaskPretrain.from_config
+def explode(patch, cls):
+    """Let a block of the image encoder of new models give values of 1e30 and more."""
+    original = cls.from_config
 
-    def exploding(cls, config):
+    def exploding(_, config):
         model = original(config)
         with torch.no_grad():
             model.visual_encoder.blocks[0].mlp.fc1.weight.fill_(1e30)
         return model
 
+    patch.setattr(cls, "from_config", classmethod(exploding))
+
+
+def test_replay_finds_where_it_began(tmp_path, capsys, monkeypatch):
     options = ["datasets.scenes_pretrain.num.train=8", "run.batch_size_train=4"]
     options += [f"run.output_dir={tmp_path}", "run.max_bad_steps=2", "run.max_epoch=1"]
     words = shutil.copy(ASSETS / "scenes_vocab.txt", tmp_path / "words.txt")
     options.append(f"model.tokenizer={words}")
     with monkeypatch.context() as patch, pytest.raises(UserError, match="2 steps in a row"):
-        patch.setattr(SoftMaskPretrain, "from_config", classmethod(exploding))
+        explode(patch, SoftMaskPretrain)
         launch.run("scenes/train/pretrain_tiny", options)
     (file,) = tmp_path.glob("*/bad_step_2_rank0.pth")
     Path(words).unlink()  # the run's folder has them
@@ -267,18 +271,10 @@ def test_replay_finds_where_it_began(tmp_path, capsys, monkeypatch):
 
 def test_a_bad_step_of_questions_is_replayed(tmp_path, capsys, monkeypatch):
     """Its batch has weights, one a question, and its YAML loads a checkpoint."""
-    original = SoftMaskVqa.from_config
-
-    def exploding(cls, config):
-        model = original(config)
-        with torch.no_grad():
-            model.visual_encoder.blocks[0].mlp.fc1.weight.fill_(1e30)
-        return model
-
     options = ["datasets.scenes_vqa.num.train=8", "run.batch_size_train=4", "run.max_epoch=1"]
     options += [f"run.output_dir={tmp_path}", "run.max_bad_steps=1", "model.load_finetuned=false"]
     with monkeypatch.context() as patch, pytest.raises(UserError, match="1 steps in a row"):
-        patch.setattr(SoftMaskVqa, "from_config", classmethod(exploding))
+        explode(patch, SoftMaskVqa)
         launch.run("scenes/train/vqa_tiny", options)
     (file,) = tmp_path.glob("*/bad_step_1_rank0.pth")
     assert main(["replay", str(file)]) == 0
