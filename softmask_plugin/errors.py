@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
 
 
 MOST = 40  # names that a message lists
+
+# Warnings that any process of a job prints; of all others, the main process alone does
+OF_ANY_PROCESS = logging.getLogger("softmask_plugin.any_process")
 
 
 class UserError(Exception):

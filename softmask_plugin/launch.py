@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import logging
 import os
 import secrets
 from argparse import Namespace
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lavis.common.config import Config
-from lavis.common.dist_utils import setup_for_distributed
+from lavis.common.dist_utils import is_main_process, setup_for_distributed
 from lavis.common.logger import setup_logger
 from lavis.common.registry import registry
 from lavis.tasks import setup_task
@@ -28,7 +29,7 @@ from softmask_plugin.config.check import find_config, option, read_config
 from softmask_plugin.config.run_options import setting
 from softmask_plugin.config.values import check_datasets
 from softmask_plugin.datasets.task_datasets import number_images
-from softmask_plugin.errors import UserError, reason_of
+from softmask_plugin.errors import OF_ANY_PROCESS, UserError, reason_of
 from softmask_plugin.files.checkpoint import WEIGHTS, furthest_first, open_checkpoint
 from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.models.rerank import check_ranking
@@ -99,6 +100,13 @@ def prepared(cfg: Config) -> Iterator[Any]:
     make_repeatable(bool(setting(cfg.run_cfg, "deterministic")))
     random_seed(seed)
     setup_logger()
+    if not is_main_process():  # LAVIS lets each process print all warnings
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(
+                lambda record: (
+                    record.levelno > logging.WARNING or record.name == OF_ANY_PROCESS.name
+                )
+            )
 
     task = setup_task(cfg)
     paths = registry.mapping["paths"]
@@ -203,16 +211,17 @@ def join_group(run_cfg: DictConfig) -> None:
     url, rank, size = setting(run_cfg, "dist_url"), run_cfg.rank, run_cfg.world_size
     try:
         store, _, _ = next(rendezvous(url, rank, size, timeout=timeout))
-    except ValueError as error:
+        store.set_timeout(timeout)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        names = dist.PrefixStore(f"softmask attempt {attempt}", store)  # type: ignore[attr-defined]
+        dist.init_process_group(
+            run_cfg.dist_backend, store=names, rank=rank, world_size=size, timeout=timeout
+        )
+    except (ValueError, dist.DistError) as error:
         raise UserError(
-            f"run.dist_url {url} does not say where the processes meet: {reason_of(error)}"
+            f"process {rank} of {size} cannot meet the others (run.dist_url {url}): check their "
+            f"common address and port, and that all of them start: {reason_of(error)[:200]}"
         ) from error
-    store.set_timeout(timeout)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    names = dist.PrefixStore(f"softmask attempt {attempt}", store)  # type: ignore[attr-defined]
-    dist.init_process_group(
-        run_cfg.dist_backend, store=names, rank=rank, world_size=size, timeout=timeout
-    )
 
 
 def leave_distributed() -> None:

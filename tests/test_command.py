@@ -142,7 +142,7 @@ def two_processes():
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m"]
     with open("output", "w") as file:
         process = subprocess.Popen(
-            [*launcher, "softmask_plugin.train", *LONG_RUN[1:]],
+            [*launcher, "softmask_plugin.train", *LONG_RUN[1:], "run.warmup_steps=900"],
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -159,6 +159,7 @@ def test_two_processes_say_it_once():
     (line,) = (line for line in output().splitlines() if "interrupted" in line)
     start = "softmask: interrupted: torchrun ... -m softmask_plugin.train --cfg-path scenes/train/"
     assert line.startswith(start) and re.search(r"goes on from /.*/checkpoint_0_\d.pth$", line)
+    assert output().count("the warm-up (900 steps) is not shorter") == 1
     files = re.findall('File "(.*?)"', output())  # of torchrun's own traceback alone
     assert not [file for file in files if "/softmask_plugin/" in file or "/utils/data/" in file]
 

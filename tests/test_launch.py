@@ -6,6 +6,7 @@ import softmask_plugin  # noqa: F401  (first: it makes `import lavis` work)
 
 # isort: split
 import json
+import socket
 
 import pytest
 import torch
@@ -95,8 +96,15 @@ def test_a_process_of_a_job_that_lacks_its_place(config, monkeypatch):
     launch.init_distributed(cfg.run_cfg)  # world_size is 1: a job of one process
     assert cfg.run_cfg.distributed is False
     cfg.run_cfg.world_size = 2
-    with pytest.raises(UserError, match="run.dist_url env:// does not say .*MASTER_ADDR"):
+    with pytest.raises(UserError, match="1 of 2 cannot meet .*run.dist_url env:.*MASTER_ADDR"):
         launch.init_distributed(cfg.run_cfg)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    with socket.socket() as taken, monkeypatch.context() as patch:
+        taken.bind(("127.0.0.1", 0))
+        patch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        with pytest.raises(UserError, match="process 0 of 2 cannot meet .*EADDRINUSE"):
+            launch.init_distributed(cfg.run_cfg)
     cfg.run_cfg.device = "cuda"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="SLURM_LOCALID is 1, but this process sees 1 CUDA dev"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock
 from lavis.common.registry import registry
 
-from softmask_plugin.errors import one_line
+from softmask_plugin.errors import OF_ANY_PROCESS, one_line
 
 PATIENCE = 10  # seconds to wait for another process that holds the file
 
@@ -58,4 +57,4 @@ class SkipLog:
             place = f" (all named in {self.path})"
         if names:
             first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            logging.warning("Skipped %d %s: %s%s", len(names), what, first, place)
+            OF_ANY_PROCESS.warning("Skipped %d %s: %s%s", len(names), what, first, place)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from lavis.common.dist_utils import get_rank, is_main_process
 from torch import Tensor, nn
 
-from softmask_plugin.errors import UserError, reason_of
+from softmask_plugin.errors import OF_ANY_PROCESS, UserError, reason_of
 
 Batches = Sequence[dict[str, Any]]
 SHOWN = 8  # samples named in a message
@@ -53,7 +52,7 @@ class BadSteps:
         mine = is_main_process() or not all(map(math.isfinite, terms.values()))
         if self.in_a_row < self.limit:
             if mine:
-                logging.warning("skipped step %d: %s; samples %s", step, what, who)
+                OF_ANY_PROCESS.warning("skipped step %d: %s; samples %s", step, what, who)
             return
         file = folder / f"bad_step_{step}_rank{get_rank()}.pth"
         if mine:
@@ -62,7 +61,7 @@ class BadSteps:
             try:
                 torch.save({**content, "rank": get_rank()}, file)
             except (OSError, RuntimeError) as error:  # a full disk: torch raises the latter
-                logging.warning("cannot save %s: %s", file, reason_of(error)[:200])
+                OF_ANY_PROCESS.warning("cannot save %s: %s", file, reason_of(error)[:200])
                 mine = False
         raise UserError(
             f"stopped: {self.in_a_row} steps in a row had numbers that are not finite, last step "

@@ -41,7 +41,8 @@ def from_main_process(find: Callable[[], T]) -> T:
         except UserError as error:
             box[0] = error
     if get_world_size() > 1:
-        dist.broadcast_object_list(box)
+        with peers_needed():
+            dist.broadcast_object_list(box)
     (found,) = box
     if isinstance(found, UserError):
         raise found

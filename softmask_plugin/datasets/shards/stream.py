@@ -121,9 +121,10 @@ class ShardStream(wds.DataPipeline):
         if state is not None:
             for what, value in self._identity().items():
                 if state["stream"][what] != value:
+                    here = f" ({len(self.shards)} files are here now)" if what == "shards" else ""
                     raise UserError(
                         f"cannot resume: caption_shards.{what} is not what it was when the "
-                        "checkpoint was saved; set it back, or start a new run from the "
+                        f"checkpoint was saved{here}; set it back, or start a new run from the "
                         "checkpoint's weights (model.pretrained)"
                     )
             places = tuple(Place(*place) for place in state["places"])
