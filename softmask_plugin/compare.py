@@ -12,8 +12,9 @@ import numpy as np
 import scipy.stats
 
 from softmask_plugin.errors import UserError, reason_of
-from softmask_plugin.foil_metrics import Result, item_scores
+from softmask_plugin.foil_metrics import Result, item_scores, units_of
 from softmask_plugin.pointing import group_suffixes
+from softmask_plugin.report.records import read_metrics
 
 RESAMPLES = 2000
 
@@ -114,8 +115,7 @@ def compare(first: str | Path, second: str | Path, split: str = "test") -> list[
                 )
     pairs = [one[item] for item in one], [two[item] for item in one]
     before, after = map(kind.scores, pairs)
-    unit = [row.get("pair") or row.get("image") or item for item, row in one.items()]
-    units = np.array([str(each) for each in unit])
+    units = units_of(pairs[0])
     return [
         _difference(metric + suffix, before[metric][rows], after[metric][rows], units[rows])
         for suffix, rows in _parts(pairs[0])
@@ -150,11 +150,12 @@ def _parts(results: list[Result]) -> Iterator[tuple[str, Any]]:
 
 
 def _read(run: Path, split: str) -> tuple[Kind, Results]:
-    """The newest results of a split."""
+    """The results of a split: those of the best epoch, if each has a file, or else the newest."""
     if not run.is_dir():
         raise UserError(f"there is no folder {run}: give that of a run")
     files = [file for file in (run / "result").glob(f"{split}_*.json") if "_rank" not in file.stem]
-    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+    best = f"{split}_epoch{_best_epoch(run, split)}"
+    for file in sorted(files, key=lambda f: (f.stem == best, f.stat().st_mtime), reverse=True):
         try:
             rows = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -165,6 +166,14 @@ def _read(run: Path, split: str) -> tuple[Kind, Results]:
                 return kind, {str(row["instance_id"]): row for row in rows}
     names = ", ".join(kind.name for kind in KINDS)
     raise UserError(f"{run} has no results of each item of split '{split}', as {names} save them")
+
+
+def _best_epoch(run: Path, split: str) -> int | None:
+    """The epoch in which a split scored best, by the run's log; None if that does not say."""
+    if not (run / "metrics.jsonl").is_file():
+        return None
+    scored = [r for r in read_metrics(run) if r.get("split") == split and "agg_metrics" in r]
+    return max(scored, key=lambda record: record["agg_metrics"])["epoch"] if scored else None
 
 
 def _difference(metric: str, first: Any, second: Any, units: np.ndarray) -> Difference:

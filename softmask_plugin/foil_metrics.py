@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 from scipy.special import expit, stdtrit  # scipy.stats takes most of a second to import
 
 Result = Mapping[str, Any]
@@ -32,10 +34,21 @@ def _metrics(results: Sequence[Result]) -> dict[str, float]:
         members.setdefault(row.get("pair"), []).append(row)
     members.pop(None, None)
     whole = {name: rows for name, rows in members.items() if len(rows) == 2}  # both were readable
-    # Results of one pair, or else of one image, are not independent
-    names = [row["pair"] if row.get("pair") in whole else row["image"] for row in results]
     scores, pair_scores = item_scores(results), _pair_scores([*whole.values()])
-    return _means(scores, np.array(names, str)) | _means(pair_scores, np.arange(len(whole)))
+    return _means(scores, units_of(results)) | _means(pair_scores, np.arange(len(whole)))
+
+
+def units_of(results: Sequence[Result]) -> np.ndarray:
+    """Number of each result's unit, (N,): those that share an image or a pair, or are linked by
+    others that do, are not independent."""
+    names = (
+        [f"{n}, alone" if row.get(key) is None else str(row[key]) for n, row in enumerate(results)]
+        for key in ("image", "pair")
+    )
+    image, pair = (np.unique(each, return_inverse=True)[1] for each in names)
+    pair = pair + len(results)
+    links = coo_matrix((np.ones(len(image)), (image, pair)), shape=(2 * len(image),) * 2)
+    return connected_components(links, directed=False)[1][image]
 
 
 def item_scores(results: Sequence[Result]) -> dict[str, np.ndarray]:

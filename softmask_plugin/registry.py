@@ -28,8 +28,11 @@ def register(kind: str, name: str) -> Callable[[Class], Class]:
         name: The name that YAML files use.
 
     Raises:
-        UserError: Another class has the name.
+        UserError: Another class has the name, or the name is no text.
     """
+
+    if not isinstance(name, str):
+        raise UserError(f'a {kind} needs a name: write @register_{kind}("NAME")')
 
     def wrap(cls: Class) -> Class:
         names = registry.mapping[f"{kind}_name_mapping"]

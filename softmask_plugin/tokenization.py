@@ -78,10 +78,13 @@ class CaptionTokenizer:
     def tokenize(self, captions: Sequence[str]) -> Captions:
         """Tokenize on the CPU, truncating to ``max_length`` tokens, [CLS] and [SEP] included.
 
-        Without ``sep_token``, a caption is [CLS] and its own tokens. UserError if it is no text.
+        Without ``sep_token``, a caption is [CLS] and its own tokens. UserError if one is no text,
+        or if there is none.
         """
+        if not len(captions := as_list(captions)):
+            raise UserError("there is no caption: give at least one")
         batch = self.tokenizer(
-            [self._escape(caption) for caption in as_list(captions)],
+            [self._escape(caption) for caption in captions],
             padding="longest",
             truncation=True,
             max_length=self._length_with_sep,

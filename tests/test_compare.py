@@ -11,6 +11,7 @@ import scipy.stats
 from softmask_plugin import cli
 from softmask_plugin.compare import compare
 from softmask_plugin.errors import UserError
+from softmask_plugin.foil_metrics import units_of
 
 
 def save(run, rows, name="test_foils.json"):
@@ -62,6 +63,27 @@ def test_intervals_equal_scipys_bootstrap(tmp_path):
     ]
     wide = compare(*copies)[0]  # no more is known from four questions about each image
     assert [wide.low, wide.high] == pytest.approx([acc.low, acc.high])
+
+
+def test_items_that_share_an_image_or_a_pair_are_one_unit():
+    given = [("a", None), ("a", 1), ("b", 1), ("c", 2), ("d", None)]
+    rows = [{"image": image, "pair": pair} for image, pair in given]
+    units = units_of([*rows, {"index": 0}, {"index": 1}]).tolist()
+    assert units[0] == units[1] == units[2] and len(set(units)) == 5
+    one, other = units_of([{"image": "7", "pair": None}, {"image": "a", "pair": 7}])
+    assert one != other
+
+
+def test_the_best_epoch_is_compared(tmp_path):
+    runs = tmp_path / "a", tmp_path / "b"
+    for run in runs:
+        save(run, foils([(1, 0)] * 4), "val_epoch0.json")
+        save(run, foils([(0, 1)] * 4), "val_epoch1.json")
+    assert compare(*runs, split="val")[0].first == 0  # the newest: no log says which was the best
+    lines = [{"split": "val", "epoch": i, "agg_metrics": score} for i, score in enumerate((9, 5))]
+    (runs[0] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    acc = compare(*runs, split="val")[0]
+    assert (acc.metric, acc.first, acc.second) == ("acc", 100, 0)
 
 
 def test_results_of_other_tasks(tmp_path):

@@ -128,6 +128,8 @@ def test_losses_have_a_registry_of_their_own():
         assert define() is get_loss_class("test_only")  # again, as a notebook's reload does
         with pytest.raises(UserError, match="already registered"):
             register_loss("test_only")(FocalITCLoss)
+        with pytest.raises(UserError, match='write @register_loss."NAME"'):
+            register_loss(FocalITCLoss)
     finally:
         from softmask_plugin.registry import LOSSES
 

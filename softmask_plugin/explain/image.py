@@ -275,7 +275,10 @@ def is_scene(picture: Image.Image) -> bool:
 
 def _named(found: Explanation, model: Trained, phrase: str, boxes: Sequence[Box]) -> Named:
     """Find a phrase, cleaned and split as the caption was, and check its boxes."""
-    boxes = [(x0, y0, x1, y1) for x0, y0, x1, y1 in np.reshape(boxes, (-1, 4)).tolist()]
+    try:
+        boxes = [(x0, y0, x1, y1) for x0, y0, x1, y1 in np.reshape(boxes, (-1, 4)).tolist()]
+    except ValueError as error:
+        raise UserError(f"the box of '{phrase}' is {boxes}: give its four sides") from error
     if not boxes:
         raise UserError(f"no box is given for '{phrase}'")
     for box in boxes:

@@ -226,6 +226,7 @@ def matcher_of(model: Any) -> Matcher:
     """
     if isinstance(model, Matcher):
         return model
+    model = getattr(model, "_orig_mod", model)  # behind torch.compile
     if isinstance(model, SoftMaskBlipPretrain):
         return BlipPretrainMatcher(model)
     if isinstance(model, BlipBase):

@@ -47,6 +47,7 @@ class WordMaps:
     pairs: Pairs
 
 
+@torch.inference_mode(False)  # which forbids gradients
 def word_maps(
     model: Any,
     images: Tensor,
@@ -98,6 +99,7 @@ def word_maps(
     return map_words(matcher, pairs, phrases, method, layer, target, images)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()  # methods that need gradients turn them on
 def map_words(
     matcher: Matcher,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
+from softmask_plugin.errors import require_finite_scores
 from softmask_plugin.explain.lavis_models import matcher_of
 from softmask_plugin.explain.matcher import Matcher, Pairs, Target, match_probability
 from softmask_plugin.tokenization import as_list
@@ -63,11 +64,18 @@ def deletion_insertion(
         batch_size: Pairs matched at once.
 
     Raises:
-        ValueError: Images, captions and maps do not pair.
+        ValueError: Images, captions and maps do not pair, or a map is not square.
+        UserError: A map or a score is NaN or infinite.
     """
     captions, matcher = as_list(captions), matcher_of(model)
     if not len(images) == len(captions) == len(maps):
         raise ValueError(f"{len(images)} images, {len(captions)} captions, {len(maps)} maps")
+    if maps.ndim != 3 or maps.shape[1] != maps.shape[2]:
+        raise ValueError(
+            f"maps are {tuple(maps.shape)}: give one for each caption, (B, h, w) with h = w, of a "
+            "word or the mean over words"
+        )
+    require_finite_scores("a map", maps)
     images, heat = images.to(matcher.model.device), maps.flatten(1).to(matcher.model.device)
     patches = heat.shape[1]
     shown = torch.linspace(0, patches, (steps or patches) + 1, device=heat.device).round()

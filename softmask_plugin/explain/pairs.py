@@ -83,11 +83,13 @@ def explain(model: Any, images: Tensor, captions: Sequence[str]) -> list[Explana
         UserError: A map or a score is NaN or infinite.
         ValueError: There are not as many captions as images.
     """
-    matcher = matcher_of(model)
+    captions, matcher = as_list(captions), matcher_of(model)
+    if len(images) != len(captions):
+        raise ValueError(f"{len(images)} images do not pair with {len(captions)} captions")
     with evaluating(matcher.model):
         return [
             _explain_one(matcher, image[None], caption)
-            for image, caption in zip(images, as_list(captions), strict=True)
+            for image, caption in zip(images, captions, strict=True)
         ]
 
 

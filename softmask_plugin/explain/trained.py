@@ -69,13 +69,14 @@ class Trained:
         Raises:
             UserError: It is no model with a matching head.
         """
-        image_size = matcher_of(model).image_size
+        matcher = matcher_of(model)
+        model = matcher.model  # behind a matcher or torch.compile
         preprocess: Any = LAVIS_PROCESSORS
         if isinstance(model, AlignedBase):
             types, own = model.PRETRAINED_MODEL_CONFIG_DICT, model.options.model_type
             known: Any = OmegaConf.load(model.default_config_path(own)) if own in types else {}
             preprocess = known.get("preprocess") or {}
-        return cls(model, *_processors(preprocess, image_size))
+        return cls(model, *_processors(preprocess, matcher.image_size))
 
 
 def load_trained(
@@ -153,6 +154,9 @@ def _config_of(checkpoint: Checkpoint) -> DictConfig:
 
 def _config_of_type(arch: Any, model_type: str | None) -> DictConfig:
     model_class = _model_class(arch)
+    if model_type is None:
+        types = ", ".join(model_class.PRETRAINED_MODEL_CONFIG_DICT)
+        raise UserError(f"no type of {arch} is given: name one with --type (model_type): {types}")
     if model_type not in (types := model_class.PRETRAINED_MODEL_CONFIG_DICT):
         raise UserError(f"unknown type '{model_type}' of {arch}: {suggest(str(model_type), types)}")
     config: Any = OmegaConf.load(model_class.default_config_path(model_type))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from softmask_plugin.errors import UserError, suggest
+from softmask_plugin.errors import UserError, reason_of, suggest
 
 # Warnings by category, module and start of the message
 QUIET: tuple[tuple[type[Warning], str, str], ...] = (
@@ -43,6 +43,7 @@ def patch() -> None:
     _run_the_named_runner()
     _let_one_process_pass()
     _find_duplicates_fast()
+    _say_what_cannot_be_downloaded()
 
 
 def _define_torchvision_schemas() -> None:
@@ -170,6 +171,27 @@ def _let_one_process_pass() -> None:
 
     for module in (runner_base, runner_iter):
         vars(module)["dist"] = SimpleNamespace(barrier=barrier)  # all that they use of it
+
+
+def _say_what_cannot_be_downloaded() -> None:
+    """LAVIS's data sets (all releases) fail at an annotation file that cannot be had without its
+    name; SNLI-VE's are at paths inside Salesforce."""
+    from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
+
+    download = BaseDatasetBuilder._download_ann
+
+    def download_ann(self: Any) -> None:
+        try:
+            download(self)
+        except (OSError, ValueError) as error:
+            annotations = self.config.build_info.annotations
+            files = ", ".join(str(each.storage) for each in annotations.values())
+            raise UserError(
+                f"{type(self).__name__} cannot download its annotations ({reason_of(error)}): put "
+                f"{files} below env.cache_root of LAVIS's configs/default.yaml"
+            ) from error
+
+    BaseDatasetBuilder._download_ann = download_ann
 
 
 def _find_duplicates_fast() -> None:

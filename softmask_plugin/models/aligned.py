@@ -82,7 +82,7 @@ class AlignedBase(SoftMaskBase):
     def match(self, cls: Tensor) -> Tensor:
         """Matching logits (N, 2) of multi-modal [CLS] states (N, width): [no match, match]."""
         with torch.autocast(cls.device.type, enabled=False):  # bf16 would tie close scores
-            return self.itm_head(cls.float())
+            return self.itm_head(cls.to(self.itm_head.weight.dtype))
 
     def compute_sim_matrix(
         self, data_loader: Any, task_cfg: DictConfig

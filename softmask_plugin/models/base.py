@@ -113,7 +113,8 @@ class SoftMaskBase(BaseModel):
                 ``softmask export`` or of a run, a checkpoint that records its configuration, or the
                 name OWNER/NAME of an export on the Hugging Face hub.
         """
-        source, exists = str(model_type), Path(model_type).exists()
+        source = str(model_type)
+        exists = Path(source).exists()
         if source in (types := cls.PRETRAINED_MODEL_CONFIG_DICT):
             return super().from_pretrained(source)
         if not (exists or "/" in source):

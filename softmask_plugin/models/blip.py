@@ -18,7 +18,7 @@ from transformers import BertTokenizerFast
 from softmask_plugin.config.options import BlipPretrainOptions, BlipRetrievalOptions, ModelOptions
 from softmask_plugin.losses import distilled_cross_entropy
 from softmask_plugin.models.aligned import Features
-from softmask_plugin.models.base import bert_of, shipped_types
+from softmask_plugin.models.base import bert_of, require_pairs, shipped_types
 from softmask_plugin.models.contrastive import ContrastiveBase, ContrastiveOutput, Similarity
 from softmask_plugin.models.retrieval import SoftMaskRetrieval
 from softmask_plugin.nn.bert import BertForMaskedLM, BertModel, BertShape
@@ -141,6 +141,7 @@ class SoftMaskBlipPretrain(BlipBase):
         draws, alpha = self.progress(samples)
         images = self.visual_encoder.visible(samples["image"], draws)
         clean = self.caption_tokenizer.tokenize(samples["text_input"])
+        require_pairs(len(clean.ids), len(images))
         text, changed = self.as_matched(clean, draws)
         ids = starting_with(self.tokenizer.bos_token_id, clean.ids)
         written = DecoderText.of(ids, clean.mask, self.device)

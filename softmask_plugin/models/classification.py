@@ -34,7 +34,7 @@ class SoftMaskClassification(DistilledBase):
         )
         self.add_momentum("visual_encoder", "text_encoder", "cls_head")
 
-    def forward(self, samples: dict[str, Any]) -> AlbefOutputWithLogits:
+    def forward(self, samples: dict[str, Any], is_train: bool = True) -> Any:
         """Compute the loss of one step (a scalar) and logits (B, classes); in training mode, also
         update the momentum model.
 
@@ -42,7 +42,10 @@ class SoftMaskClassification(DistilledBase):
             samples: The images that ``images`` takes, ``text_input`` (list of B sentences),
                 ``label`` (B,) int64 or a list, and ``epoch``, ``iters``, ``num_iters_per_epoch``
                 from LAVIS's tasks.
+            is_train: False: return what ``predict`` does, as LAVIS's classes do.
         """
+        if not is_train:
+            return self.predict(samples)
         draws, alpha = self.progress(samples)
         images = self.visual_encoder.visible(self.images(samples), draws)
         captions = self.tokenize(samples["text_input"])

@@ -10,7 +10,7 @@ from lavis.models.albef_models.albef_outputs import AlbefOutput
 from torch import Tensor, nn
 
 from softmask_plugin.config.options import AlignedOptions, NlvrOptions
-from softmask_plugin.models.base import SoftMaskBase, shipped_types
+from softmask_plugin.models.base import SoftMaskBase, require_pairs, shipped_types
 from softmask_plugin.models.classification import SoftMaskClassification
 from softmask_plugin.nn.bert import BertModel, BertShape
 from softmask_plugin.nn.momentum import momentum_copy
@@ -72,6 +72,7 @@ class SoftMaskNlvrPretrain(TwoImageBase):
         captions); the wrong images of a caption come from the batch."""
         draws = Draws(torch.initial_seed(), self.step_of(samples))
         captions = self.tokenize(samples["text_input"])
+        require_pairs(len(captions.ids), len(samples["image"]))
         states = self.visual_encoder(self.visual_encoder.visible(samples["image"], draws))
         features = nn.functional.normalize(self.vision_proj(states[:, 0].detach()).float(), dim=-1)
         first, second, label = assign(features @ features.T / self.options.temp, draws)

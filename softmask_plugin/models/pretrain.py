@@ -10,7 +10,7 @@ from torch import Tensor
 from softmask_plugin.config.options import PretrainOptions
 from softmask_plugin.losses import distilled_cross_entropy
 from softmask_plugin.models.aligned import Features
-from softmask_plugin.models.base import shipped_types
+from softmask_plugin.models.base import require_pairs, shipped_types
 from softmask_plugin.models.contrastive import ContrastiveBase, ContrastiveOutput
 from softmask_plugin.models.masking import SoftMask
 from softmask_plugin.nn.image_memory import View
@@ -77,6 +77,7 @@ class SoftMaskPretrain(ContrastiveBase):
         (draws, alpha), option = self.progress(samples), self.options
         images = self.visual_encoder.visible(samples["image"], draws)
         text = self.tokenize_masked(samples["text_input"], draws)
+        require_pairs(len(text.words), len(images))
 
         # Encode: each image once, each caption once, those for MLM where it needs them
         matches = draws.step >= self.first_match

@@ -90,6 +90,9 @@ class Reranker:
             if self.k_test > count:
                 what = "run.k_test is %d, but there are %d %s: all are candidates"
                 logging.warning(what, self.k_test, count, gallery)
+        if self.k_test < min(10, max(similarity.shape)):
+            what = "run.k_test is %d: recalls at more depend on the order of the file"
+            logging.warning(what, self.k_test)
         for_image = candidates(similarity, self.k_test)
         for_text = candidates(similarity.T, self.k_test).T
         score = self.match(images.states, texts.tokens, for_image | for_text)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from softmask_plugin.config.options import RetrievalOptions
-from softmask_plugin.models.base import shipped_types
+from softmask_plugin.models.base import require_pairs, shipped_types
 from softmask_plugin.models.contrastive import ContrastiveBase, ContrastiveOutput
 from softmask_plugin.registry import register
 
@@ -43,6 +43,7 @@ class SoftMaskRetrieval(ContrastiveBase):
         draws, alpha = self.progress(samples)
         images = self.visual_encoder.visible(samples["image"], draws)
         clean = self.caption_tokenizer.tokenize(samples["text_input"])
+        require_pairs(len(clean.ids), len(images))
         text, changed = self.as_matched(clean, draws)
 
         online = self.encode(images, text.ids, text.packing)

@@ -86,7 +86,7 @@ class SoftMaskVqa(DistilledBase):
     def predict_answers(
         self,
         samples: dict[str, Any],
-        answer_list: Sequence[str],
+        answer_list: Sequence[str] | None = None,
         num_ans_candidates: int = 128,
         inference_method: str = "rank",
         **_: Any,
@@ -112,22 +112,24 @@ class SoftMaskVqa(DistilledBase):
                 f"run.inference_method is '{inference_method}': softmask_vqa ranks given answers, "
                 "so set it to rank"
             )
-        if not answer_list:
+        # A copy, since the caller may change its list
+        answers = [] if answer_list is None else list(as_list(answer_list))
+        if not answers:
             raise UserError(
                 "softmask_vqa ranks answers, but its data set gives no list of them: for "
-                "vqa_folder set answers, or questions.train to use its answers"
+                "vqa_folder set answers, or questions.train to use its answers; in Python give "
+                "answer_list"
             )
-        answers = list(answer_list)  # a copy, since the caller may change its list
         if self.known_answers is None or self.known_answers[0] != answers:
             self.known_answers = answers, self.answer_tokenizer.tokenize(answers)
         known = self.known_answers[1]
         memory = self.questions(samples["image"], self.tokenize(questions))
         likely = self.likely_starts(memory, known.ids[:, 1].to(self.device), len(questions))
-        chosen = likely.topk(min(int(num_ans_candidates), len(answer_list)), dim=1).indices
+        chosen = likely.topk(min(int(num_ans_candidates), len(answers)), dim=1).indices
         losses = self.answer_losses(memory, known, chosen)
         require_finite_scores("an answer's score", likely, losses)
         best = chosen.gather(1, losses.argmin(1, keepdim=True))
-        return [answer_list[i] for i in best.squeeze(1).tolist()]
+        return [answers[i] for i in best.squeeze(1).tolist()]
 
     def likely_starts(self, memory: ImageMemory, first: Tensor, questions: int) -> Tensor:
         """Probability, (questions, A), that an answer starts with each of these tokens (A,)."""

@@ -96,7 +96,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor | Visible) -> Tensor:
         """Encode images (B, 3, H, W), or what ``shared`` or ``visible`` made of them, into tokens
-        (B, 1 + patches, width); ValueError if H or W is not ``image_size``."""
+        (B, 1 + patches, width); ValueError if H or W is not ``image_size``, or if they are raw."""
         whole = images.images if isinstance(images, Visible) else images
         patches = self.patch_embed(self.shared(whole))
         x = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1) + self.pos_embed
@@ -110,14 +110,19 @@ class VisionTransformer(nn.Module):
     def shared(self, images: Tensor) -> Tensor:
         """What this encoder and its momentum copy compute alike from images (B, 3, H, W): a frozen
         backbone's features, (B, patches, channels); without one, the images themselves."""
-        if images.shape[1:-1] == (self.grid**2,):  # is features
-            return images
+        if isinstance(self.patch_embed, HybridEmbed) and images.shape[1:-1] == (self.grid**2,):
+            return images  # is features
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(
+                f"images are {tuple(images.shape)} of {images.dtype}: give processed ones, "
+                "(B, 3, H, W) of floats; image[None] makes a batch of one"
+            )
         if images.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
                 f"images are {images.shape[-2]}x{images.shape[-1]} but the model is for "
                 f"{self.image_size}x{self.image_size}: set image_size of model and processors alike"
             )
-        return self.patch_embed.shared(images)
+        return self.patch_embed.shared(images.to(self.cls_token.dtype))
 
     def visible(self, images: Tensor, draws: Draws) -> Tensor | Visible:
         """What this encoder and its momentum copy see of images in a step: in training with patch

@@ -43,7 +43,7 @@ METRICS = {
     "txt_r_mean": "Image finds text, mean",
     "r_mean": "Mean of all recalls",
     "acc": "Accuracy",
-    "agg_metrics": "Selects the best epoch",
+    "agg_metrics": "Overall, which selects the best epoch",
 }
 
 

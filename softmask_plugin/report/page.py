@@ -106,7 +106,7 @@ def write_report(
 def _metric_names(columns: Iterable[Mapping[str, float]]) -> dict[str, str]:
     """Titles of the table's rows by metric, in their order."""
     found = dict.fromkeys(key for each in columns for key in each if not key.endswith("_chance"))
-    if {"r_mean", "acc"} & found.keys():
+    if {"r_mean", "acc", "pointing"} & found.keys():
         found.pop("agg_metrics", None)  # repeats them
     return {key: METRICS.get(key, key) for key in (*METRICS, *found) if key in found}
 
@@ -124,6 +124,7 @@ def _svg(figure: Figure) -> Markup:
 
 def _percent(value: float) -> str:
     """One decimal, or one significant digit below 0.1: 81.2, 0.02."""
+    value = round(value, 9)  # 6.25 and 6.250000000000002 are shown alike
     return f"{value:.1f}" if value >= 0.1 or value == 0 else f"{value:.1g}"
 
 

@@ -18,6 +18,15 @@ def images():
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 
 
+@pytest.mark.parametrize("method", ["gradcam", "attention", "word", "similarity", "occlusion"])
+def test_maps_within_inference_mode(make_model, images, method):
+    model = make_model().eval()
+    expected = WordCam(model, method=method)(images, CAPTIONS)
+    with torch.inference_mode():
+        got = WordCam(model, method=method)(images + 0, CAPTIONS)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("method", ["gradcam", "attention", "word", "occlusion"])
 def test_batches_give_the_maps_of_word_maps(make_model, images, method):
     model = make_model().eval()

@@ -190,6 +190,8 @@ def test_arch_and_model_type_name_the_model_of_a_bare_checkpoint(photo, tmp_path
     torch.save({"model": load_trained(None, *named).model.state_dict()}, bare)
     with pytest.raises(UserError, match="does not say which model it belongs to"):
         softmask_plugin.explain_image(photo, CAPTION, bare)
+    with pytest.raises(UserError, match="no type of softmask_image_text_matching is given: .*tiny"):
+        softmask_plugin.explain_image(photo, CAPTION, bare, arch=named[0])
     found = softmask_plugin.explain_image(photo, CAPTION, bare, arch=named[0], model_type=named[1])
     assert found.score == softmask_plugin.explain_image(photo, CAPTION).score
 
@@ -348,8 +350,9 @@ def test_chosen_words_may_leave_out_a_phrase_with_boxes(photo, checkpoint):
     for one in ((0, 0, 0.5, 0.5), np.array([0, 0, 0.5, 0.5])):
         alone = softmask_plugin.explain_image(photo, CAPTION, checkpoint, boxes={"blue star": one})
         assert alone.named[0].boxes == [(0, 0, 0.5, 0.5)]
-    with pytest.raises(UserError, match="no box is given for 'red'"):
-        softmask_plugin.explain_image(photo, CAPTION, checkpoint, boxes={"red": []})
+    for boxes, message in (([], "no box is given for 'red'"), ((0, 0, 1), "give its four sides")):
+        with pytest.raises(UserError, match=message):
+            softmask_plugin.explain_image(photo, CAPTION, checkpoint, boxes={"red": boxes})
 
 
 def test_a_figure_has_the_given_width(photo, checkpoint, tmp_path, capsys):

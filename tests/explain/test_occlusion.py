@@ -10,6 +10,7 @@ from scipy.ndimage import gaussian_filter
 from softmask_plugin import load_trained
 from softmask_plugin.datasets.scenes.grammar import captions, make_scenes
 from softmask_plugin.datasets.scenes.render import render
+from softmask_plugin.errors import UserError
 from softmask_plugin.explain import Curves, deletion_insertion, word_maps
 from softmask_plugin.explain.matcher import match_logit
 from softmask_plugin.explain.occlusion import paint
@@ -62,6 +63,11 @@ def test_areas_are_means_of_the_curves():
 def test_images_captions_and_maps_must_pair(model, images):
     with pytest.raises(ValueError, match="2 images, 1 captions, 2 maps"):
         deletion_insertion(model, images, CAPTIONS[:1], torch.rand(2, 4, 4))
+    for shape in ((2, 9, 4, 4), (2, 2, 8)):  # of all words; of no square of patches
+        with pytest.raises(ValueError, match="give one for each caption"):
+            deletion_insertion(model, images, CAPTIONS, torch.rand(shape))
+    with pytest.raises(UserError, match="a map is NaN or infinite"):
+        deletion_insertion(model, images, CAPTIONS, torch.full((2, 4, 4), torch.nan))
 
 
 def test_occlusion_is_what_a_word_adds_with_and_without_a_patch(model, images):

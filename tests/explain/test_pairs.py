@@ -164,10 +164,16 @@ def test_the_model_is_left_as_it_was(model, images, training, grad):
         assert torch.equal(tensor, before[name]), name
 
 
+def test_a_compiled_model_is_explained(model, images):
+    (found,) = explain(torch.compile(model), images[:1], [CAPTION])
+    (expected,) = explain(model, images[:1], [CAPTION])
+    assert found.score == expected.score
+
+
 def test_the_mode_comes_back_after_an_error(model, images):
     model.train()
     with pytest.raises(ValueError, match="image_size"):
         explain(model, images[..., :16], [CAPTION, CAPTION])
     assert model.training
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="do not pair"):
         explain(model, images, [CAPTION])

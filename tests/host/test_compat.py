@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
+from urllib.error import URLError
 
 import lavis.models
 import pytest
@@ -46,9 +48,25 @@ def test_known_warnings_of_dependencies_are_muted(tmp_path):
 def test_an_unknown_model_or_type_gets_the_nearest_names(load):
     with pytest.raises(UserError, match="'softmask_pretrian': did you mean 'softmask_pretrain'"):
         load("softmask_pretrian", "tiny")
-    with pytest.raises(UserError, match="'tyni' of SoftMaskPretrain: did you mean 'tiny'"):
+    with pytest.raises(UserError, match="'tyni' of SoftMaskPretrain, .* did you mean 'tiny'"):
         load("softmask_pretrain", "tyni")
     assert type(load("softmask_pretrain", "tiny")).__name__ in ("SoftMaskPretrain", "tuple")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (URLError("no route"), "no route"),
+        (ValueError("unknown url type: '/export/a'"), "unknown url"),
+    ],
+)
+def test_annotations_that_cannot_be_downloaded_are_named(tmp_path, monkeypatch, error, reason):
+    monkeypatch.setitem(registry.mapping["paths"], "cache_root", str(tmp_path))
+    module = "lavis.datasets.builders.base_dataset_builder"
+    monkeypatch.setattr(f"{module}.download_url", Mock(side_effect=error))
+    builder = registry.get_builder_class("snli_ve")()
+    with pytest.raises(UserError, match=f"SNLI.*{reason}.*ve_train.json.* below env.cache_root"):
+        builder._download_ann()
 
 
 def test_duplicate_results_are_left_out_as_lavis_does(tmp_path):

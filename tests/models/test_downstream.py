@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from lavis.models import load_model_and_preprocess
@@ -10,11 +11,13 @@ from toy_models import whole_batch
 
 from softmask_plugin.errors import UserError
 from softmask_plugin.models import (
+    SoftMaskBlipPretrain,
     SoftMaskClassification,
     SoftMaskFeatureExtractor,
     SoftMaskImageTextMatching,
     SoftMaskNlvr,
     SoftMaskNlvrPretrain,
+    SoftMaskPretrain,
     SoftMaskRetrieval,
     SoftMaskVqa,
 )
@@ -137,6 +140,34 @@ def test_images_are_as_many_as_texts_take(make_other, make_batch, cls, message):
         make_other(cls).predict({**images, "text_input": ["a cat"], "label": torch.zeros(3)})
 
 
+@pytest.mark.parametrize(
+    "cls", [SoftMaskPretrain, SoftMaskRetrieval, SoftMaskBlipPretrain, SoftMaskNlvrPretrain]
+)
+def test_training_pairs_need_a_text_for_each_image(make_other, make_batch, cls):
+    batch = whole_batch(make_batch(3))
+    for texts in (["a cat"] * 2, ["a cat"] * 4):
+        with pytest.raises(UserError, match=rf"3 images for {len(texts)} text\(s\)"):
+            make_other(cls).train()({**batch, "text_input": texts})
+    with pytest.raises(UserError, match="there is no caption: give at least one"):
+        make_other(cls).train()({**batch, "text_input": []})
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x[0], lambda x: x.movedim(1, -1), lambda x: x.to(torch.uint8)]
+)
+def test_raw_images_are_refused(make_other, make_batch, change):
+    model, image = make_other(SoftMaskImageTextMatching), make_batch(2)["image"]
+    with pytest.raises(ValueError, match=r"give processed ones, \(B, 3, H, W\) of floats"):
+        model({"image": change(image), "text_input": ["a cat", "a dog"]})
+
+
+def test_lavis_way_to_predict(make_other, make_batch):
+    batch = {**make_batch(3), "label": torch.tensor([0, 1, 2])}
+    model = make_other(SoftMaskClassification).eval()
+    found, expected = model(dict(batch), is_train=False), model.predict(dict(batch))
+    assert torch.equal(found["predictions"], expected["predictions"])
+
+
 @pytest.mark.parametrize("call", ["forward", "extract_features"])
 def test_pairs_need_a_text_for_each_image(make_other, make_batch, call):
     cls = SoftMaskImageTextMatching if call == "forward" else SoftMaskFeatureExtractor
@@ -171,7 +202,9 @@ def test_vqa_says_what_is_missing(make_other, make_batch):
         model.predict_answers(
             {"image": image, "text_input": ["a", "b"]}, ["yes"], inference_method="generate"
         )
-    assert model.predict_answers({"image": image[:1], "text_input": "what"}, ["yes"]) == ["yes"]
+    one = {"image": image[:1], "text_input": "what"}
+    for answers in (["yes"], "yes", {"yes"}, np.array(["yes"])):
+        assert model.predict_answers(one, answers) == ["yes"]
 
 
 def test_a_vqa_model_learns_its_batch(make_other, make_batch):
@@ -240,6 +273,14 @@ def test_a_step_in_bf16_is_near_float32(make_other, make_batch, cls):
     rounded.backward()
     assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
     torch.testing.assert_close(rounded, exact, rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_of_another_precision_matches(make_other, make_batch, dtype):
+    model = make_other(SoftMaskImageTextMatching).eval()
+    batch = {"image": make_batch(2)["image"], "text_input": ["a cat", "a dog"]}
+    exact = model(batch)
+    torch.testing.assert_close(model.to(dtype)(batch).float(), exact, rtol=0.05, atol=0.05)
 
 
 def test_distillation_off_leaves_no_momentum_model(make_other, make_batch):

@@ -231,6 +231,7 @@ def test_less_memory_means_smaller_chunks_and_the_same_scores(make_model, galler
 def test_a_gallery_smaller_than_k_is_a_warning(make_model, gallery, caplog):
     ours(make_model().eval(), gallery, 7)
     assert "run.k_test is 7, but there are 5 images: all are candidates" in caplog.text
+    assert "run.k_test is 7: recalls at more depend on the order of the file" in caplog.text
 
 
 @pytest.mark.parametrize(

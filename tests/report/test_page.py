@@ -189,6 +189,12 @@ class TestPage:
         svgs = write_report(tmp_path / "report.html", **parts).read_text().split("<svg")[1:]
         assert all("currentColor" in svg and "#1f2328" not in svg for svg in svgs)
 
+    def test_a_low_accuracy_of_a_task_in_percent(self, tmp_path, parts):
+        metrics = {"acc": 0.8, "acc_itc": 60.0, "acc_chance": 50.0}
+        parts |= {"metrics": {"results": {"test": metrics}}}
+        page = Page(write_report(tmp_path / "report.html", **parts))
+        assert "0.8% Accuracy chance 50.0%" in page.words
+
     @pytest.mark.parametrize(("acc", "chance"), [(0.846, 1 / 3), (84.6, 100 / 3)])
     def test_accuracies_are_in_percent_whatever_the_task_counts_in(
         self, tmp_path, parts, acc, chance

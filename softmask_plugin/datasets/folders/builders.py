@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from softmask_plugin.datasets.tables.captions import parse_captions
 from softmask_plugin.datasets.tables.foils import parse_foils
 from softmask_plugin.datasets.tables.layouts import TableOptions
 from softmask_plugin.datasets.tables.questions import most_frequent, parse_answers, parse_questions
+from softmask_plugin.datasets.tables.rows import short
 from softmask_plugin.datasets.tables.statements import parse_statements
 from softmask_plugin.datasets.task_datasets import (
     Annotation,
@@ -69,6 +71,11 @@ class VQAFolderBuilder(FolderBuilder):
                 "answers, or null"
             )
         train = self.annotations.get("train")
+        if train is None and answers is not None:
+            raise UserError(
+                f"{self.place}.answers={answers} counts those of the train split: set "
+                f"{self.place}.questions.train, or name a file of answers"
+            )
         return None if train is None else most_frequent(train, answers)
 
 
@@ -125,4 +132,12 @@ class FoilsFolderBuilder(FolderBuilder):
     eval_dataset_cls = FoilDataset
 
     def _parse(self, file: Path, split: str, options: TableOptions) -> Annotation:
-        return parse_foils(file, options)
+        clean, items = self.text_processors["eval"], parse_foils(file, options)
+        same = [clean(item["caption"]) == clean(item["foil"]) for item in items]
+        if all(same):
+            raise UserError(
+                f"{file}: each foil is cleaned or cut to its caption, so none is usable"
+            )
+        names = [f"{file}: {short(item['foil'])}" for item in compress(items, same)]
+        options.skipped.add("foils that are cleaned or cut to their captions", names)
+        return [item for item, left_out in zip(items, same, strict=True) if not left_out]

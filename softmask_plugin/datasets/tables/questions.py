@@ -20,6 +20,7 @@ from softmask_plugin.datasets.tables.rows import (
     read_text,
     short,
     texts,
+    unfold,
 )
 from softmask_plugin.errors import UserError
 
@@ -80,14 +81,15 @@ def parse_questions(
 
 
 def parse_answers(path: str | Path, options: TableOptions = PLAIN) -> list[str]:
-    """Parse a list of candidate answers, each once: a JSON list of texts, or one text per line.
+    """Parse a list of candidate answers, each once: a JSON list of texts, a JSON object that has
+    them as keys (VQA's ``ans2label``), or one text per line.
 
     UserError if the file is missing, malformed, or holds no answer.
     """
     path = Path(path)
     text = read_text(path, "answer")
-    is_json = text.lstrip().startswith("[")
-    entries = parse_json(path, text) if is_json else re.findall(r"\S.*", text)
+    is_json = text.lstrip()[:1] in ("[", "{")
+    entries = [*parse_json(path, text)] if is_json else re.findall(r"\S.*", text)
     complaints: list[str] = []
     try:
         answers = dict.fromkeys(map(_normalize, texts(entries, "answer", complaints)))
@@ -141,6 +143,7 @@ def _vqa_answers(path: Path) -> dict[Any, list[Any]]:
 
 
 def _answers(value: Any, complaints: list[str]) -> dict[str, float]:
+    value = unfold(value)
     if value is None or value == "" or value == [] or value == {}:
         return {}
     if not isinstance(value, dict):

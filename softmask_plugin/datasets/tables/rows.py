@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
 import json
@@ -110,9 +111,21 @@ def one_text(value: Any, what: str) -> str:
     raise ValueError(f"no usable {what}: {short(value)}")
 
 
+def unfold(value: Any) -> Any:
+    """Return the list or mapping that a text spells in JSON or Python, as programs write them into
+    a cell of a CSV; other values as they are."""
+    if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
+        for read in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+                if isinstance(found := read(value.strip()), (list, dict)):
+                    return found
+    return value
+
+
 def texts(value: Any, what: str, complaints: list[str]) -> list[str]:
     """Return those of a text or a list of texts that ``one_text`` would; ``complaints`` counts the
     others. ValueError if none is usable."""
+    value = unfold(value)
     given = value if isinstance(value, list) else [value]
     usable = []
     for each in given:
@@ -149,8 +162,9 @@ def _with_our_columns(
     found = find_columns(row, columns, options)
     if missing := [column for column in columns if column not in found]:
         names = " and no ".join(f"'{options.keys.get(column, column)}'" for column in missing)
-        remedy = " ".join(f"{options.place}{column}_key=COLUMN" for column in missing)
-        raise ValueError(f"no {names} among {among}{short(list(row))}: set {remedy}")
+        keys = " ".join(f"{options.place}{column}_key=COLUMN" for column in missing)
+        remedy = f"set {keys}" if options.place else "rename its columns"  # a command has no keys
+        raise ValueError(f"no {names} among {among}{short(list(row))}: {remedy}")
     return row | found
 
 

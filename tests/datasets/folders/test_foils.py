@@ -159,6 +159,19 @@ def test_a_bad_foil_is_skipped_and_reported(tmp_path, caplog, change, message):
     assert "Skipped 1 rows of a.json" in caplog.text and message in caplog.text
 
 
+def test_foils_that_read_like_their_caption_are_left_out(colour_photos, caplog):
+    """A model would tie them: the same after cleaning, or different where captions are cut."""
+    long = "it is " + "very " * 40
+    alike = [{**FOILS[0], "caption": "It is red.", "foil": "it is red"}]
+    alike += [{**FOILS[0], "caption": f"{long} red", "foil": f"{long} blue"}]
+    write("a.json", [FOILS[0], *alike])
+    assert len(build("foils.test=a.json")["test"]) == 1
+    assert "Skipped 2 foils that are cleaned or cut to their captions" in caplog.text
+    write("b.json", alike)
+    with pytest.raises(UserError, match="b.json: each foil is cleaned or cut to its caption"):
+        build("foils.test=b.json")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

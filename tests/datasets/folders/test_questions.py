@@ -42,6 +42,9 @@ def test_questions_in_every_layout(tmp_path, suffix):
         (["red", "Red ", "dark  red", "red"], {"red": 0.75, "dark red": 0.25}),
         ({"red": 3, "Red": 3, "pink": 2}, {"red": 0.75, "pink": 0.25}),
         ({"red": 0.3, "pink": 0.1}, {"red": 0.75, "pink": 0.25}),
+        ('{"red": 3, "pink": 1}', {"red": 0.75, "pink": 0.25}),  # as programs fill a CSV's cells
+        ("['red', 'red', 'red', 'pink']", {"red": 0.75, "pink": 0.25}),
+        ("[no list", {"[no list": 1}),
     ],
     ids=str,
 )
@@ -248,9 +251,12 @@ def test_candidate_answers(colour_photos, caplog):
     assert not hasattr(build("vqa_folder", files[0])["train"], "answer_list")
     write("list.json", '["Yes", "no", "yes", null]')
     write("list.txt", "\ufeffYes\n\n no \nyes\n")
-    for name in ("list.json", "list.txt"):
+    write("ans2label.json", '{"Yes": 0, "no": 1}')
+    for name in ("list.json", "list.txt", "ans2label.json"):
         assert build("vqa_folder", files[1], f"answers={name}")["val"].answer_list == ["yes", "no"]
     assert "1 unusable answers in ['Yes', 'no', 'yes', None]" in caplog.text
+    with pytest.raises(UserError, match="answers=2 counts those of the train split: set .*train"):
+        build("vqa_folder", files[1], "answers=2")
 
 
 @pytest.mark.parametrize(
