@@ -41,8 +41,8 @@ def build_tokenizer(source: str | list[str] | None, vocab_size: int = 8192) -> B
     """
     if source is None:
         raise UserError(
-            "model.tokenizer is null, and no checkpoint brings a vocabulary: name a vocab.txt, or "
-            "the train split's file to make one from"
+            "model.tokenizer is null, and no checkpoint brings a vocabulary: name a checkpoint "
+            "(model.pretrained), a vocab.txt, or the train split's file to make one from"
         )
     if isinstance(source, list):
         with TemporaryDirectory() as folder:

@@ -40,8 +40,8 @@ class SoftMaskClassification(DistilledBase):
 
         Args:
             samples: The images that ``images`` takes, ``text_input`` (list of B sentences),
-                ``label`` (B,) int64 or a list, and ``epoch``, ``iters``, ``num_iters_per_epoch``
-                from LAVIS's tasks.
+                ``label`` (B,), whole numbers, bool or a list, and ``epoch``, ``iters``,
+                ``num_iters_per_epoch`` from LAVIS's tasks.
             is_train: False: return what ``predict`` does, as LAVIS's classes do.
         """
         if not is_train:
@@ -71,7 +71,8 @@ class SoftMaskClassification(DistilledBase):
 
     def labels(self, samples: dict[str, Any]) -> Tensor:
         """Class of each pair, (B,); LAVIS after 1.0.2 gives a list."""
-        return torch.as_tensor(samples["label"], device=self.device)
+        labels = torch.as_tensor(samples["label"], device=self.device)
+        return labels if labels.is_floating_point() else labels.long()  # bool is natural for NLVR2
 
     def logits(self, images: Tensor | Visible, captions: Captions, suffix: str = "") -> Tensor:
         """Logits (B, classes) of the model or, with suffix "_m", of its momentum copy."""

@@ -161,6 +161,16 @@ def test_raw_images_are_refused(make_other, make_batch, change):
         model({"image": change(image), "text_input": ["a cat", "a dog"]})
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, list])
+def test_labels_of_any_whole_type(make_other, make_batch, dtype):
+    batch, label = make_batch(2), torch.tensor([0, 1])
+    given = label.tolist() if dtype is list else label.to(dtype)
+    losses = [
+        make_other(SoftMaskClassification)({**batch, "label": x})["loss"] for x in (label, given)
+    ]
+    assert torch.equal(*losses)
+
+
 def test_lavis_way_to_predict(make_other, make_batch):
     batch = {**make_batch(3), "label": torch.tensor([0, 1, 2])}
     model = make_other(SoftMaskClassification).eval()
