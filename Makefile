@@ -1,4 +1,4 @@
-# make venv | demo | bench | tasks | soak | assets | docs | test | lint | format, and venv-modern | test-modern for the second stack.
+# make venv | demo | bench | tasks | soak | assets | gallery | docs | test | lint | format, and venv-modern | test-modern for the second stack.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 .DEFAULT_GOAL := help
@@ -8,7 +8,7 @@ help:
 	@echo "make demo         pretrain a tiny SoftMask++ on rendered scenes, write a report"
 	@echo "make bench        speed and memory against LAVIS's own classes (BENCH=--small: a trial)"
 	@echo "make tasks        pretrain, then fine-tune and test every downstream task on scenes (20 to 30 minutes)"
-	@echo "make soak         end runs by signals, compare processes, stream for long (25 minutes)"
+	@echo "make soak         end runs by signals, compare processes, read a long stream (25 minutes)"
 	@echo "make assets       train the model that ships with the package anew (8 minutes)"
 	@echo "make gallery      train LAVIS's own models small on scenes, and draw their maps"
 	@echo "make docs         the docs site, into site/"
