@@ -1,4 +1,4 @@
-"""Caption files of one's own and as published, told apart by suffix and content."""
+"""Caption files of one's own and as published, known by suffix and content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of JSON, JSONL, CSV and TSV files, told apart by suffix and content; bad rows are skipped."""
+"""Rows of JSON, JSONL, CSV and TSV files, known by suffix and content; bad rows are skipped."""
 
 from __future__ import annotations
 
