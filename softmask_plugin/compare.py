@@ -14,7 +14,7 @@ import scipy.stats
 from softmask_plugin.errors import UserError, reason_of
 from softmask_plugin.foil_metrics import Result, item_scores, units_of
 from softmask_plugin.pointing import group_suffixes
-from softmask_plugin.report.records import read_metrics
+from softmask_plugin.report.records import best_epoch, read_metrics
 
 RESAMPLES = 2000
 
@@ -154,7 +154,8 @@ def _read(run: Path, split: str) -> tuple[Kind, Results]:
     if not run.is_dir():
         raise UserError(f"there is no folder {run}: give that of a run")
     files = [file for file in (run / "result").glob(f"{split}_*.json") if "_rank" not in file.stem]
-    best = f"{split}_epoch{_best_epoch(run, split)}"
+    log = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
+    best = f"{split}_epoch{best_epoch(log, split)}"
     for file in sorted(files, key=lambda f: (f.stem == best, f.stat().st_mtime), reverse=True):
         try:
             rows = json.loads(file.read_text(encoding="utf-8"))
@@ -166,14 +167,6 @@ def _read(run: Path, split: str) -> tuple[Kind, Results]:
                 return kind, {str(row["instance_id"]): row for row in rows}
     names = ", ".join(kind.name for kind in KINDS)
     raise UserError(f"{run} has no results of each item of split '{split}', as {names} save them")
-
-
-def _best_epoch(run: Path, split: str) -> int | None:
-    """The epoch in which a split scored best, by the run's log; None if that does not say."""
-    if not (run / "metrics.jsonl").is_file():
-        return None
-    scored = [r for r in read_metrics(run) if r.get("split") == split and "agg_metrics" in r]
-    return max(scored, key=lambda record: record["agg_metrics"])["epoch"] if scored else None
 
 
 def _difference(metric: str, first: Any, second: Any, units: np.ndarray) -> Difference:

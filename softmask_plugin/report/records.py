@@ -35,6 +35,12 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     return records
 
 
+def best_epoch(records: Iterable[Mapping[str, Any]], split: str | None) -> int | None:
+    """The epoch in which a split scored best, by ``metrics.jsonl``; None if that does not say."""
+    scored = [r for r in records if r.get("split") == split and "agg_metrics" in r]
+    return max(scored, key=lambda record: record["agg_metrics"])["epoch"] if scored else None
+
+
 def retrieval_chance(img2txt: Mapping[int, Sequence[int]]) -> dict[str, float]:
     """Recalls of a random ranking, in percent, named as in LAVIS's ``retrieval`` task.
 

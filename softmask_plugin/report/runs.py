@@ -24,7 +24,7 @@ from softmask_plugin.host.environment import noted_environments
 from softmask_plugin.models.aligned import AlignedBase
 from softmask_plugin.report.page import write_report
 from softmask_plugin.report.pairs import build_datasets, draw_pairs, worst_retrievals
-from softmask_plugin.report.records import chance_of, read_metrics
+from softmask_plugin.report.records import best_epoch, chance_of, read_metrics
 from softmask_plugin.runners.meter import numbers_of
 
 PICTURES = 8  # most pictures of the masks: the first, the last, and some in between
@@ -119,9 +119,7 @@ class _Run:
         evaluated = [record for record in self.records if record.get("split") != "train"]
         chosen = {record["split"]: record for record in evaluated}
         valid = (self.run.get("valid_splits") or [None])[0]
-        scored = [r for r in evaluated if r["split"] == valid and "agg_metrics" in r]
-        if scored:
-            best = max(scored, key=lambda record: record["agg_metrics"])["epoch"]
+        if (best := best_epoch(evaluated, valid)) is not None:
             chosen |= {r["split"]: r for r in evaluated if r.get("epoch") == best}
         return {
             split if record.get("epoch") is None else f"{split}, epoch {record['epoch']}": {
