@@ -111,7 +111,7 @@ def _require_known(argv: Sequence[str]) -> None:
 def _run(run: Command, **args: Any) -> int:
     if run is not _doctor and (problems := stack.problems(stack.installed())):
         raise UserError(problems[0])
-    alone = (_compare, _configs, _doctor)  # without LAVIS; the doctor reloads by itself
+    alone = (_configs, _doctor)  # without LAVIS; the doctor reloads by itself
     if softmask_plugin.only_command and run not in alone:
         importlib.reload(softmask_plugin)
     return run(**args) or 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -141,6 +143,16 @@ def test_the_command_prints_a_table(tmp_path, capsys):
     head, acc, *_ = capsys.readouterr().out.splitlines()
     assert head.split()[:4] == ["metric", "items", "first", "second"]
     assert acc.split() == "acc 4 100.00 100.00 +0.00 +0.00 to +0.00 0 0 1".split()
+
+
+def test_the_command_in_a_process_of_its_own(tmp_path):
+    """Nothing has imported the plugin before, without which LAVIS's import may fail."""
+    runs = [save(tmp_path / name, foils([(1, 0)] * 4)) for name in "ab"]
+    start = "import sys, softmask_command; sys.exit(softmask_command.main())"
+    command = [sys.executable, "-c", start, "compare", *map(str, runs)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("metric")
 
 
 def test_runs_that_do_not_share_items_are_refused(tmp_path, capsys):
