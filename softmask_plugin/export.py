@@ -94,14 +94,14 @@ def export(
     else:
         write_whole(folder / "model.pth", lambda path: torch.save({"model": state}, path))
     model = {key: value for key, value in config["model"].items() if key not in _OWN}
-    processors = {
-        name: {slot: value for slot, value in section.items() if slot.endswith("_processor")}
+    data_sets = {  # their processors, and the names of their classes
+        name: {k: v for k, v in section.items() if k.endswith("_processor") or k == "labels"}
         for name, section in (config.get("datasets") or {}).items()
     }
     run = config.get("run") or {}
     sections = {
         "model": {**model, "sep_token": checkpoint.sep_token},
-        "datasets": processors,
+        "datasets": data_sets,
         "run": {key: run[key] for key in RANKING if key in run},
     }
     OmegaConf.save(OmegaConf.create(sections), shared)
@@ -113,7 +113,7 @@ def export(
         name=folder.resolve().name,
         arch=model["arch"],
         type=model.get("model_type"),
-        data_sets=", ".join(processors) or "not recorded",
+        data_sets=", ".join(data_sets) or "not recorded",
         license=license or "none given",
         use=(USE if layout is None else USE_PLAIN).format(
             model=registry.get_model_class(model["arch"]).__name__,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, constants
 from lavis.models import load_model
+from omegaconf import OmegaConf
 from safetensors import safe_open
 from toy_models import CAPTIONS, SMALL, plain_bert
 
@@ -32,7 +33,8 @@ def checkpoint(model, tmp_path):
     """A checkpoint of that model, as a run writes it."""
     section = {**SMALL, "arch": "softmask_pretrain", "model_type": "tiny", "sep_token": True}
     processor = {"eval": {"name": "softmask_image_eval", "image_size": 32, "mean": MEAN}}
-    data = {"captions_folder": {"images": SECRET, "vis_processor": processor}}
+    own = {"images": SECRET, "vis_processor": processor, "labels": ["cat", "dog"]}
+    data = {"captions_folder": own}
     words = model.tokenizer.convert_ids_to_tokens(range(len(model.tokenizer)))
     content = {
         "model": model.state_dict(),
@@ -81,6 +83,8 @@ def test_a_folder_gives_the_same_scores_to_the_bit(model, checkpoint, tmp_path):
         assert loaded.tokenizer.get_vocab() == model.tokenizer.get_vocab()
         assert same(scores(loaded), expected)
     assert load_trained(folder).image_processor.mean == tuple(MEAN)
+    section = OmegaConf.load(folder / "config.yaml").datasets.captions_folder
+    assert section.labels == ["cat", "dog"]  # which class has which number
     momentum = loaded.visual_encoder_m.state_dict()  # starts anew from the online encoder
     assert same(momentum.values(), loaded.visual_encoder.state_dict().values())
     files = sorted(folder.iterdir())
