@@ -100,13 +100,16 @@ def _table_options(file: str) -> TableOptions | None:
 
 def _texts_of(file: Path, options: TableOptions) -> list[str]:
     options = replace(options, skipped=SkipLog(muted=True))  # the data set reports them
+    texts: list[str] = []
     errors = []
     for texts_of in (_captions, _questions_and_answers, _statements):
-        try:
-            return texts_of(file, options)
+        try:  # a file of questions may have captions as well
+            texts += texts_of(file, options)
         except UserError as error:
             errors.append(error)
-    raise errors[0]
+    if not texts:
+        raise errors[0]
+    return texts
 
 
 def _captions(file: Path, options: TableOptions) -> list[str]:

@@ -49,6 +49,14 @@ def test_a_vocabulary_made_from_captions_covers_them_and_is_the_same_each_time(t
     assert len(limited) <= 60 < len(first)
 
 
+def test_a_file_with_captions_and_questions_gives_the_words_of_both(tmp_path):
+    row = {"image": "a.jpg", "caption": "grass", "question": "which animal", "answer": "zebra"}
+    (tmp_path / "a.json").write_text(json.dumps([row] * 3))
+    tokenizer = build_tokenizer(str(tmp_path / "a.json"))
+    text = "grass which animal zebra"
+    assert tokenizer.tokenize(text) == text.split()
+
+
 def test_scenes_vocabulary_knows_its_special_tokens():
     tokenizer = build_tokenizer("scenes")
     special = (tokenizer.pad_token, tokenizer.cls_token, tokenizer.sep_token, tokenizer.mask_token)

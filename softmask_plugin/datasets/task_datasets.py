@@ -208,6 +208,11 @@ class VQAEvalDataset(ItemDataset, vqa_datasets.VQAEvalDataset):
             logging.warning(text, unanswered, len(self))
         else:
             files = write_coco_vqa(self, self.annotation)
+        known = set(answer_list or ())
+        asked = [item["answer"] for item in self.annotation if item["answer"]]
+        if known and (lost := sum(map(known.isdisjoint, asked))):
+            text = "%d of %d questions have none of their answers among the %d candidates"
+            logging.warning(text, lost, len(asked), len(known))
         self.coco_fmt_qust_file, self.coco_fmt_anno_file = files
 
     def __getitem__(self, index: int) -> dict[str, Any]:

@@ -89,10 +89,12 @@ def parse_answers(path: str | Path, options: TableOptions = PLAIN) -> list[str]:
     path = Path(path)
     text = read_text(path, "answer")
     is_json = text.lstrip()[:1] in ("[", "{")
-    entries = [*parse_json(path, text)] if is_json else re.findall(r"\S.*", text)
+    entries: Any = parse_json(path, text) if is_json else re.findall(r"\S.*", text)
+    if isinstance(entries, dict) and not all(type(number) is int for number in entries.values()):
+        raise UserError(f"{path} does not number answers, as ans2label.json does: write a list")
     complaints: list[str] = []
     try:
-        answers = dict.fromkeys(map(_normalize, texts(entries, "answer", complaints)))
+        answers = dict.fromkeys(map(_normalize, texts([*entries], "answer", complaints)))
     except ValueError as error:
         raise UserError(f"{path} holds no answer: {error}") from error
     options.skipped.add(f"parts of {path.name}", [f"{path}: {c}" for c in complaints])

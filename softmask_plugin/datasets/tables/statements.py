@@ -22,7 +22,8 @@ def parse_statements(
     Args:
         path: Rows with the columns ``images``, which name one each, ``sentence`` and ``label``, or
             a file as published: SNLI-VE's, e-SNLI-VE's, NLVR2's (docs/data.md).
-        labels: Names of the classes. A row's label is a name, in any case, or a number from 0.
+        labels: Names of the classes. A row's label is a name, in any case, or a number from 0
+            unless all names are numbers.
         options: Names of columns, the separator, the images folder.
 
     Returns:
@@ -50,6 +51,7 @@ def _label(value: Any, labels: Sequence[str]) -> str:
     for label in labels:
         if given == label.lower():
             return label
-    if given.isdecimal() and int(given) < len(labels):
+    by_number = given.isdecimal() and not all(map(str.isdecimal, labels))  # 0 is none of 1 to 5
+    if by_number and int(given) < len(labels):
         return labels[int(given)]
     raise ValueError(f"unknown label {short(value)}: {suggest(given, labels)}")

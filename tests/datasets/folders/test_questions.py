@@ -259,9 +259,27 @@ def test_candidate_answers(colour_photos, caplog):
         build("vqa_folder", files[1], "answers=2")
 
 
+def test_questions_that_no_candidate_answers_are_counted(colour_photos, caplog):
+    answers = ("Yes", ["no", "maybe"], "perhaps")
+    rows = [{"image": "red.png", "question": "q", "answer": answer} for answer in answers]
+    file = f"questions.val={write('a.json', rows)}"
+    write("all.txt", "yes\nno\nperhaps")
+    write("some.csv", "yes,9\nno,5")
+    build("vqa_folder", file, "answers=all.txt")
+    assert "candidates" not in caplog.text
+    build("vqa_folder", file, "answers=some.csv")
+    assert "3 of 3 questions have none of their answers among the 2 candidates" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "holds no answer"), ("[1", "not valid JSON"), ("[]", "holds no answer")],
+    [
+        ("", "holds no answer"),
+        ("[1", "not valid JSON"),
+        ("[]", "holds no answer"),
+        ('{"0": "yes", "1": "no"}', "does not number answers, as ans2label.json does: write a li"),
+        ('{"answers": ["yes", "no"]}', "does not number answers"),
+    ],
 )
 def test_a_bad_list_of_answers_is_refused(tmp_path, content, message):
     with pytest.raises(UserError, match=message):

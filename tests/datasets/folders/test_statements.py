@@ -48,6 +48,13 @@ def test_a_bad_statement_is_skipped_and_reported(tmp_path, caplog, change, messa
     assert f"Skipped 1 rows of a.json: {path}, entry 2: {message}" in caplog.text
 
 
+def test_names_that_are_numbers_are_not_counted_from_0(tmp_path, caplog):
+    rows = [{**STATEMENTS[0], "label": label} for label in (1, "2", 0)]
+    statements = parse_statements(write(tmp_path / "a.json", rows), ["image"], ["1", "2", "3"])
+    assert [item["label"] for item in statements] == ["1", "2"]
+    assert "entry 3: unknown label 0: choose from '1', '2', '3'" in caplog.text
+
+
 def test_a_missing_column_is_named(tmp_path):
     path = write(tmp_path / "a.csv", PAIRS)
     with pytest.raises(UserError, match="a.csv has no 'image' among its columns .'image0', 'im"):
