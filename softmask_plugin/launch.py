@@ -120,6 +120,12 @@ def prepared(cfg: Config) -> Iterator[Any]:
         number_images(splits["train"] for splits in datasets.values() if "train" in splits)
         model = task.build_model(cfg)
         check_datasets(model, datasets)
+        if evaluate and (heads := getattr(model, "new_heads", [])):
+            raise UserError(
+                f"the checkpoint has no {' and no '.join(heads)} that fits, so the scores would be "
+                f"random: name one that was trained as {cfg.model_cfg.arch}, and set what changes "
+                "its shape, such as model.num_classes, as it was"
+            )
         if isinstance(model, AlignedBase):
             check_ranking(model, cfg.run_cfg)
         # Every rank has built the same model; from here on each draws its own data and dropout

@@ -10,12 +10,13 @@ import socket
 
 import pytest
 import torch
-from toy_folders import write
+from toy_folders import build, write
 
 from softmask_plugin import launch
 from softmask_plugin.config.values import check_datasets
 from softmask_plugin.errors import UserError
 from softmask_plugin.explain.trained import load_trained
+from softmask_plugin.models import SoftMaskClassification
 from softmask_plugin.runners import run_folder
 
 TRAIN = "lavis_configs/projects/scenes/train/pretrain_tiny.yaml"
@@ -118,6 +119,17 @@ def test_two_data_sets_to_evaluate():
     check_datasets(None, {"a": splits, "c": {"train": [], "test": []}})
 
 
+def test_splits_whose_images_are_scaled_differently(colour_photos, caplog):
+    rows = [{"image": "red.png", "sentence": "It is red", "label": 0}]
+    options = [f"sentences.{split}={write(f'{split}.json', rows)}" for split in ("train", "val")]
+    train, val = (f"vis_processor.{mode}.mean=[0.5,0.5,0.5]" for mode in ("train", "eval"))
+    check_datasets(None, {"a": build("entailment_folder", *options, train, val)})
+    assert not caplog.text
+    check_datasets(None, {"a": build("entailment_folder", *options, train)})
+    assert "images are scaled by mean (0.48145466, " in caplog.text
+    assert " and mean (0.5, 0.5, 0.5), std " in caplog.text
+
+
 def test_more_labels_than_classes(colour_photos, tmp_path):
     labels = [{"image": "red.png", "sentence": "It is red", "label": label} for label in "abcde"]
     data = "datasets.entailment_folder"
@@ -136,7 +148,11 @@ def test_more_labels_than_classes(colour_photos, tmp_path):
     message = "entailment_folder has the 5 labels a, b, c, d, e, .* set model.num_classes=5"
     with pytest.raises(UserError, match=message):
         launch.run(name, given)
-    launch.run(name, [*given, "model.num_classes=5"])
+    runner, _ = launch.run(name, [*given, "model.num_classes=5"])
+    other = ["model.num_classes=5", f"{data}.labels=[b,a,c,d,e]"]
+    weights = f"model.pretrained={runner.output_dir}"
+    with pytest.raises(UserError, match=r"trained on them in another order: set \[a, b, c, d, e\]"):
+        launch.run(name, [*given, *other, weights])
 
 
 # ---- weights
@@ -169,6 +185,28 @@ def test_a_file_that_does_not_exist_ends_the_evaluation(tmp_path):
     given = [f"run.output_dir={tmp_path}", f"model.pretrained={tmp_path}/missing.pth"]
     with pytest.raises(UserError, match="no checkpoint at .*missing.pth"):
         launch.run(EVALUATE, given, evaluate=True)
+
+
+@pytest.mark.parametrize(
+    ("task", "head"), [("entailment", "cls_head"), ("nlvr", "cls_head"), ("vqa", "text_decoder")]
+)
+def test_a_head_that_no_checkpoint_holds_is_not_scored(tmp_path, task, head):
+    given = [
+        f"run.output_dir={tmp_path}",
+        f"datasets.scenes_{task}.num.test=8",
+        "model.pretrained=shipped:scenes_tiny",
+    ]
+    with pytest.raises(UserError, match=f"no {head} that fits, so the scores would be random"):
+        launch.run(f"scenes/eval/{task}_tiny", given, evaluate=True)
+
+
+def test_a_head_of_another_shape_is_new(make_other, tmp_path):
+    trained = make_other(SoftMaskClassification)
+    torch.save({"model": trained.state_dict()}, tmp_path / "trained.pth")
+    for classes, heads in ((trained.options.num_classes, []), (5, ["cls_head"])):
+        model = make_other(SoftMaskClassification, num_classes=classes)
+        model.load_checkpoint(tmp_path / "trained.pth")
+        assert model.new_heads == heads
 
 
 MEAN = (0.1, 0.2, 0.3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import chain
@@ -93,7 +94,8 @@ def _is_ours(model: DictConfig) -> bool:
 
 def check_datasets(model: Any, datasets: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise UserError if a split to evaluate comes from several data sets, by name and split, or
-    one has more labels than the model classes."""
+    one has more labels than the model classes, or numbers them otherwise than its checkpoint; warn
+    if image processors scale pixels differently."""
     for split in sorted({*chain(*datasets.values())} - {"train"}):
         having = [f"datasets.{name}" for name, splits in datasets.items() if split in splits]
         if len(having) > 1:
@@ -101,14 +103,29 @@ def check_datasets(model: Any, datasets: Mapping[str, Mapping[str, Any]]) -> Non
                 f"{', '.join(having)} have a '{split}' split each, but LAVIS evaluates one: set "
                 f"their files of '{split}' to null, but for one of them"
             )
+    built = chain.from_iterable(splits.values() for splits in datasets.values())
+    processors: list[Any] = [getattr(dataset, "vis_processor", None) for dataset in built]
+    scales = {(str(p.mean), str(p.std)) for p in processors if hasattr(p, "std")}
+    if len(scales) > 1:
+        known = " and ".join(f"mean {mean}, std {std}" for mean, std in sorted(scales))
+        logging.warning(
+            "images are scaled by %s: set the same in vis_processor.train and .eval", known
+        )
     classes = getattr(getattr(model, "options", None), "num_classes", None)
     for name, splits in datasets.items():
         for dataset in splits.values():
-            labels = list(getattr(dataset, "class_labels", ()))
+            labels = [*map(str, getattr(dataset, "class_labels", ()))]
             if classes is not None and len(labels) > classes:
                 raise UserError(
-                    f"datasets.{name} has the {len(labels)} labels {', '.join(map(str, labels))}, "
+                    f"datasets.{name} has the {len(labels)} labels {', '.join(labels)}, "
                     f"but model.num_classes is {classes}: set model.num_classes={len(labels)}"
+                )
+            section = getattr(model, "trained_on", {}).get(name) or {}
+            trained = [str(label) for label in section.get("labels") or ()]
+            if trained != labels and sorted(trained) == sorted(labels):
+                raise UserError(
+                    f"datasets.{name}.labels are {', '.join(labels)}, but the checkpoint was "
+                    f"trained on them in another order: set [{', '.join(trained)}]"
                 )
 
 

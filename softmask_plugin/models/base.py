@@ -27,7 +27,7 @@ from softmask_plugin.models import weights
 from softmask_plugin.nn.bert import BertForMaskedLM, BertModel, BertShape
 from softmask_plugin.nn.vision import VisionTransformer
 from softmask_plugin.tokenization import Captions, CaptionTokenizer
-from softmask_plugin.vocabulary import build_tokenizer
+from softmask_plugin.vocabulary import build_tokenizer, vocabulary_of
 
 # Options that no tensor shows, and that change what the weights compute
 UNSEEN = ("bert.heads", "bert.image_cls", "vit.heads", "vit_layer_norm_epsilon", "text_pool")
@@ -48,16 +48,24 @@ def shipped_types(arch: str, *types: str) -> dict[str, str]:
 class SoftMaskBase(BaseModel):
     """An image encoder and a BERT cut in two, under the names of LAVIS's ALBEF.
 
-    A subclass sets ``OPTIONS``, the schema of its ``model:`` section, and ``PREDICTS_WORDS``:
-    whether its text encoder has the MLM head, which adds ``bert.`` to LAVIS's keys.
+    A subclass sets ``OPTIONS``, the schema of its ``model:`` section, ``PREDICTS_WORDS``: whether
+    its text encoder has the MLM head, which adds ``bert.`` to LAVIS's keys, and ``HEADS``: the
+    modules that evaluation needs trained, beside the encoders.
+
+    Attributes:
+        new_heads: Those of ``HEADS`` that the last checkpoint lacked or had in another shape.
+        trained_on: Section ``datasets`` of the run whose checkpoint was loaded last.
     """
 
     PRETRAINED_MODEL_CONFIG_DICT: dict[str, str] = {}
     OPTIONS: ClassVar[type[ModelOptions]] = ModelOptions
     PREDICTS_WORDS: ClassVar[bool] = False
+    HEADS: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, options: ModelOptions) -> None:
         super().__init__()
+        self.new_heads: list[str] = []
+        self.trained_on: dict[str, Any] = {}
         self.calls = 0  # counts steps in training loops without `iters`
         self.asked_sep_token = options.sep_token  # None: follow the checkpoints that are loaded
         sep_token = options.sep_token is not False
@@ -166,7 +174,10 @@ class SoftMaskBase(BaseModel):
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """Load an open checkpoint; one line of the log says what did not match. Captions end with
         [SEP] if they did when it was trained, unless ``sep_token`` is set."""
-        weights.load(self, checkpoint, self.options.bert)
+        left = weights.load(self, checkpoint, self.options.bert)
+        new = {key.partition(".")[0] for key in left if not key.endswith("position_ids")}
+        self.new_heads = [name for name in self.HEADS if name in new]
+        self.trained_on = (checkpoint.config or {}).get("datasets") or {}
         self._warn_of_options(checkpoint)
         if self.asked_sep_token is None:
             self.options.sep_token = self.caption_tokenizer.sep_token = checkpoint.sep_token
@@ -180,6 +191,11 @@ class SoftMaskBase(BaseModel):
                     f"{checkpoint.path} was trained with {key}={trained[key]}, and this "
                     f"model has {own[key]}: set it as it was, unless you mean to change it"
                 )
+        if checkpoint.vocabulary not in (None, vocabulary_of(self.tokenizer)):
+            logging.warning(
+                f"{checkpoint.path} was trained with another vocabulary, so its weights take words "
+                "for others: set model.tokenizer to its vocab.txt, or use from_pretrained"
+            )
 
     def step_of(self, samples: dict[str, Any]) -> int:
         """Index of the step in the run."""

@@ -24,6 +24,7 @@ class SoftMaskClassification(DistilledBase):
     ``albef_classification``."""
 
     OPTIONS = ClassificationOptions
+    HEADS = ("cls_head",)
     PRETRAINED_MODEL_CONFIG_DICT = shipped_types("softmask_classification", "ve", "small", "tiny")
 
     def __init__(self, options: ClassificationOptions) -> None:
@@ -59,11 +60,13 @@ class SoftMaskClassification(DistilledBase):
 
     @torch.no_grad()
     def predict(self, samples: dict[str, Any]) -> dict[str, Tensor]:
-        """Logits (B, classes) as ``predictions``, and the labels as ``targets``, for LAVIS's task
-        ``multimodal_classification``; UserError if a logit is NaN or infinite."""
+        """Logits (B, classes) as ``predictions`` and, if there is a ``label``, the labels as
+        ``targets``, for LAVIS's task ``multimodal_classification``; UserError if a logit is NaN or
+        infinite."""
         logits = self.logits(self.images(samples), self.tokenize(samples["text_input"]))
         require_finite_scores("a class's score", logits)
-        return {"predictions": logits, "targets": self.labels(samples)}
+        targets = {"targets": self.labels(samples)} if "label" in samples else {}
+        return {"predictions": logits, **targets}
 
     def images(self, samples: dict[str, Any]) -> Tensor:
         """Take ``image``, (B, 3, H, W), from the samples."""

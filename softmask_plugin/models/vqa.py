@@ -34,6 +34,7 @@ class SoftMaskVqa(DistilledBase):
     """
 
     OPTIONS = VqaOptions
+    HEADS = ("text_decoder",)
     PRETRAINED_MODEL_CONFIG_DICT = shipped_types("softmask_vqa", "vqav2", "small", "tiny")
 
     def __init__(self, options: VqaOptions) -> None:

@@ -60,7 +60,7 @@ class BoundedBy(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def load(model: nn.Module, checkpoint: Checkpoint, bert: BertOptions) -> None:
+def load(model: nn.Module, checkpoint: Checkpoint, bert: BertOptions) -> set[str]:
     """Load a checkpoint of this plugin, of LAVIS's ALBEF or BLIP, or of the original ones.
 
     Position embeddings are interpolated to the model's image size. Momentum encoders that the
@@ -71,6 +71,9 @@ def load(model: nn.Module, checkpoint: Checkpoint, bert: BertOptions) -> None:
         model: The model.
         checkpoint: Its keys may have any layout of ``checkpoint_keys``.
         bert: Options of the model's text encoder.
+
+    Returns:
+        Keys of the model's tensors that it left as they were.
 
     Raises:
         UserError: Nothing in the checkpoint fits the model, its encoders have another shape, or a
@@ -112,6 +115,7 @@ def load(model: nn.Module, checkpoint: Checkpoint, bert: BertOptions) -> None:
         _listed("; other shape: ", other),
         _listed("; not used: ", state.keys() - own.keys()),
     )
+    return own.keys() - fitting.keys()
 
 
 def _require_encoders(state: StateDict, own: StateDict, source: object) -> None:

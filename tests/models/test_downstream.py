@@ -176,6 +176,8 @@ def test_lavis_way_to_predict(make_other, make_batch):
     model = make_other(SoftMaskClassification).eval()
     found, expected = model(dict(batch), is_train=False), model.predict(dict(batch))
     assert torch.equal(found["predictions"], expected["predictions"])
+    del batch["label"]  # new images have none
+    assert torch.equal(model.predict(batch).pop("predictions"), expected["predictions"])
 
 
 @pytest.mark.parametrize("call", ["forward", "extract_features"])

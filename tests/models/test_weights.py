@@ -79,6 +79,15 @@ def test_an_option_that_no_tensor_shows_is_compared(make_model, tmp_path, caplog
     assert "trained with model.bert.image_cls=False, and this model has True" in caplog.text
 
 
+def test_another_vocabulary_of_the_same_size_is_noticed(make_model, tmp_path, caplog):
+    model = make_model()
+    words = model.tokenizer.convert_ids_to_tokens(range(len(model.tokenizer)))
+    for vocabulary, warned in ((words, False), ([*words[:-2], words[-1], words[-2]], True)):
+        torch.save({"model": model.state_dict(), "vocabulary": vocabulary}, tmp_path / "a.pth")
+        model.load_checkpoint(tmp_path / "a.pth")
+        assert ("a.pth was trained with another vocabulary" in caplog.text) is warned
+
+
 def test_without_momentum_encoders_they_start_from_the_online_ones(make_model, tmp_path):
     donor = make_model()
     online = {k: v for k, v in donor.state_dict().items() if "_m." not in k and "queue" not in k}
