@@ -1,6 +1,6 @@
 """Evaluate every downstream task with LAVIS's own tasks, on held-out scenes.
 
-    python examples/evaluate_tasks.py [--models outputs/tasks]
+    python examples/evaluate_tasks.py [--models outputs/tasks] [--options run.device=cuda]
 
 The folder holds a fine-tuned model for each task, as `make tasks` writes it. Prints for each task
 its metric beside chance, in percent. Chance is a random ranking or choice, or the most frequent
@@ -31,7 +31,9 @@ TASKS = (
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", type=Path, default=Path("outputs/tasks"))
-    models = parser.parse_args().models
+    parser.add_argument("--options", nargs="*", default=[], help="overrides for every task")
+    given = parser.parse_args()
+    models = given.models
 
     checkpoints = {task: trained_model(models, task) for task, *_ in TASKS}
     rows = []
@@ -39,6 +41,7 @@ def main() -> None:
         options = [
             option("model.pretrained", checkpoints[task]),
             option("run.output_dir", models / "evaluate"),
+            *given.options,
         ]
         runner, results = launch.run(YAML.format(task), options, evaluate=True)
         metrics = results["test"] if results else {}

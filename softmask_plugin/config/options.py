@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from math import inf, isfinite
 from typing import Any
 
@@ -354,12 +355,17 @@ def read_options(schema: type, section: DictConfig | dict[str, Any]) -> Any:
         if isinstance(section, DictConfig):  # references to other sections need the whole file
             section = OmegaConf.to_container(section, resolve=True)  # type: ignore[assignment]
         section = OmegaConf.create(section)
-        _check_keys(OmegaConf.structured(schema), section, "model")
-        merged = OmegaConf.merge(OmegaConf.structured(schema), section)
-        return OmegaConf.to_object(merged)
+        _check_keys(_defaults(schema), section, "model")
+        return OmegaConf.to_object(OmegaConf.merge(_defaults(schema), section))
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"model.{error.full_key}: {reason}") from error
+
+
+@cache
+def _defaults(schema: type) -> DictConfig:
+    """A schema's options with their defaults, made once: it takes longer than all else here."""
+    return OmegaConf.structured(schema)
 
 
 def _check_keys(known: DictConfig, given: DictConfig, place: str) -> None:

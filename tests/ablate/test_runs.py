@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -43,6 +44,7 @@ def test_an_ablation_survives_a_failing_variant_and_repeats_nothing(
     write_plan, tmp_path, capfd, monkeypatch
 ):
     fork_jobs(monkeypatch)
+    monkeypatch.setattr(jobs, "relative_cost", partial(cost.relative_cost, rounds=3))
     bad = ["datasets.scenes_pretrain.objects=7"]  # which the data set refuses once it is built
     variants = {"albef": [], "bad": bad, "gamma": ["model.itc.gamma=1"]}
     plan, folder = write_plan(variants=variants, seeds=[0]), tmp_path / "out"

@@ -359,8 +359,16 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert path.read_bytes() == before
 
 
-def test_killed_at_random_moments_a_real_run_ends_as_if_it_was_not():
+# For a run of half the time: four steps in each of its three epochs, in place of six
+SHORTER = {
+    "datasets.scenes_retrieval.num.train": 48,
+    **{"model.vit.depth": 1, "model.vit.patch_size": 20},
+}
+
+
+def test_killed_at_random_moments_a_real_run_ends_as_if_it_was_not(monkeypatch):
     """SIGKILL, 20 times at least: in steps, evaluations and the writing of checkpoints."""
+    monkeypatch.setattr(kills, "OPTIONS", {**kills.OPTIONS, **SHORTER})
     done = forked(kills.main, ["--kills", "20", "--workers", "0"])
     assert done.returncode == 0, done.stdout + done.stderr
     killed, ended, differing = map(
