@@ -14,8 +14,8 @@ from benchmarks.harness import Cost, Row, grid, machine, save, table
 
 # Measurements by name, with their numbers of rounds: full and small
 ROWS: dict[str, tuple[Callable[[bool, str | None, int], list[Row]], int, int]] = {
+    "memory": (step.run_memory, 2, 1),  # first: the system gets back little of what others used
     "step": (step.run, 3, 2),
-    "memory": (step.run_memory, 2, 1),
     "rerank": (rerank.run, 3, 2),
     "blip": (blip.run, 3, 2),
     "blip_rerank": (blip.run_rerank, 3, 2),
@@ -46,6 +46,7 @@ def main() -> None:
     if given.threads:
         torch.set_num_threads(given.threads)
 
+    settings = {"small": given.small, "captions": given.captions}
     rows: list[Row] = []
     costs: list[Cost] = []
     for name in wanted:
@@ -53,6 +54,7 @@ def main() -> None:
             run, full, small = ROWS[name]
             rounds = given.rounds or (small if given.small else full)
             rows += run(given.small, given.captions, rounds)
+            save(rows, costs, given.output / "bench.json", settings)  # what follows may fail
     if SCALING in wanted:
         costs = scaling.run(given.small, given.rounds or 2)
         scaling.draw(costs, given.output / "scaling.png")
@@ -67,7 +69,6 @@ def main() -> None:
         print("", table(rows), sep="\n")
     if costs:
         print("", grid(costs), sep="\n")
-    settings = {"small": given.small, "captions": given.captions}
     save(rows, costs, given.output / "bench.json", settings)
     print(f"\nWritten: {given.output / 'bench.json'}")
 
