@@ -35,7 +35,9 @@ def _metrics(results: Sequence[Result]) -> dict[str, float]:
     members.pop(None, None)
     whole = {name: rows for name, rows in members.items() if len(rows) == 2}  # both were readable
     scores, pair_scores = item_scores(results), _pair_scores([*whole.values()])
-    return _means(scores, units_of(results)) | _means(pair_scores, np.arange(len(whole)))
+    units = units_of(results)
+    unit = {row.get("pair"): each for row, each in zip(results, units, strict=True)}
+    return _means(scores, units) | _means(pair_scores, np.array([unit[name] for name in whole]))
 
 
 def units_of(results: Sequence[Result]) -> np.ndarray:

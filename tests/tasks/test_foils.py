@@ -207,6 +207,21 @@ def test_winoground_scores():
     assert "acc_interval" not in foil_metrics(alone)  # of one image
 
 
+def test_scores_of_pairs_that_share_images_are_no_more_certain():
+    def pairs(copies):
+        scores = [(3, 1), (3, 1)], [(1, 3), (3, 1)], [(3, 1), (3, 1)]
+        return [
+            row(each, image=f"{name}{i}", pair=f"{name} {copy}")
+            for name, both in enumerate(scores)
+            for copy in range(copies)
+            for i, each in enumerate(both)
+        ]
+
+    once, often = foil_metrics(pairs(1)), foil_metrics(pairs(20))
+    assert often["text"] == once["text"]
+    assert often["text_interval"] == pytest.approx(once["text_interval"])
+
+
 # ---- the task in LAVIS's loop
 
 
