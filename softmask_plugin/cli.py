@@ -17,7 +17,7 @@ from typing import Any
 
 import softmask_plugin
 from softmask_plugin.config.paths import find_file, shipped_configs, shipped_plans
-from softmask_plugin.errors import StartAgain, UserError, advice_on, reason_of, suggest
+from softmask_plugin.errors import StartAgain, UserError, advice_on, one_line, reason_of, suggest
 from softmask_plugin.host import stack
 
 Command = Callable[..., int | None]
@@ -341,7 +341,7 @@ def _search(text: str, features: str, count: int, **weights: Any) -> None:
     hits = search_features(load_trained(**weights).on_gpu(), Path(features), text, count)
     print("match  similarity")
     for file, hit in hits:
-        print(f" {hit.match:.2f}       {hit.similarity:+.2f}  {file}")
+        print(f" {hit.match:.2f}       {hit.similarity:+.2f}  {one_line(str(file))}")
 
 
 @command(

@@ -18,6 +18,8 @@ from robustness.test_bad_configs import refusal
 
 import softmask_plugin
 from softmask_plugin.datasets.skip_log import SkipLog
+from softmask_plugin.datasets.tables.foils import parse_foils
+from softmask_plugin.datasets.tables.phrases import parse_phrases
 from softmask_plugin.errors import UserError, one_line
 from softmask_plugin.explain.figure import Shown, word_panels
 from softmask_plugin.files import download
@@ -200,6 +202,17 @@ def test_a_caption_is_drawn_and_printed_as_it_is(here, monkeypatch, kind):
     assert not any(name.startswith("on") for name in page.attributes)
     assert page.title.split() == text.split()
     assert "default-src 'none'" in page.source  # nor would the page run or fetch what it held
+
+
+@pytest.mark.parametrize("group", ["\x1b[2J a\r\n", "a\ud800"], ids=["terminal", "surrogate"])
+def test_groups_which_name_metrics_are_one_printable_line(tmp_path, group):
+    row = {"image": "a.jpg", "caption": "a dog", "foil": "a cat", "group": group}
+    phrase = {"image": "a.jpg", "phrase": "dog", "box": [0, 0, 1, 1], "category": group}
+    for name, each in (("foils.json", row), ("phrases.json", phrase)):
+        (tmp_path / name).write_text(json.dumps([each]))
+    (foil,) = parse_foils(tmp_path / "foils.json")
+    (mention,) = parse_phrases(tmp_path / "phrases.json")
+    assert foil["group"].isprintable() and mention.categories[0].isprintable()
 
 
 @pytest.mark.parametrize("kind", TEXTS)

@@ -100,7 +100,17 @@ def _open(root: Path, item: dict[str, Any], min_side: int | None) -> list[Image.
     crop = item.get("crop")  # in pixels of the full size
     files = (os.path.join(root, name) for name in _image_names(item))
     images = [open_rgb(file, None if crop else min_side) for file in files]
-    return [image.crop(crop) for image in images] if crop else images
+    return [_part(image, crop, item) for image in images] if crop else images
+
+
+def _part(image: Image.Image, crop: tuple[int, int, int, int], item: dict[str, Any]) -> Image.Image:
+    x0, y0, x1, y1 = crop
+    if x0 >= image.width or y0 >= image.height or min(x1, y1) <= 0:  # Pillow would give black
+        raise UnreadableImageError(
+            f"{item['image']}: the box {crop} lies outside of its {image.width} x {image.height} "
+            "pixels: take images of the size that the file was made for"
+        )
+    return image.crop(crop)
 
 
 def _image_names(item: dict[str, Any]) -> list[str]:

@@ -73,7 +73,7 @@ class RefCocoPlusGroundingBuilder(FolderBuilder):
             try:
                 image = image_name(row["image"], options)
                 item = {"image": image, "text": row["text"], **self._boxes(row["ref_id"])}
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
                 raise UserError(
                     f"{file}, entry {number}, or its entries in the other files are laid out "
                     f"differently ({error!r}): get those of {ALBEF} and {REFER}"

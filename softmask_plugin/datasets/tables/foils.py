@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from softmask_plugin.datasets.images import MAX_PIXELS
 from softmask_plugin.datasets.tables.layouts import PLAIN, TableOptions
 from softmask_plugin.datasets.tables.rows import (
     SUFFIXES,
@@ -16,7 +17,7 @@ from softmask_plugin.datasets.tables.rows import (
     short,
     texts,
 )
-from softmask_plugin.errors import UserError
+from softmask_plugin.errors import UserError, one_line
 
 _SIDES = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")  # ARO's
 
@@ -85,7 +86,7 @@ def _items(
         "image": image_name(row["image"], options),
         "caption": caption,
         "foil": foil,
-        "group": str(_given(row, "group", row.get("collapsed_tag") or file)),
+        "group": one_line(str(_given(row, "group", row.get("collapsed_tag") or file))),
     }
     if all(side in row for side in _SIDES):
         item["crop"] = _crop(*(row[side] for side in _SIDES))
@@ -105,8 +106,8 @@ def _given(row: dict[str, Any], column: str, default: Any) -> Any:
 def _crop(*sides: Any) -> tuple[int, int, int, int]:
     try:
         x, y, width, height = map(int, sides)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"the box {short(sides)} is not four whole numbers") from None
-    if width < 1 or height < 1:
-        raise ValueError(f"the box {short(sides)} is empty")
+    if width < 1 or height < 1 or width * height > MAX_PIXELS:
+        raise ValueError(f"the box {short(sides)} is empty or has over {MAX_PIXELS:,} pixels")
     return x, y, x + width, y + height

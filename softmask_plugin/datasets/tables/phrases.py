@@ -13,6 +13,7 @@ import numpy as np
 
 from softmask_plugin.datasets.tables.layouts import PLAIN, TableOptions, find_columns
 from softmask_plugin.datasets.tables.rows import image_name, one_text, parse_table, short, texts
+from softmask_plugin.errors import one_line
 
 TEXTS = ("phrase", "caption")  # what a model may be given: the phrase alone, or its caption
 
@@ -143,6 +144,7 @@ def _mention(image: str, captions: list[str], row: Any, options: TableOptions) -
         raise ValueError(f"no 'phrase' among {short(list(row))}: set {key}=COLUMN")
     phrase, category = one_text(row["phrase"], "phrase"), row.get("category")
     categories = [] if category in (None, "", []) else texts(category, "category", [])
+    categories = [*map(one_line, categories)]  # they become names of metrics
     boxes = _boxes(row.get("boxes") or row.get("box"))
     return Mention(image, phrase, boxes, categories, captions)
 
@@ -152,7 +154,7 @@ def _boxes(value: Any) -> list[list[float]]:
         value = re.split(r"[\s,;\[\]()]+", value.strip(" []()"))
     try:
         boxes = np.array(value, dtype=np.float64).reshape(-1, 4)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"expected a box of four numbers, got {short(value)}") from error
     inside = (boxes >= 0) & (boxes <= 1)
     if not len(boxes) or not (inside.all() and (boxes[:, :2] < boxes[:, 2:]).all()):

@@ -111,15 +111,21 @@ def test_foils_of_aro_show_a_part_of_the_image(colour_photos):
         **{"bbox_x": 9, "bbox_y": 0, "bbox_w": 6, "bbox_h": 8},
     }
     rows = [row, {**row, "bbox_w": 0}, {**row, "bbox_x": None}]
+    rows += [{**row, "bbox_x": float("inf")}, {**row, "bbox_w": 10**9}, {**row, "bbox_x": 16}]
     file = write("visual_genome_relation.json", rows)
     test = build(f"foils.test={file}", "group_key=relation_name")["test"]
-    (item,) = test.annotation
+    item, _ = test.annotation
     assert (item["caption"], item["foil"]) == (row["true_caption"], row["false_caption"])
     assert item["group"] == "on"
     _, (part,) = test.open(0)
     assert part.size == (6, 8) and part.getcolors() == [(48, (0, 0, 255))]
     log = Path("run/skipped_images.log").read_text()
-    assert "the box (9, 0, 0, 8) is empty" in log and "is not four whole numbers" in log
+    assert "the box (9, 0, 0, 8) is empty" in log and "(inf, 0, 6, 8) is not four" in log
+    assert "the box (9, 0, 1000000000, 8) is empty or has over 89,478,485 pixels" in log
+    with pytest.raises(
+        UserError, match=r"23.png: the box .16, 0, 22, 8. lies outside of its 16 x 8"
+    ):
+        test.open(1)
     assert parse_foils(file)[0]["group"] == "visual_genome_relation"
 
 

@@ -94,6 +94,7 @@ SIDES = f"{NO_BOX}x1 and y1 are the right and the bottom side, not width and hei
         ({"box": "left"}, "expected a box of four numbers, got ['left']"),
         ({"box": {"x": 1}}, "expected a box of four numbers"),
         ({"box": None}, "expected a box of four numbers, got None"),
+        ({"box": [0, 0, 10**400]}, "expected a box of four numbers, got [0, 0, 1000"),
         ({"box": [], "boxes": []}, "box [] is not"),
         ({"phrase": "..."}, "no usable phrase: '...'"),
         ({"caption": "?"}, "no usable caption: '?'"),
