@@ -77,6 +77,8 @@ def valid_yaml(path: Path) -> Iterator[None]:
         yield
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {reason_of(error)}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} has too many levels") from error
 
 
 def parse_options(options: Sequence[str], sections: Sequence[str] = SECTIONS) -> DictConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -122,7 +123,8 @@ def require_sound(state: Mapping[str, Tensor], source: object) -> None:
     """Raise UserError at a tensor that would poison everything computed from it."""
     for name, tensor in state.items():
         special = tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized
-        if special or tensor.is_complex():
+        tiny = tensor.is_floating_point() and tensor.dtype.itemsize == 1  # torch cannot compare it
+        if special or tiny or tensor.is_complex():
             raise UserError(f"{source}: '{name}' is no plain tensor of real numbers")
         if not torch.isfinite(tensor).all():
             raise UserError(
@@ -176,10 +178,13 @@ def _load(path: Path, trusted: bool, device: torch.device | str) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path, device=str(device))
-        if zipfile.is_zipfile(path):  # torch does not compare checksums
+        with path.open("rb") as file:
+            is_zip = file.read(4) == b"PK\3\4"  # as torch tells; Python's is_zipfile reads the end
+        if is_zip:  # torch does not compare checksums
             with zipfile.ZipFile(path) as archive:
                 size = sum(each.file_size for each in archive.infolist())
-                if size > path.stat().st_size and not trusted:
+                unfolds = size > path.stat().st_size or not _lists_for_torch(archive)
+                if unfolds and not trusted:
                     raise _bomb(path)  # torch does not compress
                 if (damaged := archive.testzip()) is not None:
                     raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
@@ -192,6 +197,19 @@ def _load(path: Path, trusted: bool, device: torch.device | str) -> Any:
             "or of another kind, or holds objects that could run code (only for a file that you "
             "trust: model.trust_checkpoint=true)"
         ) from error
+
+
+def _lists_for_torch(archive: zipfile.ZipFile) -> bool:
+    """Whether torch's reader finds the list of members where Python's does, at the end of the file:
+    other fields there lead each of them, and may name a second list."""
+    file: Any = archive.fp
+    place = file.seek(-98, os.SEEK_END)
+    large, locator, end = file.read(56), file.read(20), file.read(22)
+    start = end[16:20]
+    if locator[:4] == b"PK\6\7":
+        start = large[48:56] if int.from_bytes(locator[8:16], "little") == place else b""
+    found = int.from_bytes(start, "little")
+    return end[:4] == b"PK\5\6" and found == archive.start_dir
 
 
 def _require_bounded(content: Any, path: Path) -> None:
@@ -210,7 +228,7 @@ def _require_bounded(content: Any, path: Path) -> None:
         elif isinstance(part, (list, tuple, set)):
             parts += part
         left -= 1
-        if left < 0 or doubled > DOUBLED:
+        if left < len(parts) or doubled > DOUBLED:
             raise _bomb(path)
 
 
@@ -259,6 +277,8 @@ def _resolve(config: Any, path: Path) -> dict[str, Any] | None:
         raise UserError(
             f"the configuration in {path} cannot be resolved: {reason_of(error)}"
         ) from error
+    except RecursionError as error:
+        raise UserError(f"the configuration in {path} has too many levels") from error
     return resolved
 
 

@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from softmask_plugin.errors import UserError, reason_of
 from softmask_plugin.files.checkpoint import open_checkpoint
 from softmask_plugin.models.distillation import MomentumDistillation
+from softmask_plugin.models.weights import BoundedBy
 from softmask_plugin.nn.fixed_draws import seed_draws
 
 
@@ -41,7 +42,8 @@ def replay(file: str | Path) -> list[str]:
     config.model.update(
         load_pretrained=False, load_finetuned=False, vit_weights=None, bert_weights=None
     )
-    model = registry.get_model_class(config.model.arch).from_config(config.model)
+    with BoundedBy(checkpoint.path):
+        model = registry.get_model_class(config.model.arch).from_config(config.model)
     try:
         model.load_state_dict(checkpoint.state)
     except RuntimeError as error:

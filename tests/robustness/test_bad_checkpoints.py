@@ -107,6 +107,7 @@ ODD = {
     "sparse": lambda tensor: tensor.to_sparse(),
     "on no device": lambda tensor: tensor.to("meta"),
     "complex": lambda tensor: tensor * 1j,
+    "of 8 bits": lambda tensor: tensor.to(torch.float8_e4m3fn),
 }
 
 
@@ -219,6 +220,13 @@ def references(path, text, beside=False):
         OmegaConf.save(config, path.with_name("config.yaml"))
 
 
+def circling(path):
+    """A list that holds itself many times."""
+    content: list = []
+    content.extend([content] * 20_000)
+    torch.save({"model": {}, "x": content}, path)
+
+
 def compressed(path):
     torch.save({"model": {"temp": torch.zeros(2**24)}}, path)
     with zipfile.ZipFile(path) as archive:
@@ -226,6 +234,23 @@ def compressed(path):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for member in members:
             archive.writestr(*member)
+
+
+def two_ends(path):
+    """Compressed, with the first bytes of an end after the end, which Python takes for one."""
+    compressed(path)
+    path.write_bytes(path.read_bytes() + b"PK\5\6")
+
+
+def two_lists(path):
+    """Compressed, with a list of members for torch and an empty one for Python."""
+    compressed(path)
+    content = path.read_bytes()
+    end = content.rfind(b"PK\5\6")
+    count, size, start = struct.unpack("<10xH2L2x", content[end:])
+    large = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, start)
+    locator = struct.pack("<4sLQL", b"PK\6\7", 0, end, 1)
+    path.write_bytes(content[:end] + large + bytes(56) + locator + b"PK\5\6" + bytes(18))
 
 
 def safetensors(path):
@@ -237,6 +262,8 @@ ONE = torch.zeros(1)
 BOMBS = {
     "a.safetensors": safetensors,
     "compressed.pth": compressed,
+    "two ends.pth": two_ends,
+    "two lists.pth": two_lists,
     "expanded.pth": lambda path: torch.save({"model": {"temp": ONE.expand(10**9)}}, path),
     "of old.pth": lambda path: torch.save(
         {"model": {"temp": ONE.expand(10**9)}}, path, _use_new_zipfile_serialization=False
@@ -246,6 +273,7 @@ BOMBS = {
     "referring.pth": lambda path: references(path, lambda key: key * 2),
     "listing.pth": lambda path: references(path, lambda key: [key] * 2),
     "config.yaml": lambda path: references(path.with_name("a.pth"), lambda key: key * 2, True),
+    "circling.pth": circling,
     "wordy.pth": lambda path: torch.save({"vocabulary": ["a" * 10**5] * 10**4}, path),
 }
 
@@ -295,6 +323,19 @@ def test_a_trusted_file_may_be_of_any_size(make_model, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="only for a file that you trust: model.trust_checkpoint"):
         SoftMaskPretrain.from_config(OmegaConf.create(section))
     SoftMaskPretrain.from_config(OmegaConf.create({**section, "trust_checkpoint": True}))
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["within", "beside"])
+def test_a_configuration_of_too_many_levels(make_model, tmp_path, beside):
+    content = tmp_path / "config.yaml" if beside else tmp_path / "a.pth"
+    config: dict = {}
+    for _ in range(400):
+        config = {"a": config}
+    saved(tmp_path / "a.pth", {"model": {}, **({} if beside else {"config": {"model": config}})})
+    if beside:
+        content.write_text("model: " + "[" * 400 + "]" * 400)
+    with pytest.raises(UserError, match=f"{content} has too many levels"):
+        make_model().load_checkpoint(str(tmp_path / "a.pth"))
 
 
 # ---- code

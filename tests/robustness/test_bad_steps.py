@@ -281,6 +281,15 @@ def test_a_bad_step_of_questions_is_replayed(tmp_path, capsys, monkeypatch):
     assert "first output that is not finite: visual_encoder." in capsys.readouterr().out
 
 
+def test_replay_builds_no_model_that_is_far_larger_than_its_file(tmp_path, capsys):
+    bert = {"layers": 4, "fusion_layer": 2, "width": 96, "heads": 4, "vocab_size": 10**6}
+    model = {"arch": "softmask_pretrain", "tokenizer": "scenes", "queue_size": 0, "bert": bert}
+    content = {"config": {"model": model, "run": {"seed": 0}}, "batches": [], "step": 1, "rank": 0}
+    torch.save({"model": {}, **content}, tmp_path / "x.pth")
+    assert main(["replay", str(tmp_path / "x.pth")]) == 2
+    assert "the model, which would be far larger" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", [b"", b"text", None])
 def test_replay_of_another_file_is_one_line(tmp_path, capsys, content):
     file = tmp_path / "x.pth"
