@@ -111,22 +111,26 @@ def check_datasets(model: Any, datasets: Mapping[str, Mapping[str, Any]]) -> Non
         logging.warning(
             "images are scaled by %s: set the same in vis_processor.train and .eval", known
         )
-    classes = getattr(getattr(model, "options", None), "num_classes", None)
     for name, splits in datasets.items():
         for dataset in splits.values():
-            labels = [*map(str, getattr(dataset, "class_labels", ()))]
-            if classes is not None and len(labels) > classes:
-                raise UserError(
-                    f"datasets.{name} has the {len(labels)} labels {', '.join(labels)}, "
-                    f"but model.num_classes is {classes}: set model.num_classes={len(labels)}"
-                )
-            section = getattr(model, "trained_on", {}).get(name) or {}
-            trained = [str(label) for label in section.get("labels") or ()]
-            if trained != labels and sorted(trained) == sorted(labels):
-                raise UserError(
-                    f"datasets.{name}.labels are {', '.join(labels)}, but the checkpoint was "
-                    f"trained on them in another order: set [{', '.join(trained)}]"
-                )
+            _check_labels(model, name, [*map(str, getattr(dataset, "class_labels", ()))])
+
+
+def _check_labels(model: Any, name: str, labels: list[str]) -> None:
+    """Raise UserError if the model has too few classes, or learnt them in another order."""
+    classes = getattr(getattr(model, "options", None), "num_classes", None)
+    if classes is not None and len(labels) > classes:
+        raise UserError(
+            f"datasets.{name} has the {len(labels)} labels {', '.join(labels)}, "
+            f"but model.num_classes is {classes}: set model.num_classes={len(labels)}"
+        )
+    trained = getattr(model, "trained_with", {}).get(f"datasets.{name}.labels")
+    learnt = [*map(str, trained)] if isinstance(trained, list) else labels
+    if learnt != labels and sorted(learnt) == sorted(labels):
+        raise UserError(
+            f"datasets.{name}.labels are {', '.join(labels)}, but the checkpoint was "
+            f"trained on them in another order: set [{', '.join(learnt)}]"
+        )
 
 
 def flat(section: Any, prefix: str = "") -> dict[str, Any]:

@@ -54,7 +54,7 @@ class SoftMaskBase(BaseModel):
 
     Attributes:
         new_heads: Those of ``HEADS`` that the last checkpoint lacked or had in another shape.
-        trained_on: Section ``datasets`` of the run whose checkpoint was loaded last.
+        trained_with: Configuration of the last checkpoint's run, by dotted key.
     """
 
     PRETRAINED_MODEL_CONFIG_DICT: dict[str, str] = {}
@@ -65,7 +65,7 @@ class SoftMaskBase(BaseModel):
     def __init__(self, options: ModelOptions) -> None:
         super().__init__()
         self.new_heads: list[str] = []
-        self.trained_on: dict[str, Any] = {}
+        self.trained_with: dict[str, Any] = {}
         self.calls = 0  # counts steps in training loops without `iters`
         self.asked_sep_token = options.sep_token  # None: follow the checkpoints that are loaded
         sep_token = options.sep_token is not False
@@ -177,13 +177,13 @@ class SoftMaskBase(BaseModel):
         left = weights.load(self, checkpoint, self.options.bert)
         new = {key.partition(".")[0] for key in left if not key.endswith("position_ids")}
         self.new_heads = [name for name in self.HEADS if name in new]
-        self.trained_on = (checkpoint.config or {}).get("datasets") or {}
+        self.trained_with = flat(checkpoint.config or {})
         self._warn_of_options(checkpoint)
         if self.asked_sep_token is None:
             self.options.sep_token = self.caption_tokenizer.sep_token = checkpoint.sep_token
 
     def _warn_of_options(self, checkpoint: Checkpoint) -> None:
-        trained = comparable(flat(checkpoint.config or {}))
+        trained = comparable(self.trained_with)
         own = flat({"model": asdict(self.options)})
         for key in (f"model.{name}" for name in UNSEEN):
             if key in own and trained.get(key, own[key]) != own[key]:
