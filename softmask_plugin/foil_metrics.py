@@ -15,6 +15,8 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from scipy.special import expit, stdtrit  # scipy.stats takes most of a second to import
 
+from softmask_plugin.errors import one_line
+
 Result = Mapping[str, Any]
 
 
@@ -23,7 +25,7 @@ def foil_metrics(results: Sequence[Result]) -> dict[str, float]:
     metrics = _metrics(results)
     for group in sorted({str(row["group"]) for row in results}):
         found = _metrics([row for row in results if str(row["group"]) == group])
-        named = {f"{name}_{group}": value for name, value in found.items()}
+        named = {f"{name}_{one_line(group)}": value for name, value in found.items()}
         metrics = {**metrics, **named, **metrics}  # even if a group is called itc
     return {**metrics, "agg_metrics": metrics["acc"]}
 

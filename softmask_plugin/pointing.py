@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+from softmask_plugin.errors import one_line
+
 Box = tuple[float, float, float, float]
 
 
@@ -123,11 +125,11 @@ def group_suffixes(group: str | Sequence[str] | None) -> list[str]:
     """Suffixes of the metrics that a result counts for: ``_<group>``, or ``/<type>`` for each type.
 
     Types of phrases have a sign of their own: Flickr30k Entities calls one "other", and
-    ``pointing_other`` is a metric.
+    ``pointing_other`` is a metric. A file may call them anything, and terminals print them.
     """
     if group is None or isinstance(group, str):
-        return [f"_{group}"] if group else []
-    return [f"/{name}" for name in group]
+        return [f"_{one_line(group)}"] if group else []
+    return [f"/{one_line(name)}" for name in group]
 
 
 def _sides(boxes: ArrayLike) -> np.ndarray:

@@ -123,8 +123,8 @@ def require_sound(state: Mapping[str, Tensor], source: object) -> None:
     """Raise UserError at a tensor that would poison everything computed from it."""
     for name, tensor in state.items():
         special = tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized
-        tiny = tensor.is_floating_point() and tensor.dtype.itemsize == 1  # torch cannot compare it
-        if special or tiny or tensor.is_complex():
+        float8 = tensor.is_floating_point() and tensor.dtype.itemsize == 1  # isfinite lacks it
+        if special or float8 or tensor.is_complex():
             raise UserError(f"{source}: '{name}' is no plain tensor of real numbers")
         if not torch.isfinite(tensor).all():
             raise UserError(
@@ -200,8 +200,8 @@ def _load(path: Path, trusted: bool, device: torch.device | str) -> Any:
 
 
 def _lists_for_torch(archive: zipfile.ZipFile) -> bool:
-    """Whether torch's reader finds the list of members where Python's does, at the end of the file:
-    other fields there lead each of them, and may name a second list."""
+    """Whether torch's reader takes the same list of members as Python's. Each finds it by other
+    fields at the end of the file, which could name two lists."""
     file: Any = archive.fp
     place = file.seek(-98, os.SEEK_END)
     large, locator, end = file.read(56), file.read(20), file.read(22)

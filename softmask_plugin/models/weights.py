@@ -104,18 +104,18 @@ def load(model: nn.Module, checkpoint: Checkpoint, bert: BertOptions) -> set[str
         if not 0 <= pointer < max(1, size):
             raise UserError(f"{source}: 'queue_ptr' is {pointer}, outside of its queue")
     model.load_state_dict(fitting, strict=False)
-    other = (state.keys() & own.keys()) - fitting.keys()
+    left, other = own.keys() - fitting.keys(), (state.keys() & own.keys()) - fitting.keys()
     logging.log(
         logging.WARNING if other else logging.INFO,
         "loaded %d of %d tensors from %s%s%s%s",
         len(fitting),
         len(own),
         source,
-        _listed("; left as they were: ", own.keys() - fitting.keys()),
+        _listed("; left as they were: ", left),
         _listed("; other shape: ", other),
         _listed("; not used: ", state.keys() - own.keys()),
     )
-    return own.keys() - fitting.keys()
+    return left
 
 
 def _require_encoders(state: StateDict, own: StateDict, source: object) -> None:

@@ -23,7 +23,9 @@ from softmask_plugin.datasets.tables.phrases import parse_phrases
 from softmask_plugin.errors import UserError, one_line
 from softmask_plugin.explain.figure import Shown, word_panels
 from softmask_plugin.files import download
+from softmask_plugin.foil_metrics import foil_metrics
 from softmask_plugin.models.weights import DEIT_URL
+from softmask_plugin.pointing import group_suffixes
 from softmask_plugin.report import loss_curves, write_report
 from softmask_plugin.vocabulary import build_tokenizer
 
@@ -212,7 +214,9 @@ def test_groups_which_name_metrics_are_one_printable_line(tmp_path, group):
         (tmp_path / name).write_text(json.dumps([each]))
     (foil,) = parse_foils(tmp_path / "foils.json")
     (mention,) = parse_phrases(tmp_path / "phrases.json")
-    assert foil["group"].isprintable() and mention.categories[0].isprintable()
+    metrics = foil_metrics([{**foil, "itm": [1.0, 0.0], "itc": [1.0, 0.0]}])
+    suffixes = [*group_suffixes(mention.categories), *group_suffixes(group)]
+    assert len(suffixes) == 2 and all(map(str.isprintable, [*metrics, *suffixes]))
 
 
 @pytest.mark.parametrize("kind", TEXTS)

@@ -362,7 +362,8 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 # For a run of half the time: four steps in each of its three epochs, in place of six
 SHORTER = {
     "datasets.scenes_retrieval.num.train": 48,
-    **{"model.vit.depth": 1, "model.vit.patch_size": 20},
+    "model.vit.depth": 1,
+    "model.vit.patch_size": 20,
 }
 
 

@@ -17,7 +17,7 @@ from softmask_plugin.datasets.tables.rows import (
     short,
     texts,
 )
-from softmask_plugin.errors import UserError, one_line
+from softmask_plugin.errors import UserError
 
 _SIDES = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")  # ARO's
 
@@ -86,7 +86,7 @@ def _items(
         "image": image_name(row["image"], options),
         "caption": caption,
         "foil": foil,
-        "group": one_line(str(_given(row, "group", row.get("collapsed_tag") or file))),
+        "group": str(_given(row, "group", row.get("collapsed_tag") or file)),
     }
     if all(side in row for side in _SIDES):
         item["crop"] = _crop(*(row[side] for side in _SIDES))

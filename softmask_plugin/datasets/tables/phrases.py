@@ -13,7 +13,6 @@ import numpy as np
 
 from softmask_plugin.datasets.tables.layouts import PLAIN, TableOptions, find_columns
 from softmask_plugin.datasets.tables.rows import image_name, one_text, parse_table, short, texts
-from softmask_plugin.errors import one_line
 
 TEXTS = ("phrase", "caption")  # what a model may be given: the phrase alone, or its caption
 
@@ -144,7 +143,6 @@ def _mention(image: str, captions: list[str], row: Any, options: TableOptions) -
         raise ValueError(f"no 'phrase' among {short(list(row))}: set {key}=COLUMN")
     phrase, category = one_text(row["phrase"], "phrase"), row.get("category")
     categories = [] if category in (None, "", []) else texts(category, "category", [])
-    categories = [*map(one_line, categories)]  # they become names of metrics
     boxes = _boxes(row.get("boxes") or row.get("box"))
     return Mention(image, phrase, boxes, categories, captions)
 
